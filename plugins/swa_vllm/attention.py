@@ -1,0 +1,66 @@
+"""The attention layer of windowed layers."""
+
+from typing import Any
+
+from vllm.config import VllmConfig, get_current_vllm_config
+from vllm.model_executor.layers.attention import Attention
+from vllm.platforms import current_platform
+from vllm.v1.attention.backend import AttentionBackend
+from vllm.v1.kv_cache_interface import KVCacheSpec, SlidingWindowSpec
+
+from swa_vllm.kv_spec import SWASpec
+
+
+class WindowedAttention(Attention):
+    """vLLM's attention layer with a window, its own backend and its own KV cache spec.
+
+    Attributes:
+        kv_group_layers: layers in this layer's KV group; None until the group is known.
+    """
+
+    kv_group_layers: int | None = None
+
+    def __init__(self, *args: Any, per_layer_sliding_window: int, **kwargs: Any) -> None:
+        """Take the arguments of :class:`Attention`; the window is required."""
+        super().__init__(
+            *args,
+            per_layer_sliding_window=per_layer_sliding_window,
+            attn_backend=windowed_backend(),
+            **kwargs,
+        )
+
+    @classmethod
+    def replacing(cls, stock: Attention, **kwargs: Any) -> "WindowedAttention":
+        """A windowed layer in the place of ``stock``, which has not been used yet.
+
+        Args:
+            stock: a decoder self-attention layer with a window.
+            kwargs: ``cache_config`` and ``quant_config`` that ``stock`` was made with.
+        """
+        assert stock.sliding_window is not None
+        # The layer registered itself under its name; only one may.
+        del get_current_vllm_config().compilation_config.static_forward_context[stock.layer_name]
+        return cls(
+            stock.num_heads,
+            stock.head_size,
+            stock.impl.scale,
+            num_kv_heads=stock.num_kv_heads,
+            per_layer_sliding_window=stock.sliding_window,
+            prefix=stock.layer_name,
+            attn_type=stock.attn_type,
+            **kwargs,
+        )
+
+    def get_kv_cache_spec(self, vllm_config: VllmConfig) -> KVCacheSpec:
+        spec = super().get_kv_cache_spec(vllm_config)
+        assert isinstance(spec, SlidingWindowSpec)
+        return SWASpec.from_stock(spec)
+
+
+def windowed_backend() -> type[AttentionBackend] | None:
+    """Backend of windowed layers on this platform; None leaves the choice to vLLM."""
+    if current_platform.is_cpu():
+        from swa_vllm.backend_cpu import SWACPUBackend
+
+        return SWACPUBackend
+    return None

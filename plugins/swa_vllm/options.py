@@ -1,0 +1,25 @@
+"""The plugin's view of vLLM's configuration: the one place that reads it."""
+
+from collections.abc import Mapping
+
+from vllm.config import VllmConfig
+
+from swa_backend.config import LayerPlan, SWAOptions, resolve_layers
+
+
+def layer_plan(vllm_config: VllmConfig) -> LayerPlan:
+    """The window of every layer of the (dense Qwen3) model that ``vllm_config`` describes.
+
+    Raises:
+        SWAConfigError: contradictory or ineffective settings, with the remedy.
+    """
+    additional = vllm_config.additional_config
+    raw = additional.get("swa", {}) if isinstance(additional, Mapping) else {}
+    model_config = vllm_config.model_config
+    overrides = model_config.hf_overrides
+    return resolve_layers(
+        model_config.hf_config,
+        SWAOptions.from_dict(raw),
+        hf_overrides=overrides if isinstance(overrides, Mapping) else None,
+        max_model_len=model_config.max_model_len,
+    )

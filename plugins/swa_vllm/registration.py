@@ -1,0 +1,106 @@
+"""What is registered with vLLM, and what happens where it cannot be.
+
+Nothing here raises: vLLM does not catch a plugin's exceptions, so one would stop every vLLM
+command on the machine. Where windows cannot be served, a guard class is registered instead that
+refuses windowed models, and only those, when they are loaded.
+"""
+
+import os
+from typing import Any
+
+from packaging.version import InvalidVersion, Version
+from vllm import ModelRegistry
+from vllm.logger import init_logger
+from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
+
+logger = init_logger(f"vllm.{__name__}")
+
+TESTED_VERSIONS = ("0.32", "0.33")
+ALLOW_UNTESTED = "SWA_ALLOW_UNTESTED_VLLM"
+ARCHITECTURE = "Qwen3ForCausalLM"
+MODEL_PATH = "swa_vllm.models.qwen3:SWAQwen3ForCausalLM"
+GUARD_PATH = "swa_vllm.models.guard:UntestedVLLMQwen3ForCausalLM"
+BACKEND_PATH = "swa_vllm.backend_cpu.SWACPUBackend"
+
+
+def register_all() -> None:
+    """Register with the vLLM of this process; calling it again changes nothing."""
+    owner = registered_class(ARCHITECTURE)
+    if owner is not None and not owner.startswith(("vllm.", "swa_vllm.")):
+        _guard_foreign_model(owner)
+    elif is_tested(vllm_version()) or os.environ.get(ALLOW_UNTESTED) == "1":
+        _register_spec()
+        if not AttentionBackendEnum.CUSTOM.is_overridden():
+            register_backend(AttentionBackendEnum.CUSTOM, BACKEND_PATH)
+        ModelRegistry.register_model(ARCHITECTURE, MODEL_PATH)
+    else:
+        ModelRegistry.register_model(ARCHITECTURE, GUARD_PATH)
+
+
+def vllm_version() -> str:
+    """Version of the vLLM in this process."""
+    from vllm.version import __version__
+
+    return str(__version__)
+
+
+def is_tested(version: str) -> bool:
+    """Whether the plugin was tested with this version of vLLM."""
+    try:
+        release = Version(version).release
+    except InvalidVersion:
+        return False
+    return ".".join(map(str, release[:2])) in TESTED_VERSIONS
+
+
+def untested_reason() -> str:
+    """Why an untested vLLM refuses a windowed model, and what to do."""
+    return (
+        f"swa_vllm was tested with vLLM {' and '.join(TESTED_VERSIONS)}; this is "
+        f"{vllm_version()}. Install one of those, or set {ALLOW_UNTESTED}=1 to try this one"
+    )
+
+
+def registered_class(architecture: str) -> str | None:
+    """``module:class`` that vLLM's model registry holds for an architecture, or None."""
+    entry: Any = ModelRegistry.models.get(architecture)
+    if entry is None:
+        return None
+    if hasattr(entry, "module_name"):
+        return f"{entry.module_name}:{entry.class_name}"
+    return f"{entry.model_cls.__module__}:{entry.model_cls.__qualname__}"
+
+
+def check_backend_slot() -> None:
+    """Raise RuntimeError if another plugin holds the attention backend slot ``CUSTOM``."""
+    path = AttentionBackendEnum.CUSTOM.get_path()
+    if path != BACKEND_PATH:
+        raise RuntimeError(
+            f"attention backend slot CUSTOM is taken by {path}, and windowed layers need it for "
+            f"{BACKEND_PATH}. {_LOAD_ONE}"
+        )
+
+
+_LOAD_ONE = "Load only one of the two plugins: set VLLM_PLUGINS to the names of those you want"
+
+
+def _register_spec() -> None:
+    from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
+
+    from swa_vllm.kv_manager import SWAManager
+    from swa_vllm.kv_spec import SWASpec
+
+    # The registry fills in vLLM's own specs only while it is empty: let it do that first.
+    KVCacheSpecRegistry.check_kv_cache_spec_registry({})
+    KVCacheSpecRegistry.register(SWASpec, SWAManager, uniform_type_base_spec=SWASpec)
+
+
+def _guard_foreign_model(owner: str) -> None:
+    from swa_vllm.models.guard import refusing
+
+    reason = f"{ARCHITECTURE} is registered by {owner}, and a window needs {MODEL_PATH}. {_LOAD_ONE}"
+    try:
+        foreign = ModelRegistry.models[ARCHITECTURE].load_model_cls()
+        ModelRegistry.register_model(ARCHITECTURE, refusing(foreign, reason))
+    except Exception as error:  # the other plugin's import may fail in any way; see the module
+        logger.warning("%s (%s could not be loaded to guard it: %s)", reason, owner, error)

@@ -1,0 +1,55 @@
+"""The table of effective windows, logged once at start-up."""
+
+from collections.abc import Sequence
+from itertools import groupby
+
+from vllm.config import VllmConfig, get_layers_from_vllm_config
+from vllm.distributed import get_tensor_model_parallel_rank
+from vllm.logger import init_logger
+from vllm.model_executor.layers.attention import Attention
+from vllm.model_executor.models.utils import extract_layer_index
+
+from swa_vllm.attention import WindowedAttention
+
+logger = init_logger(f"vllm.{__name__}")
+
+_HEADER = ("layers", "kind", "window", "backend", "KV spec", "KV group")
+
+
+def log_layers(vllm_config: VllmConfig, group: Sequence[str] = ()) -> None:
+    """Note that the windowed layers named by ``group`` share a KV group, and log the table.
+
+    Nothing is logged until every windowed layer of this worker has its group.
+    """
+    layers = get_layers_from_vllm_config(vllm_config, Attention)
+    windowed = [layer for layer in layers.values() if isinstance(layer, WindowedAttention)]
+    for layer in windowed:
+        if layer.layer_name in group:
+            layer.kv_group_layers = len(group)
+    if group and any(layer.kv_group_layers is None for layer in windowed):
+        return
+    if get_tensor_model_parallel_rank() == 0:
+        logger.info_once(_table(vllm_config, layers))
+
+
+def _table(vllm_config: VllmConfig, layers: dict[str, Attention]) -> str:
+    ordered = sorted(layers.items(), key=lambda item: extract_layer_index(item[0]))
+    described = [(extract_layer_index(n), _describe(vllm_config, a)) for n, a in ordered]
+    rows = [_HEADER]
+    for description, run in groupby(described, key=lambda item: item[1]):
+        indices = [index for index, _ in run]
+        span = f"{indices[0]}-{indices[-1]}" if len(indices) > 1 else str(indices[0])
+        rows.append((span, *description))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
+    return "\n".join(f"SWA {line}" for line in lines)
+
+
+def _describe(vllm_config: VllmConfig, layer: Attention) -> tuple[str, str, str, str, str]:
+    kind, window = "full", "-"
+    if layer.sliding_window is not None:
+        kind, window = "sliding", str(layer.sliding_window)
+    group_layers = getattr(layer, "kv_group_layers", None)
+    group = "chosen by vLLM" if group_layers is None else f"{group_layers} layers"
+    spec = type(layer.get_kv_cache_spec(vllm_config)).__name__
+    return kind, window, layer.attn_backend.get_name(), spec, group
