@@ -19,17 +19,22 @@ _HEADER = ("layers", "kind", "window", "backend", "KV spec", "KV group")
 def log_layers(vllm_config: VllmConfig, group: Sequence[str] = ()) -> None:
     """Note that the windowed layers named by ``group`` share a KV group, and log the table.
 
-    Nothing is logged until every windowed layer of this worker has its group.
+    The table waits for the call that gives the last windowed layer of this worker its group; a
+    call without ``group`` logs what is known.
     """
     layers = get_layers_from_vllm_config(vllm_config, Attention)
     windowed = [layer for layer in layers.values() if isinstance(layer, WindowedAttention)]
+    was_open = _is_open(windowed)
     for layer in windowed:
         if layer.layer_name in group:
             layer.kv_group_layers = len(group)
-    if group and any(layer.kv_group_layers is None for layer in windowed):
-        return
-    if get_tensor_model_parallel_rank() == 0:
-        logger.info_once(_table(vllm_config, layers))
+    complete = was_open and not _is_open(windowed)
+    if (complete or not group) and get_tensor_model_parallel_rank() == 0:
+        logger.info(_table(vllm_config, layers))
+
+
+def _is_open(windowed: Sequence[WindowedAttention]) -> bool:
+    return any(layer.kv_group_layers is None for layer in windowed)
 
 
 def _table(vllm_config: VllmConfig, layers: dict[str, Attention]) -> str:

@@ -1,0 +1,66 @@
+"""Greedy generation by token ids, and a look at the page managers of an in-process engine."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from swa_vllm.kv_manager import SWAManager
+from vllm import LLM, SamplingParams
+
+
+@dataclass(frozen=True)
+class Answer:
+    """Greedy tokens of one prompt, their log-probabilities, and the prompt's cached tokens."""
+
+    tokens: list[int]
+    logprobs: list[float]
+    num_cached_tokens: int
+
+
+def generate(
+    llm: LLM, prompts: Sequence[Sequence[int]], num_tokens: int = 24, **sampling: Any
+) -> list[Answer]:
+    """Greedy answers of exactly ``num_tokens`` tokens."""
+    params = SamplingParams(
+        **{
+            "temperature": 0.0,
+            "max_tokens": num_tokens,
+            "ignore_eos": True,
+            "logprobs": 1,
+            "detokenize": False,
+            **sampling,
+        }
+    )
+    outputs = llm.generate(
+        [{"prompt_token_ids": list(p)} for p in prompts], params, use_tqdm=False
+    )
+    answers = []
+    for output in outputs:
+        best = output.outputs[0]
+        tokens = list(best.token_ids)
+        steps = best.logprobs or ()
+        logprobs = [step[t].logprob for step, t in zip(steps, tokens, strict=True)]
+        answers.append(Answer(tokens, logprobs, output.num_cached_tokens or 0))
+    return answers
+
+
+def scheduler(llm: LLM) -> Any:
+    """The scheduler of an in-process engine."""
+    return llm.llm_engine.engine_core.engine_core.scheduler
+
+
+def managers(llm: LLM) -> list[SWAManager]:
+    """Page managers of the windowed KV groups."""
+    coordinator = scheduler(llm).kv_cache_manager.coordinator
+    return [m for m in coordinator.single_type_managers if isinstance(m, SWAManager)]
+
+
+def num_free_pages(llm: LLM) -> int:
+    """Free pages of the pool."""
+    return int(scheduler(llm).kv_cache_manager.block_pool.get_num_free_blocks())
+
+
+def attention_layers(llm: LLM) -> list[Any]:
+    """Attention layers of the model, in layer order."""
+    (found,) = llm.apply_model(lambda m: [layer.self_attn.attn for layer in m.model.layers])
+    return list(found)

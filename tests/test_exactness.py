@@ -1,0 +1,131 @@
+"""The real engine against Hugging Face's eager attention in fp64, by fp32 noise."""
+
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import EngineFactory, ModelFactory
+from engine_tools import Answer, generate, managers, num_free_pages
+from tiny_models import (
+    BY_LAYER_TYPES,
+    FULL,
+    MIXED,
+    PAGE_SIZE,
+    ROPE,
+    SLIDING,
+    WINDOW,
+    Oracle,
+    random_prompts,
+)
+
+LENGTHS = (1, WINDOW - 1, WINDOW, WINDOW + 1, WINDOW + PAGE_SIZE, 8 * WINDOW)
+# Where the windows come from: what the checkpoint says, and the options beside it.
+SOURCES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "sliding": (SLIDING, {}),
+    "mixed": (MIXED, {}),
+    "layer_types": (BY_LAYER_TYPES, {}),
+    "options": (FULL, {"window": WINDOW, "full_attention_layers": "every:4"}),
+}
+# What Hugging Face must be told to mean the same as the options.
+ORACLE_OVERRIDES: dict[str, dict[str, Any]] = {
+    "options": {
+        "use_sliding_window": True,
+        "sliding_window": WINDOW,
+        "layer_types": ["sliding_attention"] * 3 + ["full_attention"],
+    }
+}
+CHUNKS = {"below": 16, "equal": WINDOW, "above": 512}
+Case = tuple[str, str, str, bool]
+
+
+def _pairwise() -> list[Case]:
+    """Every pair of values of every two of the four dimensions."""
+    return [
+        (source, chunk, list(ROPE)[(i + j) % 3], (i + j) % 2 == 0)
+        for (i, source), (j, chunk) in product(enumerate(SOURCES), enumerate(CHUNKS))
+    ]
+
+
+FULL_PRODUCT: list[Case] = list(product(SOURCES, CHUNKS, ROPE, (True, False)))
+
+
+def _check_exact(prompts: list[list[int]], answers: list[Answer], oracle: Oracle) -> None:
+    scores = [oracle.score(p + a.tokens) for p, a in zip(prompts, answers, strict=True)]
+    noise = max(s.noise for s in scores)
+    for prompt, answer, score in zip(prompts, answers, scores, strict=True):
+        expected = score.logprobs[len(prompt) - 1 : -1]
+        chosen = expected.gather(1, torch.tensor(answer.tokens)[:, None])[:, 0]
+        # The engine's token is the oracle's best, ties within noise aside.
+        assert (expected.max(dim=-1).values - chosen).max() <= noise
+        got = torch.tensor(answer.logprobs, dtype=torch.float64)
+        assert (got - chosen).abs().max() <= noise
+
+
+def _check(case: Case, tiny_model: ModelFactory, engine: EngineFactory) -> None:
+    source, chunk, rope, caching = case
+    checkpoint, options = SOURCES[source]
+    model = tiny_model(**checkpoint, rope_parameters=ROPE[rope])
+    llm = engine(
+        model,
+        max_num_batched_tokens=CHUNKS[chunk],
+        enable_prefix_caching=caching,
+        additional_config={"swa": options},
+    )
+    num_free = num_free_pages(llm)
+    prompts = random_prompts(LENGTHS)
+    # All at once: small chunks put prefill and decode of different requests into one batch.
+    answers = generate(llm, prompts)
+    _check_exact(prompts, answers, Oracle(model, **ORACLE_OVERRIDES.get(source, {})))
+    assert num_free_pages(llm) == num_free
+    assert all(m.snapshot().freed_by_window > 0 for m in managers(llm))
+
+    again = generate(llm, prompts)
+    assert [a.tokens for a in again] == [a.tokens for a in answers]
+    assert (again[-1].num_cached_tokens > 0) == caching
+
+
+@pytest.mark.parametrize("case", _pairwise(), ids=str)
+def test_engine_equals_hugging_face(
+    case: Case, tiny_model: ModelFactory, engine: EngineFactory
+) -> None:
+    _check(case, tiny_model, engine)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("case", FULL_PRODUCT, ids=str)
+def test_engine_equals_hugging_face_full_product(
+    case: Case, tiny_model: ModelFactory, engine: EngineFactory
+) -> None:
+    _check(case, tiny_model, engine)
+
+
+def test_cases_cover_every_pair() -> None:
+    def pairs(cases: list[Case]) -> set[Any]:
+        return {(a, c[a], b, c[b]) for c in cases for a in range(4) for b in range(a)}
+
+    assert pairs(_pairwise()) == pairs(FULL_PRODUCT)
+
+
+def test_oracle_tells_windows_apart(tiny_model: ModelFactory) -> None:
+    """One token more or less in the window is far above the noise the tests allow."""
+    model = tiny_model(**MIXED, rope_parameters=ROPE["default"])
+    (prompt,) = random_prompts([2 * WINDOW])
+    exact = Oracle(model).score(prompt)
+    for window in (WINDOW - 1, WINDOW + 1):
+        other = Oracle(model, sliding_window=window).score(prompt)
+        assert (other.logprobs - exact.logprobs).abs().max() > 100 * exact.noise
+
+
+def test_real_weights_equal_hugging_face(
+    demo_model: dict[str, Path], engine: EngineFactory
+) -> None:
+    """30 layers, half of them sliding, several windows of text in one batch."""
+    model = demo_model["mixed"]
+    llm = engine(model, skip_tokenizer_init=False, max_num_batched_tokens=96)
+    tokenizer = llm.get_tokenizer()
+    text = "The river rises in the hills and runs past three old mills to the sea. " * 24
+    long = tokenizer.encode(text)
+    prompts = [tokenizer.encode("The capital of France is"), long[:129], long[:300]]
+    _check_exact(prompts, generate(llm, prompts, num_tokens=12), Oracle(model))
