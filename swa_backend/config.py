@@ -178,9 +178,7 @@ def _full_layers(options: SWAOptions, layer_types: Sequence[str]) -> frozenset[i
 def _warnings(window: int, max_model_len: int | None) -> tuple[str, ...]:
     if max_model_len is None or window < max_model_len:
         return ()
-    return (
-        f"window {window} is not below max_model_len {max_model_len}: nothing will ever slide",
-    )
+    return (f"window {window} is not below max_model_len {max_model_len}: nothing will ever slide",)
 
 
 def _checkpoint_layer_types(hf_config: Any, num_layers: int) -> list[str]:
@@ -293,6 +291,6 @@ def _parse_part(part: str, spec: str, num_layers: int) -> set[int]:
     if dash and first.isdecimal() and last.isdecimal() and int(first) <= int(last):
         return set(range(int(first), int(last) + 1))
     raise SWAConfigError(
-        f'swa.full_attention_layers={spec!r}: cannot read {part!r}; write indices and ranges '
+        f"swa.full_attention_layers={spec!r}: cannot read {part!r}; write indices and ranges "
         '("0-3,27"), "every:N" (N >= 1) or "none"'
     )

@@ -23,9 +23,10 @@ os.environ.update(
 
 import pytest
 from make_demo_model import ensure_demo_model
-from tiny_models import PAGE_SIZE, save_tiny_model
 from vllm import LLM
 from vllm.distributed import cleanup_dist_env_and_memory
+
+from tiny_models import PAGE_SIZE, save_tiny_model
 
 ModelFactory = Callable[..., Path]
 EngineFactory = Callable[..., LLM]

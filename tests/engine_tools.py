@@ -4,8 +4,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from swa_vllm.kv_manager import SWAManager
 from vllm import LLM, SamplingParams
+
+from swa_vllm.kv_manager import SWAManager
 
 
 @dataclass(frozen=True)
@@ -31,9 +32,7 @@ def generate(
             **sampling,
         }
     )
-    outputs = llm.generate(
-        [{"prompt_token_ids": list(p)} for p in prompts], params, use_tqdm=False
-    )
+    outputs = llm.generate([{"prompt_token_ids": list(p)} for p in prompts], params, use_tqdm=False)
     answers = []
     for output in outputs:
         best = output.outputs[0]

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+
 from conftest import EngineFactory, ModelFactory
 from engine_tools import Answer, generate, managers, num_free_pages
 from tiny_models import (

@@ -98,7 +98,9 @@ def _register_spec() -> None:
 def _guard_foreign_model(owner: str) -> None:
     from swa_vllm.models.guard import refusing
 
-    reason = f"{ARCHITECTURE} is registered by {owner}, and a window needs {MODEL_PATH}. {_LOAD_ONE}"
+    reason = (
+        f"{ARCHITECTURE} is registered by {owner}, and a window needs {MODEL_PATH}. {_LOAD_ONE}"
+    )
     try:
         foreign = ModelRegistry.models[ARCHITECTURE].load_model_cls()
         ModelRegistry.register_model(ARCHITECTURE, refusing(foreign, reason))
