@@ -33,7 +33,7 @@ class SWAOptions:
     """The ``swa`` section of vLLM's ``--additional-config``.
 
     Attributes:
-        enabled: false leaves the model exactly as stock vLLM serves it.
+        enabled: false serves full attention in every layer, whatever the checkpoint says.
         window: keys a sliding layer sees, the token itself included; None takes the checkpoint's.
         full_attention_layers: layers that keep full attention: indices, or text such as
             ``"0-3,27"``, ``"every:4"`` (layers 3, 7, 11, ...) or ``"none"``; None takes the

@@ -5,7 +5,6 @@ Face's and their managers can be looked at. One engine lives at a time; it is re
 that follow one another with the same configuration.
 """
 
-import gc
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -22,11 +21,11 @@ os.environ.update(
 )
 
 import pytest
-from make_demo_model import ensure_demo_model
 from vllm import LLM
-from vllm.distributed import cleanup_dist_env_and_memory
 
-from tiny_models import PAGE_SIZE, save_tiny_model
+from engine_tools import start_engine, stop_engine
+from make_demo_model import ensure_demo_model
+from tiny_models import save_tiny_llama, save_tiny_model
 
 ModelFactory = Callable[..., Path]
 EngineFactory = Callable[..., LLM]
@@ -53,34 +52,24 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> ModelFactory:
 
 
 @pytest.fixture(scope="session")
+def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Directory of a random tiny Llama."""
+    return save_tiny_llama(tmp_path_factory.mktemp("llama"))
+
+
+@pytest.fixture(scope="session")
 def engine() -> Iterator[EngineFactory]:
     """The engine of a checkpoint and ``LLM`` arguments; it replaces the one before."""
     alive: dict[str, LLM] = {}
 
-    def stop() -> None:
-        alive.clear()
-        gc.collect()
-        cleanup_dist_env_and_memory()
-
     def start(model: Path, **kwargs: Any) -> LLM:
         key = repr((model, sorted(kwargs.items())))
         if key not in alive:
-            stop()
-            alive[key] = LLM(
-                str(model),
-                **{
-                    "dtype": "float32",
-                    "enforce_eager": True,
-                    "skip_tokenizer_init": True,
-                    "block_size": PAGE_SIZE,
-                    "num_gpu_blocks_override": 256,
-                    "max_model_len": 512,
-                    "max_num_seqs": 8,
-                    "seed": 0,
-                    **kwargs,
-                },
-            )
+            alive.clear()
+            stop_engine()
+            alive[key] = start_engine(model, **kwargs)
         return alive[key]
 
     yield start
-    stop()
+    alive.clear()
+    stop_engine()

@@ -1,12 +1,40 @@
-"""Greedy generation by token ids, and a look at the page managers of an in-process engine."""
+"""In-process engines: start, greedy answers by token ids, page managers."""
 
+import gc
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from vllm import LLM, SamplingParams
+from vllm.distributed import cleanup_dist_env_and_memory
 
 from swa_vllm.kv_manager import SWAManager
+from tiny_models import PAGE_SIZE, WINDOW, random_prompts
+
+
+def start_engine(model: Path | str, **kwargs: Any) -> LLM:
+    """An in-process engine; ``kwargs`` are arguments of ``LLM``."""
+    return LLM(
+        str(model),
+        **{
+            "dtype": "float32",
+            "enforce_eager": True,
+            "skip_tokenizer_init": True,
+            "block_size": PAGE_SIZE,
+            "num_gpu_blocks_override": 256,
+            "max_model_len": 512,
+            "max_num_seqs": 8,
+            "seed": 0,
+            **kwargs,
+        },
+    )
+
+
+def stop_engine() -> None:
+    """Free what the engine that was just dropped leaves in this process."""
+    gc.collect()
+    cleanup_dist_env_and_memory()
 
 
 @dataclass(frozen=True)
@@ -63,3 +91,16 @@ def attention_layers(llm: LLM) -> list[Any]:
     """Attention layers of the model, in layer order."""
     (found,) = llm.apply_model(lambda m: [layer.self_attn.attn for layer in m.model.layers])
     return list(found)
+
+
+def describe(llm: LLM) -> dict[str, Any]:
+    """Classes that serve a model, and its greedy answers, as JSON values."""
+    (modules,) = llm.apply_model(lambda m: [type(x).__qualname__ for x in m.modules()])
+    groups = scheduler(llm).kv_cache_config.kv_cache_groups
+    answers = generate(llm, random_prompts([1, 2 * WINDOW]))
+    return {
+        "modules": modules,
+        "backends": [layer.attn_backend.get_name() for layer in attention_layers(llm)],
+        "specs": [type(group.kv_cache_spec).__name__ for group in groups],
+        "answers": [(answer.tokens, answer.logprobs) for answer in answers],
+    }

@@ -75,7 +75,7 @@ def test_mask_equals_hugging_face(size: int, query_len: int, key_len: int) -> No
 
 
 def test_mask_refuses_more_queries_than_keys() -> None:
-    with pytest.raises(ValueError, match="query_len must lie in 0..key_len=3, got 4"):
+    with pytest.raises(ValueError, match=r"query_len must lie in 0\.\.key_len=3, got 4"):
         reference.sliding_window_mask_4d(4, 3, 2)
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import Qwen3Config, Qwen3ForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 WINDOW = 40  # not a multiple of the page size
 PAGE_SIZE = 32  # the smallest that vLLM's CPU attention takes
@@ -68,6 +68,25 @@ def save_tiny_model(directory: Path, **overrides: Any) -> Path:
             if "norm" in name:
                 parameter.uniform_(0.5, 1.5)
     model.float().save_pretrained(directory)
+    return directory
+
+
+def save_tiny_llama(directory: Path) -> Path:
+    """Write a random Llama to ``directory``: a model this project has nothing to do with."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=VOCAB_SIZE,
+        hidden_size=128,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        initializer_range=0.3,
+        eos_token_id=None,
+        bos_token_id=None,
+    )
+    LlamaForCausalLM(config).float().save_pretrained(directory)
     return directory
 
 

@@ -2,7 +2,8 @@
 
 Nothing here raises: vLLM does not catch a plugin's exceptions, so one would stop every vLLM
 command on the machine. Where windows cannot be served, a guard class is registered instead that
-refuses windowed models, and only those, when they are loaded.
+refuses windowed models, and only those, when they are loaded. An untested vLLM is touched through
+its model registry only.
 """
 
 import os
@@ -11,7 +12,6 @@ from typing import Any
 from packaging.version import InvalidVersion, Version
 from vllm import ModelRegistry
 from vllm.logger import init_logger
-from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 
 logger = init_logger(f"vllm.{__name__}")
 
@@ -30,8 +30,7 @@ def register_all() -> None:
         _guard_foreign_model(owner)
     elif is_tested(vllm_version()) or os.environ.get(ALLOW_UNTESTED) == "1":
         _register_spec()
-        if not AttentionBackendEnum.CUSTOM.is_overridden():
-            register_backend(AttentionBackendEnum.CUSTOM, BACKEND_PATH)
+        _register_backend()
         ModelRegistry.register_model(ARCHITECTURE, MODEL_PATH)
     else:
         ModelRegistry.register_model(ARCHITECTURE, GUARD_PATH)
@@ -73,6 +72,8 @@ def registered_class(architecture: str) -> str | None:
 
 def check_backend_slot() -> None:
     """Raise RuntimeError if another plugin holds the attention backend slot ``CUSTOM``."""
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum
+
     path = AttentionBackendEnum.CUSTOM.get_path()
     if path != BACKEND_PATH:
         raise RuntimeError(
@@ -93,6 +94,14 @@ def _register_spec() -> None:
     # The registry fills in vLLM's own specs only while it is empty: let it do that first.
     KVCacheSpecRegistry.check_kv_cache_spec_registry({})
     KVCacheSpecRegistry.register(SWASpec, SWAManager, uniform_type_base_spec=SWASpec)
+
+
+def _register_backend() -> None:
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
+
+    # A slot that is taken stays taken: check_backend_slot() refuses windowed models then.
+    if not AttentionBackendEnum.CUSTOM.is_overridden():
+        register_backend(AttentionBackendEnum.CUSTOM, BACKEND_PATH)
 
 
 def _guard_foreign_model(owner: str) -> None:

@@ -11,7 +11,7 @@ from vllm.logger import init_logger
 from vllm.model_executor.layers.logits_processor import LogitsProcessor
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 from vllm.model_executor.models.qwen3 import Qwen3DecoderLayer, Qwen3ForCausalLM, Qwen3Model
-from vllm.model_executor.models.utils import PPMissingLayer, extract_layer_index, maybe_prefix
+from vllm.model_executor.models.utils import PPMissingLayer, extract_layer_index
 
 from swa_backend.config import LayerPlan, SWAConfigError
 from swa_vllm.attention import WindowedAttention, windowed_backend
@@ -53,15 +53,18 @@ class SWAQwen3ForCausalLM(Qwen3ForCausalLM):
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         # Inside another model (prefix), Qwen3 is a part whose owner decides its attention.
-        plan = layer_plan(vllm_config) if not prefix else None
-        if plan is None or not plan.slides:
+        if prefix:
             super().__init__(vllm_config=vllm_config, prefix=prefix)
+            return
+        plan = layer_plan(vllm_config)
+        # A layer without a window of its own would take this one: full layers must not.
+        vllm_config.cache_config.sliding_window = None
+        if not plan.slides:
+            super().__init__(vllm_config=_accepting_mixed_layers(vllm_config))
             return
         _check_servable(vllm_config)
         for warning in plan.warnings:
             logger.warning("SWA %s", warning)
-        # A layer without a window of its own would take this one: full layers must not.
-        vllm_config.cache_config.sliding_window = None
 
         # The stock constructor's body, which names Qwen3Model directly.
         nn.Module.__init__(self)
@@ -69,15 +72,13 @@ class SWAQwen3ForCausalLM(Qwen3ForCausalLM):
         self.config = config
         self.vllm_config = vllm_config
         self.quant_config = vllm_config.quant_config
-        self.model = SWAQwen3Model(
-            vllm_config=vllm_config, prefix=maybe_prefix(prefix, "model"), plan=plan
-        )
+        self.model = SWAQwen3Model(vllm_config=vllm_config, prefix="model", plan=plan)
         if get_pp_group().is_last_rank:
             self.lm_head = ParallelLMHead(
                 config.vocab_size,
                 config.hidden_size,
                 quant_config=self.quant_config,
-                prefix=maybe_prefix(prefix, "lm_head"),
+                prefix="lm_head",
             )
             if config.tie_word_embeddings:
                 self.lm_head = self.lm_head.tie_weights(self.model.embed_tokens)
@@ -104,11 +105,13 @@ def _check_servable(vllm_config: VllmConfig) -> None:
 
 
 def _accepting_mixed_layers(vllm_config: VllmConfig) -> VllmConfig:
-    """A copy of the config that passes the stock model's assertion on mixed layers.
+    """The config, or a copy of it that passes the stock model's assertion on mixed layers.
 
     Stock vLLM takes ``max_window_layers == num_hidden_layers`` for "no layer slides" and then
     lets any ``layer_types`` pass; neither is read after that.
     """
+    if len(set(vllm_config.model_config.hf_config.layer_types)) == 1:
+        return vllm_config
     vllm_config = copy.copy(vllm_config)
     vllm_config.model_config = copy.copy(vllm_config.model_config)
     config = copy.copy(vllm_config.model_config.hf_config)

