@@ -6,6 +6,7 @@ python examples/offline_generate.py [--model DIR] [--window W] [--full-attention
 import argparse
 import os
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -42,11 +43,13 @@ def main() -> None:
         enforce_eager=True,
         additional_config={"swa": {k: v for k, v in options.items() if v is not None}},
     )
-    start = time.perf_counter()
-    outputs = llm.generate(
-        [f"Question: {question}\nAnswer:" for question in QUESTIONS],
-        SamplingParams(temperature=0.0, max_tokens=args.max_tokens),
+    # Without its chat template an instruct model often answers nothing.
+    as_chat = partial(
+        llm.get_tokenizer().apply_chat_template, tokenize=False, add_generation_prompt=True
     )
+    prompts = [as_chat([{"role": "user", "content": question}]) for question in QUESTIONS]
+    start = time.perf_counter()
+    outputs = llm.generate(prompts, SamplingParams(temperature=0.0, max_tokens=args.max_tokens))
     seconds = time.perf_counter() - start
     for question, output in zip(QUESTIONS, outputs, strict=True):
         print(f"{question}\n  -> {output.outputs[0].text.strip()}")

@@ -233,11 +233,13 @@ def main() -> None:
         if not keep:
             server.stop()
     if keep:
+        messages = [{"role": "user", "content": "Who are you?"}]
+        request = json.dumps({"model": "demo", "messages": messages, "max_tokens": 64})
         print(
             f"\nThe server keeps running. Ask it with\n"
-            f"  curl {server.url}/v1/chat/completions -H 'Content-Type: application/json' -d "
-            '\'{"model": "demo", "messages": [{"role": "user", "content": "Who are you?"}]}\'\n'
-            f"and stop it with\n  kill -INT -- -{server.process.pid}"
+            f"  curl {server.url}/v1/chat/completions -H 'Content-Type: application/json' "
+            f"-d '{request}'\n"
+            f"and stop it with\n  kill -INT {server.process.pid}"
         )
 
 

@@ -122,13 +122,15 @@ def resolve_layers(
     hf_overrides: Mapping[str, Any] | None = None,
     max_model_len: int | None = None,
 ) -> LayerPlan:
-    """The window of every layer of a dense Qwen3.
+    """The window of every layer of a Qwen3, dense or MoE.
 
     Options win over the checkpoint; in the checkpoint an explicit ``layer_types`` wins over
-    ``max_window_layers``.
+    ``max_window_layers``. transformers (5.19) knows neither for MoE and slides every layer once
+    ``use_sliding_window`` is true; an explicit ``layer_types`` is followed here all the same.
 
     Args:
-        hf_config: a ``Qwen3Config`` (``layer_types`` already derived by transformers).
+        hf_config: a ``Qwen3Config`` (``layer_types`` already derived by transformers) or a
+            ``Qwen3MoeConfig``.
         options: the user's options.
         hf_overrides: what the user changed by ``--hf-overrides``. transformers derives
             ``layer_types`` *before* vLLM applies these, so some of them have no effect.
@@ -144,8 +146,9 @@ def resolve_layers(
                 "swa: enabled=false contradicts window / full_attention_layers; remove either"
             )
         return LayerPlan((None,) * num_layers)
-    layer_types = _checkpoint_layer_types(hf_config, num_layers)
-    _check_overrides(hf_config, layer_types, options, hf_overrides or {})
+    layer_types = _checkpoint_layer_types(hf_config, num_layers, options)
+    if hf_config.model_type != "qwen3_moe":
+        _check_overrides(hf_config, layer_types, options, hf_overrides or {})
     if options.window is None and options.full_attention_layers is None:
         _check_checkpoint(hf_config, layer_types)
 
@@ -181,7 +184,9 @@ def _warnings(window: int, max_model_len: int | None) -> tuple[str, ...]:
     return (f"window {window} is not below max_model_len {max_model_len}: nothing will ever slide",)
 
 
-def _checkpoint_layer_types(hf_config: Any, num_layers: int) -> list[str]:
+def _checkpoint_layer_types(hf_config: Any, num_layers: int, options: SWAOptions) -> list[str]:
+    if getattr(hf_config, "layer_types", None) is None:
+        return _moe_layer_types(hf_config, num_layers, options)
     layer_types = list(hf_config.layer_types)
     if len(layer_types) != num_layers:
         raise SWAConfigError(
@@ -193,6 +198,21 @@ def _checkpoint_layer_types(hf_config: Any, num_layers: int) -> list[str]:
             f"layer_types contains {', '.join(unknown)}; Qwen3 has {FULL} and {SLIDING} only"
         )
     return layer_types
+
+
+def _moe_layer_types(hf_config: Any, num_layers: int, options: SWAOptions) -> list[str]:
+    """What transformers does with a Qwen3-MoE without ``layer_types``: all layers or none."""
+    if not hf_config.use_sliding_window:
+        return [FULL] * num_layers
+    first = getattr(hf_config, "max_window_layers", None)
+    if first and options.full_attention_layers is None:
+        raise SWAConfigError(
+            f"max_window_layers={first} would leave layers full, but transformers ignores it for "
+            "Qwen3-MoE and slides all layers. Say which layers are full: "
+            f"""--additional-config '{{"swa": {{"full_attention_layers": "0-{first - 1}"}}}}' """
+            '(or "none" for no layer)'
+        )
+    return [SLIDING] * num_layers
 
 
 def _checkpoint_window(hf_config: Any) -> int:
@@ -218,9 +238,9 @@ def _check_checkpoint(hf_config: Any, layer_types: Sequence[str]) -> None:
         )
     if hf_config.use_sliding_window and not slides:
         raise SWAConfigError(
-            "use_sliding_window is true but no layer slides "
-            f"(max_window_layers={hf_config.max_window_layers}, {len(layer_types)} layers, "
-            "layer_types all full_attention). If the window came by --hf-overrides: transformers "
+            "use_sliding_window is true but no layer slides: layer_types is all full_attention "
+            f"(max_window_layers={getattr(hf_config, 'max_window_layers', None)}, "
+            f"{len(layer_types)} layers). If the window came by --hf-overrides: transformers "
             "derives layer_types before overrides apply; override layer_types too, or use "
             f"{_USE_OPTIONS}. For full attention use {_SERVE_FULL}"
         )

@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers import Qwen3MoeConfig
 
 from swa_backend.config import SWAConfigError, SWAOptions, parse_layers, resolve_layers
 from tiny_models import BY_LAYER_TYPES, FULL, MIXED, SLIDING, WINDOW, tiny_config
@@ -93,6 +94,32 @@ def test_every_fourth_layer_is_the_last_of_four() -> None:
 def test_layers_as_list_and_as_text_are_the_same(layers: set[int]) -> None:
     if layers:
         assert parse_layers(",".join(map(str, layers)), 41) == parse_layers(layers, 41) == layers
+
+
+@pytest.mark.parametrize(
+    ("checkpoint", "options", "windows"),
+    [
+        ({"use_sliding_window": False}, {}, (None,) * 4),
+        ({"use_sliding_window": True, "sliding_window": 8}, {}, (8,) * 4),
+        ({"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 0}, {}, (8,) * 4),
+        (BY_LAYER_TYPES, {}, (W, None, W, None)),
+        (FULL, {"window": 8, "full_attention_layers": [1]}, (8, None, 8, 8)),
+        (MIXED, {"full_attention_layers": "none"}, (W,) * 4),
+        (MIXED, {"full_attention_layers": "0-1"}, (None, None, W, W)),
+    ],
+)
+def test_effective_windows_of_moe(
+    checkpoint: dict[str, Any], options: dict[str, Any], windows: tuple[int | None, ...]
+) -> None:
+    config = Qwen3MoeConfig(num_hidden_layers=4, **checkpoint)
+    assert resolve_layers(config, SWAOptions.from_dict(options)).windows == windows
+
+
+@pytest.mark.parametrize("first", [2, 4])
+def test_max_window_layers_of_moe_is_ambiguous(first: int) -> None:
+    config = Qwen3MoeConfig(num_hidden_layers=4, **{**MIXED, "max_window_layers": first})
+    with pytest.raises(SWAConfigError, match=f'"full_attention_layers": "0-{first - 1}"'):
+        resolve_layers(config, SWAOptions())
 
 
 OVERRIDE = {"use_sliding_window": True, "sliding_window": W, "max_window_layers": 0}

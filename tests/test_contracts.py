@@ -23,7 +23,9 @@ from swa_vllm.attention import WindowedAttention
 from swa_vllm.backend_cpu import SWACPUBackend, SWACPUMetadataBuilder
 from swa_vllm.kv_manager import SWAManager
 from swa_vllm.kv_spec import SWASpec
-from swa_vllm.models.qwen3 import SWAQwen3DecoderLayer, SWAQwen3ForCausalLM, SWAQwen3Model
+from swa_vllm.models.qwen3 import SWAQwen3ForCausalLM
+from swa_vllm.models.qwen3_moe import SWAQwen3MoeForCausalLM
+from swa_vllm.models.windowed import WindowedModel
 
 INSTALLED = Path(vllm.__file__).parent
 SOURCES = Path(".cache/vllm-sources")
@@ -36,6 +38,7 @@ CPU = "v1/attention/backends/cpu_attn.py"
 ENUM = "v1/attention/backends/registry.py"
 MANAGER = "v1/core/single_type_kv_cache_manager.py"
 QWEN3 = "model_executor/models/qwen3.py"
+QWEN3_MOE = "model_executor/models/qwen3_moe.py"
 QWEN2 = "model_executor/models/qwen2.py"
 REGISTRY = "v1/kv_cache_spec_registry.py"
 SPEC = "v1/kv_cache_interface.py"
@@ -62,9 +65,7 @@ OVERRIDES: dict[Callable[..., Any], tuple[str, str]] = {
         BACKEND,
         "AttentionBackend.supports_compute_capability",
     ),
-    SWAQwen3DecoderLayer.__init__: (QWEN3, "Qwen3DecoderLayer.__init__"),
-    SWAQwen3Model.__init__: (QWEN3, "Qwen3Model.__init__"),
-    SWAQwen3ForCausalLM.__init__: (QWEN3, "Qwen3ForCausalLM.__init__"),
+    WindowedModel.__init__: (QWEN3, "Qwen3ForCausalLM.__init__"),
 }
 # Functions that we call, with the parameters that we pass by name.
 CALLED = {
@@ -72,8 +73,8 @@ CALLED = {
         *("num_kv_heads", "per_layer_sliding_window", "prefix", "attn_type", "attn_backend"),
         *("cache_config", "quant_config"),
     },
-    (QWEN3, "Qwen3DecoderLayer.__init__"): {"prefix", "per_layer_sliding_window"},
-    (QWEN2, "Qwen2Model.__init__"): {"vllm_config", "prefix", "decoder_layer_type"},
+    (QWEN3, "Qwen3ForCausalLM.__init__"): {"vllm_config", "prefix"},
+    (QWEN3_MOE, "Qwen3MoeForCausalLM.__init__"): {"vllm_config", "prefix"},
     (REGISTRY, "KVCacheSpecRegistry.register"): {"uniform_type_base_spec"},
     (REGISTRY, "KVCacheSpecRegistry.check_kv_cache_spec_registry"): {"kv_cache_spec"},
     (ENUM, "register_backend"): {"backend", "class_path"},
@@ -98,6 +99,12 @@ ATTRIBUTES = {
     (MANAGER, "SingleTypeKVCacheManager.__init__"): {"req_to_blocks"},
     (QWEN3, "Qwen3DecoderLayer.__init__"): {"self_attn"},
     (QWEN3, "Qwen3Attention.__init__"): {"attn"},
+    (QWEN3, "Qwen3ForCausalLM.__init__"): {"model"},
+    (QWEN2, "Qwen2Model.__init__"): {"layers"},
+    (QWEN3_MOE, "Qwen3MoeDecoderLayer.__init__"): {"self_attn"},
+    (QWEN3_MOE, "Qwen3MoeAttention.__init__"): {"attn"},
+    (QWEN3_MOE, "Qwen3MoeModel.__init__"): {"layers"},
+    (QWEN3_MOE, "Qwen3MoeForCausalLM.__init__"): {"model"},
 }
 
 
@@ -161,9 +168,8 @@ def _ids(key: Any) -> str:
 def test_override_takes_what_vllm_passes(override: Callable[..., Any], tree: Path) -> None:
     theirs = _parameters(_find(tree, *OVERRIDES[override]))
     ours = inspect.signature(override).parameters
-    own = {"plan"}  # parameters that only our own calls pass
     named = [n for n, p in ours.items() if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
-    assert [n for n in named if n not in own] == [n for n in theirs if n in named]
+    assert named == [n for n in theirs if n in named]
     if not any(p.kind is p.VAR_KEYWORD for p in ours.values()):
         assert set(theirs) <= set(named), "vLLM passes a parameter that the override drops"
 
@@ -171,7 +177,7 @@ def test_override_takes_what_vllm_passes(override: Callable[..., Any], tree: Pat
 def test_every_override_is_held() -> None:
     classes = (
         *(WindowedAttention, SWASpec, SWAManager, SWACPUMetadataBuilder, SWACPUBackend),
-        *(SWAQwen3DecoderLayer, SWAQwen3Model, SWAQwen3ForCausalLM),
+        *(WindowedModel, SWAQwen3ForCausalLM, SWAQwen3MoeForCausalLM),
     )
     dunders = ("init", "eq", "hash", "repr", "replace", "setattr", "delattr")
     generated = {f"__{name}__" for name in dunders}  # by dataclass
@@ -217,15 +223,6 @@ def _assigned_to_self(function: ast.FunctionDef) -> set[str]:
         and isinstance(node.value, ast.Name)
         and node.value.id == "self"
     }
-
-
-def test_our_constructor_sets_what_the_stock_one_sets(tree: Path) -> None:
-    """``SWAQwen3ForCausalLM`` repeats the body of the constructor that it cannot call."""
-    ours = ast.parse(Path(inspect.getfile(SWAQwen3ForCausalLM)).read_text())
-    (cls,) = [n for n in ours.body if getattr(n, "name", "") == "SWAQwen3ForCausalLM"]
-    (constructor,) = [n for n in cls.body if getattr(n, "name", "") == "__init__"]
-    stock = _assigned_to_self(_find(tree, QWEN3, "Qwen3ForCausalLM.__init__"))
-    assert _assigned_to_self(constructor) == stock
 
 
 def test_stock_model_asserts_on_mixed_layers_where_we_expect_it(tree: Path) -> None:

@@ -17,8 +17,10 @@ from tiny_models import (
     ROPE,
     SLIDING,
     WINDOW,
+    MoeOracle,
     Oracle,
     random_prompts,
+    save_tiny_moe,
 )
 
 LENGTHS = (1, WINDOW - 1, WINDOW, WINDOW + 1, WINDOW + PAGE_SIZE, 8 * WINDOW)
@@ -52,7 +54,9 @@ def _pairwise() -> list[Case]:
 FULL_PRODUCT: list[Case] = list(product(SOURCES, CHUNKS, ROPE, (True, False)))
 
 
-def _check_exact(prompts: list[list[int]], answers: list[Answer], oracle: Oracle) -> None:
+def _check_exact(
+    prompts: list[list[int]], answers: list[Answer], oracle: Oracle | MoeOracle
+) -> None:
     scores = [oracle.score(p + a.tokens) for p, a in zip(prompts, answers, strict=True)]
     noise = max(s.noise for s in scores)
     for prompt, answer, score in zip(prompts, answers, scores, strict=True):
@@ -92,6 +96,28 @@ def test_engine_equals_hugging_face(
     case: Case, tiny_model: ModelFactory, engine: EngineFactory
 ) -> None:
     _check(case, tiny_model, engine)
+
+
+@pytest.mark.parametrize(
+    ("checkpoint", "options", "windows"),
+    [
+        ({"use_sliding_window": True, "sliding_window": WINDOW}, {}, (WINDOW,) * 4),
+        (BY_LAYER_TYPES, {}, (WINDOW, None) * 2),
+        (FULL, {"window": 24, "full_attention_layers": "0-1"}, (None, None, 24, 24)),
+    ],
+    ids=["sliding", "layer_types", "options"],
+)
+def test_moe_equals_hugging_faces_layers(
+    checkpoint: dict[str, Any],
+    options: dict[str, Any],
+    windows: tuple[int | None, ...],
+    tmp_path: Path,
+    engine: EngineFactory,
+) -> None:
+    model = save_tiny_moe(tmp_path, **checkpoint)
+    llm = engine(model, max_num_batched_tokens=16, additional_config={"swa": options})
+    prompts = random_prompts(LENGTHS)
+    _check_exact(prompts, generate(llm, prompts), MoeOracle(model, windows))
 
 
 @pytest.mark.full

@@ -88,7 +88,7 @@ def is_gone(process: psutil.Process) -> bool:
 def kept_quickstart() -> Iterator[str]:
     """What ``quickstart.sh --keep`` printed; its server runs until the tests are over."""
     result = run(["bash", "examples/quickstart.sh", "--keep"])
-    stop = re.search(r"kill -INT -- -(\d+)", result.stdout)
+    stop = re.search(r"kill -INT (\d+)", result.stdout)
     try:
         assert result.returncode == 0, result.stdout + result.stderr
         yield result.stdout
@@ -128,7 +128,7 @@ def test_quickstart_keep_prints_a_request_that_works(kept_quickstart: str) -> No
 
 
 def test_quickstart_keep_prints_a_command_that_stops_the_server(kept_quickstart: str) -> None:
-    (line, pid) = re.findall(r"^ *(kill -INT -- -(\d+))$", kept_quickstart, re.MULTILINE)[0]
+    (line, pid) = re.findall(r"^ *(kill -INT (\d+))$", kept_quickstart, re.MULTILINE)[0]
     server = psutil.Process(int(pid))
     family = [server, *children(server)]
     subprocess.run(line, shell=True, check=True)

@@ -26,20 +26,18 @@ STOCK_PROBE = Path(__file__).with_name("stock_probe.py")
 
 def test_registering_twice_changes_nothing() -> None:
     def state() -> Any:
-        return registration.registered_class(registration.ARCHITECTURE), (
-            AttentionBackendEnum.CUSTOM.get_path()
-        )
+        models = {name: registration.registered_class(name) for name in registration.MODELS}
+        return models, AttentionBackendEnum.CUSTOM.get_path()
 
     swa_vllm.register()
     first = state()
     swa_vllm.register()
-    assert state() == first == (registration.MODEL_PATH, registration.BACKEND_PATH)
+    assert state() == first == (registration.MODELS, registration.BACKEND_PATH)
 
 
-def test_vllm_resolves_qwen3_to_the_windowed_class_and_moe_to_its_own() -> None:
+def test_other_architectures_stay_vllms_own() -> None:
     swa_vllm.register()
-    assert registration.registered_class("Qwen3ForCausalLM") == registration.MODEL_PATH
-    for other in ("Qwen3MoeForCausalLM", "Qwen2ForCausalLM", "LlamaForCausalLM"):
+    for other in ("Qwen3NextForCausalLM", "Qwen3_5ForCausalLM", "Qwen2ForCausalLM"):
         owner = registration.registered_class(other)
         assert owner is not None
         assert owner.startswith("vllm.")

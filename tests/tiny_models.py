@@ -6,7 +6,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
+
+from swa_backend.reference import sliding_window_mask_4d
 
 WINDOW = 40  # not a multiple of the page size
 PAGE_SIZE = 32  # the smallest that vLLM's CPU attention takes
@@ -35,28 +44,28 @@ ROPE: dict[str, dict[str, Any]] = {
 }
 
 
+_COMMON: dict[str, Any] = {
+    "vocab_size": VOCAB_SIZE,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": NUM_LAYERS,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "max_position_embeddings": 512,
+    "tie_word_embeddings": True,
+    "rope_parameters": ROPE["default"],
+    # Large enough for attention to matter and for the argmax to be clear.
+    "initializer_range": 0.3,
+    "eos_token_id": None,
+    "bos_token_id": None,
+    "pad_token_id": None,
+}
+
+
 def tiny_config(**overrides: Any) -> Qwen3Config:
     """A Qwen3 of four layers; ``overrides`` are config keys."""
-    return Qwen3Config(
-        **{
-            "vocab_size": VOCAB_SIZE,
-            "hidden_size": 64,
-            "intermediate_size": 128,
-            "num_hidden_layers": NUM_LAYERS,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-            "head_dim": 32,
-            "max_position_embeddings": 512,
-            "tie_word_embeddings": True,
-            "rope_parameters": ROPE["default"],
-            # Large enough for attention to matter and for the argmax to be clear.
-            "initializer_range": 0.3,
-            "eos_token_id": None,
-            "bos_token_id": None,
-            "pad_token_id": None,
-            **overrides,
-        }
-    )
+    return Qwen3Config(**{**_COMMON, **overrides})
 
 
 def save_tiny_model(directory: Path, **overrides: Any) -> Path:
@@ -68,6 +77,23 @@ def save_tiny_model(directory: Path, **overrides: Any) -> Path:
             if "norm" in name:
                 parameter.uniform_(0.5, 1.5)
     model.float().save_pretrained(directory)
+    return directory
+
+
+def save_tiny_moe(directory: Path, **overrides: Any) -> Path:
+    """Write a random Qwen3-MoE of four experts a layer to ``directory``."""
+    torch.manual_seed(0)
+    config = Qwen3MoeConfig(
+        **{
+            **_COMMON,
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 64,
+            "norm_topk_prob": True,
+            **overrides,
+        }
+    )
+    Qwen3MoeForCausalLM(config).float().save_pretrained(directory)
     return directory
 
 
@@ -94,6 +120,37 @@ def random_prompts(lengths: Sequence[int], seed: int = 0) -> list[list[int]]:
     """One random prompt a length."""
     generator = torch.Generator().manual_seed(seed)
     return [torch.randint(VOCAB_SIZE, (n,), generator=generator).tolist() for n in lengths]
+
+
+class MoeOracle:
+    """Hugging Face's Qwen3-MoE decoder layers, each called with the mask of its own window.
+
+    transformers has one mask for all layers of this model, so mixed layers need this.
+    """
+
+    def __init__(self, directory: Path, windows: Sequence[int | None]) -> None:
+        self._windows = windows
+        self._models = [
+            Qwen3MoeForCausalLM.from_pretrained(
+                directory, dtype=dtype, attn_implementation="eager", experts_implementation="eager"
+            ).eval()
+            for dtype in (torch.float64, torch.float32)
+        ]
+
+    @torch.inference_mode()
+    def score(self, tokens: Sequence[int]) -> "OracleScores":
+        exact, rounded = (self._logprobs(model, tokens) for model in self._models)
+        return OracleScores(exact, (exact - rounded).abs().max().item())
+
+    def _logprobs(self, model: Any, tokens: Sequence[int]) -> torch.Tensor:
+        hidden = model.model.embed_tokens(torch.tensor([tokens]))
+        positions = torch.arange(len(tokens))[None]
+        rotary = model.model.rotary_emb(hidden, positions)
+        for layer, window in zip(model.model.layers, self._windows, strict=True):
+            mask = sliding_window_mask_4d(len(tokens), len(tokens), window, hidden.dtype)
+            hidden = layer(hidden, attention_mask=mask, position_embeddings=rotary)
+        logits = model.lm_head(model.model.norm(hidden))[0]
+        return logits.double().log_softmax(-1)
 
 
 @dataclass(frozen=True)

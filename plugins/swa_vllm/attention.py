@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from vllm.config import VllmConfig, get_current_vllm_config
+from vllm.config import VllmConfig
 from vllm.model_executor.layers.attention import Attention
 from vllm.platforms import current_platform
 from vllm.v1.attention.backend import AttentionBackend
@@ -30,25 +30,28 @@ class WindowedAttention(Attention):
         )
 
     @classmethod
-    def replacing(cls, stock: Attention, **kwargs: Any) -> "WindowedAttention":
-        """A windowed layer in the place of ``stock``, which has not been used yet.
+    def replacing(
+        cls, stock: Attention, window: int, vllm_config: VllmConfig
+    ) -> "WindowedAttention":
+        """A layer with a window in the place of ``stock``, which has not been used yet.
 
         Args:
-            stock: a decoder self-attention layer with a window.
-            kwargs: ``cache_config`` and ``quant_config`` that ``stock`` was made with.
+            stock: a decoder self-attention layer.
+            window: tokens a query sees, itself included.
+            vllm_config: the config that ``stock`` was made with.
         """
-        assert stock.sliding_window is not None
         # The layer registered itself under its name; only one may.
-        del get_current_vllm_config().compilation_config.static_forward_context[stock.layer_name]
+        del vllm_config.compilation_config.static_forward_context[stock.layer_name]
         return cls(
             stock.num_heads,
             stock.head_size,
             stock.impl.scale,
             num_kv_heads=stock.num_kv_heads,
-            per_layer_sliding_window=stock.sliding_window,
+            cache_config=vllm_config.cache_config,
+            quant_config=vllm_config.quant_config,
+            per_layer_sliding_window=window,
             prefix=stock.layer_name,
             attn_type=stock.attn_type,
-            **kwargs,
         )
 
     def get_kv_cache_spec(self, vllm_config: VllmConfig) -> KVCacheSpec:

@@ -8,7 +8,7 @@ from swa_backend.config import LayerPlan, SWAOptions, resolve_layers
 
 
 def layer_plan(vllm_config: VllmConfig) -> LayerPlan:
-    """The window of every layer of the (dense Qwen3) model that ``vllm_config`` describes.
+    """The window of every layer of the model that ``vllm_config`` describes.
 
     Raises:
         SWAConfigError: contradictory or ineffective settings, with the remedy.

@@ -17,23 +17,29 @@ logger = init_logger(f"vllm.{__name__}")
 
 TESTED_VERSIONS = ("0.32", "0.33")
 ALLOW_UNTESTED = "SWA_ALLOW_UNTESTED_VLLM"
-ARCHITECTURE = "Qwen3ForCausalLM"
-MODEL_PATH = "swa_vllm.models.qwen3:SWAQwen3ForCausalLM"
-GUARD_PATH = "swa_vllm.models.guard:UntestedVLLMQwen3ForCausalLM"
+MODELS = {
+    "Qwen3ForCausalLM": "swa_vllm.models.qwen3:SWAQwen3ForCausalLM",
+    "Qwen3MoeForCausalLM": "swa_vllm.models.qwen3_moe:SWAQwen3MoeForCausalLM",
+}
+GUARDS = {
+    "Qwen3ForCausalLM": "swa_vllm.models.guard:UntestedQwen3ForCausalLM",
+    "Qwen3MoeForCausalLM": "swa_vllm.models.guard:UntestedQwen3MoeForCausalLM",
+}
 BACKEND_PATH = "swa_vllm.backend_cpu.SWACPUBackend"
 
 
 def register_all() -> None:
     """Register with the vLLM of this process; calling it again changes nothing."""
-    owner = registered_class(ARCHITECTURE)
-    if owner is not None and not owner.startswith(("vllm.", "swa_vllm.")):
-        _guard_foreign_model(owner)
-    elif is_tested(vllm_version()) or os.environ.get(ALLOW_UNTESTED) == "1":
+    tested = is_tested(vllm_version()) or os.environ.get(ALLOW_UNTESTED) == "1"
+    if tested:
         _register_spec()
         _register_backend()
-        ModelRegistry.register_model(ARCHITECTURE, MODEL_PATH)
-    else:
-        ModelRegistry.register_model(ARCHITECTURE, GUARD_PATH)
+    for architecture, path in (MODELS if tested else GUARDS).items():
+        owner = registered_class(architecture)
+        if owner is None or owner.startswith(("vllm.", "swa_vllm.")):
+            ModelRegistry.register_model(architecture, path)
+        else:
+            _guard_foreign_model(architecture, owner)
 
 
 def vllm_version() -> str:
@@ -104,14 +110,15 @@ def _register_backend() -> None:
         register_backend(AttentionBackendEnum.CUSTOM, BACKEND_PATH)
 
 
-def _guard_foreign_model(owner: str) -> None:
+def _guard_foreign_model(architecture: str, owner: str) -> None:
     from swa_vllm.models.guard import refusing
 
     reason = (
-        f"{ARCHITECTURE} is registered by {owner}, and a window needs {MODEL_PATH}. {_LOAD_ONE}"
+        f"{architecture} is registered by {owner}, and a window needs {MODELS[architecture]}. "
+        f"{_LOAD_ONE}"
     )
     try:
-        foreign = ModelRegistry.models[ARCHITECTURE].load_model_cls()
-        ModelRegistry.register_model(ARCHITECTURE, refusing(foreign, reason))
+        foreign = ModelRegistry.models[architecture].load_model_cls()
+        ModelRegistry.register_model(architecture, refusing(foreign, reason))
     except Exception as error:  # the other plugin's import may fail in any way; see the module
         logger.warning("%s (%s could not be loaded to guard it: %s)", reason, owner, error)

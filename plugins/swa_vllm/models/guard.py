@@ -3,6 +3,7 @@
 from torch import nn
 from vllm.config import VllmConfig
 from vllm.model_executor.models.qwen3 import Qwen3ForCausalLM
+from vllm.model_executor.models.qwen3_moe import Qwen3MoeForCausalLM
 
 from swa_vllm.options import layer_plan
 from swa_vllm.registration import untested_reason
@@ -20,4 +21,5 @@ def refusing(base: type[nn.Module], reason: str) -> type[nn.Module]:
     return RefusesWindows
 
 
-UntestedVLLMQwen3ForCausalLM = refusing(Qwen3ForCausalLM, untested_reason())
+UntestedQwen3ForCausalLM = refusing(Qwen3ForCausalLM, untested_reason())
+UntestedQwen3MoeForCausalLM = refusing(Qwen3MoeForCausalLM, untested_reason())
