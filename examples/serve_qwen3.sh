@@ -18,6 +18,8 @@ qwen3-8b)
     ;;
 demo)
     "$bin/python" examples/make_demo_model.py .cache/demo
+    # GiB. On CPUs vLLM would take nearly all of the machine's memory; GPUs ignore this.
+    export VLLM_CPU_KVCACHE_SPACE=${VLLM_CPU_KVCACHE_SPACE:-1}
     exec "$bin/vllm" serve .cache/demo/mixed --served-model-name demo --max-model-len 4096 "$@"
     ;;
 *)

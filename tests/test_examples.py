@@ -172,7 +172,7 @@ def test_serve_script_serves_the_demo_model_where_told(tmp_path: Path) -> None:
     url, log = f"http://127.0.0.1:{port}", tmp_path / "log"
     options = ["--host", "127.0.0.1", "--port", str(port), "--enforce-eager"]
     with running(["bash", "examples/serve_qwen3.sh", "demo", *options], log) as server:
-        wait_until(lambda: answers(url) or not server.is_running(), log)
+        wait_until(lambda: answers(url) or is_gone(server), log)
         request = {"model": "demo", "prompt": "The capital of France is", "max_tokens": 4}
         reply = httpx.post(f"{url}/v1/completions", json=request, timeout=TIMEOUT_S)
         assert reply.json()["choices"][0]["text"].strip()
