@@ -5,7 +5,10 @@ Face's and their managers can be looked at. One engine lives at a time; it is re
 that follow one another with the same configuration.
 """
 
+import json
 import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -25,7 +28,14 @@ from vllm import LLM
 
 from engine_tools import start_engine, stop_engine
 from make_demo_model import ensure_demo_model
-from tiny_models import save_tiny_llama, save_tiny_model
+from tiny_models import (
+    BY_LAYER_TYPES,
+    FULL,
+    MIXED,
+    SLIDING,
+    save_tiny_llama,
+    save_tiny_model,
+)
 
 ModelFactory = Callable[..., Path]
 EngineFactory = Callable[..., LLM]
@@ -55,6 +65,31 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> ModelFactory:
 def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Directory of a random tiny Llama."""
     return save_tiny_llama(tmp_path_factory.mktemp("llama"))
+
+
+@pytest.fixture(scope="session")
+def stock_results(tiny_model: ModelFactory, tiny_llama: Path) -> dict[str, Any]:
+    """What vLLM serves without the plugin, by :func:`engine_tools.describe` in another process."""
+    fp8 = {"kv_cache_dtype": "fp8"}
+    cases: dict[str, tuple[Path, dict[str, Any]]] = {
+        "full": (tiny_model(**FULL), {}),
+        "sliding": (tiny_model(**SLIDING), {}),
+        "llama": (tiny_llama, {}),
+        "mixed": (tiny_model(**MIXED), {}),
+        "layer_types": (tiny_model(**BY_LAYER_TYPES), {}),
+        "full_fp8": (tiny_model(**FULL), fp8),
+        "sliding_fp8": (tiny_model(**SLIDING), fp8),
+    }
+    command = [sys.executable, str(Path(__file__).with_name("stock_probe.py"))]
+    result = subprocess.run(
+        [*command, json.dumps({k: (str(model), kwargs) for k, (model, kwargs) in cases.items()})],
+        env={**os.environ, "VLLM_PLUGINS": ""},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    return dict(json.loads(result.stdout.splitlines()[-1]))
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,7 @@
-"""Describe what vLLM serves for each model of a JSON object; run without the plugin."""
+"""Describe what vLLM serves for each [model, engine arguments] of a JSON object.
+
+Run without the plugin: the yardstick of what must not change.
+"""
 
 import json
 import sys
@@ -8,9 +11,9 @@ from engine_tools import describe, start_engine, stop_engine
 
 def main() -> None:
     results = {}
-    for name, model in json.loads(sys.argv[1]).items():
+    for name, (model, kwargs) in json.loads(sys.argv[1]).items():
         try:
-            llm = start_engine(model)
+            llm = start_engine(model, **kwargs)
             results[name] = describe(llm)
             del llm
         except Exception as error:

@@ -79,7 +79,7 @@ def wait_until(condition: Callable[[], bool], log: Path) -> None:
 
 def is_gone(process: psutil.Process) -> bool:
     try:
-        return process.status() == psutil.STATUS_ZOMBIE
+        return bool(process.status() == psutil.STATUS_ZOMBIE)
     except psutil.NoSuchProcess:
         return True
 
@@ -132,8 +132,7 @@ def test_quickstart_keep_prints_a_command_that_stops_the_server(kept_quickstart:
     server = psutil.Process(int(pid))
     family = [server, *children(server)]
     subprocess.run(line, shell=True, check=True)
-    for member in family:
-        wait_until(lambda member=member: is_gone(member), ROOT / ".cache" / "quickstart.log")
+    wait_until(lambda: all(map(is_gone, family)), ROOT / ".cache" / "quickstart.log")
 
 
 def test_quickstart_fails_with_the_reason_of_the_server(tmp_path: Path) -> None:
@@ -178,8 +177,7 @@ def test_serve_script_serves_the_demo_model_where_told(tmp_path: Path) -> None:
         assert reply.json()["choices"][0]["text"].strip()
         family = [server, *children(server)]
         server.send_signal(signal.SIGINT)  # reaches vLLM, not a shell around it
-        for member in family:
-            wait_until(lambda member=member: is_gone(member), log)
+        wait_until(lambda: all(map(is_gone, family)), log)
 
 
 def answers(url: str) -> bool:

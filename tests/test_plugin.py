@@ -1,10 +1,6 @@
 """What the plugin changes in vLLM, and what it leaves alone."""
 
-import json
 import logging
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,8 +16,6 @@ from engine_tools import attention_layers, describe, generate
 from swa_backend.config import SWAConfigError
 from swa_vllm import registration
 from tiny_models import BY_LAYER_TYPES, FULL, MIXED, SLIDING, WINDOW, random_prompts
-
-STOCK_PROBE = Path(__file__).with_name("stock_probe.py")
 
 
 def test_registering_twice_changes_nothing() -> None:
@@ -189,23 +183,6 @@ def test_another_plugins_backend_is_named(
     assert AttentionBackendEnum.CUSTOM.get_path() == "other_plugin.Backend"
     with pytest.raises(RuntimeError, match=r"other_plugin.Backend.*swa_vllm.backend_cpu"):
         engine(tiny_model(**MIXED, made_for="slot"), seed=4)
-
-
-@pytest.fixture(scope="module")
-def stock_results(tiny_model: ModelFactory, tiny_llama: Path) -> dict[str, Any]:
-    """What vLLM does without the plugin, in a process of its own."""
-    models = {
-        "full": tiny_model(**FULL),
-        "sliding": tiny_model(**SLIDING),
-        "llama": tiny_llama,
-        "mixed": tiny_model(**MIXED),
-        "layer_types": tiny_model(**BY_LAYER_TYPES),
-    }
-    command = [sys.executable, str(STOCK_PROBE), json.dumps({k: str(v) for k, v in models.items()})]
-    env = {**os.environ, "VLLM_PLUGINS": ""}
-    result = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stderr[-3000:]
-    return dict(json.loads(result.stdout.splitlines()[-1]))
 
 
 @pytest.mark.parametrize("name", ["full", "llama"])
