@@ -4,7 +4,7 @@ import pytest
 from vllm import LLM, SamplingParams
 
 from conftest import EngineFactory, ModelFactory
-from engine_tools import generate, managers, num_free_pages, scheduler
+from engine_tools import attention_layers, generate, managers, num_free_pages, scheduler
 from swa_backend.pages import ceil_div, max_window_pages, num_dead_pages
 from tiny_models import MIXED, PAGE_SIZE, SLIDING, WINDOW, random_prompts
 
@@ -18,7 +18,9 @@ def llm(engine: EngineFactory, tiny_model: ModelFactory) -> LLM:
 
 def _add(llm: LLM, name: str, num_prompt: int, num_tokens: int) -> None:
     (prompt,) = random_prompts([num_prompt])
-    params = SamplingParams(max_tokens=num_tokens, ignore_eos=True, detokenize=False)
+    params = SamplingParams(
+        temperature=0.0, max_tokens=num_tokens, ignore_eos=True, logprobs=1, detokenize=False
+    )
     llm.llm_engine.add_request(name, {"prompt_token_ids": prompt}, params)
 
 
@@ -54,6 +56,36 @@ def test_decoding_holds_no_more_than_its_window(llm: LLM) -> None:
         llm.llm_engine.step()
         held.append(manager.snapshot().live)
     assert max(held) == max_window_pages(WINDOW, PAGE_SIZE)
+
+
+def _walk(llm: LLM, *, poison: bool) -> list[tuple[int, float]]:
+    """Tokens and log-probabilities of a long request, freed pages poisoned after every step."""
+    pool = scheduler(llm).kv_cache_manager.block_pool
+    caches = [layer.kv_cache for layer in attention_layers(llm)]
+    _add(llm, f"poison-{poison}", 3 * WINDOW, 60)
+    held, answer, num_poisoned = set[int](), [], 0
+    while llm.llm_engine.has_unfinished_requests():
+        for output in llm.llm_engine.step():
+            best = output.outputs[0]
+            answer = [
+                (token, step[token].logprob)
+                for token, step in zip(best.token_ids, best.logprobs, strict=True)
+            ]
+        now = {block.block_id for block in pool.blocks if block.ref_cnt and not block.is_null}
+        for page in (held - now) if poison else ():
+            num_poisoned += 1
+            for cache in caches:
+                # Not NaN: the page may be allocated again next, and vLLM's CPU kernels multiply
+                # what lies in its unwritten slots by a weight of zero.
+                cache[page] = 1e4
+        held |= now
+    assert num_poisoned > 0 or not poison
+    return answer
+
+
+def test_freed_pages_are_never_read(llm: LLM) -> None:
+    """Overwritten, they change no bit of the output."""
+    assert _walk(llm, poison=True) == _walk(llm, poison=False)
 
 
 @pytest.mark.parametrize("steps", [1, 7, 40])

@@ -5,7 +5,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from transformers import Qwen3Config
-from transformers.masking_utils import create_sliding_window_causal_mask
+from transformers.masking_utils import (
+    create_sliding_window_causal_mask,
+    eager_mask,
+    sliding_window_causal_mask_function,
+)
 
 from swa_backend import pages, reference, window
 
@@ -72,6 +76,19 @@ def test_mask_equals_hugging_face(size: int, query_len: int, key_len: int) -> No
     )
     mask = reference.sliding_window_mask_4d(query_len, key_len, size)
     assert torch.equal(mask, expected.expand_as(mask))
+
+
+@pytest.mark.parametrize(("size", "query_len", "key_len"), [(4, 1, 9), (5, 3, 20), (40, 8, 30)])
+def test_mask_of_a_chunk_equals_hugging_face(size: int, query_len: int, key_len: int) -> None:
+    """The last queries of a text whose earlier keys are cached."""
+    expected = eager_mask(
+        batch_size=1,
+        q_length=query_len,
+        kv_length=key_len,
+        q_offset=key_len - query_len,
+        mask_function=sliding_window_causal_mask_function(size),
+    )
+    assert torch.equal(reference.sliding_window_mask_4d(query_len, key_len, size), expected)
 
 
 def test_mask_refuses_more_queries_than_keys() -> None:
