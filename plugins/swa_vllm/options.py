@@ -4,7 +4,8 @@ from collections.abc import Mapping
 
 from vllm.config import VllmConfig
 
-from swa_backend.config import LayerPlan, SWAOptions, resolve_layers
+from swa_backend.config import SWAOptions
+from swa_backend.layers import LayerPlan, resolve_layers
 
 
 def layer_plan(vllm_config: VllmConfig) -> LayerPlan:
