@@ -29,6 +29,10 @@ from tiny_models import (
 )
 
 LENGTHS = (5, WINDOW + 1, 4 * WINDOW)
+needs_fp8_kernels = pytest.mark.skipif(
+    not (torch.cpu._is_avx512_supported() or torch.cpu._is_amx_tile_supported()),
+    reason="vLLM has fp8 KV cache kernels for CPUs with AVX-512 or AMX only",
+)
 
 
 def _tokens(answers: list[Answer]) -> list[list[int]]:
@@ -136,6 +140,7 @@ def test_structured_output(demo_model: dict[str, Path], engine: EngineFactory) -
     assert output.outputs[0].text in ("Paris", "Rome", "Berlin")
 
 
+@needs_fp8_kernels
 @pytest.mark.parametrize(
     ("stock", "checkpoint", "options"),
     [
@@ -159,6 +164,7 @@ def test_fp8_kv_cache_is_stocks(
     assert [list(a) for a in describe(llm)["answers"]] == stock_results[stock]["answers"]
 
 
+@needs_fp8_kernels
 def test_fp8_kv_cache_can_skip_the_sliding_layers(
     stock_results: dict[str, Any], engine: EngineFactory, tiny_model: ModelFactory
 ) -> None:
