@@ -6,6 +6,8 @@ nothing falls back to full attention silently.
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from enum import StrEnum
+from functools import partial
 from typing import Any
 
 OPTION_KEYS = (
@@ -18,13 +20,25 @@ OPTION_KEYS = (
     "impl",
     "debug_poison",
 )
-_NOT_BUILT = frozenset({"sink_tokens", "position_shift", "prefill_pages", "impl", "debug_poison"})
+_NOT_BUILT = frozenset({"sink_tokens", "position_shift", "impl"})
 USE_OPTIONS = """--additional-config '{"swa": {"window": W}}'"""
 SERVE_FULL = """--additional-config '{"swa": {"enabled": false}}'"""
 
 
 class SWAConfigError(ValueError):
     """A window configuration that cannot be served as asked."""
+
+
+class PrefillPages(StrEnum):
+    """Which pages of a prefill chunk are stored.
+
+    ``SURVIVORS``: those that a token after the chunk can see. ``ALL``: every page, as vLLM does.
+    ``AUTO``: survivors, and the others too while the pool has room for them as prefix cache.
+    """
+
+    AUTO = "auto"
+    SURVIVORS = "survivors"
+    ALL = "all"
 
 
 @dataclass(frozen=True)
@@ -37,11 +51,15 @@ class SWAOptions:
         full_attention_layers: layers that keep full attention: indices, or text such as
             ``"0-3,27"``, ``"every:4"`` (layers 3, 7, 11, ...) or ``"none"``; None takes the
             checkpoint's.
+        prefill_pages: which pages of a prefill chunk are stored.
+        debug_poison: fill free pages with NaN at every step and check what layers return.
     """
 
     enabled: bool = True
     window: int | None = None
     full_attention_layers: str | tuple[int, ...] | None = None
+    prefill_pages: PrefillPages = PrefillPages.AUTO
+    debug_poison: bool = False
 
     @classmethod
     def from_dict(cls, raw: object) -> "SWAOptions":
@@ -64,9 +82,11 @@ class SWAOptions:
                 f"swa: {', '.join(unbuilt)} is reserved but not built in this version; remove it"
             )
         checks: dict[str, Callable[[Any], Any]] = {
-            "enabled": _checked_bool,
+            "enabled": partial(_checked_bool, "enabled"),
             "window": _checked_window,
             "full_attention_layers": _checked_layers,
+            "prefill_pages": _checked_prefill_pages,
+            "debug_poison": partial(_checked_bool, "debug_poison"),
         }
         return cls(**{key: checks[key](value) for key, value in raw.items()})
 
@@ -91,10 +111,18 @@ def parse_layers(spec: str | Iterable[int], num_layers: int) -> frozenset[int]:
     return frozenset(layers)
 
 
-def _checked_bool(value: object) -> bool:
+def _checked_bool(key: str, value: object) -> bool:
     if not isinstance(value, bool):
-        raise SWAConfigError(f"swa.enabled must be true or false, got {value!r}")
+        raise SWAConfigError(f"swa.{key} must be true or false, got {value!r}")
     return value
+
+
+def _checked_prefill_pages(value: object) -> PrefillPages:
+    try:
+        return PrefillPages(value)
+    except ValueError:
+        allowed = ", ".join(f'"{policy.value}"' for policy in PrefillPages)
+        raise SWAConfigError(f"swa.prefill_pages must be one of {allowed}, got {value!r}") from None
 
 
 def _checked_window(value: object) -> int:

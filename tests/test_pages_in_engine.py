@@ -5,10 +5,11 @@ from vllm import LLM, SamplingParams
 
 from conftest import EngineFactory, ModelFactory
 from engine_tools import attention_layers, generate, managers, num_free_pages, scheduler
-from swa_backend.pages import ceil_div, max_window_pages, num_dead_pages
+from swa_backend.pages import WindowPages, ceil_div
 from tiny_models import MIXED, PAGE_SIZE, SLIDING, WINDOW, random_prompts
 
 CHUNK = 16
+PAGES = WindowPages(WINDOW, PAGE_SIZE)
 
 
 @pytest.fixture
@@ -36,7 +37,7 @@ def test_a_page_lives_exactly_as_long_as_a_later_token_sees_it(llm: LLM) -> None
         blocks = manager.req_to_blocks.get(request.request_id, [])
         if blocks:
             dead = [block.is_null for block in blocks]
-            num_dead = num_dead_pages(computed, WINDOW, PAGE_SIZE)
+            num_dead = PAGES.first_live(computed)
             assert dead == [True] * num_dead + [False] * (len(blocks) - num_dead)
             assert manager.snapshot().live == len(blocks) - num_dead
             peak = max(peak, len(blocks) - num_dead)
@@ -44,7 +45,7 @@ def test_a_page_lives_exactly_as_long_as_a_later_token_sees_it(llm: LLM) -> None
     assert after.live == 0
     assert after.allocated - before.allocated == ceil_div(5 * WINDOW + 59, PAGE_SIZE)
     assert after.freed_by_window > before.freed_by_window
-    assert peak <= max_window_pages(WINDOW + CHUNK, PAGE_SIZE)
+    assert peak <= WindowPages(WINDOW + CHUNK, PAGE_SIZE).max_survivors
     assert after.peak_live_per_request == max(peak, before.peak_live_per_request)
 
 
@@ -55,7 +56,7 @@ def test_decoding_holds_no_more_than_its_window(llm: LLM) -> None:
     while llm.llm_engine.has_unfinished_requests():
         llm.llm_engine.step()
         held.append(manager.snapshot().live)
-    assert max(held) == max_window_pages(WINDOW, PAGE_SIZE)
+    assert max(held) == PAGES.max_survivors
 
 
 def _walk(llm: LLM, *, poison: bool) -> list[tuple[int, float]]:

@@ -1,4 +1,4 @@
-"""The definition of the window, its page arithmetic, and the reference attention."""
+"""The definition of the window, and the reference attention."""
 
 import pytest
 import torch
@@ -39,29 +39,6 @@ def test_other_libraries_spell_the_same_window() -> None:
     assert window.flash_attention_window(None) == (-1, -1)
     assert window.flashinfer_window_left(4096) == 4095
     assert window.flashinfer_window_left(None) == -1
-
-
-@given(positions, windows, page_sizes)
-def test_dead_pages_are_those_no_later_query_sees(
-    computed: int, size: int | None, page_size: int
-) -> None:
-    def is_dead(page: int) -> bool:
-        keys = range(page * page_size, (page + 1) * page_size)
-        later = range(computed, computed + 2 * page_size)
-        return not any(window.is_visible(q, k, size) for q in later for k in keys)
-
-    written = range(computed // page_size)
-    dead = [page for page in written if is_dead(page)]
-    assert dead == list(range(min(pages.num_dead_pages(computed, size, page_size), len(written))))
-
-
-@given(st.integers(1, 80), page_sizes)
-def test_max_window_pages_is_reached_and_never_passed(size: int, page_size: int) -> None:
-    held = [
-        query // page_size + 1 - pages.num_dead_pages(query, size, page_size)
-        for query in range(4 * (size + page_size))
-    ]
-    assert max(held) == pages.max_window_pages(size, page_size)
 
 
 @pytest.mark.parametrize(("size", "query_len", "key_len"), [(1, 4, 4), (5, 12, 12), (64, 9, 9)])
@@ -124,7 +101,7 @@ def test_dense_slice_paged_window_and_full_mask_agree(
         padded[:, :num_tokens] = dense
         pool = torch.empty(num_pages, 2, page_size, 8, dtype=torch.float64)
         pool[table] = padded.unflatten(1, (num_pages, page_size)).transpose(0, 1)
-        pool[table[: pages.num_dead_pages(last, size, page_size)]] = float("nan")
+        pool[table[: pages.WindowPages(size, page_size).first_live(last)]] = float("nan")
         paged.append(reference.gather_pages(pool, table, num_tokens))
     assert torch.allclose(reference.attention(query, *paged, mask), expected)
 

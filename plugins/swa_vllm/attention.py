@@ -2,13 +2,15 @@
 
 from typing import Any
 
-from vllm.config import VllmConfig
+from vllm.config import VllmConfig, get_layers_from_vllm_config
 from vllm.model_executor.layers.attention import Attention
 from vllm.platforms import current_platform
 from vllm.v1.attention.backend import AttentionBackend
 from vllm.v1.kv_cache_interface import KVCacheSpec, SlidingWindowSpec
 
+from swa_backend.config import PrefillPages, SWAConfigError
 from swa_vllm.kv_spec import SWASpec
+from swa_vllm.options import swa_options
 
 
 class WindowedAttention(Attention):
@@ -57,7 +59,40 @@ class WindowedAttention(Attention):
     def get_kv_cache_spec(self, vllm_config: VllmConfig) -> KVCacheSpec:
         spec = super().get_kv_cache_spec(vllm_config)
         assert isinstance(spec, SlidingWindowSpec)
-        return SWASpec.from_stock(spec)
+        if vllm_config.scheduler_config.disable_hybrid_kv_cache_manager:
+            return spec  # vLLM rebuilds it as its own full attention spec, if the model is mixed
+        options = swa_options(vllm_config)
+        return SWASpec.from_stock(
+            spec, vllm_config, prefill_pages(vllm_config), options.debug_poison
+        )
+
+
+def windowed_layers(vllm_config: VllmConfig) -> dict[str, WindowedAttention]:
+    """The windowed layers of this worker, by name."""
+    layers = get_layers_from_vllm_config(vllm_config, WindowedAttention)
+    return dict(layers)
+
+
+def prefill_pages(vllm_config: VllmConfig) -> PrefillPages:
+    """Which pages of a prefill chunk are stored on this platform.
+
+    Raises:
+        SWAConfigError: survivors only are asked for where every page is needed.
+    """
+    wanted = swa_options(vllm_config).prefill_pages
+    obstacle = None
+    if windowed_backend() is None:
+        obstacle = "this platform's attention backend reads a chunk's keys from pages"
+    elif vllm_config.scheduler_config.disable_hybrid_kv_cache_manager:
+        obstacle = "--disable-hybrid-kv-cache-manager leaves pages to vLLM"
+    if obstacle is None:
+        return wanted
+    if wanted is PrefillPages.SURVIVORS:
+        raise SWAConfigError(
+            f'swa.prefill_pages="survivors" cannot be had: {obstacle}. '
+            'Use "auto" or "all", or remove what is named here'
+        )
+    return PrefillPages.ALL
 
 
 def windowed_backend() -> type[AttentionBackend] | None:

@@ -1,66 +1,216 @@
-"""Page manager of a KV group of windowed layers, in the engine core."""
+"""Page manager of a KV group of windowed layers, in the engine core.
+
+A request's table names one page for every ``block_size`` positions. Entries that no later token
+sees are the null block: those that left the window, and the holes that a long prefill chunk leaves
+(:mod:`swa_backend.pages` says which).
+
+With prefix caching, holes are filled while the pool has room, so that other prompts can hit them.
+Such *granted* pages are never counted as needed, are freed at the request's next schedule, and
+stay in the prefix cache until the pool reuses them.
+"""
 
 from collections.abc import Sequence
-from itertools import takewhile
+from dataclasses import dataclass, field
 
-from vllm.v1.core.kv_cache_utils import KVCacheBlock
+from vllm.v1.core.kv_cache_utils import BlockHash, KVCacheBlock, resolve_block_hashes
 from vllm.v1.core.single_type_kv_cache_manager import SlidingWindowManager
-from vllm.v1.kv_cache_interface import SlidingWindowSpec
+from vllm.v1.request import Request
 
+from swa_backend.config import PrefillPages
+from swa_backend.lost_prefix import SkippedPages
 from swa_backend.metrics import PageCounts
+from swa_backend.pages import ceil_div
+from swa_vllm import poison
+from swa_vllm.kv_spec import SWASpec
+
+
+@dataclass
+class _Held:
+    """A request's pages: how many are real, and below which index all are dead already."""
+
+    live: int = 0
+    first_kept: int = 0
+    # Holes of the step being scheduled: their place in the table, and the list that the scheduler
+    # sends to the workers.
+    holes: range = field(default=range(0))
+    new_blocks: list[KVCacheBlock] = field(default_factory=list)
+    # Pages that the prefix cache gave; None once what it lost has been counted.
+    num_hit_blocks: int | None = 0
 
 
 class SWAManager(SlidingWindowManager):
-    """vLLM's sliding window manager, which frees pages as they leave the window, with counts."""
+    """vLLM's sliding window manager, holding what the window needs and not the prefill chunk."""
 
-    def __init__(self, kv_cache_spec: SlidingWindowSpec, **kwargs: object) -> None:
+    def __init__(self, kv_cache_spec: SWASpec, **kwargs: object) -> None:
         super().__init__(kv_cache_spec, **kwargs)
-        self._allocated = 0
-        self._freed_by_window = 0
-        self._peak_live = 0
+        self._pages = kv_cache_spec.pages
+        self._stores_all = kv_cache_spec.prefill_pages is PrefillPages.ALL
+        self._grants = self.enable_caching and kv_cache_spec.prefill_pages is PrefillPages.AUTO
+        self._held: dict[str, _Held] = {}
+        self._skipped_pages = SkippedPages(self.block_pool.num_gpu_blocks)
+        self._allocated = self._skipped = self._freed_by_window = self._peak_live = 0
+        self._prefix_lost_tokens = 0
+        if kv_cache_spec.poison_key is not None:
+            poison.watch(kv_cache_spec.poison_key, self)
 
     def snapshot(self) -> PageCounts:
         """Counts since the engine started."""
         return PageCounts(
             allocated=self._allocated,
+            skipped=self._skipped,
             freed_by_window=self._freed_by_window,
-            live=sum(map(_num_live, self.req_to_blocks.values())),
+            live=sum(held.live for held in self._held.values()),
             peak_live_per_request=self._peak_live,
+            prefix_lost_tokens=self._prefix_lost_tokens,
+        )
+
+    def get_num_blocks_to_allocate(
+        self,
+        request_id: str,
+        num_tokens: int,
+        new_computed_blocks: Sequence[KVCacheBlock],
+        total_computed_tokens: int,
+        num_local_computed_tokens: int,
+        num_tokens_main_model: int,
+        apply_admission_cap: bool = False,
+        prefill_end: int = 0,
+    ) -> int:
+        if apply_admission_cap and self.max_admission_blocks_per_request is not None:
+            return self._charge(num_tokens, new_computed_blocks, total_computed_tokens)
+        num_blocks = super().get_num_blocks_to_allocate(
+            request_id,
+            num_tokens,
+            new_computed_blocks,
+            total_computed_tokens,
+            num_local_computed_tokens,
+            num_tokens_main_model,
+            prefill_end=prefill_end,
+        )
+        num_pages = max(len(self.req_to_blocks.get(request_id, ())), len(new_computed_blocks))
+        return int(num_blocks) - len(self._holes(num_pages, num_tokens_main_model))
+
+    def _charge(
+        self, num_tokens: int, hit_blocks: Sequence[KVCacheBlock], num_computed_tokens: int
+    ) -> int:
+        """Pages that admitting a request may take from the pool at any time of its life.
+
+        vLLM deducts all pages below the hit's window from the cap and may so charge nothing for a
+        long hit, whose request then takes pages that were promised to others.
+        """
+        assert self.max_admission_blocks_per_request is not None
+        num_dead = self._pages.first_live(num_computed_tokens)
+        shared = sum(block.ref_cnt > 0 for block in hit_blocks[num_dead:] if not block.is_null)
+        ever_needed = ceil_div(num_tokens, self.block_size) - num_dead - shared
+        return max(0, min(self.max_admission_blocks_per_request, ever_needed))
+
+    def _holes(self, num_pages: int, num_tokens: int) -> range:
+        return range(0) if self._stores_all else self._pages.holes(num_pages, num_tokens)
+
+    def add_local_computed_blocks(
+        self,
+        request_id: str,
+        new_computed_blocks: Sequence[KVCacheBlock],
+        num_local_computed_tokens: int,
+        num_external_computed_tokens: int,
+    ) -> None:
+        super().add_local_computed_blocks(
+            request_id, new_computed_blocks, num_local_computed_tokens, num_external_computed_tokens
+        )
+        blocks = self.req_to_blocks[request_id]
+        self._held[request_id] = _Held(
+            live=sum(not block.is_null for block in blocks), num_hit_blocks=len(blocks)
         )
 
     def allocate_new_blocks(
         self, request_id: str, num_tokens: int, num_tokens_main_model: int
     ) -> list[KVCacheBlock]:
-        new_blocks = super().allocate_new_blocks(request_id, num_tokens, num_tokens_main_model)
-        self._count_allocated(request_id, len(new_blocks))
-        return new_blocks
+        blocks = self.req_to_blocks[request_id]
+        held = self._held.setdefault(request_id, _Held())
+        held.holes = self._holes(len(blocks), num_tokens_main_model)
+        holes = [self._null_block] * len(held.holes)
+        blocks.extend(holes)
+        taken = super().allocate_new_blocks(request_id, num_tokens, num_tokens_main_model)
+        self._count_taken(held, len(taken))
+        self._skipped += len(holes)
+        held.new_blocks = holes + taken
+        return held.new_blocks
 
-    def allocate_external_computed_blocks(
+    def _count_taken(self, held: _Held, num_blocks: int) -> None:
+        held.live += num_blocks
+        self._allocated += num_blocks
+        self._peak_live = max(self._peak_live, held.live)
+
+    def cache_blocks(
         self,
-        request_id: str,
-        num_local_computed_tokens: int,
-        num_external_computed_tokens: int,
-        record_for_zeroing: bool = True,
+        request: Request,
+        num_tokens: int,
+        retention_interval: int | None = None,
+        *,
+        replay_boundaries: Sequence[int],
     ) -> None:
-        num_before = len(self.req_to_blocks[request_id])
-        super().allocate_external_computed_blocks(
-            request_id, num_local_computed_tokens, num_external_computed_tokens, record_for_zeroing
+        # vLLM calls this once every group has taken what the step needs, and before it sends the
+        # lists of new blocks to the workers: the moment to grant what is left over.
+        held = self._held[request.request_id]
+        if held.num_hit_blocks is not None and not request.skip_reading_prefix_cache:
+            self._count_lost_prefix(request, held.num_hit_blocks)
+        held.num_hit_blocks = None
+        if held.holes:
+            self._fill_holes(request, held)
+        super().cache_blocks(
+            request, num_tokens, retention_interval, replay_boundaries=replay_boundaries
         )
-        self._count_allocated(request_id, len(self.req_to_blocks[request_id]) - num_before)
 
-    def _count_allocated(self, request_id: str, num_blocks: int) -> None:
-        if num_blocks:
-            self._allocated += num_blocks
-            self._peak_live = max(self._peak_live, _num_live(self.req_to_blocks[request_id]))
+    def _fill_holes(self, request: Request, held: _Held) -> None:
+        """Grant the last of this step's holes while more than half of the pool stays free."""
+        spare = self.block_pool.get_num_free_blocks() - self.block_pool.num_gpu_blocks // 2
+        num_granted = max(0, min(len(held.holes), spare)) if self._grants else 0
+        holes, held.holes = held.holes, range(0)
+        granted = holes[len(holes) - num_granted :]
+        if granted:
+            new = self.block_pool.get_new_blocks(num_granted)
+            first = len(holes) - num_granted
+            self.req_to_blocks[request.request_id][granted.start : granted.stop] = new
+            held.new_blocks[first : first + num_granted] = new
+            self._count_taken(held, num_granted)
+            self._skipped -= num_granted
+        left = holes[: len(holes) - num_granted]
+        self._skipped_pages.add(self._hashes(request)[left.start : left.stop])
+
+    def _count_lost_prefix(self, request: Request, num_hit_blocks: int) -> None:
+        reachable = self._hashes(request)[: (request.num_tokens - 1) // self.block_size]
+        num_needed = ceil_div(self._pages.window - 1, self.block_size)
+        num_lost = self._skipped_pages.num_lost(
+            reachable, num_hit_blocks, num_needed, self._is_cached
+        )
+        self._prefix_lost_tokens += num_lost * self.block_size
+
+    def _hashes(self, request: Request) -> Sequence[BlockHash]:
+        return resolve_block_hashes(
+            request.block_hashes, self.block_pool.hash_block_size, self.block_size
+        )
+
+    def _is_cached(self, block_hash: BlockHash) -> bool:
+        return self.block_pool.get_cached_block(block_hash, [self.kv_cache_group_id]) is not None
 
     def _remove_blocks_in_range(self, request_id: str, first_block: int, last_block: int) -> None:
-        # Counted the way the base class frees: backward, until a page freed earlier.
-        blocks = self.req_to_blocks.get(request_id, ())
-        freed = range(min(last_block, len(blocks)) - 1, first_block - 1, -1)
-        self._freed_by_window += sum(1 for _ in takewhile(lambda i: not blocks[i].is_null, freed))
-        super()._remove_blocks_in_range(request_id, first_block, last_block)
+        # The base class walks back from last_block to the first null block, which a hole would be.
+        held = self._held.get(request_id)
+        if held is None:
+            return
+        blocks = self.req_to_blocks[request_id]
+        last_block = min(last_block, len(blocks))
+        dead = [
+            index
+            for index in range(last_block - 1, max(first_block, held.first_kept) - 1, -1)
+            if not blocks[index].is_null
+        ]
+        held.first_kept = max(held.first_kept, last_block)
+        self.block_pool.free_blocks([blocks[index] for index in dead])
+        for index in dead:
+            blocks[index] = self._null_block
+        held.live -= len(dead)
+        self._freed_by_window += len(dead)
 
-
-def _num_live(blocks: Sequence[KVCacheBlock]) -> int:
-    """Pages held: those behind the null blocks that replace freed ones."""
-    return sum(1 for _ in takewhile(lambda block: not block.is_null, reversed(blocks)))
+    def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
+        self._held.pop(request_id, None)
+        return list(super().pop_blocks_for_free(request_id))

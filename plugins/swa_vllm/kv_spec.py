@@ -2,14 +2,75 @@
 
 from dataclasses import dataclass, fields
 
-from vllm.v1.kv_cache_interface import SlidingWindowSpec
+from vllm.config import VllmConfig
+from vllm.v1.kv_cache_interface import KVCacheSpec, SlidingWindowSpec
+
+from swa_backend.config import PrefillPages
+from swa_backend.pages import WindowPages, ceil_div
 
 
 @dataclass(frozen=True, kw_only=True)
 class SWASpec(SlidingWindowSpec):
-    """A sliding window whose pages :class:`~swa_vllm.kv_manager.SWAManager` manages."""
+    """A sliding window whose pages :class:`~swa_vllm.kv_manager.SWAManager` manages.
+
+    Attributes:
+        prefill_pages: which pages of a prefill chunk are stored.
+        num_steps_in_flight: steps that may be scheduled and not yet settled at once.
+        rollback_tokens: speculative tokens of all of them that may be rejected.
+        lookahead_tokens: slots that a step takes beyond its own tokens.
+        poison_key: names the engine whose free pages are to be poisoned; None for no poison.
+    """
+
+    prefill_pages: PrefillPages = PrefillPages.ALL
+    num_steps_in_flight: int = 1
+    rollback_tokens: int = 0
+    lookahead_tokens: int = 0
+    poison_key: str | None = None
 
     @classmethod
-    def from_stock(cls, spec: SlidingWindowSpec) -> "SWASpec":
-        """The same window, pages and dtype, managed by this plugin."""
-        return cls(**{f.name: getattr(spec, f.name) for f in fields(spec) if f.init})
+    def from_stock(
+        cls,
+        spec: SlidingWindowSpec,
+        vllm_config: VllmConfig,
+        prefill_pages: PrefillPages,
+        debug_poison: bool,
+    ) -> "SWASpec":
+        """The same window, page size and dtype, managed by this plugin."""
+        num_steps = vllm_config.max_concurrent_batches
+        return cls(
+            **{f.name: getattr(spec, f.name) for f in fields(spec) if f.init},
+            prefill_pages=prefill_pages,
+            num_steps_in_flight=num_steps,
+            rollback_tokens=num_steps * vllm_config.num_speculative_tokens,
+            lookahead_tokens=vllm_config.num_lookahead_tokens,
+            poison_key=vllm_config.instance_id if debug_poison else None,
+        )
+
+    @property
+    def pages(self) -> WindowPages:
+        """Page arithmetic of this window."""
+        return WindowPages(
+            window=self.sliding_window + self.extra_retained_tokens,
+            page_size=self.block_size,
+            rollback_tokens=self.rollback_tokens,
+        )
+
+    def max_admission_blocks_per_request(
+        self, max_in_flight_tokens: int, max_model_len: int
+    ) -> int:
+        """Pages that start-up sizing promises a request and run-time admission charges for it."""
+        stock = super().max_admission_blocks_per_request(max_in_flight_tokens, max_model_len)
+        if self.prefill_pages is PrefillPages.ALL:
+            return int(stock)
+        held = self.pages.max_held(
+            self.num_steps_in_flight, max_in_flight_tokens, self.lookahead_tokens
+        )
+        return min(stock, held, ceil_div(max_model_len, self.block_size))
+
+    def is_uniform_with_collection(self, kv_cache_specs: dict[str, KVCacheSpec]) -> bool:
+        return all(
+            isinstance(spec, SWASpec)
+            and spec.pages == self.pages
+            and spec.prefill_pages is self.prefill_pages
+            for spec in kv_cache_specs.values()
+        )

@@ -9,6 +9,7 @@ from dataclasses import replace
 
 import torch
 from vllm.v1.attention.backend import CommonAttentionMetadata
+from vllm.v1.attention.backends.utils import NULL_BLOCK_ID
 
 
 def window_view(
@@ -38,4 +39,37 @@ def window_view(
         seq_lens=seq_lens,
         max_seq_len=max_seq_len,
         block_table_tensor=table.gather(1, pages.long()),
+    )
+
+
+def rows_with_holes(view: CommonAttentionMetadata, block_size: int) -> torch.Tensor:
+    """Rows whose chunk passes over pages that it does not store.
+
+    Args:
+        view: a :func:`window_view`: every entry of a row is live but for the holes.
+
+    Returns:
+        bool ``[num_reqs]``.
+    """
+    columns = torch.arange(view.block_table_tensor.shape[1])
+    used = columns * block_size < view.seq_lens[:, None]
+    return ((view.block_table_tensor == NULL_BLOCK_ID) & used).any(dim=1)
+
+
+def select_rows(batch: CommonAttentionMetadata, first: int, stop: int) -> CommonAttentionMetadata:
+    """The requests ``first..stop-1`` of ``batch`` as a batch of their own."""
+    starts = batch.query_start_loc[first : stop + 1]
+    tokens = slice(int(starts[0]), int(starts[-1]))
+    seq_lens = batch.seq_lens[first:stop]
+    return replace(
+        batch,
+        query_start_loc=starts - starts[0],
+        query_start_loc_cpu=batch.query_start_loc_cpu[first : stop + 1] - tokens.start,
+        seq_lens=seq_lens,
+        num_reqs=stop - first,
+        num_actual_tokens=tokens.stop - tokens.start,
+        max_query_len=int(starts.diff().max()),
+        max_seq_len=int(seq_lens.max()),
+        block_table_tensor=batch.block_table_tensor[first:stop],
+        slot_mapping=batch.slot_mapping[tokens],
     )

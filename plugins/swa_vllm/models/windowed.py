@@ -8,6 +8,7 @@ from vllm.logger import init_logger
 from swa_backend.config import SWAConfigError
 from swa_vllm.attention import WindowedAttention, windowed_backend
 from swa_vllm.options import layer_plan
+from swa_vllm.refusals import check_engine
 from swa_vllm.registration import check_backend_slot
 from swa_vllm.report import log_layers
 
@@ -48,6 +49,7 @@ def _set_windows(layers: object, windows: tuple[int | None, ...], config: VllmCo
 
 def _check_servable(vllm_config: VllmConfig) -> None:
     check_backend_slot()
+    check_engine(vllm_config)
     config = vllm_config.model_config.hf_config
     if not getattr(config, "is_causal", True):
         raise SWAConfigError(
