@@ -118,11 +118,11 @@ def _checked_bool(key: str, value: object) -> bool:
 
 
 def _checked_prefill_pages(value: object) -> PrefillPages:
-    try:
-        return PrefillPages(value)
-    except ValueError:
-        allowed = ", ".join(f'"{policy.value}"' for policy in PrefillPages)
-        raise SWAConfigError(f"swa.prefill_pages must be one of {allowed}, got {value!r}") from None
+    for policy in PrefillPages:
+        if value == policy.value:
+            return policy
+    allowed = ", ".join(f'"{policy.value}"' for policy in PrefillPages)
+    raise SWAConfigError(f"swa.prefill_pages must be one of {allowed}, got {value!r}")
 
 
 def _checked_window(value: object) -> int:

@@ -4,7 +4,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from swa_backend.config import SERVE_FULL, USE_OPTIONS, SWAConfigError, SWAOptions, parse_layers
+from swa_backend.config import (
+    SERVE_FULL,
+    USE_OPTIONS,
+    PrefillPages,
+    SWAConfigError,
+    SWAOptions,
+    parse_layers,
+)
 
 FULL, SLIDING = "full_attention", "sliding_attention"
 
@@ -62,7 +69,7 @@ def resolve_layers(
             raise SWAConfigError(
                 "swa: enabled=false contradicts window / full_attention_layers; remove either"
             )
-        return LayerPlan((None,) * num_layers)
+        return _full_attention(num_layers, options)
     layer_types = _checkpoint_layer_types(hf_config, num_layers, options)
     if hf_config.model_type != "qwen3_moe":
         _check_overrides(hf_config, layer_types, options, hf_overrides or {})
@@ -77,12 +84,29 @@ def resolve_layers(
                 f"{num_layers} layers, so no window would take effect; leave at least one layer "
                 f"out, or ask for full attention with {SERVE_FULL}"
             )
-        return LayerPlan((None,) * num_layers)
+        return _full_attention(num_layers, options)
     window = options.window if options.window is not None else _checkpoint_window(hf_config)
     return LayerPlan(
         tuple(None if i in full else window for i in range(num_layers)),
         _warnings(window, max_model_len),
     )
+
+
+def _full_attention(num_layers: int, options: SWAOptions) -> LayerPlan:
+    idle = [
+        key
+        for key, is_set in (
+            ("prefill_pages", options.prefill_pages is not PrefillPages.AUTO),
+            ("debug_poison", options.debug_poison),
+        )
+        if is_set
+    ]
+    if idle:
+        raise SWAConfigError(
+            f"swa.{', '.join(idle)} would have no effect: no layer has a window. Remove it, or "
+            f"give a window with {USE_OPTIONS}"
+        )
+    return LayerPlan((None,) * num_layers)
 
 
 def _full_layers(options: SWAOptions, layer_types: Sequence[str]) -> frozenset[int]:

@@ -77,17 +77,22 @@ class SWAManager(SlidingWindowManager):
     ) -> int:
         if apply_admission_cap and self.max_admission_blocks_per_request is not None:
             return self._charge(num_tokens, new_computed_blocks, total_computed_tokens)
-        num_blocks = super().get_num_blocks_to_allocate(
-            request_id,
-            num_tokens,
-            new_computed_blocks,
-            total_computed_tokens,
-            num_local_computed_tokens,
-            num_tokens_main_model,
-            prefill_end=prefill_end,
-        )
         num_pages = max(len(self.req_to_blocks.get(request_id, ())), len(new_computed_blocks))
-        return int(num_blocks) - len(self._holes(num_pages, num_tokens_main_model))
+        if request_id in self._held:  # running: no new hits, and mostly no new page either
+            num_blocks = ceil_div(num_tokens, self.block_size) - num_pages
+            if num_blocks <= 0:
+                return 0
+        else:
+            num_blocks = super().get_num_blocks_to_allocate(
+                request_id,
+                num_tokens,
+                new_computed_blocks,
+                total_computed_tokens,
+                num_local_computed_tokens,
+                num_tokens_main_model,
+                prefill_end=prefill_end,
+            )
+        return num_blocks - len(self._holes(num_pages, num_tokens_main_model))
 
     def _charge(
         self, num_tokens: int, hit_blocks: Sequence[KVCacheBlock], num_computed_tokens: int
@@ -125,6 +130,8 @@ class SWAManager(SlidingWindowManager):
         self, request_id: str, num_tokens: int, num_tokens_main_model: int
     ) -> list[KVCacheBlock]:
         blocks = self.req_to_blocks[request_id]
+        if len(blocks) * self.block_size >= num_tokens:
+            return []
         held = self._held.setdefault(request_id, _Held())
         held.holes = self._holes(len(blocks), num_tokens_main_model)
         holes = [self._null_block] * len(held.holes)
@@ -151,9 +158,9 @@ class SWAManager(SlidingWindowManager):
         # vLLM calls this once every group has taken what the step needs, and before it sends the
         # lists of new blocks to the workers: the moment to grant what is left over.
         held = self._held[request.request_id]
-        if held.num_hit_blocks is not None and not request.skip_reading_prefix_cache:
+        if held.num_hit_blocks is not None:
             self._count_lost_prefix(request, held.num_hit_blocks)
-        held.num_hit_blocks = None
+            held.num_hit_blocks = None
         if held.holes:
             self._fill_holes(request, held)
         super().cache_blocks(
@@ -177,6 +184,8 @@ class SWAManager(SlidingWindowManager):
         self._skipped_pages.add(self._hashes(request)[left.start : left.stop])
 
     def _count_lost_prefix(self, request: Request, num_hit_blocks: int) -> None:
+        if request.skip_reading_prefix_cache:
+            return
         reachable = self._hashes(request)[: (request.num_tokens - 1) // self.block_size]
         num_needed = ceil_div(self._pages.window - 1, self.block_size)
         num_lost = self._skipped_pages.num_lost(
@@ -195,7 +204,7 @@ class SWAManager(SlidingWindowManager):
     def _remove_blocks_in_range(self, request_id: str, first_block: int, last_block: int) -> None:
         # The base class walks back from last_block to the first null block, which a hole would be.
         held = self._held.get(request_id)
-        if held is None:
+        if held is None or last_block <= held.first_kept:
             return
         blocks = self.req_to_blocks[request_id]
         last_block = min(last_block, len(blocks))

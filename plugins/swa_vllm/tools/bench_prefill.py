@@ -1,0 +1,95 @@
+"""Time of a prefill chunk in one sliding layer that stores survivors only, beside stock vLLM's.
+
+Stock vLLM stores every page of the chunk. The layer has a real model's shapes and random weights.
+Both must give the same output before anything is timed. "Attention" is storing keys and values and
+attending to them; "layer" adds the layer's projections and MLP, which are the same for both.
+"""
+
+import argparse
+import sys
+from typing import Any
+
+import torch
+
+from swa_backend.pages import WindowPages
+from swa_vllm.tools.layer import BLOCK_SIZE, SHAPES, Layer, make_batch, make_layer
+from swa_vllm.tools.table import format_table
+from swa_vllm.tools.timing import interleave
+
+EXAMPLE = "--shape Qwen3-8B --window 1024 --chunk 2048"
+_HEADER = ("context + chunk", "stock ms", "here ms", "attention ratio", "layer ratio")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options."""
+    parser.add_argument("--shape", choices=tuple(SHAPES), help="default: Qwen3-8B")
+    parser.add_argument("--window", type=int, default=1024)
+    parser.add_argument("--chunk", type=int, default=2048, help="tokens of the prefill chunk")
+    parser.add_argument("--rounds", type=int, default=5)
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    """Print a table; returns the figures."""
+    for name in ("window", "chunk"):
+        if getattr(args, name) < 1:
+            raise ValueError(f"--{name} must be at least 1, got {getattr(args, name)}")
+    shape = args.shape or ("Qwen3-0.6B" if args.quick else "Qwen3-8B")
+    chunk = min(args.chunk, 1024) if args.quick else args.chunk
+    rounds = 3 if args.quick else max(3, args.rounds)
+    longest = 4 * chunk
+    print(f"starting a {shape} layer ...", file=sys.stderr, flush=True)
+    layer = make_layer(shape, args.window, longest, longest // BLOCK_SIZE + 2)
+    pages = WindowPages(args.window, BLOCK_SIZE)
+    rest = _time_rest(layer, chunk, rounds)
+    rows, cases = [], []
+    for context in (0, chunk + 7, 3 * chunk - 16):
+        print(f"context {context} ...", file=sys.stderr, flush=True)
+        stock, here = _time_chunk(layer, pages, context, chunk, rounds)
+        ratio, layer_ratio = here / stock, (rest + here) / (rest + stock)
+        rows.append((f"{context} + {chunk}", 1e3 * stock, 1e3 * here, ratio, layer_ratio))
+        cases.append(
+            {
+                "context": context,
+                "stock_ms": 1e3 * stock,
+                "here_ms": 1e3 * here,
+                "attention_ratio": ratio,
+                "layer_ratio": layer_ratio,
+            }
+        )
+    dtype = str(layer.attention.kv_cache.dtype).removeprefix("torch.")
+    print(f"\n{shape}, W={args.window}, {dtype}, {torch.get_num_threads()} threads, page 32")
+    print(format_table(_HEADER, rows))
+    return {"shape": shape, "window": args.window, "chunk": chunk, "dtype": dtype, "cases": cases}
+
+
+def _time_chunk(
+    layer: Layer, pages: WindowPages, context: int, chunk: int, rounds: int
+) -> tuple[float, float]:
+    qkv = layer.random_inputs(chunk)
+    torch.nn.init.normal_(layer.attention.kv_cache)
+    stock = layer.stock_builder.build(0, make_batch([context], [chunk]))
+    here = layer.builder.build(0, make_batch([context], [chunk], pages))
+    expected, got = layer.run_stock(stock, *qkv), layer.run(here, *qkv)
+    if not torch.equal(expected, got):
+        raise RuntimeError(f"outputs differ by {float((expected - got).abs().max())}")
+    times = interleave(
+        {"stock": lambda: layer.run_stock(stock, *qkv), "here": lambda: layer.run(here, *qkv)},
+        rounds,
+    )
+    return times["stock"].median, times["here"].median
+
+
+def _time_rest(layer: Layer, chunk: int, rounds: int) -> float:
+    """Seconds of the decoder layer's projections and MLP for one chunk."""
+    attention, decoder = layer.attention, layer.decoder
+    dtype = attention.kv_cache.dtype
+    hidden = torch.randn(chunk, decoder.self_attn.hidden_size).to(dtype)
+    attended = torch.randn(chunk, attention.num_heads * attention.head_size).to(dtype)
+
+    @torch.inference_mode()
+    def rest() -> None:
+        decoder.self_attn.qkv_proj(hidden)
+        decoder.self_attn.o_proj(attended)
+        decoder.mlp(hidden)
+
+    return interleave({"rest": rest}, rounds)["rest"].median

@@ -1,0 +1,62 @@
+"""The ``swa`` command."""
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+# vLLM's own start-up lines would bury a tool's output; set it to see them.
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one sub-command; returns the exit status."""
+    parser = argparse.ArgumentParser(prog="swa", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    bench = commands.add_parser(
+        "bench",
+        help="measure this plugin side by side with stock vLLM",
+        description="Measure this plugin side by side with stock vLLM.",
+        epilog="example: swa bench pages --quick",
+    )
+    _add_benchmarks(bench.add_subparsers(dest="bench", required=True))
+    args = parser.parse_args(arguments)
+    try:
+        result = args.run(args)
+    except (ValueError, RuntimeError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    if args.json is not None:
+        text = json.dumps(result, indent=2) + "\n"
+        if args.json == "-":
+            sys.stdout.write(text)
+        else:
+            Path(args.json).write_text(text)
+    return 0
+
+
+def _add_benchmarks(commands: Any) -> None:
+    # Imported late: `swa --help` shall not import vLLM.
+    from swa_vllm.tools import bench_overhead, bench_pages, bench_prefill
+
+    for module in (bench_pages, bench_prefill, bench_overhead):
+        name = module.__name__.rpartition("_")[2]
+        summary = str(module.__doc__).strip().splitlines()[0]
+        parser = commands.add_parser(
+            name,
+            help=summary[0].lower() + summary[1:].rstrip("."),
+            description=module.__doc__,
+            epilog=f"example: swa bench {name} {module.EXAMPLE}",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        parser.add_argument("--json", metavar="PATH", help='write the figures; "-" for stdout')
+        parser.add_argument("--quick", action="store_true", help="smaller sizes, for two cores")
+        module.add_arguments(parser)
+        parser.set_defaults(run=module.run)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
