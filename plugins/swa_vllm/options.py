@@ -1,6 +1,7 @@
 """The plugin's view of vLLM's configuration: the one place that reads it."""
 
 from collections.abc import Mapping
+from typing import Any
 
 from vllm.config import VllmConfig
 
@@ -9,18 +10,48 @@ from swa_backend.layers import LayerPlan, resolve_layers
 
 
 def layer_plan(vllm_config: VllmConfig) -> LayerPlan:
-    """The window of every layer of the model that ``vllm_config`` describes.
+    """The window of every text layer of the model that ``vllm_config`` describes.
+
+    The options are for the model that is served: a model that drafts for it follows its own
+    checkpoint.
 
     Raises:
         SWAConfigError: contradictory or ineffective settings, with the remedy.
     """
-    additional = vllm_config.additional_config
-    raw = additional.get("swa", {}) if isinstance(additional, Mapping) else {}
     model_config = vllm_config.model_config
     overrides = model_config.hf_overrides
     return resolve_layers(
-        model_config.hf_config,
-        SWAOptions.from_dict(raw),
+        text_config(vllm_config),
+        SWAOptions.from_dict({} if drafts(vllm_config) else _given_options(vllm_config)),
         hf_overrides=overrides if isinstance(overrides, Mapping) else None,
         max_model_len=model_config.max_model_len,
     )
+
+
+def wants_windows_decided(vllm_config: VllmConfig) -> bool:
+    """Whether the options or the checkpoint say anything that stock vLLM might get wrong.
+
+    Beside a window this is full attention, asked for by the options, of a checkpoint that slides.
+
+    Raises:
+        SWAConfigError: as :func:`layer_plan`.
+    """
+    stock_slides = getattr(text_config(vllm_config), "sliding_window", None) is not None
+    return layer_plan(vllm_config).slides or stock_slides
+
+
+def text_config(vllm_config: VllmConfig) -> Any:
+    """Hugging Face's config of the text layers; a multimodal model's is nested in its own."""
+    return vllm_config.model_config.hf_config.get_text_config()
+
+
+def drafts(vllm_config: VllmConfig) -> bool:
+    """Whether ``vllm_config`` describes a whole model that drafts tokens for the one served."""
+    speculation = vllm_config.speculative_config
+    return speculation is not None and vllm_config.model_config is speculation.draft_model_config
+
+
+def _given_options(vllm_config: VllmConfig) -> Any:
+    """The ``swa`` section of ``--additional-config`` as given; empty if there is none."""
+    additional = vllm_config.additional_config
+    return additional.get("swa", {}) if isinstance(additional, Mapping) else {}
