@@ -96,7 +96,7 @@ FIELDS = {
         *("query_start_loc", "seq_lens", "max_seq_len", "block_table_tensor", "slot_mapping"),
     },
     (SPEC, "SlidingWindowSpec"): {"sliding_window"},
-    (SPECULATION, "SpeculativeConfig"): {"method", "draft_model_config"},
+    (SPECULATION, "SpeculativeConfig"): {"method"},
     (ENUM, "AttentionBackendEnum"): {"CUSTOM"},
 }
 ATTRIBUTES = {

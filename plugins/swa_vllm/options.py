@@ -12,9 +12,6 @@ from swa_backend.layers import LayerPlan, resolve_layers
 def layer_plan(vllm_config: VllmConfig) -> LayerPlan:
     """The window of every text layer of the model that ``vllm_config`` describes.
 
-    The options are for the model that is served: a model that drafts for it follows its own
-    checkpoint.
-
     Raises:
         SWAConfigError: contradictory or ineffective settings, with the remedy.
     """
@@ -22,7 +19,7 @@ def layer_plan(vllm_config: VllmConfig) -> LayerPlan:
     overrides = model_config.hf_overrides
     return resolve_layers(
         text_config(vllm_config),
-        SWAOptions.from_dict({} if drafts(vllm_config) else _given_options(vllm_config)),
+        SWAOptions.from_dict(_given_options(vllm_config)),
         hf_overrides=overrides if isinstance(overrides, Mapping) else None,
         max_model_len=model_config.max_model_len,
     )
@@ -43,12 +40,6 @@ def wants_windows_decided(vllm_config: VllmConfig) -> bool:
 def text_config(vllm_config: VllmConfig) -> Any:
     """Hugging Face's config of the text layers; a multimodal model's is nested in its own."""
     return vllm_config.model_config.hf_config.get_text_config()
-
-
-def drafts(vllm_config: VllmConfig) -> bool:
-    """Whether ``vllm_config`` describes a whole model that drafts tokens for the one served."""
-    speculation = vllm_config.speculative_config
-    return speculation is not None and vllm_config.model_config is speculation.draft_model_config
 
 
 def _given_options(vllm_config: VllmConfig) -> Any:
