@@ -46,15 +46,16 @@ def resolve_layers(
     hf_overrides: Mapping[str, Any] | None = None,
     max_model_len: int | None = None,
 ) -> LayerPlan:
-    """The window of every layer of a Qwen3, dense or MoE.
+    """The window of every layer of a Qwen3: dense, MoE, or the text layers of a derived model.
 
     Options win over the checkpoint; in the checkpoint an explicit ``layer_types`` wins over
     ``max_window_layers``. transformers (5.19) knows neither for MoE and slides every layer once
     ``use_sliding_window`` is true; an explicit ``layer_types`` is followed here all the same.
+    Derived models, whose windows transformers ignores altogether, are read like MoE.
 
     Args:
-        hf_config: a ``Qwen3Config`` (``layer_types`` already derived by transformers) or a
-            ``Qwen3MoeConfig``.
+        hf_config: a ``Qwen3Config`` (``layer_types`` already derived by transformers), a
+            ``Qwen3MoeConfig``, or the text config of a derived model.
         options: the user's options.
         hf_overrides: what the user changed by ``--hf-overrides``. transformers derives
             ``layer_types`` *before* vLLM applies these, so some of them have no effect.
@@ -71,7 +72,7 @@ def resolve_layers(
             )
         return _full_attention(num_layers, options)
     layer_types = _checkpoint_layer_types(hf_config, num_layers, options)
-    if hf_config.model_type != "qwen3_moe":
+    if hf_config.model_type == "qwen3":
         _check_overrides(hf_config, layer_types, options, hf_overrides or {})
     if options.window is None and options.full_attention_layers is None:
         _check_checkpoint(hf_config, layer_types)
@@ -127,7 +128,7 @@ def _warnings(window: int, max_model_len: int | None) -> tuple[str, ...]:
 
 def _checkpoint_layer_types(hf_config: Any, num_layers: int, options: SWAOptions) -> list[str]:
     if getattr(hf_config, "layer_types", None) is None:
-        return _moe_layer_types(hf_config, num_layers, options)
+        return _uniform_layer_types(hf_config, num_layers, options)
     layer_types = list(hf_config.layer_types)
     if len(layer_types) != num_layers:
         raise SWAConfigError(
@@ -141,15 +142,15 @@ def _checkpoint_layer_types(hf_config: Any, num_layers: int, options: SWAOptions
     return layer_types
 
 
-def _moe_layer_types(hf_config: Any, num_layers: int, options: SWAOptions) -> list[str]:
-    """What transformers does with a Qwen3-MoE without ``layer_types``: all layers or none."""
-    if not hf_config.use_sliding_window:
+def _uniform_layer_types(hf_config: Any, num_layers: int, options: SWAOptions) -> list[str]:
+    """All layers or none: what transformers does with a Qwen3-MoE without ``layer_types``."""
+    if not getattr(hf_config, "use_sliding_window", None):
         return [FULL] * num_layers
     first = getattr(hf_config, "max_window_layers", None)
     if first and options.full_attention_layers is None:
         raise SWAConfigError(
             f"max_window_layers={first} would leave layers full, but transformers ignores it for "
-            "Qwen3-MoE and slides all layers. Say which layers are full: "
+            f"{hf_config.model_type} without layer_types. Say which layers are full: "
             f"""--additional-config '{{"swa": {{"full_attention_layers": "0-{first - 1}"}}}}' """
             '(or "none" for no layer)'
         )
@@ -157,7 +158,7 @@ def _moe_layer_types(hf_config: Any, num_layers: int, options: SWAOptions) -> li
 
 
 def _checkpoint_window(hf_config: Any) -> int:
-    window = hf_config.sliding_window
+    window = getattr(hf_config, "sliding_window", None)
     if window is None or window == 0:
         raise SWAConfigError(
             "layers are to slide but the checkpoint gives no window: sliding_window is null or 0, "
@@ -170,14 +171,20 @@ def _checkpoint_window(hf_config: Any) -> int:
 
 
 def _check_checkpoint(hf_config: Any, layer_types: Sequence[str]) -> None:
-    slides = SLIDING in layer_types
-    if slides and not hf_config.use_sliding_window:
+    slides, use = SLIDING in layer_types, getattr(hf_config, "use_sliding_window", None)
+    if use is None and not slides and getattr(hf_config, "sliding_window", None):
+        raise SWAConfigError(
+            f"sliding_window={hf_config.sliding_window} without use_sliding_window is ambiguous "
+            f"for {hf_config.model_type}: transformers ignores it, vLLM slides every layer. Give "
+            f"the window with {USE_OPTIONS}, or ask for full attention with {SERVE_FULL}"
+        )
+    if slides and use is False:
         raise SWAConfigError(
             "layer_types has sliding layers but use_sliding_window is false, which makes "
             "transformers drop the window. Set use_sliding_window=true in the checkpoint's "
             f"config.json, or give a window with {USE_OPTIONS}"
         )
-    if hf_config.use_sliding_window and not slides:
+    if use and not slides:
         raise SWAConfigError(
             "use_sliding_window is true but no layer slides: layer_types is all full_attention "
             f"(max_window_layers={getattr(hf_config, 'max_window_layers', None)}, "

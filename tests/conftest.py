@@ -10,6 +10,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +25,13 @@ os.environ.update(
 )
 
 import pytest
-from vllm import LLM
+from vllm import LLM, ModelRegistry
+from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 
+import swa_vllm
 from engine_tools import start_engine, stop_engine
 from make_demo_model import ensure_demo_model
+from quantized_models import RUNNABLE, save_quantized
 from tiny_models import (
     BY_LAYER_TYPES,
     FULL,
@@ -68,7 +72,23 @@ def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def stock_results(tiny_model: ModelFactory, tiny_llama: Path) -> dict[str, Any]:
+def quantized_model(
+    tiny_model: ModelFactory, tmp_path_factory: pytest.TempPathFactory
+) -> ModelFactory:
+    """Directory of the tiny Qwen3 with the given config keys, quantized as ``kind``."""
+    root = tmp_path_factory.mktemp("quantized")
+
+    @cache
+    def make(kind: str, plain: Path) -> Path:
+        return save_quantized(root / f"{kind}_{plain.name}", plain, kind)
+
+    return lambda kind, **overrides: make(kind, tiny_model(**overrides))
+
+
+@pytest.fixture(scope="session")
+def stock_results(
+    tiny_model: ModelFactory, tiny_llama: Path, quantized_model: ModelFactory
+) -> dict[str, Any]:
     """What vLLM serves without the plugin, by :func:`engine_tools.describe` in another process."""
     fp8 = {"kv_cache_dtype": "fp8"}
     cases: dict[str, tuple[Path, dict[str, Any]]] = {
@@ -80,6 +100,10 @@ def stock_results(tiny_model: ModelFactory, tiny_llama: Path) -> dict[str, Any]:
         "full_fp8": (tiny_model(**FULL), fp8),
         "sliding_fp8": (tiny_model(**SLIDING), fp8),
     }
+    for kind in RUNNABLE:
+        for name, checkpoint in {"full": FULL, "sliding": SLIDING}.items():
+            model = quantized_model(kind, **checkpoint)
+            cases[f"{name}_{kind}"] = (model, {"dtype": "bfloat16"})
     command = [sys.executable, str(Path(__file__).with_name("stock_probe.py"))]
     result = subprocess.run(
         [*command, json.dumps({k: (str(model), kwargs) for k, (model, kwargs) in cases.items()})],
@@ -108,3 +132,18 @@ def engine() -> Iterator[EngineFactory]:
     yield start
     alive.clear()
     stop_engine()
+
+
+@pytest.fixture
+def clean_registries(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
+    """Whatever the test registers with vLLM is undone.
+
+    vLLM remembers which class it resolved for a checkpoint: give each such test one of its own.
+    """
+    swa_vllm.register()
+    models = dict(ModelRegistry.models)
+    custom = AttentionBackendEnum.CUSTOM.get_path()
+    yield monkeypatch
+    ModelRegistry.models.clear()
+    ModelRegistry.models.update(models)
+    register_backend(AttentionBackendEnum.CUSTOM, custom)

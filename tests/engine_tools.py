@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vllm import LLM, SamplingParams
+from vllm import LLM, ModelRegistry, SamplingParams
 from vllm.distributed import cleanup_dist_env_and_memory
 from vllm.lora.request import LoRARequest
 from vllm.outputs import CompletionOutput
@@ -31,6 +31,14 @@ def start_engine(model: Path | str, **kwargs: Any) -> LLM:
             **kwargs,
         },
     )
+
+
+def resolve_here(architecture: str) -> None:
+    """Import the class registered for ``architecture`` into this process, where vLLM finds it.
+
+    vLLM inspects a class that it has not imported in a new process, which takes longer than a test.
+    """
+    ModelRegistry.register_model(architecture, ModelRegistry.models[architecture].load_model_cls())
 
 
 def stop_engine() -> None:

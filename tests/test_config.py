@@ -170,3 +170,55 @@ def test_window_that_never_slides_is_warned_of() -> None:
     assert _resolve(SLIDING, max_model_len=W + 1).warnings == ()
     (warning,) = _resolve(SLIDING, max_model_len=W).warnings
     assert "nothing will ever slide" in warning
+
+
+class DerivedText:
+    """The text config of a model that contains a Qwen3: transformers gives it no window keys."""
+
+    model_type = "qwen3_vl_text"
+    num_hidden_layers = 4
+
+
+@pytest.mark.parametrize(
+    ("keys", "options", "windows"),
+    [
+        ({}, {}, (None,) * 4),
+        ({}, {"window": 8}, (8,) * 4),
+        ({"use_sliding_window": True, "sliding_window": 8}, {}, (8,) * 4),
+        ({"use_sliding_window": False, "sliding_window": 8}, {}, (None,) * 4),
+        ({"sliding_window": 8}, {"window": 9}, (9,) * 4),
+        ({"sliding_window": 8}, {"full_attention_layers": "0-2"}, (None, None, None, 8)),
+        ({"sliding_window": 8}, {"enabled": False}, (None,) * 4),
+        (
+            {"sliding_window": 8, "layer_types": ["full_attention", "sliding_attention"] * 2},
+            {},
+            (None, 8) * 2,
+        ),
+    ],
+)
+def test_text_config_of_a_derived_model(
+    keys: dict[str, Any], options: dict[str, Any], windows: tuple[int | None, ...]
+) -> None:
+    config = DerivedText()
+    vars(config).update(keys)
+    assert resolve_layers(config, SWAOptions.from_dict(options)).windows == windows
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"sliding_window": 8}, "without use_sliding_window is ambiguous for qwen3_vl_text"),
+        ({"use_sliding_window": True}, "the checkpoint gives no window"),
+        (
+            {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 2},
+            "ignores it for qwen3_vl_text",
+        ),
+    ],
+)
+def test_text_config_of_a_derived_model_that_is_ambiguous(
+    keys: dict[str, Any], message: str
+) -> None:
+    config = DerivedText()
+    vars(config).update(keys)
+    with pytest.raises(SWAConfigError, match=message):
+        resolve_layers(config, SWAOptions())

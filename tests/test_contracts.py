@@ -16,12 +16,14 @@ from typing import Any
 import pytest
 import vllm
 
+from swa_vllm import registration
 from swa_vllm.attention import WindowedAttention
 from swa_vllm.backend_cpu import SWACPUBackend, SWACPUMetadataBuilder
 from swa_vllm.kv_manager import SWAManager
 from swa_vllm.kv_spec import SWASpec
 from swa_vllm.models.qwen3 import SWAQwen3ForCausalLM
 from swa_vllm.models.qwen3_moe import SWAQwen3MoeForCausalLM
+from swa_vllm.models.stock import STOCK
 from swa_vllm.models.windowed import WindowedModel
 from vllm_sources import official_sources
 
@@ -33,12 +35,18 @@ ATTENTION = "model_executor/layers/attention/attention.py"
 BACKEND = "v1/attention/backend.py"
 CPU = "v1/attention/backends/cpu_attn.py"
 ENUM = "v1/attention/backends/registry.py"
+INTERFACES = "model_executor/models/interfaces.py"
 MANAGER = "v1/core/single_type_kv_cache_manager.py"
+MODEL_REGISTRY = "model_executor/models/registry.py"
+OMNI = "model_executor/models/qwen3_omni_moe_thinker.py"
 QWEN3 = "model_executor/models/qwen3.py"
 QWEN3_MOE = "model_executor/models/qwen3_moe.py"
 QWEN2 = "model_executor/models/qwen2.py"
 REGISTRY = "v1/kv_cache_spec_registry.py"
 SPEC = "v1/kv_cache_interface.py"
+SPECULATION = "config/speculative.py"
+VL = "model_executor/models/qwen3_vl.py"
+VL_MOE = "model_executor/models/qwen3_vl_moe.py"
 
 # Each override, and where vLLM defines what it overrides.
 OVERRIDES: dict[Callable[..., Any], tuple[str, str]] = {
@@ -72,6 +80,7 @@ CALLED = {
     },
     (QWEN3, "Qwen3ForCausalLM.__init__"): {"vllm_config", "prefix"},
     (QWEN3_MOE, "Qwen3MoeForCausalLM.__init__"): {"vllm_config", "prefix"},
+    (INTERFACES, "SupportsMultiModal.get_language_model"): {"self"},
     (REGISTRY, "KVCacheSpecRegistry.register"): {"uniform_type_base_spec"},
     (REGISTRY, "KVCacheSpecRegistry.check_kv_cache_spec_registry"): {"kv_cache_spec"},
     (ENUM, "register_backend"): {"backend", "class_path"},
@@ -84,6 +93,7 @@ FIELDS = {
         *("query_start_loc", "seq_lens", "max_seq_len", "block_table_tensor", "slot_mapping"),
     },
     (SPEC, "SlidingWindowSpec"): {"sliding_window"},
+    (SPECULATION, "SpeculativeConfig"): {"method"},
     (ENUM, "AttentionBackendEnum"): {"CUSTOM"},
 }
 ATTRIBUTES = {
@@ -102,6 +112,9 @@ ATTRIBUTES = {
     (QWEN3_MOE, "Qwen3MoeAttention.__init__"): {"attn"},
     (QWEN3_MOE, "Qwen3MoeModel.__init__"): {"layers"},
     (QWEN3_MOE, "Qwen3MoeForCausalLM.__init__"): {"model"},
+    (VL, "Qwen3LLMForCausalLM.__init__"): {"model"},
+    (VL_MOE, "Qwen3MoeLLMForCausalLM.__init__"): {"model"},
+    (OMNI, "Qwen3MoeLLMForCausalLM.__init__"): {"model"},
 }
 
 
@@ -163,6 +176,23 @@ def test_every_override_is_held() -> None:
                 continue
             if any(name in vars(base) for base in stock) or name == "__init__":
                 assert function in OVERRIDES, f"{cls.__name__}.{name} is not in OVERRIDES"
+
+
+@pytest.mark.parametrize("name", STOCK)
+def test_stock_model_is_where_we_import_it_from(name: str, tree: Path) -> None:
+    _find(tree, f"model_executor/models/{STOCK[name]}.py", name)
+
+
+def test_architectures_have_the_classes_we_derive_from(tree: Path) -> None:
+    dicts = [n for n in ast.walk(_parsed(tree / MODEL_REGISTRY)) if isinstance(n, ast.Dict)]
+    theirs = {
+        key.value: ast.literal_eval(value)
+        for node in dicts
+        for key, value in zip(node.keys, node.values, strict=True)
+        if isinstance(key, ast.Constant) and isinstance(value, ast.Tuple)
+    }
+    for architecture, stock in {**registration.WINDOWED, **registration.UNPROVEN}.items():
+        assert theirs[architecture] == (STOCK[stock], stock)
 
 
 @pytest.mark.parametrize("called", CALLED, ids=_ids)

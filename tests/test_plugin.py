@@ -1,7 +1,6 @@
 """What the plugin changes in vLLM, and what it leaves alone."""
 
 import logging
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -122,21 +121,6 @@ def test_enabled_false_serves_full_attention(
     llm = engine(tiny_model(**checkpoint), additional_config={"swa": {"enabled": False}})
     assert [layer.sliding_window for layer in attention_layers(llm)] == [None] * 4
     assert generate(llm, prompts) == full
-
-
-@pytest.fixture
-def clean_registries(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
-    """Whatever the test registers with vLLM is undone.
-
-    vLLM remembers which class it resolved for a checkpoint: give each such test one of its own.
-    """
-    swa_vllm.register()
-    models = dict(ModelRegistry.models)
-    custom = AttentionBackendEnum.CUSTOM.get_path()
-    yield monkeypatch
-    ModelRegistry.models.clear()
-    ModelRegistry.models.update(models)
-    register_backend(AttentionBackendEnum.CUSTOM, custom)
 
 
 def test_untested_vllm_refuses_windows_only(

@@ -1,27 +1,67 @@
-"""Engine settings that windowed layers refuse, by name and before weights are loaded."""
+"""What windowed layers refuse, by name and before weights are loaded."""
 
 from vllm.config import VllmConfig
 
 from swa_backend.config import SWAConfigError
 from swa_vllm.attention import prefill_pages
-from swa_vllm.options import swa_options
+from swa_vllm.options import swa_options, text_config, wants_windows_decided
 from swa_vllm.poison import check_poison_possible
+from swa_vllm.registration import check_backend_slot
+
+PROVEN_SPECULATION = ("ngram", "eagle3")
 
 
-def check_engine(vllm_config: VllmConfig) -> None:
-    """Raise SWAConfigError if the engine is set up in a way that windows are not exact in."""
+def check_servable(vllm_config: VllmConfig) -> None:
+    """Raise SWAConfigError if model or engine are set up in a way that windows are not exact in.
+
+    Raises:
+        RuntimeError: another plugin holds the attention backend slot.
+    """
+    check_backend_slot()
+    _check_model(vllm_config)
+    _check_engine(vllm_config)
+    prefill_pages(vllm_config)
+    if swa_options(vllm_config).debug_poison:
+        check_poison_possible(vllm_config)
+
+
+def check_part(vllm_config: VllmConfig, prefix: str) -> None:
+    """Refuse windows in a Qwen3 that is the part ``prefix`` of a model, or drafts for one."""
+    if wants_windows_decided(vllm_config):
+        raise SWAConfigError(
+            f"the Qwen3 that is the part {prefix!r} of this model or engine was not tested with "
+            "windows; remove the window from the options and from the checkpoint of that part"
+        )
+
+
+def _check_model(vllm_config: VllmConfig) -> None:
+    config = text_config(vllm_config)
+    if not getattr(config, "is_causal", True):
+        raise SWAConfigError(
+            "is_causal=false (bidirectional attention) cannot have a window; remove the window "
+            "or is_causal=false"
+        )
+    if getattr(config, "dual_chunk_attention_config", None):
+        raise SWAConfigError(
+            "dual_chunk_attention_config cannot be combined with a window; remove either"
+        )
+
+
+def _check_engine(vllm_config: VllmConfig) -> None:
     if vllm_config.kv_transfer_config is not None:
         raise SWAConfigError(
             "KV connectors and KV cache offloading (--kv-transfer-config, --kv-offloading-size) "
             "know nothing of the pages that a window frees; remove them, or serve full attention"
         )
-    parallel = vllm_config.parallel_config
     for name in ("decode_context_parallel_size", "prefill_context_parallel_size"):
-        if getattr(parallel, name) > 1:
+        size = getattr(vllm_config.parallel_config, name)
+        if size > 1:
             raise SWAConfigError(
-                f"{name}={getattr(parallel, name)} splits a window over workers, which is not "
-                "served; leave it at 1"
+                f"{name}={size} splits a window over workers, which is not served; leave it at 1"
             )
-    prefill_pages(vllm_config)
-    if swa_options(vllm_config).debug_poison:
-        check_poison_possible(vllm_config)
+    speculation = vllm_config.speculative_config
+    if speculation is not None and speculation.method not in PROVEN_SPECULATION:
+        raise SWAConfigError(
+            f"speculative decoding by {speculation.method} was not tested with windows; allowed "
+            f"are {' and '.join(PROVEN_SPECULATION)}: use one of these, or remove the window"
+        )

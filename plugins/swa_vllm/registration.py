@@ -17,13 +17,40 @@ logger = init_logger(f"vllm.{__name__}")
 
 TESTED_VERSIONS = ("0.32", "0.33")
 ALLOW_UNTESTED = "SWA_ALLOW_UNTESTED_VLLM"
-MODELS = {
+# Architectures, and vLLM's class for each: the text stack is a plain Qwen3, which may slide ...
+WINDOWED = {
+    "ColQwen3": "ColQwen3Model",
+    "OpsColQwen3Model": "ColQwen3Model",
+    "Qwen3ASRForConditionalGeneration": "Qwen3ASRForConditionalGeneration",
+    "Qwen3ASRForcedAlignerForTokenClassification": "Qwen3ASRForcedAlignerForTokenClassification",
+    "Qwen3ASRRealtimeGeneration": "Qwen3ASRRealtimeGeneration",
+    "Qwen3OmniMoeForConditionalGeneration": "Qwen3OmniMoeThinkerForConditionalGeneration",
+    "Qwen3VLForConditionalGeneration": "Qwen3VLForConditionalGeneration",
+    "Qwen3VLMoeForConditionalGeneration": "Qwen3VLMoeForConditionalGeneration",
+    "Qwen3VLNemotronEmbedModel": "ColQwen3Model",
+}
+# ... or a Qwen3 that was not tested with windows.
+UNPROVEN = {
+    "FunASRForConditionalGeneration": "FunASRForConditionalGeneration",
+    "InternS1ProForConditionalGeneration": "InternS1ProForConditionalGeneration",
+    "JinaEmbeddingsV5Model": "JinaEmbeddingsV5Model",
+    "JinaForRanking": "JinaForRanking",
+    "MiniCPMV": "MiniCPMV",
+    "MossAudioModel": "MossAudioModel",
+    "VoyageQwen3BidirectionalEmbedModel": "VoyageQwen3BidirectionalEmbedModel",
+}
+PLAIN = {
     "Qwen3ForCausalLM": "swa_vllm.models.qwen3:SWAQwen3ForCausalLM",
     "Qwen3MoeForCausalLM": "swa_vllm.models.qwen3_moe:SWAQwen3MoeForCausalLM",
 }
+MODELS = {
+    **PLAIN,
+    **{name: f"swa_vllm.models.derived:{stock}" for name, stock in WINDOWED.items()},
+    **{name: f"swa_vllm.models.guard:Unproven{stock}" for name, stock in UNPROVEN.items()},
+}
 GUARDS = {
-    "Qwen3ForCausalLM": "swa_vllm.models.guard:UntestedQwen3ForCausalLM",
-    "Qwen3MoeForCausalLM": "swa_vllm.models.guard:UntestedQwen3MoeForCausalLM",
+    name: f"swa_vllm.models.guard:Untested{stock}"
+    for name, stock in {**dict(zip(PLAIN, PLAIN, strict=True)), **WINDOWED, **UNPROVEN}.items()
 }
 BACKEND_PATH = "swa_vllm.backend_cpu.SWACPUBackend"
 
@@ -36,9 +63,11 @@ def register_all() -> None:
         _register_backend()
     for architecture, path in (MODELS if tested else GUARDS).items():
         owner = registered_class(architecture)
-        if owner is None or owner.startswith(("vllm.", "swa_vllm.")):
+        if owner is None:
+            continue  # this vLLM does not have the model
+        if owner.startswith(("vllm.", "swa_vllm.")):
             ModelRegistry.register_model(architecture, path)
-        else:
+        elif architecture not in UNPROVEN:
             _guard_foreign_model(architecture, owner)
 
 

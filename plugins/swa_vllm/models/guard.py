@@ -1,25 +1,45 @@
-"""Qwen3 where windows cannot be served: stock as long as no window is asked for."""
+"""Models where windows cannot be served: stock as long as no window is asked for.
+
+A class is made when it is asked for, as ``Untested`` or ``Unproven`` and its stock name, so that
+each imports only what it needs.
+"""
+
+from functools import cache
+from typing import Any
 
 from torch import nn
 from vllm.config import VllmConfig
-from vllm.model_executor.models.qwen3 import Qwen3ForCausalLM
-from vllm.model_executor.models.qwen3_moe import Qwen3MoeForCausalLM
 
-from swa_vllm.options import layer_plan
+from swa_vllm.models.stock import stock_class
+from swa_vllm.options import wants_windows_decided
 from swa_vllm.registration import untested_reason
 
 
 def refusing(base: type[nn.Module], reason: str) -> type[nn.Module]:
-    """``base``, but loading a model with a window raises RuntimeError with ``reason``."""
+    """``base``, but making a model with a window raises RuntimeError with ``reason``."""
 
     class RefusesWindows(base):  # type: ignore[misc, valid-type]
-        def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
-            if not prefix and layer_plan(vllm_config).slides:
+        # Not in __init__: some stock classes make an instance of another class in __new__.
+        def __new__(cls, *, vllm_config: VllmConfig, prefix: str = "") -> Any:
+            if not prefix and wants_windows_decided(vllm_config):
                 raise RuntimeError(f"this model asks for sliding windows: {reason}")
-            super().__init__(vllm_config=vllm_config, prefix=prefix)
+            new = super().__new__
+            if new is object.__new__:
+                return new(cls)
+            return new(cls, vllm_config=vllm_config, prefix=prefix)
 
     return RefusesWindows
 
 
-UntestedQwen3ForCausalLM = refusing(Qwen3ForCausalLM, untested_reason())
-UntestedQwen3MoeForCausalLM = refusing(Qwen3MoeForCausalLM, untested_reason())
+@cache
+def __getattr__(name: str) -> Any:
+    if name.startswith("Untested"):
+        return refusing(stock_class(name.removeprefix("Untested")), untested_reason())
+    if name.startswith("Unproven"):
+        stock = name.removeprefix("Unproven")
+        return refusing(
+            stock_class(stock),
+            f"the Qwen3 inside {stock} was not tested with windows, so it is served with full "
+            "attention only; remove the window from the options and the checkpoint",
+        )
+    raise AttributeError(f"module {__name__} has no attribute {name}")

@@ -1,40 +1,42 @@
 """Windows for a Qwen3-like model: stock code builds it, then sliding layers get our attention."""
 
 import copy
+from typing import Any
 
 from vllm.config import VllmConfig
 from vllm.logger import init_logger
+from vllm.model_executor.models.interfaces import supports_multimodal
 
-from swa_backend.config import SWAConfigError
 from swa_vllm.attention import WindowedAttention, windowed_backend
-from swa_vllm.options import layer_plan
-from swa_vllm.refusals import check_engine
-from swa_vllm.registration import check_backend_slot
+from swa_vllm.options import layer_plan, text_config
+from swa_vllm.refusals import check_part, check_servable
 from swa_vllm.report import log_layers
 
 logger = init_logger(f"vllm.{__name__}")
 
 
 class WindowedModel:
-    """Mixin before a stock ``...ForCausalLM``: its layers slide by the checkpoint or the options.
+    """Mixin before a stock model: its text layers slide by the checkpoint or the options.
 
     Without any window the model is exactly what the stock constructor builds.
     """
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
-        if prefix:  # inside another model, whose owner decides about attention
+        if prefix:
+            check_part(vllm_config, prefix)
             super().__init__(vllm_config=vllm_config, prefix=prefix)  # type: ignore[call-arg]
             return
         plan = layer_plan(vllm_config)
         if plan.slides:
-            _check_servable(vllm_config)
+            check_servable(vllm_config)
         for warning in plan.warnings:
             logger.warning("SWA %s", warning)
         # A layer without a window of its own would take this one: full layers must not.
         vllm_config.cache_config.sliding_window = None
         super().__init__(vllm_config=_accepting_mixed_layers(vllm_config))  # type: ignore[call-arg]
         if plan.slides:
-            _set_windows(self.model.layers, plan.windows, vllm_config)  # type: ignore[attr-defined]
+            text_model: Any = self.get_language_model() if supports_multimodal(self) else self  # type: ignore[attr-defined]
+            _set_windows(text_model.model.layers, plan.windows, vllm_config)
 
 
 def _set_windows(layers: object, windows: tuple[int | None, ...], config: VllmConfig) -> None:
@@ -47,33 +49,17 @@ def _set_windows(layers: object, windows: tuple[int | None, ...], config: VllmCo
         log_layers(config)  # no builder of ours will, once the KV groups are known
 
 
-def _check_servable(vllm_config: VllmConfig) -> None:
-    check_backend_slot()
-    check_engine(vllm_config)
-    config = vllm_config.model_config.hf_config
-    if not getattr(config, "is_causal", True):
-        raise SWAConfigError(
-            "is_causal=false (bidirectional attention) cannot have a window; remove the window "
-            "or is_causal=false"
-        )
-    if getattr(config, "dual_chunk_attention_config", None):
-        raise SWAConfigError(
-            "dual_chunk_attention_config cannot be combined with a window; remove either"
-        )
-
-
 def _accepting_mixed_layers(vllm_config: VllmConfig) -> VllmConfig:
     """The config, or a copy of it that passes the stock model's assertion on mixed layers.
 
     Stock vLLM takes ``max_window_layers == num_hidden_layers`` for "no layer slides" and then
     lets any ``layer_types`` pass; neither is read after that.
     """
-    layer_types = getattr(vllm_config.model_config.hf_config, "layer_types", None) or ()
-    if len(set(layer_types)) < 2:
+    if len(set(getattr(text_config(vllm_config), "layer_types", None) or ())) < 2:
         return vllm_config
     vllm_config = copy.copy(vllm_config)
     vllm_config.model_config = copy.copy(vllm_config.model_config)
-    config = copy.copy(vllm_config.model_config.hf_config)
+    vllm_config.model_config.hf_config = copy.deepcopy(vllm_config.model_config.hf_config)
+    config = text_config(vllm_config)
     config.max_window_layers = config.num_hidden_layers
-    vllm_config.model_config.hf_config = config
     return vllm_config
