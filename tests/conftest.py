@@ -97,6 +97,7 @@ def stock_results(
         "llama": (tiny_llama, {}),
         "mixed": (tiny_model(**MIXED), {}),
         "layer_types": (tiny_model(**BY_LAYER_TYPES), {}),
+        "tiny_pool": (tiny_model(**SLIDING), {"num_gpu_blocks_override": 9}),
         "full_fp8": (tiny_model(**FULL), fp8),
         "sliding_fp8": (tiny_model(**SLIDING), fp8),
     }

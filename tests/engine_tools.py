@@ -1,22 +1,32 @@
 """In-process engines: start, greedy answers by token ids, page managers."""
 
 import gc
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from transformers import AutoConfig
 from vllm import LLM, ModelRegistry, SamplingParams
 from vllm.distributed import cleanup_dist_env_and_memory
 from vllm.lora.request import LoRARequest
 from vllm.outputs import CompletionOutput
 
+from swa_backend.config import SWAConfigError, SWAOptions
+from swa_backend.layers import resolve_layers
 from swa_vllm.kv_manager import SWAManager
 from tiny_models import PAGE_SIZE, WINDOW, random_prompts
 
 
 def start_engine(model: Path | str, **kwargs: Any) -> LLM:
-    """An in-process engine; ``kwargs`` are arguments of ``LLM``."""
+    """An in-process engine; ``kwargs`` are arguments of ``LLM``.
+
+    Where it serves windows, pages that nobody holds are full of NaN.
+    """
+    if _can_poison(model, kwargs):
+        options = kwargs.get("additional_config", {}).get("swa", {})
+        kwargs["additional_config"] = {"swa": {"debug_poison": True, **options}}
     return LLM(
         str(model),
         **{
@@ -31,6 +41,21 @@ def start_engine(model: Path | str, **kwargs: Any) -> LLM:
             **kwargs,
         },
     )
+
+
+def _can_poison(model: Path | str, kwargs: dict[str, Any]) -> bool:
+    if (
+        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] != "0"
+        or os.environ.get("VLLM_PLUGINS") == ""
+        or kwargs.get("disable_hybrid_kv_cache_manager")
+    ):
+        return False
+    options = kwargs.get("additional_config", {}).get("swa", {})
+    try:
+        config = AutoConfig.from_pretrained(model).get_text_config()
+        return resolve_layers(config, SWAOptions.from_dict(options)).slides
+    except (SWAConfigError, AttributeError):  # refused, or not a Qwen3
+        return False
 
 
 def resolve_here(architecture: str) -> None:
@@ -105,7 +130,7 @@ def describe(llm: LLM) -> dict[str, Any]:
     """Classes that serve a model, and its greedy answers, as JSON values."""
     (modules,) = llm.apply_model(lambda m: [type(x).__qualname__ for x in m.modules()])
     groups = scheduler(llm).kv_cache_config.kv_cache_groups
-    answers = generate(llm, random_prompts([1, 2 * WINDOW]))
+    answers = generate(llm, random_prompts([1, 2 * WINDOW, 7 * WINDOW]))
     return {
         "modules": modules,
         "backends": [layer.attn_backend.get_name() for layer in attention_layers(llm)],

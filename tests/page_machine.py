@@ -40,6 +40,7 @@ class Setup:
     num_drafts: int = 0
     caching: bool = True
     prefill_pages: PrefillPages = PrefillPages.AUTO
+    retention_interval: int | None = None
 
 
 @dataclass
@@ -90,6 +91,7 @@ class PageMachine:
                 num_blocks=setup.num_pages,
                 kv_cache_tensors=[],
                 kv_cache_groups=[KVCacheGroupSpec([f"l{i}"], s) for i, s in enumerate(specs)],
+                prefix_cache_retention_interval=setup.retention_interval,
             ),
             max_model_len=MAX_MODEL_LEN,
             scheduler_block_size=setup.page_size,
@@ -222,7 +224,8 @@ class PageMachine:
 
     def _admit(self, sequence: Sequence, limit: int) -> Scheduled | None:
         request = sequence.request
-        blocks, num_hit, *_ = self.kv.get_computed_blocks(request)
+        blocks, num_hit, junction = self.kv.get_computed_blocks(request)
+        request.shared_prefix_boundary = junction
         num_tokens = min(request.num_tokens - num_hit, limit)
         new = self.kv.allocate_slots(
             request,

@@ -9,6 +9,7 @@ import torch
 
 from conftest import EngineFactory, ModelFactory
 from engine_tools import Answer, generate, managers, num_free_pages
+from swa_backend.config import PrefillPages
 from tiny_models import (
     BY_LAYER_TYPES,
     FULL,
@@ -40,18 +41,22 @@ ORACLE_OVERRIDES: dict[str, dict[str, Any]] = {
     }
 }
 CHUNKS = {"below": 16, "equal": WINDOW, "above": 512}
-Case = tuple[str, str, str, bool]
+Case = tuple[str, str, str, bool, str]
 
 
 def _pairwise() -> list[Case]:
-    """Every pair of values of every two of the four dimensions."""
+    """Every pair of values of every two of the five dimensions."""
+    policies = [policy.value for policy in PrefillPages]
     return [
-        (source, chunk, list(ROPE)[(i + j) % 3], (i + j) % 2 == 0)
+        (source, chunk, list(ROPE)[(i + j) % 3], (i + j) % 2 == 0, policies[(i + 2 * j) % 3])
         for (i, source), (j, chunk) in product(enumerate(SOURCES), enumerate(CHUNKS))
     ]
 
 
-FULL_PRODUCT: list[Case] = list(product(SOURCES, CHUNKS, ROPE, (True, False)))
+FULL_PRODUCT: list[Case] = [
+    (*rest, policy.value)
+    for *rest, policy in product(SOURCES, CHUNKS, ROPE, (True, False), PrefillPages)
+]
 
 
 def _check_exact(
@@ -69,14 +74,14 @@ def _check_exact(
 
 
 def _check(case: Case, tiny_model: ModelFactory, engine: EngineFactory) -> None:
-    source, chunk, rope, caching = case
+    source, chunk, rope, caching, prefill_pages = case
     checkpoint, options = SOURCES[source]
     model = tiny_model(**checkpoint, rope_parameters=ROPE[rope])
     llm = engine(
         model,
         max_num_batched_tokens=CHUNKS[chunk],
         enable_prefix_caching=caching,
-        additional_config={"swa": options},
+        additional_config={"swa": {**options, "prefill_pages": prefill_pages}},
     )
     num_free = num_free_pages(llm)
     prompts = random_prompts(LENGTHS)
@@ -130,7 +135,7 @@ def test_engine_equals_hugging_face_full_product(
 
 def test_cases_cover_every_pair() -> None:
     def pairs(cases: list[Case]) -> set[Any]:
-        return {(a, c[a], b, c[b]) for c in cases for a in range(4) for b in range(a)}
+        return {(a, c[a], b, c[b]) for c in cases for a in range(5) for b in range(a)}
 
     assert pairs(_pairwise()) == pairs(FULL_PRODUCT)
 

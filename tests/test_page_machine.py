@@ -46,6 +46,7 @@ setups = st.builds(
     num_drafts=st.sampled_from([0, 0, 1, 4]),
     caching=st.booleans(),
     prefill_pages=st.sampled_from(PrefillPages),
+    retention_interval=st.sampled_from([None, 0]),
 )
 
 

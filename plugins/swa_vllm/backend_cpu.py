@@ -90,12 +90,12 @@ class SWACPUMetadataBuilder(CPUAttentionMetadataBuilder):
         if self.window_size >= 1:
             view = window_view(batch, self.window_size, self.block_size)
         holes = rows_with_holes(view, self.block_size)
-        if not holes.any():
+        if not any(holes):
             whole = super().build(common_prefix_len, view, fast_build)
             part = Part(slice(0, batch.num_actual_tokens), whole)
             return SWACPUMetadata(batch.slot_mapping, (part,), nan_check=nan_check)
 
-        parts = self._split(view, holes.tolist())
+        parts = self._split(view, holes)
         scratch = self._scratch_pages(max(p.layout.num_pages for p in parts if p.layout))
         # Slots of the null page, which stands for the holes.
         slots = batch.slot_mapping.masked_fill(batch.slot_mapping < self.block_size, -1)

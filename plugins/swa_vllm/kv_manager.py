@@ -4,13 +4,14 @@ A request's table names one page for every ``block_size`` positions. Entries tha
 sees are the null block: those that left the window, and the holes that a long prefill chunk leaves
 (:mod:`swa_backend.pages` says which).
 
-With prefix caching, holes are filled while the pool has room, so that other prompts can hit them.
+With prefix caching, holes that other prompts may hit are filled while the pool has room.
 Such *granted* pages are never counted as needed, are freed at the request's next schedule, and
 stay in the prefix cache until the pool reuses them.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import compress
 
 from vllm.v1.core.kv_cache_utils import BlockHash, KVCacheBlock, resolve_block_hashes
 from vllm.v1.core.single_type_kv_cache_manager import SlidingWindowManager
@@ -162,26 +163,49 @@ class SWAManager(SlidingWindowManager):
             self._count_lost_prefix(request, held.num_hit_blocks)
             held.num_hit_blocks = None
         if held.holes:
-            self._fill_holes(request, held)
+            wanted = self._cacheable(request, held.holes, retention_interval, replay_boundaries)
+            self._fill_holes(request, held, wanted)
         super().cache_blocks(
             request, num_tokens, retention_interval, replay_boundaries=replay_boundaries
         )
 
-    def _fill_holes(self, request: Request, held: _Held) -> None:
-        """Grant the last of this step's holes while more than half of the pool stays free."""
+    def _cacheable(
+        self,
+        request: Request,
+        holes: range,
+        retention_interval: int | None,
+        replay_boundaries: Sequence[int],
+    ) -> list[int]:
+        """Holes that vLLM would put into the prefix cache: mostly just those below a junction."""
+        junction = request.shared_prefix_boundary
+        boundaries = [*replay_boundaries, *([junction] if junction else [])]
+        if junction and self.use_eagle:
+            boundaries.append(junction - self.block_size)  # vLLM 0.33
+        mask = self.reachable_block_mask(
+            start_block=holes.start,
+            end_block=holes.stop,
+            alignment_tokens=self.cache_hit_alignment_tokens,
+            kv_cache_spec=self.kv_cache_spec,
+            use_eagle=self.use_eagle,
+            retention_interval=retention_interval,
+            reachable_boundaries=boundaries,
+        )
+        return list(holes if mask is None else compress(holes, mask))
+
+    def _fill_holes(self, request: Request, held: _Held, wanted: list[int]) -> None:
+        """Grant the last of the ``wanted`` holes while more than half of the pool stays free."""
         spare = self.block_pool.get_num_free_blocks() - self.block_pool.num_gpu_blocks // 2
-        num_granted = max(0, min(len(held.holes), spare)) if self._grants else 0
-        holes, held.holes = held.holes, range(0)
-        granted = holes[len(holes) - num_granted :]
-        if granted:
-            new = self.block_pool.get_new_blocks(num_granted)
-            first = len(holes) - num_granted
-            self.req_to_blocks[request.request_id][granted.start : granted.stop] = new
-            held.new_blocks[first : first + num_granted] = new
-            self._count_taken(held, num_granted)
-            self._skipped -= num_granted
-        left = holes[: len(holes) - num_granted]
-        self._skipped_pages.add(self._hashes(request)[left.start : left.stop])
+        num_granted = max(0, min(len(wanted), spare)) if self._grants else 0
+        num_left = len(wanted) - num_granted
+        table, first_hole = self.req_to_blocks[request.request_id], held.holes.start
+        new = self.block_pool.get_new_blocks(num_granted)
+        for index, block in zip(wanted[num_left:], new, strict=True):
+            table[index] = held.new_blocks[index - first_hole] = block
+        self._count_taken(held, num_granted)
+        self._skipped -= num_granted
+        held.holes = range(0)
+        hashes = self._hashes(request)
+        self._skipped_pages.add([hashes[i] for i in wanted[:num_left] if i < len(hashes)])
 
     def _count_lost_prefix(self, request: Request, num_hit_blocks: int) -> None:
         if request.skip_reading_prefix_cache:

@@ -44,7 +44,7 @@ _MODEL = {
     "head_dim": 64,
     "max_position_embeddings": 1 << 20,
 }
-_SAMPLED_TOKEN = 7
+SAMPLED_TOKEN = 7
 
 
 class Arm(StrEnum):
@@ -111,7 +111,11 @@ def simulate(arm: Arm, engine: Engine, requests: Sequence[tuple[int, int]]) -> O
 
 
 class Simulation:
-    """A scheduler that can be stepped."""
+    """A scheduler that can be stepped.
+
+    Attributes:
+        num_cached_tokens: what the prefix cache served of each request's prompt.
+    """
 
     def __init__(self, arm: Arm, engine: Engine, *, count_pages: bool = True) -> None:
         swa_vllm.register()
@@ -129,12 +133,16 @@ class Simulation:
                 num_blocks=engine.num_pages,
                 kv_cache_tensors=[],
                 kv_cache_groups=[KVCacheGroupSpec(["layer"], spec)],
+                prefix_cache_retention_interval=(
+                    self.config.cache_config.prefix_cache_retention_interval
+                ),
             ),
             structured_output_manager=StructuredOutputManager(self.config),
             block_size=engine.block_size,
         )
         (self.manager,) = self.scheduler.kv_cache_manager.coordinator.single_type_managers
         self._hasher = get_request_block_hasher(engine.block_size, sha256)
+        self.num_cached_tokens: dict[str, int] = {}
         self._queue: deque[Any] = deque()
         self._running: list[int] = []
         self._peak_pages = 0
@@ -156,6 +164,8 @@ class Simulation:
         output = self.scheduler.schedule() if self.scheduler.has_requests() else None
         if output is not None and output.total_num_scheduled_tokens:
             self._running.append(len(output.num_scheduled_tokens))
+            for new in output.scheduled_new_reqs:
+                self.num_cached_tokens[new.req_id] = new.num_computed_tokens
             self._num_preemptions += len(output.preempted_req_ids or ())
             if self._count_pages:
                 most = self._most_pages(output.num_scheduled_tokens)
@@ -199,7 +209,7 @@ class Simulation:
         """A token for each request whose prompt the step completes."""
         requests = self.scheduler.requests
         return [
-            [] if requests[name].is_prefill_chunk else [_SAMPLED_TOKEN]
+            [] if requests[name].is_prefill_chunk else [SAMPLED_TOKEN]
             for name in output.num_scheduled_tokens
         ]
 
