@@ -63,9 +63,9 @@ def test_effective_windows(
         ({"full_attention_layers": [True]}, "swa.full_attention_layers must be a list"),
         ({"sink_tokens": 4}, "sink_tokens is reserved but not built"),
         ({"position_shift": True}, "position_shift is reserved but not built"),
-        ({"prefill_pages": "window"}, "prefill_pages is reserved but not built"),
+        ({"prefill_pages": "most"}, "must be one of .auto., .survivors., .all., got .most."),
         ({"impl": "triton"}, "impl is reserved but not built"),
-        ({"debug_poison": True}, "debug_poison is reserved but not built"),
+        ({"debug_poison": 1}, "swa.debug_poison must be true or false, got 1"),
     ],
 )
 def test_bad_options_are_refused(options: Any, message: str) -> None:

@@ -18,7 +18,7 @@ import vllm
 
 from swa_vllm import registration
 from swa_vllm.attention import WindowedAttention
-from swa_vllm.backend_cpu import SWACPUBackend, SWACPUMetadataBuilder
+from swa_vllm.backend_cpu import SWACPUBackend, SWACPUImpl, SWACPUMetadataBuilder
 from swa_vllm.kv_manager import SWAManager
 from swa_vllm.kv_spec import SWASpec
 from swa_vllm.models.qwen3 import SWAQwen3ForCausalLM
@@ -39,6 +39,10 @@ INTERFACES = "model_executor/models/interfaces.py"
 MANAGER = "v1/core/single_type_kv_cache_manager.py"
 MODEL_REGISTRY = "model_executor/models/registry.py"
 OMNI = "model_executor/models/qwen3_omni_moe_thinker.py"
+POOL = "v1/core/block_pool.py"
+REQUEST = "v1/request.py"
+VLLM_CONFIG = "config/vllm.py"
+CACHE_MANAGER = "v1/core/kv_cache_manager.py"
 QWEN3 = "model_executor/models/qwen3.py"
 QWEN3_MOE = "model_executor/models/qwen3_moe.py"
 QWEN2 = "model_executor/models/qwen2.py"
@@ -54,16 +58,29 @@ OVERRIDES: dict[Callable[..., Any], tuple[str, str]] = {
     WindowedAttention.get_kv_cache_spec: (ATTENTION, "Attention.get_kv_cache_spec"),
     SWAManager.__init__: (MANAGER, "SlidingWindowManager.__init__"),
     SWAManager.allocate_new_blocks: (MANAGER, "SingleTypeKVCacheManager.allocate_new_blocks"),
-    SWAManager.allocate_external_computed_blocks: (
+    SWAManager.get_num_blocks_to_allocate: (
         MANAGER,
-        "SingleTypeKVCacheManager.allocate_external_computed_blocks",
+        "SingleTypeKVCacheManager.get_num_blocks_to_allocate",
     ),
+    SWAManager.add_local_computed_blocks: (
+        MANAGER,
+        "SingleTypeKVCacheManager.add_local_computed_blocks",
+    ),
+    SWAManager.cache_blocks: (MANAGER, "SingleTypeKVCacheManager.cache_blocks"),
+    SWAManager.pop_blocks_for_free: (MANAGER, "SingleTypeKVCacheManager.pop_blocks_for_free"),
     SWAManager._remove_blocks_in_range: (
         MANAGER,
         "SingleTypeKVCacheManager._remove_blocks_in_range",
     ),
+    SWASpec.max_admission_blocks_per_request: (
+        SPEC,
+        "SlidingWindowSpec.max_admission_blocks_per_request",
+    ),
+    SWASpec.is_uniform_with_collection: (SPEC, "SlidingWindowSpec.is_uniform_with_collection"),
     SWACPUMetadataBuilder.__init__: (CPU, "CPUAttentionMetadataBuilder.__init__"),
     SWACPUMetadataBuilder.build: (CPU, "CPUAttentionMetadataBuilder.build"),
+    SWACPUImpl.forward: (CPU, "CPUAttentionBackendImpl.forward"),
+    SWACPUBackend.get_impl_cls: (CPU, "CPUAttentionBackend.get_impl_cls"),
     SWACPUBackend.get_name: (CPU, "CPUAttentionBackend.get_name"),
     SWACPUBackend.get_builder_cls: (CPU, "CPUAttentionBackend.get_builder_cls"),
     SWACPUBackend.supports_compute_capability.__func__: (
@@ -81,6 +98,20 @@ CALLED = {
     (QWEN3, "Qwen3ForCausalLM.__init__"): {"vllm_config", "prefix"},
     (QWEN3_MOE, "Qwen3MoeForCausalLM.__init__"): {"vllm_config", "prefix"},
     (INTERFACES, "SupportsMultiModal.get_language_model"): {"self"},
+    (CPU, "CPUAttentionBackendImpl.do_kv_cache_update"): {
+        *("layer", "key", "value", "kv_cache", "slot_mapping"),
+    },
+    (MANAGER, "SlidingWindowManager.reachable_block_mask"): {
+        *("start_block", "end_block", "alignment_tokens", "kv_cache_spec", "use_eagle"),
+        *("retention_interval", "reachable_boundaries"),
+    },
+    (POOL, "BlockPool.get_new_blocks"): {"num_blocks"},
+    (POOL, "BlockPool.free_blocks"): {"ordered_blocks"},
+    (POOL, "BlockPool.get_num_free_blocks"): set(),
+    (POOL, "BlockPool.get_cached_block"): {"block_hash", "kv_cache_group_ids"},
+    (VLLM_CONFIG, "VllmConfig.max_concurrent_batches"): set(),
+    (VLLM_CONFIG, "VllmConfig.num_speculative_tokens"): set(),
+    (VLLM_CONFIG, "VllmConfig.num_lookahead_tokens"): set(),
     (REGISTRY, "KVCacheSpecRegistry.register"): {"uniform_type_base_spec"},
     (REGISTRY, "KVCacheSpecRegistry.check_kv_cache_spec_registry"): {"kv_cache_spec"},
     (ENUM, "register_backend"): {"backend", "class_path"},
@@ -92,7 +123,9 @@ FIELDS = {
     (BACKEND, "CommonAttentionMetadata"): {
         *("query_start_loc", "seq_lens", "max_seq_len", "block_table_tensor", "slot_mapping"),
     },
-    (SPEC, "SlidingWindowSpec"): {"sliding_window"},
+    (SPEC, "SlidingWindowSpec"): {"sliding_window", "extra_retained_tokens"},
+    (BACKEND, "AttentionBackend"): {"forward_includes_kv_cache_update"},
+    (VLLM_CONFIG, "VllmConfig"): {"instance_id", "kv_transfer_config", "speculative_config"},
     (SPECULATION, "SpeculativeConfig"): {"method"},
     (ENUM, "AttentionBackendEnum"): {"CUSTOM"},
 }
@@ -103,7 +136,13 @@ ATTRIBUTES = {
     },
     (CPU, "CPUAttentionMetadataBuilder.__init__"): {"window_size", "block_size"},
     (CPU, "CPUAttentionBackendImpl.__init__"): {"scale", "sliding_window"},
-    (MANAGER, "SingleTypeKVCacheManager.__init__"): {"req_to_blocks"},
+    (MANAGER, "SingleTypeKVCacheManager.__init__"): {
+        *("req_to_blocks", "block_pool", "block_size", "enable_caching", "kv_cache_group_id"),
+        *("kv_cache_spec", "use_eagle", "cache_hit_alignment_tokens", "_null_block"),
+        "max_admission_blocks_per_request",
+    },
+    (POOL, "BlockPool.__init__"): {"num_gpu_blocks", "hash_block_size", "null_block", "blocks"},
+    (REQUEST, "Request.__init__"): {"shared_prefix_boundary", "skip_reading_prefix_cache"},
     (QWEN3, "Qwen3DecoderLayer.__init__"): {"self_attn"},
     (QWEN3, "Qwen3Attention.__init__"): {"attn"},
     (QWEN3, "Qwen3ForCausalLM.__init__"): {"model"},
@@ -161,7 +200,8 @@ def test_override_takes_what_vllm_passes(override: Callable[..., Any], tree: Pat
 
 def test_every_override_is_held() -> None:
     classes = (
-        *(WindowedAttention, SWASpec, SWAManager, SWACPUMetadataBuilder, SWACPUBackend),
+        *(WindowedAttention, SWASpec, SWAManager),
+        *(SWACPUMetadataBuilder, SWACPUImpl, SWACPUBackend),
         *(WindowedModel, SWAQwen3ForCausalLM, SWAQwen3MoeForCausalLM),
     )
     dunders = ("init", "eq", "hash", "repr", "replace", "setattr", "delattr")
@@ -237,6 +277,22 @@ def test_stock_model_asserts_on_mixed_layers_where_we_expect_it(tree: Path) -> N
 def test_window_frees_go_through_the_method_we_count_in(tree: Path) -> None:
     source = ast.unparse(_find(tree, MANAGER, "SingleTypeKVCacheManager.remove_skipped_blocks"))
     assert "self._remove_blocks_in_range(" in source
+
+
+def test_pages_are_cached_after_all_groups_allocated_and_before_they_are_sent(tree: Path) -> None:
+    """Holes are filled in between, in the lists that the workers get."""
+    source = ast.unparse(_find(tree, CACHE_MANAGER, "KVCacheManager.allocate_slots"))
+    allocate = source.index("new_blocks = self.coordinator.allocate_new_blocks(")
+    cache = source.index("self.coordinator.cache_blocks(")
+    assert allocate < cache < source.rindex("return self.create_kv_cache_blocks(new_blocks)")
+
+
+def test_table_entries_that_vllm_nulls_are_below_every_view(tree: Path) -> None:
+    """0.33 nulls entries wholly below ``num_retained_tokens``, which views do not show either."""
+    spec = _find(tree, SPEC, "SlidingWindowSpec")
+    found = [n for n in spec.body if getattr(n, "name", "") == "num_retained_tokens"]
+    expected = "return self.sliding_window - 1 + self.extra_retained_tokens"
+    assert all(expected in ast.unparse(function) for function in found)
 
 
 def test_cpu_build_is_the_official_release() -> None:

@@ -219,10 +219,3 @@ def test_no_gpu_backend_stores_every_page(
     assert pages("auto") == pages("all") == "all"
     with pytest.raises(SWAConfigError, match="reads a chunk's keys from pages"):
         pages("survivors")
-
-
-def test_unknown_policy_is_refused() -> None:
-    from swa_backend.config import SWAOptions
-
-    with pytest.raises(SWAConfigError, match=r'one of "auto", "survivors", "all", got .most'):
-        SWAOptions.from_dict({"prefill_pages": "most"})

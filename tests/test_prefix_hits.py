@@ -46,7 +46,9 @@ def edited_last_turn(serve: Serve) -> None:
         serve(history + _text(20 + attempt, 300), 50)
 
 
-def _hits(arm: Arm, policy: PrefillPages, traffic: Callable[[Serve], None]) -> list[int]:
+def _hits(
+    arm: Arm, policy: PrefillPages, traffic: Callable[[Serve], None], retention: int | None
+) -> list[int]:
     engine = Engine(
         window=200,
         block_size=16,
@@ -55,6 +57,7 @@ def _hits(arm: Arm, policy: PrefillPages, traffic: Callable[[Serve], None]) -> l
         max_model_len=8192,
         prefix_caching=True,
         prefill_pages=policy,
+        retention_interval=retention,
     )
     simulation, hits = Simulation(arm, engine), list[int]()
 
@@ -70,8 +73,22 @@ def _hits(arm: Arm, policy: PrefillPages, traffic: Callable[[Serve], None]) -> l
     return hits
 
 
+# Without full layers vLLM notices no junction, so by default a shared prefix is not kept.
+@pytest.mark.parametrize("retention", [None, 0])
 @pytest.mark.parametrize("traffic", [shared_prefix, multi_turn, round_robin, edited_last_turn])
-def test_hits_are_stocks_while_memory_is_plentiful(traffic: Callable[[Serve], None]) -> None:
-    stock = _hits(Arm.STOCK, PrefillPages.ALL, traffic)
-    assert sum(hit > 0 for hit in stock) >= 2
-    assert _hits(Arm.SWA, PrefillPages.AUTO, traffic) == stock
+def test_hits_are_stocks_while_memory_is_plentiful(
+    traffic: Callable[[Serve], None], retention: int | None
+) -> None:
+    stock = _hits(Arm.STOCK, PrefillPages.ALL, traffic, retention)
+    assert sum(hit > 0 for hit in stock) >= 2 or (traffic, retention) == (shared_prefix, 0)
+    assert _hits(Arm.SWA, PrefillPages.AUTO, traffic, retention) == stock
+
+
+def test_survivors_only_lose_shared_prefixes_and_keep_conversations() -> None:
+    def hits(policy: PrefillPages, traffic: Callable[[Serve], None]) -> list[int]:
+        return _hits(Arm.SWA, policy, traffic, None)
+
+    assert hits(PrefillPages.SURVIVORS, multi_turn) == hits(PrefillPages.AUTO, multi_turn)
+    assert sum(hits(PrefillPages.SURVIVORS, shared_prefix)) < sum(
+        hits(PrefillPages.AUTO, shared_prefix)
+    )

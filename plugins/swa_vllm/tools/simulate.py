@@ -62,6 +62,7 @@ class Engine:
     Attributes:
         num_pages: of the pool, one page for all layers.
         num_steps_in_flight: 1, or 2 as with asynchronous scheduling.
+        retention_interval: vLLM's ``prefix_cache_retention_interval``; None keeps every page.
     """
 
     window: int
@@ -73,6 +74,7 @@ class Engine:
     num_steps_in_flight: int = 1
     prefix_caching: bool = False
     prefill_pages: PrefillPages = PrefillPages.AUTO
+    retention_interval: int | None = 0
 
 
 @dataclass(frozen=True)
@@ -133,9 +135,9 @@ class Simulation:
                 num_blocks=engine.num_pages,
                 kv_cache_tensors=[],
                 kv_cache_groups=[KVCacheGroupSpec(["layer"], spec)],
-                prefix_cache_retention_interval=(
-                    self.config.cache_config.prefix_cache_retention_interval
-                ),
+                prefix_cache_retention_interval=None
+                if arm is Arm.FULL
+                else engine.retention_interval,
             ),
             structured_output_manager=StructuredOutputManager(self.config),
             block_size=engine.block_size,
