@@ -6,7 +6,8 @@ from hypothesis import strategies as st
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
 from swa_backend import pages, reference
-from swa_vllm.metadata import window_view
+from swa_vllm.metadata import rows_with_holes, select_rows, window_view
+from swa_vllm.scratch import scratch_layout
 
 rows = st.lists(st.tuples(st.integers(0, 90), st.integers(1, 20)), min_size=1, max_size=4)
 
@@ -73,3 +74,45 @@ def test_view_keeps_slots_and_queries_and_the_engines_row() -> None:
     assert view.block_table_tensor.tolist() == [[4, 5], [6, 7]]
     assert batch.seq_lens.tolist() == [41, 8]
     assert torch.equal(table, torch.arange(12, dtype=torch.int32).view(2, 6))
+
+
+@given(rows, st.integers(1, 40), st.sampled_from([2, 4, 16]), st.integers(0, 999))
+def test_scratch_pages_give_the_attention_of_the_whole_row(
+    batch: list[tuple[int, int]], window: int, page_size: int, seed: int
+) -> None:
+    """Each row alone, its pages stored but for the holes; the chunk's own keys are at hand."""
+    generator = torch.Generator().manual_seed(seed)
+    computed, queries = map(list, zip(*batch, strict=True))
+    num_tokens = [c + 4 * q for c, q in batch]  # chunks long enough to have holes
+    queries = [4 * q for q in queries]
+    width = pages.ceil_div(max(num_tokens), page_size)
+    pool_size = width * len(batch) + 1
+    pool = torch.randn(pool_size, 1, page_size, 4, generator=generator, dtype=torch.float64)
+    table = (torch.randperm(pool_size - 1, generator=generator) + 1).view(len(batch), width).int()
+    dense = [reference.gather_pages(pool, t, n) for t, n in zip(table, num_tokens, strict=True)]
+    rules = pages.WindowPages(window, page_size)
+    expected_holes = []
+    for row, done, n in zip(table, computed, num_tokens, strict=True):
+        holes = rules.holes(pages.ceil_div(done, page_size), n)
+        row[holes.start : holes.stop] = 0
+        expected_holes.append(len(holes) > 0)
+    pool[0] = float("nan")
+
+    view = window_view(_batch(computed, queries, table), window, page_size)
+    assert rows_with_holes(view, page_size) == expected_holes
+    for i, (done, num_queries) in enumerate(zip(computed, queries, strict=True)):
+        row = select_rows(view, i, i + 1)
+        layout = scratch_layout(row, page_size)
+        scratch = torch.zeros(layout.num_pages, *pool.shape[1:], dtype=torch.float64)
+        scratch[layout.targets] = pool[layout.sources]
+        for token, slot in enumerate(layout.slots.tolist()):
+            scratch[slot // page_size, :, slot % page_size] = dense[i][:, done + token]
+        length = int(layout.batch.seq_lens[0])
+        used = layout.batch.block_table_tensor[0, : layout.num_pages]
+        keys = reference.gather_pages(scratch, used, length)
+        query = torch.randn(1, num_queries, 4, generator=generator, dtype=torch.float64)
+        relative, whole = torch.arange(length), torch.arange(done + num_queries)
+        mask = reference.visible_mask(relative[length - num_queries :], relative, window)
+        expected_mask = reference.visible_mask(whole[done:], whole, window)
+        expected = reference.attention(query, dense[i], dense[i], expected_mask)
+        assert torch.allclose(reference.attention(query, keys, keys, mask), expected)
