@@ -25,7 +25,7 @@ from swa_vllm.models.qwen3 import SWAQwen3ForCausalLM
 from swa_vllm.models.qwen3_moe import SWAQwen3MoeForCausalLM
 from swa_vllm.models.stock import STOCK
 from swa_vllm.models.windowed import WindowedModel
-from vllm_sources import official_sources
+from wheel_sources import official_sources
 
 INSTALLED = Path(vllm.__file__).parent
 # The CPU build is somebody else's: its Python files may differ from the official ones here only.

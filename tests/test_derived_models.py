@@ -7,7 +7,6 @@ import json
 import os
 import subprocess
 import sys
-import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +24,7 @@ from swa_backend.config import SWAConfigError
 from swa_vllm import registration
 from swa_vllm.models import derived, guard
 from tiny_models import FULL, SLIDING, WINDOW, MoeOracle, Oracle, random_prompts, save_tiny_moe
+from wheel_sources import wheel_sources
 
 LENGTHS = (1, WINDOW + 1, 4 * WINDOW)
 WINDOWS = (None, None, WINDOW, WINDOW)
@@ -43,26 +43,10 @@ def torchvision() -> Path:
 
     These models import it for image processing, which needs no operator.
     """
-    target = Path(".cache") / TORCHVISION
-    if not (target / "complete").exists():
-        target.mkdir(parents=True, exist_ok=True)
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", TORCHVISION]
-        done = subprocess.run(
-            [*command, "--only-binary=:all:", "--dest", str(target)],
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        wheel = next(target.glob("*.whl"), None)
-        if done.returncode or wheel is None:
-            pytest.skip(f"no package registry: {TORCHVISION} not downloaded\n{done.stderr}")
-        with zipfile.ZipFile(wheel) as archive:
-            archive.extractall(target, [n for n in archive.namelist() if ".so" not in n])
-        # It declares what shapes the missing operators return, and nothing else.
-        (target / "torchvision" / "_meta_registrations.py").write_text("")
-        wheel.unlink()
-        (target / "complete").touch()
-    return target.resolve()
+    target = wheel_sources(TORCHVISION)
+    # It declares what shapes the missing operators return, and nothing else.
+    (target / "torchvision" / "_meta_registrations.py").write_text("")
+    return target
 
 
 @pytest.fixture(scope="session")

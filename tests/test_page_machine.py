@@ -25,7 +25,7 @@ from page_machine import PageMachine, Setup
 from swa_backend.config import PrefillPages
 from swa_backend.pages import WindowPages
 from swa_vllm.kv_manager import SWAManager
-from vllm_sources import official_sources
+from wheel_sources import official_sources
 
 STEPS = 50
 NUM_WALKS = int(os.environ.get("SWA_TEST_WALKS", "2000"))
