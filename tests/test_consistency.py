@@ -1,0 +1,167 @@
+"""Trained and served with one window: the models of tests/data through the real engine."""
+
+import math
+import subprocess
+import sys
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tokenizers import Tokenizer
+from transformers import Qwen3Config, Qwen3ForCausalLM
+
+import consistency
+from conftest import EngineFactory
+from consistency import engine_arguments, perplexity, window_options
+
+ROOT = Path(__file__).parents[1]
+DATA = ROOT / "tests" / "data"
+SLIDING, MIXED = "tiny-swa-sliding", "tiny-swa-mixed"
+TEXT = DATA / "acts-1-7.txt"
+WINDOW = 64
+LENGTH = 32 * WINDOW  # tokens
+BELOW, ABOVE = 48, 160  # chunk sizes, beside the models' window
+# Far below the 1e-4 that comparing models would need: a window that is wrong by one token
+# changes these perplexities by 1e-5 and more, rounding in fp32 by less than 1e-7.
+TOLERANCE = 1e-6
+CASES = ("own", "half", "double", "full")
+# The example's options, and the same said to Hugging Face.
+OPTIONS = dict(zip(CASES, window_options(WINDOW).values(), strict=True))
+OVERRIDES: dict[str, dict[str, Any]] = {
+    "own": {},
+    "half": {"sliding_window": WINDOW // 2},
+    "double": {"sliding_window": 2 * WINDOW},
+    "full": {"layer_types": ["full_attention"] * 4},
+    "one less": {"sliding_window": WINDOW - 1},
+    "one more": {"sliding_window": WINDOW + 1},
+}
+
+
+def held_out(model: str) -> list[int]:
+    tokenizer = Tokenizer.from_file(str(DATA / model / "tokenizer.json"))
+    return list(tokenizer.encode(TEXT.read_text(encoding="utf-8")).ids[:LENGTH])
+
+
+@pytest.fixture(scope="module")
+def sliding(engine: EngineFactory) -> Callable[[str], float]:
+    """Perplexity of the all-sliding model through the engine, prefilled in chunks."""
+
+    @cache
+    def measure(case: str) -> float:
+        llm = engine(
+            DATA / SLIDING,
+            **engine_arguments(Qwen3Config.from_pretrained(DATA / SLIDING), LENGTH),
+            max_num_batched_tokens=BELOW if case == "own" else ABOVE,
+            additional_config={"swa": OPTIONS[case]},
+        )
+        return perplexity(llm, [held_out(SLIDING)])
+
+    return measure
+
+
+@pytest.fixture(scope="module")
+def printed(tmp_path_factory: pytest.TempPathFactory) -> list[list[str]]:
+    """Words of the lines that the example printed for the mixed model."""
+    text = tmp_path_factory.mktemp("text") / "text"
+    text.write_bytes(
+        Tokenizer.from_file(str(DATA / MIXED / "tokenizer.json")).decode(held_out(MIXED)).encode()
+    )
+    arguments = ("--model", str(DATA / MIXED), "--text", str(text), "--lengths", "512", str(LENGTH))
+    command = [sys.executable, "examples/consistency.py", *arguments]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    return [line.split() for line in result.stdout.splitlines()[-len(CASES) - 1 :]]
+
+
+@cache
+@torch.inference_mode()
+def hugging_face(model: str, case: str) -> float:
+    """Perplexity in fp32, eager."""
+    config = Qwen3Config.from_pretrained(DATA / model, **OVERRIDES[case])
+    hf = Qwen3ForCausalLM.from_pretrained(
+        DATA / model, config=config, dtype=torch.float32, attn_implementation="eager"
+    ).eval()
+    tokens = torch.tensor(held_out(model))
+    logits = hf(tokens[None], use_cache=False).logits[0, :-1].double()
+    return math.exp(torch.nn.functional.cross_entropy(logits, tokens[1:]))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_perplexity_of_the_sliding_model_equals_hugging_faces(
+    case: str, sliding: Callable[[str], float]
+) -> None:
+    assert sliding(case) == pytest.approx(hugging_face(SLIDING, case), rel=TOLERANCE)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_perplexity_of_the_mixed_model_equals_hugging_faces(
+    case: str, printed: list[list[str]]
+) -> None:
+    (value,) = (float(words[-1]) for words in printed if words[0].startswith(case))
+    # Four decimals are printed.
+    assert value == pytest.approx(hugging_face(MIXED, case), rel=TOLERANCE, abs=6e-5)
+
+
+@pytest.mark.parametrize("case", ["one less", "one more"])
+def test_tolerance_tells_windows_apart(case: str) -> None:
+    """In the model in which the window matters least."""
+    other = hugging_face(MIXED, case)
+    assert abs(other / hugging_face(MIXED, "own") - 1) > 5 * TOLERANCE
+
+
+def test_sliding_model_predicts_best_with_its_own_window(
+    sliding: Callable[[str], float],
+) -> None:
+    own, half, double, full = map(sliding, CASES)
+    assert own < min(half, double)
+    assert full > 1.4 * own
+
+
+def test_mixed_model_predicts_worse_where_its_sliding_layers_see_more(
+    printed: list[list[str]],
+) -> None:
+    """Half its window is not compared: it costs nothing that could be told from noise."""
+    at_trained_length, beyond = ([float(words[i]) for words in printed[1:]] for i in (-2, -1))
+    for (own, _, double, full), factor in ((at_trained_length, 1.04), (beyond, 1.1)):
+        assert double > 1.02 * own
+        assert full > factor * own
+
+
+def test_example_names_every_window(printed: list[list[str]]) -> None:
+    assert printed[0] == ["served", "with", "512", "tokens", "2048", "tokens"]
+    rows = [" ".join(words[:-2]) for words in printed[1:]]
+    assert rows == ["own window, 64", "half, 32", "double, 128", "full attention"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--lengths", "1"], "lengths must be 2 to 8888, the tokens of the text; got [1]"),
+        (["--lengths", "64", "9000"], "got [64, 9000]"),
+        (["--text", "nowhere.txt"], "No such file or directory: 'nowhere.txt'"),
+        (["--model", "nowhere"], "nowhere is no checkpoint: it has no config.json"),
+    ],
+    ids=["too short", "too long", "no text", "no model"],
+)
+def test_example_refuses_what_it_cannot_compare(
+    arguments: list[str], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["consistency", *arguments])
+    with pytest.raises(SystemExit, match=r"^error: ") as caught:
+        consistency.main()
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize("window", [None, 1])
+def test_example_refuses_a_checkpoint_without_a_window_to_halve(
+    window: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Qwen3Config(use_sliding_window=window is not None, sliding_window=window).save_pretrained(
+        tmp_path
+    )
+    monkeypatch.setattr(sys, "argv", ["consistency", "--model", str(tmp_path)])
+    with pytest.raises(SystemExit, match=f"sliding_window={window}; give a checkpoint trained"):
+        consistency.main()
