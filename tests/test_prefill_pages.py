@@ -3,13 +3,15 @@
 from typing import Any
 
 import pytest
-from vllm import LLM
+from vllm import LLM, EngineArgs
 
 from conftest import EngineFactory, ModelFactory
 from engine_tools import Answer, attention_layers, generate, managers, num_free_pages
 from swa_backend.config import SWAConfigError
 from swa_backend.metrics import PageCounts
 from swa_backend.pages import WindowPages, ceil_div
+from swa_vllm import attention
+from swa_vllm.refusals import check_servable
 from tiny_models import FULL, MIXED, PAGE_SIZE, SLIDING, WINDOW, random_prompts
 
 PAGES = WindowPages(WINDOW, PAGE_SIZE)
@@ -180,27 +182,22 @@ def test_poison_refuses_an_engine_in_another_process(
     )
 
 
-def test_context_parallel_is_refused(tiny_model: ModelFactory) -> None:
-    from vllm.engine.arg_utils import EngineArgs
-
-    from swa_vllm.refusals import check_servable
-
+@pytest.mark.parametrize(
+    "kind", ["pipeline_parallel", "decode_context_parallel", "prefill_context_parallel"]
+)
+def test_untested_parallelism_is_refused(kind: str, tiny_model: ModelFactory) -> None:
     config = EngineArgs(
         str(tiny_model(**SLIDING)), skip_tokenizer_init=True, dtype="float32"
     ).create_engine_config()
     check_servable(config)
-    config.parallel_config.decode_context_parallel_size = 2
-    with pytest.raises(SWAConfigError, match="decode_context_parallel_size=2 splits a window"):
+    setattr(config.parallel_config, f"{kind}_size", 2)
+    with pytest.raises(SWAConfigError, match=f"{kind}_size=2 was not tested with windows"):
         check_servable(config)
 
 
 def test_no_gpu_backend_stores_every_page(
     tiny_model: ModelFactory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from vllm.engine.arg_utils import EngineArgs
-
-    from swa_vllm import attention
-
     def pages(policy: str) -> str:
         config = EngineArgs(
             str(tiny_model(**SLIDING)),

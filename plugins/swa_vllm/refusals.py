@@ -53,11 +53,12 @@ def _check_engine(vllm_config: VllmConfig) -> None:
             "KV connectors and KV cache offloading (--kv-transfer-config, --kv-offloading-size) "
             "know nothing of the pages that a window frees; remove them, or serve full attention"
         )
-    for name in ("decode_context_parallel_size", "prefill_context_parallel_size"):
-        size = getattr(vllm_config.parallel_config, name)
+    for kind in ("pipeline_parallel", "decode_context_parallel", "prefill_context_parallel"):
+        size = getattr(vllm_config.parallel_config, f"{kind}_size")
         if size > 1:
             raise SWAConfigError(
-                f"{name}={size} splits a window over workers, which is not served; leave it at 1"
+                f"{kind}_size={size} was not tested with windows; leave it at 1 (use "
+                "tensor parallelism), or remove the window"
             )
     speculation = vllm_config.speculative_config
     if speculation is not None and speculation.method not in PROVEN_SPECULATION:
