@@ -8,12 +8,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-# vLLM's own start-up lines would bury a tool's output; set it to see them.
-os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one sub-command; returns the exit status."""
+    if "vllm" not in sys.modules:
+        # vLLM's own start-up lines would bury a tool's output; set it to see them.
+        os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     parser = argparse.ArgumentParser(prog="swa", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     bench = commands.add_parser(
