@@ -39,7 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _add_benchmarks(commands: Any) -> None:
-    # Imported late: `swa --help` shall not import vLLM.
+    # Here, because they import vLLM, which reads its environment then.
     from swa_vllm.tools import bench_overhead, bench_pages, bench_prefill
 
     for module in (bench_pages, bench_prefill, bench_overhead):
