@@ -32,8 +32,8 @@ class SkippedPages:
     ) -> int:
         """Pages by which a hit would have been longer, had no page been skipped.
 
-        An upper bound: the pool might have reused a page by now, and in a model with other kinds
-        of layers those may not have had the prefix either.
+        An upper bound: the pool might have reused a page by now, the cache might have been reset,
+        and in a model with other kinds of layers those may not have had the prefix either.
 
         Args:
             hashes: of all the prompt's pages that may be hit, in the order of positions.

@@ -8,7 +8,7 @@ positions,
 * *survivors* of a step are the last pages it leaves behind, all that any later query can see.
   The others that it passes over are *holes*: a long chunk need not store them at all.
 
-Scheduler, block tables, planner and tests all ask this module; nobody derives it again.
+Scheduler, planner, benchmarks and tests ask this module and do not derive it again.
 """
 
 from dataclasses import dataclass
@@ -36,12 +36,14 @@ class WindowPages:
         sink_tokens: leading tokens that every query sees.
         rollback_tokens: how far below a step's end the next query may start, because the step's
             last tokens were speculative and may be rejected.
+        drops_last_hit: whether a prefix cache hit gives back its last page, as EAGLE's does.
     """
 
     window: int
     page_size: int
     sink_tokens: int = 0
     rollback_tokens: int = 0
+    drops_last_hit: bool = False
 
     @property
     def num_sink_pages(self) -> int:
@@ -49,12 +51,18 @@ class WindowPages:
         return ceil_div(self.sink_tokens, self.page_size)
 
     @property
+    def num_hit_pages(self) -> int:
+        """Pages in a row that vLLM's prefix cache must have to serve a prompt up to their end."""
+        return ceil_div(self.window - 1, self.page_size) + self.drops_last_hit
+
+    @property
     def max_survivors(self) -> int:
-        """Window pages that a step leaves behind at most: ``ceil((W-1)/B) + 1`` without rollback.
+        """Window pages that a step leaves behind at most: ``ceil((W-1)/B) + 1`` without drafts.
 
         This is also the most that a decoding request holds.
         """
-        return ceil_div(self.window - 1 + self.rollback_tokens, self.page_size) + 1
+        seen = ceil_div(self.window - 1 + self.rollback_tokens, self.page_size)
+        return max(seen, self.num_hit_pages) + 1
 
     def first_live(self, num_computed_tokens: int) -> int:
         """First page inside the window of the next query, at ``num_computed_tokens``."""
@@ -69,7 +77,7 @@ class WindowPages:
         """First window page that a step ending before position ``num_tokens`` must leave behind.
 
         Counted back from the last token's page and not from its window: where the same text comes
-        again, vLLM finds it in the prefix cache by the ``ceil((W-1)/B)`` pages below that one.
+        again, vLLM finds it in the prefix cache by the :attr:`num_hit_pages` below that one.
         """
         last = (num_tokens - 1) // self.page_size
         return max(0, last - self.max_survivors + 1)

@@ -41,15 +41,21 @@ class Setup:
     caching: bool = True
     prefill_pages: PrefillPages = PrefillPages.AUTO
     retention_interval: int | None = None
+    num_lookahead: int = 0
+    drops_last_hit: bool = False
 
 
 @dataclass
 class Sequence:
-    """A request: its whole text, what has been computed for good, and its worker's rows."""
+    """A request: its whole text, what has been computed for good, and its worker's rows.
+
+    At ``rest_at`` it is the user's turn: the request waits with its pages, as a session does.
+    """
 
     request: Request
     text: list[int]
     tags: list[int]
+    rest_at: int | None = None
     settled: int = 0
     rows: list[list[int]] = field(default_factory=list)
     is_done: bool = False
@@ -84,6 +90,8 @@ class PageMachine:
             prefill_pages=setup.prefill_pages,
             num_steps_in_flight=setup.num_steps_in_flight,
             rollback_tokens=setup.num_steps_in_flight * setup.num_drafts,
+            lookahead_tokens=setup.num_lookahead,
+            drops_last_hit=setup.drops_last_hit,
         )
         specs = [sliding if k == "sliding" else FullAttentionSpec(**common) for k in setup.kinds]
         self.kv = KVCacheManager(
@@ -98,6 +106,7 @@ class PageMachine:
             hash_block_size=setup.page_size,
             max_in_flight_tokens=setup.num_steps_in_flight * setup.max_step_tokens,
             enable_caching=setup.caching,
+            use_eagle=setup.drops_last_hit,
         )
         self.managers: list[Any] = list(self.kv.coordinator.single_type_managers)
         self.pool = self.kv.block_pool
@@ -107,11 +116,11 @@ class PageMachine:
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
         self.in_flight: deque[list[Scheduled]] = deque()
-        self.num_made = self.num_hits = self.num_preempted = self.num_rejected = 0
+        self.num_made = self.num_hits = self.num_preempted = self.num_rejected = self.num_rests = 0
 
     # --- what may happen -------------------------------------------------------------------------
 
-    def add(self, text: list[int], num_prompt: int) -> None:
+    def add(self, text: list[int], num_prompt: int, rest_at: int | None = None) -> None:
         self.num_made += 1
         request = Request(
             request_id=str(self.num_made),
@@ -119,9 +128,10 @@ class PageMachine:
             sampling_params=SamplingParams(max_tokens=len(text) - num_prompt),
             pooling_params=None,
             block_hasher=self.hasher if self.setup.caching else None,
+            resumable=rest_at is not None,
         )
         tags = list(accumulate(text, lambda tag, token: hash((tag, token)), initial=0))[1:]
-        self.waiting.append(Sequence(request, text, tags))
+        self.waiting.append(Sequence(request, text, tags, rest_at))
 
     def schedule(self, chunk: int) -> None:
         """Schedule a step in which no request gets more than ``chunk`` tokens."""
@@ -176,6 +186,15 @@ class PageMachine:
             sequence = candidates[index % len(candidates)]
             self._end(sequence)
 
+    def drain(self) -> None:
+        """Let all requests get done, which a pool for one of the longest must do."""
+        for _ in range(8 * MAX_MODEL_LEN):
+            if not self.running and not self.waiting:
+                return
+            self.schedule(300)
+            self.settle(0)
+        raise AssertionError("stuck")
+
     def finish(self) -> None:
         """End everything and check that every page came back."""
         while self.in_flight:
@@ -207,7 +226,11 @@ class PageMachine:
 
     def _allocate(self, sequence: Sequence, share: Scheduled) -> bool:
         while True:
-            new = self.kv.allocate_slots(sequence.request, share.num_tokens)
+            new = self.kv.allocate_slots(
+                sequence.request,
+                share.num_tokens,
+                num_lookahead_tokens=self.setup.num_lookahead,
+            )
             if new is not None:
                 for row, ids in zip(sequence.rows, new.get_block_ids(), strict=True):
                     row.extend(ids)
@@ -223,25 +246,33 @@ class PageMachine:
                 return False
 
     def _admit(self, sequence: Sequence, limit: int) -> Scheduled | None:
-        request = sequence.request
-        blocks, num_hit, junction = self.kv.get_computed_blocks(request)
-        request.shared_prefix_boundary = junction
-        num_tokens = min(request.num_tokens - num_hit, limit)
+        request, rests = sequence.request, bool(sequence.rows)
+        blocks, num_hit, junction = None, 0, 0
+        if not rests:
+            blocks, num_hit, junction = self.kv.get_computed_blocks(request)
+            request.shared_prefix_boundary = junction
+        start = request.num_computed_tokens + num_hit
+        num_tokens = min(request.num_tokens - start, limit)
         new = self.kv.allocate_slots(
             request,
             num_tokens,
             num_new_computed_tokens=num_hit,
             new_computed_blocks=blocks,
+            num_lookahead_tokens=self.setup.num_lookahead,
             full_sequence_must_fit=True,
             has_scheduled_reqs=bool(self.running),
         )
         if new is None:
             return None
-        self.num_hits += num_hit > 0
         request.status = RequestStatus.RUNNING
-        request.num_computed_tokens = sequence.settled = num_hit
-        sequence.rows = [list(ids) for ids in self.kv.get_block_ids(request.request_id)]
-        return Scheduled(sequence, sequence.rows, num_hit, num_tokens, 0)
+        if rests:
+            for row, ids in zip(sequence.rows, new.get_block_ids(), strict=True):
+                row.extend(ids)
+        else:
+            self.num_hits += num_hit > 0
+            request.num_computed_tokens = sequence.settled = num_hit
+            sequence.rows = [list(ids) for ids in self.kv.get_block_ids(request.request_id)]
+        return Scheduled(sequence, sequence.rows, start, num_tokens, 0)
 
     def _check_pages(self, share: Scheduled) -> None:
         """The table is the worker's row; it holds no dead page and no more than was promised."""
@@ -303,6 +334,19 @@ class PageMachine:
             request.append_output_token_ids(outputs)
         if sequence.settled >= len(sequence.text):
             self._end(sequence)
+        elif sequence.rest_at is not None and sequence.settled >= sequence.rest_at:
+            self._rest(sequence)
+
+    def _rest(self, sequence: Sequence) -> None:
+        """The answer is complete; once nothing is in flight the user goes on, before the others.
+
+        vLLM admits requests that hold pages first.
+        """
+        if sequence.request.num_in_flight_tokens == 0:
+            sequence.rest_at = None
+            self.num_rests += 1
+            self.running.remove(sequence)
+            self.waiting.appendleft(sequence)
 
     def _end(self, sequence: Sequence) -> None:
         self.kv.free(sequence.request)

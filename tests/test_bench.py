@@ -34,6 +34,7 @@ def test_pages_of_an_own_workload(tmp_path: Path) -> None:
     flags = [text for name, value in sizes.items() for text in (f"--{name}", str(value))]
     result = _swa("bench", "pages", *flags, "--json", str(path))
     (workload,) = _json(result, path)
+    assert [arm["starts"] for arm in workload["arms"].values()] == [True] * 3
     arms = workload["arms"]
     assert arms["this plugin"]["peak_pages"] <= 6
     assert arms["stock vLLM"]["peak_pages"] > 60
@@ -56,6 +57,7 @@ def test_overhead_compares_scheduler_and_builder(tmp_path: Path) -> None:
     assert {case["name"].split(",")[0] for case in cases} == {
         "scheduler and manager",
         "metadata builder",
+        "together",
     }
 
 
@@ -64,6 +66,11 @@ def test_overhead_compares_scheduler_and_builder(tmp_path: Path) -> None:
     [
         (["pages", "--window", "0"], "--window must be at least 1"),
         (["pages", "--window", "8", "--max-model-len", "100"], "is below prompt + output = 8512"),
+        (["pages", "--prompt", "100"], "a workload of your own needs --window"),
+        (["pages", "--quick", "--window", "8"], "--quick is for the built-in workloads"),
+        (["pages", "--window", "8", "--pool-tokens", "10"], "--pool-tokens must be at least two"),
+        (["pages", "--window", "8", "--steps-in-flight", "3"], "must be 1 or 2, got 3"),
+        (["prefill", "--rounds", "1"], "--rounds must be at least 2, got 1"),
         (["prefill", "--chunk", "0"], "--chunk must be at least 1, got 0"),
         (["overhead", "--batch", "0"], "--batch must be at least 1, got 0"),
     ],
@@ -97,3 +104,10 @@ def test_an_engine_that_stock_refuses_starts() -> None:
     engine = Engine(1024, 16, 2048, 16384, 40960, num_steps_in_flight=2)
     assert not simulate(Arm.STOCK, engine, []).starts
     assert simulate(Arm.SWA, engine, [(20000, 4)] * 4).num_steps > 0
+
+
+def test_json_alone_on_stdout() -> None:
+    flags = ("--window", "64", "--prompt", "300", "--output", "4", "--num-requests", "2")
+    result = _swa("bench", "pages", *flags, "--json", "-")
+    assert json.loads(result.stdout)[0]["workload"] == "requests"
+    assert "a decoding request needs" in result.stderr

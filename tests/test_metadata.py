@@ -80,7 +80,7 @@ def test_view_keeps_slots_and_queries_and_the_engines_row() -> None:
 def test_scratch_pages_give_the_attention_of_the_whole_row(
     batch: list[tuple[int, int]], window: int, page_size: int, seed: int
 ) -> None:
-    """Each row alone, its pages stored but for the holes; the chunk's own keys are at hand."""
+    """Pages are stored but for the holes; the chunk's own keys are at hand."""
     generator = torch.Generator().manual_seed(seed)
     computed, queries = map(list, zip(*batch, strict=True))
     num_tokens = [c + 4 * q for c, q in batch]  # chunks long enough to have holes
@@ -100,19 +100,24 @@ def test_scratch_pages_give_the_attention_of_the_whole_row(
 
     view = window_view(_batch(computed, queries, table), window, page_size)
     assert rows_with_holes(view, page_size) == expected_holes
-    for i, (done, num_queries) in enumerate(zip(computed, queries, strict=True)):
-        row = select_rows(view, i, i + 1)
-        layout = scratch_layout(row, page_size)
-        scratch = torch.zeros(layout.num_pages, *pool.shape[1:], dtype=torch.float64)
-        scratch[layout.targets] = pool[layout.sources]
-        for token, slot in enumerate(layout.slots.tolist()):
-            scratch[slot // page_size, :, slot % page_size] = dense[i][:, done + token]
-        length = int(layout.batch.seq_lens[0])
-        used = layout.batch.block_table_tensor[0, : layout.num_pages]
+    part = select_rows(view, len(batch) // 2, len(batch))
+    layout = scratch_layout(part, page_size)
+    scratch = torch.zeros(layout.num_pages, *pool.shape[1:], dtype=torch.float64)
+    scratch[layout.targets] = pool[layout.sources]
+    slots = iter(layout.slots.tolist())
+    for i in range(part.num_reqs):
+        whole = dense[len(batch) // 2 + i]
+        done, num_queries = computed[len(batch) // 2 + i], queries[len(batch) // 2 + i]
+        for position in range(done, done + num_queries):
+            slot = next(slots)
+            scratch[slot // page_size, :, slot % page_size] = whole[:, position]
+        length = int(layout.batch.seq_lens[i])
+        used = layout.batch.block_table_tensor[i, : pages.ceil_div(length, page_size)]
         keys = reference.gather_pages(scratch, used, length)
         query = torch.randn(1, num_queries, 4, generator=generator, dtype=torch.float64)
-        relative, whole = torch.arange(length), torch.arange(done + num_queries)
+        relative, absolute = torch.arange(length), torch.arange(done + num_queries)
         mask = reference.visible_mask(relative[length - num_queries :], relative, window)
-        expected_mask = reference.visible_mask(whole[done:], whole, window)
-        expected = reference.attention(query, dense[i], dense[i], expected_mask)
+        expected_mask = reference.visible_mask(absolute[done:], absolute, window)
+        expected = reference.attention(query, whole, whole, expected_mask)
         assert torch.allclose(reference.attention(query, keys, keys, mask), expected)
+    assert next(slots, None) is None

@@ -47,17 +47,24 @@ setups = st.builds(
     caching=st.booleans(),
     prefill_pages=st.sampled_from(PrefillPages),
     retention_interval=st.sampled_from([None, 0]),
+    num_lookahead=st.sampled_from([0, 0, 3]),
+    drops_last_hit=st.booleans(),
 )
 
 
-def walk(setup: Setup, choices: bytes) -> PageMachine:
-    """Let the machine do what ``choices``, three bytes an action, tell it to."""
+def walk(setup: Setup, choices: bytes, *, to_the_end: bool = False) -> PageMachine:
+    """Let the machine do what ``choices``, three bytes an action, tell it to.
+
+    To the end, every request gets done. There is no session then: vLLM takes no page away from one
+    at rest, and several may hold each other up.
+    """
     machine = PageMachine(setup)
     for action, first, second in zip(choices[::3], choices[1::3], choices[2::3], strict=True):
         match action % 10:
             case 0 | 1 | 2:
                 text = TEXTS[first % 3][: 12 + second]
-                machine.add(text, 1 + first * (len(text) - 2) // 255)
+                num_prompt = 1 + first * (len(text) - 2) // 255
+                machine.add(text, num_prompt, None if to_the_end or first % 5 else num_prompt + 9)
             case 3 | 4 | 5 | 6:
                 machine.schedule(1 + second if first % 2 else 300)
             case 7 | 8:
@@ -67,6 +74,8 @@ def walk(setup: Setup, choices: bytes) -> PageMachine:
                     machine.abort(second)
                 else:
                     machine.schedule(300)
+    if to_the_end:
+        machine.drain()
     machine.finish()
     return machine
 
@@ -132,6 +141,7 @@ def test_walks_meet_what_they_are_for() -> None:
     assert sum(m.num_hits for m in machines) > 100
     assert sum(m.num_preempted for m in machines) > 20
     assert sum(m.num_rejected for m in machines) > 200
+    assert sum(m.num_rests for m in machines) > 20
     assert sum(c.skipped for c in counts) > 1000
     assert sum(c.freed_by_window for c in counts) > 1000
     assert sum(c.prefix_lost_tokens for c in counts) > 100
@@ -181,9 +191,15 @@ def _grant_before_others_took_theirs(monkeypatch: pytest.MonkeyPatch) -> None:
     allocate = SWAManager.allocate_new_blocks
 
     def allocate_and_grant(self: Any, request_id: str, *args: int) -> list[KVCacheBlock]:
-        new = allocate(self, request_id, *args)
-        self.block_pool.get_new_blocks(self.block_pool.get_num_free_blocks())
-        return list(new)
+        new = list(allocate(self, request_id, *args))
+        held, table = self._held[request_id], self.req_to_blocks[request_id]
+        if new:
+            spare = min(len(held.holes), self.block_pool.get_num_free_blocks())
+            granted = self.block_pool.get_new_blocks(spare)
+            new[:spare] = table[held.holes.start : held.holes.start + spare] = granted
+            self._count_taken(held, spare)
+            held.holes = range(0)
+        return new
 
     monkeypatch.setattr(SWAManager, "allocate_new_blocks", allocate_and_grant)
 
@@ -197,7 +213,7 @@ def _grant_before_others_took_theirs(monkeypatch: pytest.MonkeyPatch) -> None:
         (_stop_freeing_at_holes, Setup(prefill_pages=PrefillPages.SURVIVORS)),
         (_need_one_page_fewer, Setup(num_pages=24)),
         (_promise_one_page_fewer, Setup(prefill_pages=PrefillPages.SURVIVORS)),
-        (_grant_before_others_took_theirs, Setup(kinds=("sliding", "full"))),
+        (_grant_before_others_took_theirs, Setup(num_pages=40, kinds=("sliding", "full"))),
     ],
 )
 def test_mistakes_are_caught(
@@ -214,3 +230,62 @@ def test_mistakes_are_caught(
     break_it(monkeypatch)
     with pytest.raises((AssertionError, ValueError)):
         walk_all()
+
+
+def test_grants_leave_half_of_the_pool_free() -> None:
+    machine = PageMachine(Setup(num_pages=40, kinds=("sliding",), max_step_tokens=300))
+    machine.add(list(range(150)), 140)
+    machine.schedule(300)
+    assert machine.pool.get_num_free_blocks() == 20
+    machine.finish()
+
+
+@pytest.mark.parametrize(
+    "setup",
+    [
+        Setup(num_pages=12, kinds=("sliding",), max_step_tokens=300),
+        Setup(num_pages=115, num_steps_in_flight=2, num_drafts=2, max_step_tokens=100),
+    ],
+)
+def test_every_request_gets_done_in_a_pool_for_one(setup: Setup) -> None:
+    rng = random.Random(1)
+    for _ in range(8):
+        walk(setup, rng.randbytes(3 * STEPS), to_the_end=True)
+
+
+def test_a_session_goes_on_in_a_pool_for_one_request() -> None:
+    """What it holds while the user thinks is not charged again."""
+    setup = Setup(kinds=("sliding",), caching=False)
+    cap = WindowPages(setup.window, setup.page_size).max_held(1, setup.max_step_tokens)
+    machine = PageMachine(replace(setup, num_pages=cap + 1))
+    machine.add(list(range(300)), 100, rest_at=150)
+    machine.drain()
+    assert machine.num_rests == 1
+    machine.finish()
+
+
+@pytest.mark.parametrize("num_drafts", [0, 1, 3, 4])
+def test_sent_again_the_same_prompt_hits_with_eagle(num_drafts: int) -> None:
+    """EAGLE's hits drop their last page and so need one page more below it."""
+
+    def hits(policy: PrefillPages) -> list[int]:
+        found = []
+        for length in range(40, 80):
+            machine = PageMachine(
+                Setup(
+                    num_pages=200,
+                    max_step_tokens=300,
+                    num_drafts=num_drafts,
+                    num_lookahead=num_drafts,
+                    drops_last_hit=True,
+                    prefill_pages=policy,
+                    retention_interval=0,
+                )
+            )
+            for _ in range(2):
+                machine.add(list(range(length + 1)), length)
+                machine.finish()
+            found.append(machine.num_hits)
+        return found
+
+    assert hits(PrefillPages.SURVIVORS) == hits(PrefillPages.ALL) == [1] * 40

@@ -115,7 +115,7 @@ def test_preempted_requests_start_over(engine: EngineFactory, tiny_model: ModelF
 def test_reading_a_page_that_was_not_kept_is_found_out(
     engine: EngineFactory, tiny_model: ModelFactory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One survivor fewer: the next query reads the null page, which holds NaN."""
+    """Two survivors fewer: the next query reads the null page, which holds NaN."""
     llm = engine(tiny_model(**SLIDING), seed=9, **_options("survivors"))
     first_survivor = WindowPages.first_survivor
     monkeypatch.setattr(WindowPages, "first_survivor", lambda s, n: first_survivor(s, n) + 2)
@@ -177,7 +177,7 @@ def test_poison_refuses_an_engine_in_another_process(
             additional_config={"swa": {"debug_poison": True}},
         )
     output = capfd.readouterr()
-    assert "debug_poison works only with an engine in the caller's own process" in (
+    assert "debug_poison works only with scheduler and worker in the main process" in (
         output.out + output.err
     )
 

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import compress
 
+from vllm.logger import init_logger
 from vllm.v1.core.kv_cache_utils import BlockHash, KVCacheBlock, resolve_block_hashes
 from vllm.v1.core.single_type_kv_cache_manager import SlidingWindowManager
 from vllm.v1.request import Request
@@ -23,6 +24,8 @@ from swa_backend.metrics import PageCounts
 from swa_backend.pages import ceil_div
 from swa_vllm import poison
 from swa_vllm.kv_spec import SWASpec
+
+logger = init_logger(f"vllm.{__name__}")
 
 
 @dataclass
@@ -77,7 +80,7 @@ class SWAManager(SlidingWindowManager):
         prefill_end: int = 0,
     ) -> int:
         if apply_admission_cap and self.max_admission_blocks_per_request is not None:
-            return self._charge(num_tokens, new_computed_blocks, total_computed_tokens)
+            return self._charge(request_id, num_tokens, new_computed_blocks, total_computed_tokens)
         num_pages = max(len(self.req_to_blocks.get(request_id, ())), len(new_computed_blocks))
         if request_id in self._held:  # running: no new hits, and mostly no new page either
             num_blocks = ceil_div(num_tokens, self.block_size) - num_pages
@@ -96,7 +99,11 @@ class SWAManager(SlidingWindowManager):
         return num_blocks - len(self._holes(num_pages, num_tokens_main_model))
 
     def _charge(
-        self, num_tokens: int, hit_blocks: Sequence[KVCacheBlock], num_computed_tokens: int
+        self,
+        request_id: str,
+        num_tokens: int,
+        hit_blocks: Sequence[KVCacheBlock],
+        num_computed_tokens: int,
     ) -> int:
         """Pages that admitting a request may take from the pool at any time of its life.
 
@@ -104,10 +111,14 @@ class SWAManager(SlidingWindowManager):
         long hit, whose request then takes pages that were promised to others.
         """
         assert self.max_admission_blocks_per_request is not None
+        cap = self.max_admission_blocks_per_request
+        num_pages = ceil_div(num_tokens, self.block_size)
+        if request_id in self._held:  # a session that goes on, with its pages
+            still_needed = num_pages - len(self.req_to_blocks[request_id])
+            return max(0, min(cap - self._held[request_id].live, still_needed))
         num_dead = self._pages.first_live(num_computed_tokens)
         shared = sum(block.ref_cnt > 0 for block in hit_blocks[num_dead:] if not block.is_null)
-        ever_needed = ceil_div(num_tokens, self.block_size) - num_dead - shared
-        return max(0, min(self.max_admission_blocks_per_request, ever_needed))
+        return max(0, min(cap, num_pages - num_dead - shared))
 
     def _holes(self, num_pages: int, num_tokens: int) -> range:
         return range(0) if self._stores_all else self._pages.holes(num_pages, num_tokens)
@@ -195,7 +206,9 @@ class SWAManager(SlidingWindowManager):
     def _fill_holes(self, request: Request, held: _Held, wanted: list[int]) -> None:
         """Grant the last of the ``wanted`` holes while more than half of the pool stays free."""
         spare = self.block_pool.get_num_free_blocks() - self.block_pool.num_gpu_blocks // 2
-        num_granted = max(0, min(len(wanted), spare)) if self._grants else 0
+        # A session may rest between turns for any time, with all that it holds.
+        may_grant = self._grants and not request.resumable
+        num_granted = max(0, min(len(wanted), spare)) if may_grant else 0
         num_left = len(wanted) - num_granted
         table, first_hole = self.req_to_blocks[request.request_id], held.holes.start
         new = self.block_pool.get_new_blocks(num_granted)
@@ -211,10 +224,14 @@ class SWAManager(SlidingWindowManager):
         if request.skip_reading_prefix_cache:
             return
         reachable = self._hashes(request)[: (request.num_tokens - 1) // self.block_size]
-        num_needed = ceil_div(self._pages.window - 1, self.block_size)
         num_lost = self._skipped_pages.num_lost(
-            reachable, num_hit_blocks, num_needed, self._is_cached
+            reachable, num_hit_blocks, self._pages.num_hit_pages, self._is_cached
         )
+        if num_lost:
+            logger.warning_once(
+                "SWA: prompts miss the prefix cache because prefill chunks skipped pages. With "
+                'swa.prefill_pages="auto" they do so when memory is short, with "all" never.'
+            )
         self._prefix_lost_tokens += num_lost * self.block_size
 
     def _hashes(self, request: Request) -> Sequence[BlockHash]:

@@ -18,6 +18,7 @@ class SWASpec(SlidingWindowSpec):
         num_steps_in_flight: steps that may be scheduled and not yet settled at once.
         rollback_tokens: speculative tokens of all of them that may be rejected.
         lookahead_tokens: slots that a step takes beyond its own tokens.
+        drops_last_hit: whether prefix cache hits give back their last page, as EAGLE's do.
         poison_key: names the engine whose free pages are to be poisoned; None for no poison.
     """
 
@@ -25,6 +26,7 @@ class SWASpec(SlidingWindowSpec):
     num_steps_in_flight: int = 1
     rollback_tokens: int = 0
     lookahead_tokens: int = 0
+    drops_last_hit: bool = False
     poison_key: str | None = None
 
     @classmethod
@@ -37,12 +39,14 @@ class SWASpec(SlidingWindowSpec):
     ) -> "SWASpec":
         """The same window, page size and dtype, managed by this plugin."""
         num_steps = vllm_config.max_concurrent_batches
+        speculation = vllm_config.speculative_config
         return cls(
             **{f.name: getattr(spec, f.name) for f in fields(spec) if f.init},
             prefill_pages=prefill_pages,
             num_steps_in_flight=num_steps,
             rollback_tokens=num_steps * vllm_config.num_speculative_tokens,
             lookahead_tokens=vllm_config.num_lookahead_tokens,
+            drops_last_hit=speculation is not None and speculation.use_eagle(),
             poison_key=vllm_config.instance_id if debug_poison else None,
         )
 
@@ -53,19 +57,25 @@ class SWASpec(SlidingWindowSpec):
             window=self.sliding_window + self.extra_retained_tokens,
             page_size=self.block_size,
             rollback_tokens=self.rollback_tokens,
+            drops_last_hit=self.drops_last_hit,
         )
 
     def max_admission_blocks_per_request(
         self, max_in_flight_tokens: int, max_model_len: int
     ) -> int:
-        """Pages that start-up sizing promises a request and run-time admission charges for it."""
-        stock = super().max_admission_blocks_per_request(max_in_flight_tokens, max_model_len)
+        """Pages that start-up sizing promises a request and run-time admission charges for it.
+
+        Never more than vLLM's own cap, but for the slots that a draft model takes ahead, which
+        vLLM forgets.
+        """
         if self.prefill_pages is PrefillPages.ALL:
-            return int(stock)
+            return int(
+                super().max_admission_blocks_per_request(max_in_flight_tokens, max_model_len)
+            )
         held = self.pages.max_held(
             self.num_steps_in_flight, max_in_flight_tokens, self.lookahead_tokens
         )
-        return min(stock, held, ceil_div(max_model_len, self.block_size))
+        return min(held, ceil_div(max_model_len, self.block_size))
 
     def is_uniform_with_collection(self, kv_cache_specs: dict[str, KVCacheSpec]) -> bool:
         return all(

@@ -27,11 +27,11 @@ _NAN_BYTE = 0x7F
 
 def check_poison_possible(vllm_config: VllmConfig) -> None:
     """Raise SWAConfigError where free pages cannot be poisoned."""
-    world_size = vllm_config.parallel_config.world_size
-    if world_size > 1 or multiprocessing.parent_process() is not None:
+    executor = vllm_config.parallel_config.distributed_executor_backend
+    if executor not in (None, "uni") or multiprocessing.parent_process() is not None:
         raise SWAConfigError(
-            "swa.debug_poison works only with an engine in the caller's own process: use LLM(...) "
-            "with VLLM_ENABLE_V1_MULTIPROCESSING=0 and one worker, or remove debug_poison"
+            "swa.debug_poison works only with scheduler and worker in the main process: use "
+            "LLM(...) with VLLM_ENABLE_V1_MULTIPROCESSING=0 and one worker, or remove debug_poison"
         )
     if vllm_config.scheduler_config.disable_hybrid_kv_cache_manager:
         raise SWAConfigError(

@@ -3,7 +3,7 @@
 from vllm.config import VllmConfig
 
 from swa_backend.config import SWAConfigError
-from swa_vllm.attention import prefill_pages
+from swa_vllm.attention import prefill_pages, windowed_backend
 from swa_vllm.options import swa_options, text_config, wants_windows_decided
 from swa_vllm.poison import check_poison_possible
 from swa_vllm.registration import check_backend_slot
@@ -22,6 +22,11 @@ def check_servable(vllm_config: VllmConfig) -> None:
     _check_engine(vllm_config)
     prefill_pages(vllm_config)
     if swa_options(vllm_config).debug_poison:
+        if windowed_backend() is None:
+            raise SWAConfigError(
+                "swa.debug_poison needs this plugin's attention backend, which this platform does "
+                "not use; remove debug_poison"
+            )
         check_poison_possible(vllm_config)
 
 

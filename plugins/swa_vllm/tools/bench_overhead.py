@@ -10,9 +10,11 @@ from typing import Any
 from swa_vllm.tools.layer import BLOCK_SIZE, Layer, make_batch, make_layer
 from swa_vllm.tools.simulate import Arm, Engine, Simulation
 from swa_vllm.tools.table import format_table
-from swa_vllm.tools.timing import interleave
+from swa_vllm.tools.timing import at_least_two_rounds, interleave
 
 EXAMPLE = "--batch 32"
+_SCHEDULER = {c: f"scheduler and manager, prefix caching {'on' if c else 'off'}" for c in (0, 1)}
+_BUILDER = "metadata builder"
 _HEADER = ("", "context", "stock us", "here us", "ratio")
 
 
@@ -20,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options."""
     parser.add_argument("--window", type=int, default=512)
     parser.add_argument("--batch", type=int, default=32, help="decoding requests")
-    parser.add_argument("--rounds", type=int, default=300)
+    parser.add_argument("--rounds", type=int, default=100)
 
 
 def run(args: argparse.Namespace) -> list[dict[str, Any]]:
@@ -28,13 +30,13 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
     for name in ("window", "batch"):
         if getattr(args, name) < 1:
             raise ValueError(f"--{name} must be at least 1, got {getattr(args, name)}")
-    rounds = max(2, args.rounds // 3) if args.quick else max(2, args.rounds)
+    rounds = at_least_two_rounds(args.rounds)
     contexts = (2000, 8000) if args.quick else (2000, 8000, 32000)
     cases = []
     for context in contexts:
         for caching in (False, True):
             print(f"scheduler, context {context} ...", file=sys.stderr, flush=True)
-            name = f"scheduler and manager, prefix caching {'on' if caching else 'off'}"
+            name = _SCHEDULER[caching]
             steps = {
                 arm.value: _decoding(arm, args, context, caching, rounds).step
                 for arm in (Arm.STOCK, Arm.SWA)
@@ -42,8 +44,10 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
             cases.append(_case(name, context, steps, rounds))
     layer = make_layer("Qwen3-0.6B", args.window, 1024, 64)
     cases += [
-        _case("metadata builder", context, _builders(layer, args, context), rounds)
-        for context in contexts
+        _case(_BUILDER, context, _builders(layer, args, context), rounds) for context in contexts
+    ]
+    cases += [
+        _together(cases, context, caching) for context in contexts for caching in (False, True)
     ]
     columns = ("name", "context", "stock_us", "here_us", "ratio")
     rows = [[case[column] for column in columns] for case in cases]
@@ -89,3 +93,14 @@ def _case(name: str, context: int, steps: dict[str, Any], rounds: int) -> dict[s
         "ratio": here.median / stock.median,
         "spread": {arm: t.to_json() for arm, t in times.items()},
     }
+
+
+def _together(cases: list[dict[str, Any]], context: int, caching: bool) -> dict[str, Any]:
+    """A step's sum of scheduler, manager and builder."""
+    parts = [
+        c for c in cases if c["context"] == context and c["name"] in (_BUILDER, _SCHEDULER[caching])
+    ]
+    stock, here = (sum(part[key] for part in parts) for key in ("stock_us", "here_us"))
+    name = f"together, prefix caching {'on' if caching else 'off'}"
+    ratio = here / stock
+    return {"name": name, "context": context, "stock_us": stock, "here_us": here, "ratio": ratio}

@@ -8,11 +8,11 @@ what admission reserves for a request of max_model_len, "held" the most that one
 
 import argparse
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-from swa_backend.pages import ceil_div
+from swa_backend.pages import WindowPages
 from swa_vllm.tools.simulate import Arm, Engine, Outcome, simulate
 from swa_vllm.tools.table import format_table
 
@@ -40,24 +40,32 @@ class Workload:
     num_output: int
 
 
+# Of a workload of the user's own; --max-model-len is prompt + output unless given.
+_OWN: dict[str, int | None] = {
+    "window": None,
+    "block_size": 16,
+    "pool_tokens": 32768,
+    "max_num_batched_tokens": 8192,
+    "max_model_len": None,
+    "steps_in_flight": 2,
+    "prompt": 8000,
+    "output": 512,
+    "num_requests": 80,
+}
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of a workload of one's own; without any, the built-in ones run."""
-    parser.add_argument("--window", type=int, help="tokens a sliding layer sees")
-    parser.add_argument("--block-size", type=int, default=16, help="tokens a page")
-    parser.add_argument("--pool-tokens", type=int, default=32768, help="tokens of KV cache")
-    parser.add_argument("--max-num-batched-tokens", type=int, default=8192)
-    parser.add_argument("--max-model-len", type=int, help="default: prompt + output")
-    parser.add_argument("--steps-in-flight", type=int, choices=(1, 2), default=2)
+    for name, default in _OWN.items():
+        flag = f"--{name.replace('_', '-')}"
+        parser.add_argument(flag, type=int, help=f"default: {default}" if default else None)
     parser.add_argument("--prefix-caching", action="store_true")
-    parser.add_argument("--prompt", type=int, default=8000, help="tokens a prompt")
-    parser.add_argument("--output", type=int, default=512, help="tokens an answer")
-    parser.add_argument("--num-requests", type=int, default=80)
 
 
 def run(args: argparse.Namespace) -> list[dict[str, Any]]:
     """Print a table a workload; returns the figures."""
     results = []
-    for workload in [_own(args)] if args.window is not None else _built_in(args.quick):
+    for workload in _workloads(args):
         outcomes = {}
         for arm in Arm:
             print(f"{workload.name}: {arm.value} ...", file=sys.stderr, flush=True)
@@ -73,25 +81,39 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
     return results
 
 
-def _own(args: argparse.Namespace) -> Workload:
-    longest = args.prompt + args.output
-    for name in ("window", "block_size", "max_num_batched_tokens", "prompt", "output"):
+def _workloads(args: argparse.Namespace) -> Iterable[Workload]:
+    given = [name for name in _OWN if getattr(args, name) is not None]
+    if args.window is None:
+        if given or args.prefix_caching:
+            raise ValueError("a workload of your own needs --window, in tokens")
+        return _built_in(args.quick)
+    if args.quick:
+        raise ValueError("--quick is for the built-in workloads; remove it or --window")
+    for name in given:
         if getattr(args, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} must be at least 1")
-    if (args.max_model_len or longest) < longest:
-        raise ValueError(
-            f"--max-model-len {args.max_model_len} is below prompt + output = {longest}"
-        )
+    return [_own(**{name: getattr(args, name) or _OWN[name] for name in _OWN}, args=args)]
+
+
+def _own(args: argparse.Namespace, **sizes: Any) -> Workload:
+    longest = sizes["prompt"] + sizes["output"]
+    max_model_len = sizes["max_model_len"] or longest
+    if max_model_len < longest:
+        raise ValueError(f"--max-model-len {max_model_len} is below prompt + output = {longest}")
+    if sizes["steps_in_flight"] > 2:
+        raise ValueError(f"--steps-in-flight must be 1 or 2, got {sizes['steps_in_flight']}")
+    if sizes["pool_tokens"] < 2 * sizes["block_size"]:
+        raise ValueError("--pool-tokens must be at least two pages")
     engine = Engine(
-        window=args.window,
-        block_size=args.block_size,
-        num_pages=args.pool_tokens // args.block_size,
-        max_num_batched_tokens=args.max_num_batched_tokens,
-        max_model_len=args.max_model_len or longest,
-        num_steps_in_flight=args.steps_in_flight,
+        window=sizes["window"],
+        block_size=sizes["block_size"],
+        num_pages=sizes["pool_tokens"] // sizes["block_size"],
+        max_num_batched_tokens=sizes["max_num_batched_tokens"],
+        max_model_len=max_model_len,
+        num_steps_in_flight=sizes["steps_in_flight"],
         prefix_caching=args.prefix_caching,
     )
-    return Workload("requests", engine, args.num_requests, args.prompt, args.output)
+    return Workload("requests", engine, sizes["num_requests"], sizes["prompt"], sizes["output"])
 
 
 def _built_in(quick: bool) -> Iterator[Workload]:
@@ -137,5 +159,5 @@ def _print(workload: Workload, outcomes: dict[Arm, Outcome]) -> None:
         else:
             rows.append((arm.value, o.estimate, "does not start", 0, o.promised_pages, 0, 0))
     print(format_table(_HEADER, rows))
-    decode = ceil_div(engine.window - 1, engine.block_size) + 1
+    decode = WindowPages(engine.window, engine.block_size).max_survivors
     print(f"a decoding request needs {decode} pages of its window")

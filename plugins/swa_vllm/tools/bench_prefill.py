@@ -14,7 +14,7 @@ import torch
 from swa_backend.pages import WindowPages
 from swa_vllm.tools.layer import BLOCK_SIZE, SHAPES, Layer, make_batch, make_layer
 from swa_vllm.tools.table import format_table
-from swa_vllm.tools.timing import interleave
+from swa_vllm.tools.timing import at_least_two_rounds, interleave
 
 EXAMPLE = "--shape Qwen3-8B --window 1024 --chunk 2048"
 _HEADER = ("context + chunk", "stock ms", "here ms", "attention ratio", "layer ratio")
@@ -24,18 +24,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options."""
     parser.add_argument("--shape", choices=tuple(SHAPES), help="default: Qwen3-8B")
     parser.add_argument("--window", type=int, default=1024)
-    parser.add_argument("--chunk", type=int, default=2048, help="tokens of the prefill chunk")
+    parser.add_argument("--chunk", type=int, help="tokens of the prefill chunk (default: 2048)")
     parser.add_argument("--rounds", type=int, default=5)
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Print a table; returns the figures."""
-    for name in ("window", "chunk"):
-        if getattr(args, name) < 1:
-            raise ValueError(f"--{name} must be at least 1, got {getattr(args, name)}")
+    chunk = (1024 if args.quick else 2048) if args.chunk is None else args.chunk
+    for name, value in (("window", args.window), ("chunk", chunk)):
+        if value < 1:
+            raise ValueError(f"--{name} must be at least 1, got {value}")
+    rounds = at_least_two_rounds(args.rounds)
     shape = args.shape or ("Qwen3-0.6B" if args.quick else "Qwen3-8B")
-    chunk = min(args.chunk, 1024) if args.quick else args.chunk
-    rounds = 3 if args.quick else max(3, args.rounds)
     longest = 4 * chunk
     print(f"starting a {shape} layer ...", file=sys.stderr, flush=True)
     layer = make_layer(shape, args.window, longest, longest // BLOCK_SIZE + 2)

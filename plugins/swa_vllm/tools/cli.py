@@ -1,6 +1,7 @@
 """The ``swa`` command."""
 
 import argparse
+import contextlib
 import json
 import os
 import sys
@@ -25,7 +26,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     _add_benchmarks(bench.add_subparsers(dest="bench", required=True))
     args = parser.parse_args(arguments)
     try:
-        result = args.run(args)
+        # Figures alone where a program reads them.
+        with contextlib.redirect_stdout(sys.stderr if args.json == "-" else sys.stdout):
+            result = args.run(args)
     except (ValueError, RuntimeError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -1,4 +1,4 @@
-"""vLLM's real scheduler and KV cache managers, without a model: what runs, and in which pages."""
+"""vLLM's real scheduler and KV cache managers without a model: what runs, and in which pages."""
 
 import json
 import tempfile
@@ -109,6 +109,8 @@ def simulate(arm: Arm, engine: Engine, requests: Sequence[tuple[int, int]]) -> O
             simulation.add(str(index), range(index, index + num_prompt), num_output)
         while simulation.step():
             pass
+        if simulation.scheduler.has_unfinished_requests():
+            raise RuntimeError(f"{arm.value} stopped with requests that it cannot serve")
     return simulation.outcome()
 
 
@@ -127,7 +129,7 @@ class Simulation:
         self.config = _vllm_config(engine)
         spec = _spec(arm, engine, self.config)
         self.cap = spec.max_memory_usage_bytes(self.config) // spec.page_size_bytes
-        self.starts = engine.num_pages >= self.cap
+        self.starts = engine.num_pages - 1 >= self.cap  # vLLM never gives out the first page
         kind = AsyncScheduler if engine.num_steps_in_flight > 1 else Scheduler
         self.scheduler = kind(
             vllm_config=self.config,

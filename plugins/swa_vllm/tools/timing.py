@@ -36,3 +36,10 @@ def interleave(
 def _times(seconds: list[float]) -> Times:
     low, median, high = statistics.quantiles(seconds, n=4)
     return Times(median, low, high)
+
+
+def at_least_two_rounds(rounds: int) -> int:
+    """``rounds``, checked: a spread needs two."""
+    if rounds < 2:
+        raise ValueError(f"--rounds must be at least 2, got {rounds}")
+    return rounds
