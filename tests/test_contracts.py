@@ -109,6 +109,7 @@ CALLED = {
     (POOL, "BlockPool.free_blocks"): {"ordered_blocks"},
     (POOL, "BlockPool.get_num_free_blocks"): set(),
     (POOL, "BlockPool.get_cached_block"): {"block_hash", "kv_cache_group_ids"},
+    (SPECULATION, "SpeculativeConfig.use_eagle"): set(),
     (VLLM_CONFIG, "VllmConfig.max_concurrent_batches"): set(),
     (VLLM_CONFIG, "VllmConfig.num_speculative_tokens"): set(),
     (VLLM_CONFIG, "VllmConfig.num_lookahead_tokens"): set(),
@@ -142,7 +143,9 @@ ATTRIBUTES = {
         "max_admission_blocks_per_request",
     },
     (POOL, "BlockPool.__init__"): {"num_gpu_blocks", "hash_block_size", "null_block", "blocks"},
-    (REQUEST, "Request.__init__"): {"shared_prefix_boundary", "skip_reading_prefix_cache"},
+    (REQUEST, "Request.__init__"): {
+        *("resumable", "shared_prefix_boundary", "skip_reading_prefix_cache"),
+    },
     (QWEN3, "Qwen3DecoderLayer.__init__"): {"self_attn"},
     (QWEN3, "Qwen3Attention.__init__"): {"attn"},
     (QWEN3, "Qwen3ForCausalLM.__init__"): {"model"},
