@@ -136,6 +136,12 @@ def test_example_names_every_window(printed: list[list[str]]) -> None:
     assert rows == ["own window, 64", "half, 32", "double, 128", "full attention"]
 
 
+def _set_arguments(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
+    monkeypatch.setattr(sys, "argv", ["consistency", *arguments])
+    # What the example sets where it is unset shall not outlive the test.
+    monkeypatch.setenv("VLLM_LOGGING_LEVEL", "INFO")
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -149,7 +155,7 @@ def test_example_names_every_window(printed: list[list[str]]) -> None:
 def test_example_refuses_what_it_cannot_compare(
     arguments: list[str], message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sys, "argv", ["consistency", *arguments])
+    _set_arguments(monkeypatch, *arguments)
     with pytest.raises(SystemExit, match=r"^error: ") as caught:
         consistency.main()
     assert message in str(caught.value)
@@ -162,6 +168,6 @@ def test_example_refuses_a_checkpoint_without_a_window_to_halve(
     Qwen3Config(use_sliding_window=window is not None, sliding_window=window).save_pretrained(
         tmp_path
     )
-    monkeypatch.setattr(sys, "argv", ["consistency", "--model", str(tmp_path)])
+    _set_arguments(monkeypatch, "--model", str(tmp_path))
     with pytest.raises(SystemExit, match=f"sliding_window={window}; give a checkpoint trained"):
         consistency.main()
