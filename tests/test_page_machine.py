@@ -284,7 +284,8 @@ def test_sent_again_the_same_prompt_hits_with_eagle(num_drafts: int) -> None:
             )
             for _ in range(2):
                 machine.add(list(range(length + 1)), length)
-                machine.finish()
+                machine.drain()
+            machine.finish()
             found.append(machine.num_hits)
         return found
 
