@@ -20,7 +20,7 @@ OPTION_KEYS = (
     "impl",
     "debug_poison",
 )
-_NOT_BUILT = frozenset({"sink_tokens", "position_shift", "impl"})
+_NOT_BUILT = frozenset({"impl"})
 USE_OPTIONS = """--additional-config '{"swa": {"window": W}}'"""
 SERVE_FULL = """--additional-config '{"swa": {"enabled": false}}'"""
 
@@ -51,6 +51,9 @@ class SWAOptions:
         full_attention_layers: layers that keep full attention: indices, or text such as
             ``"0-3,27"``, ``"every:4"`` (layers 3, 7, 11, ...) or ``"none"``; None takes the
             checkpoint's.
+        sink_tokens: leading tokens that every query of a sliding layer sees.
+        position_shift: sinks lie just before the window, wherever it is (StreamingLLM's
+            cache-relative positions, https://arxiv.org/abs/2309.17453).
         prefill_pages: which pages of a prefill chunk are stored.
         debug_poison: fill free pages with NaN at every step and check what layers return.
     """
@@ -58,6 +61,8 @@ class SWAOptions:
     enabled: bool = True
     window: int | None = None
     full_attention_layers: str | tuple[int, ...] | None = None
+    sink_tokens: int = 0
+    position_shift: bool = False
     prefill_pages: PrefillPages = PrefillPages.AUTO
     debug_poison: bool = False
 
@@ -66,7 +71,8 @@ class SWAOptions:
         """Validate the ``swa`` section as parsed from JSON.
 
         Raises:
-            SWAConfigError: unknown or unbuilt key, wrong type, or a window below 1.
+            SWAConfigError: unknown or unbuilt key, wrong type, a number out of range, or a
+                position shift without sinks.
         """
         if not isinstance(raw, Mapping):
             raise SWAConfigError(
@@ -83,12 +89,20 @@ class SWAOptions:
             )
         checks: dict[str, Callable[[Any], Any]] = {
             "enabled": partial(_checked_bool, "enabled"),
-            "window": _checked_window,
+            "window": partial(_checked_tokens, "window", 1, "a query sees, itself included"),
+            "sink_tokens": partial(_checked_tokens, "sink_tokens", 0, "that stay visible"),
+            "position_shift": partial(_checked_bool, "position_shift"),
             "full_attention_layers": _checked_layers,
             "prefill_pages": _checked_prefill_pages,
             "debug_poison": partial(_checked_bool, "debug_poison"),
         }
-        return cls(**{key: checks[key](value) for key, value in raw.items()})
+        options = cls(**{key: checks[key](value) for key, value in raw.items()})
+        if options.position_shift and not options.sink_tokens:
+            raise SWAConfigError(
+                "swa.position_shift moves sink tokens, and there are none: give sink_tokens too, "
+                "or remove position_shift"
+            )
+        return options
 
 
 def parse_layers(spec: str | Iterable[int], num_layers: int) -> frozenset[int]:
@@ -125,11 +139,10 @@ def _checked_prefill_pages(value: object) -> PrefillPages:
     raise SWAConfigError(f"swa.prefill_pages must be one of {allowed}, got {value!r}")
 
 
-def _checked_window(value: object) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+def _checked_tokens(key: str, least: int, meaning: str, value: object) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise SWAConfigError(
-            f"swa.window must be an integer >= 1 (tokens a query sees, itself included), "
-            f"got {value!r}"
+            f"swa.{key} must be an integer >= {least} (tokens {meaning}), got {value!r}"
         )
     return value
 

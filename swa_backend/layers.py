@@ -1,6 +1,6 @@
 """Which layers slide and how far: the checkpoint's config and the user's options, resolved."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -89,7 +89,7 @@ def resolve_layers(
     window = options.window if options.window is not None else _checkpoint_window(hf_config)
     return LayerPlan(
         tuple(None if i in full else window for i in range(num_layers)),
-        _warnings(window, max_model_len),
+        tuple(_warnings(hf_config, window, options, hf_overrides or {}, max_model_len)),
     )
 
 
@@ -97,6 +97,7 @@ def _full_attention(num_layers: int, options: SWAOptions) -> LayerPlan:
     idle = [
         key
         for key, is_set in (
+            ("sink_tokens", options.sink_tokens > 0),
             ("prefill_pages", options.prefill_pages is not PrefillPages.AUTO),
             ("debug_poison", options.debug_poison),
         )
@@ -120,10 +121,35 @@ def _full_layers(options: SWAOptions, layer_types: Sequence[str]) -> frozenset[i
     return full
 
 
-def _warnings(window: int, max_model_len: int | None) -> tuple[str, ...]:
-    if max_model_len is None or window < max_model_len:
-        return ()
-    return (f"window {window} is not below max_model_len {max_model_len}: nothing will ever slide",)
+def _warnings(
+    hf_config: Any,
+    window: int,
+    options: SWAOptions,
+    hf_overrides: Mapping[str, Any],
+    max_model_len: int | None,
+) -> Iterator[str]:
+    if max_model_len is None:
+        return
+    sinks = options.sink_tokens
+    if window + sinks >= max_model_len:
+        kept = f"window {window}" + (f" with {sinks} sink tokens" if sinks else "")
+        yield f"{kept} is not below max_model_len {max_model_len}: nothing will ever slide"
+    elif sinks and not options.position_shift:
+        trained, may_be_shorter = _trained_len(hf_config), "max_position_embeddings" in hf_overrides
+        if max_model_len > trained or may_be_shorter:
+            yield (
+                f"sink tokens keep their positions, and max_model_len {max_model_len} goes beyond "
+                f"the trained length{'' if may_be_shorter else f' of {trained}'}: distances to "
+                "them will be longer than any in training. Set swa.position_shift=true, or lower "
+                "max_model_len"
+            )
+
+
+def _trained_len(hf_config: Any) -> int:
+    """Longest text in tokens that the model was trained on, before any RoPE scaling."""
+    rope: Mapping[str, Any] = getattr(hf_config, "rope_parameters", None) or {}
+    trained = rope.get("original_max_position_embeddings") or hf_config.max_position_embeddings
+    return int(trained)
 
 
 def _checkpoint_layer_types(hf_config: Any, num_layers: int, options: SWAOptions) -> list[str]:

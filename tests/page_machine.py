@@ -20,6 +20,7 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCache
 from vllm.v1.request import Request, RequestStatus
 
 from swa_backend.config import PrefillPages
+from swa_backend.pages import ceil_div
 from swa_backend.window import first_visible
 from swa_vllm.kv_manager import SWAManager
 from swa_vllm.kv_spec import SWASpec
@@ -33,6 +34,8 @@ class Setup:
 
     window: int = 10
     page_size: int = 4
+    sink_tokens: int = 0
+    spare_tokens: int = 0
     num_pages: int = 60
     kinds: tuple[str, ...] = ("full", "sliding")
     max_step_tokens: int = 48
@@ -87,6 +90,8 @@ class PageMachine:
         sliding = SWASpec(
             **common,
             sliding_window=setup.window,
+            sink_tokens=setup.sink_tokens,
+            spare_tokens=setup.spare_tokens,
             prefill_pages=setup.prefill_pages,
             num_steps_in_flight=setup.num_steps_in_flight,
             rollback_tokens=setup.num_steps_in_flight * setup.num_drafts,
@@ -286,9 +291,10 @@ class PageMachine:
             if not isinstance(manager, SWAManager):
                 assert len(held) == len(blocks)
                 continue
-            assert not held or held[0] >= first_visible(max(0, settled), self.setup.window) // (
-                self.setup.page_size
-            )
+            first = first_visible(max(0, settled), self.setup.window) // self.setup.page_size
+            sinks = range(ceil_div(self.setup.sink_tokens, self.setup.page_size))
+            assert all(i in sinks or i >= first for i in held)
+            assert held[: len(sinks)] == list(sinks)[: len(blocks)]
             if self.setup.prefill_pages is PrefillPages.SURVIVORS:
                 assert manager.max_admission_blocks_per_request is not None
                 assert len(held) <= manager.max_admission_blocks_per_request
@@ -312,6 +318,17 @@ class PageMachine:
                 if row[page]:
                     tags = content.setdefault(row[page], {})
                     tags[slot] = sequence.tags[position]
+        self._write_spare(share, start)
+
+    def _write_spare(self, share: Scheduled, start: int) -> None:
+        """Windowed layers may write anything behind the step's newest token."""
+        end = min(start + share.num_tokens, len(share.sequence.text))
+        for kind, content, row in zip(self.setup.kinds, self.content, share.rows, strict=True):
+            if kind == "sliding":
+                for position in range(end, end + self.setup.spare_tokens):
+                    page, slot = divmod(position, self.setup.page_size)
+                    assert any(row[page : page + 1]), "no page for a spare slot"
+                    content.setdefault(row[page], {})[slot] = -1
 
     def _check_reads(self, share: Scheduled) -> None:
         """Every key before the chunk that its first query sees is where its row says."""
@@ -319,7 +336,8 @@ class PageMachine:
         start = sequence.settled
         for kind, content, row in zip(self.setup.kinds, self.content, share.rows, strict=True):
             first = first_visible(start, self.setup.window if kind == "sliding" else None)
-            for position in range(first, start):
+            sinks = self.setup.sink_tokens if kind == "sliding" else 0
+            for position in (*range(min(sinks, first)), *range(first, start)):
                 page, slot = divmod(position, self.setup.page_size)
                 assert row[page], f"page {page} of {kind} layer is a hole but visible from {start}"
                 assert content.get(row[page], {}).get(slot) == sequence.tags[position]

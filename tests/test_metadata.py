@@ -1,13 +1,18 @@
-"""The window-relative view: same attention, nothing below the window looked at."""
+"""What the CPU builder makes of a batch: the same attention from other places."""
 
+from typing import Any
+
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
 from swa_backend import pages, reference
-from swa_vllm.metadata import rows_with_holes, select_rows, window_view
+from swa_vllm.metadata import rows_with_holes, select_rows
+from swa_vllm.page_layout import PageLayout
 from swa_vllm.scratch import scratch_layout
+from swa_vllm.sinks import ghost_tail
 
 rows = st.lists(st.tuples(st.integers(0, 90), st.integers(1, 20)), min_size=1, max_size=4)
 
@@ -28,96 +33,133 @@ def _batch(computed: list[int], queries: list[int], table: torch.Tensor) -> Comm
     )
 
 
-@given(rows, st.integers(1, 60), st.sampled_from([1, 4, 16]), st.integers(0, 999))
-def test_view_gives_the_attention_of_the_whole_row(
-    batch: list[tuple[int, int]], window: int, page_size: int, seed: int
-) -> None:
-    generator = torch.Generator().manual_seed(seed)
-    computed, queries = map(list, zip(*batch, strict=True))
-    num_tokens = [c + q for c, q in batch]
-    width = pages.ceil_div(max(num_tokens), page_size)
-    pool_size = width * len(batch)
-    pool = torch.randn(pool_size, 1, page_size, 4, generator=generator, dtype=torch.float64)
-    table = torch.randperm(pool_size, generator=generator).view(len(batch), width).int()
-    dense = [reference.gather_pages(pool, t, n) for t, n in zip(table, num_tokens, strict=True)]
-    for row, done in zip(table, computed, strict=True):
-        # What the window freed belongs to someone else by now.
-        dead = pages.WindowPages(window, page_size).first_live(done)
-        pool[row[:dead].long()] = float("nan")
-        row[:dead] = -1
-
-    view = window_view(_batch(computed, queries, table), window, page_size)
-    for i, (done, num_queries) in enumerate(batch):
-        query = torch.randn(1, num_queries, 4, generator=generator, dtype=torch.float64)
-        whole = torch.arange(num_tokens[i])
-        mask = reference.visible_mask(whole[done:], whole, window)
-        expected = reference.attention(query, dense[i], dense[i], mask)
-
-        length = int(view.seq_lens[i])
-        assert length <= num_queries + window - 1 + page_size - 1
-        live = view.block_table_tensor[i, : pages.ceil_div(length, page_size)]
-        assert (live >= 0).all()
-        keys = reference.gather_pages(pool, live, length)
-        relative = torch.arange(length)
-        mask = reference.visible_mask(relative[length - num_queries :], relative, window)
-        assert torch.allclose(reference.attention(query, keys, keys, mask), expected)
-
-
-def test_view_keeps_slots_and_queries_and_the_engines_row() -> None:
-    table = torch.arange(12, dtype=torch.int32).view(2, 6)
-    batch = _batch([40, 3], [1, 5], table)
-    view = window_view(batch, 8, 8)
-    assert view.slot_mapping is batch.slot_mapping
-    assert view.query_start_loc is batch.query_start_loc
-    assert view.seq_lens.tolist() == [9, 8]
-    assert view.seq_lens.dtype == view.block_table_tensor.dtype == torch.int32
-    assert view.block_table_tensor.tolist() == [[4, 5], [6, 7]]
-    assert batch.seq_lens.tolist() == [41, 8]
-    assert torch.equal(table, torch.arange(12, dtype=torch.int32).view(2, 6))
-
-
-@given(rows, st.integers(1, 40), st.sampled_from([2, 4, 16]), st.integers(0, 999))
-def test_scratch_pages_give_the_attention_of_the_whole_row(
-    batch: list[tuple[int, int]], window: int, page_size: int, seed: int
-) -> None:
-    """Pages are stored but for the holes; the chunk's own keys are at hand."""
-    generator = torch.Generator().manual_seed(seed)
-    computed, queries = map(list, zip(*batch, strict=True))
-    num_tokens = [c + 4 * q for c, q in batch]  # chunks long enough to have holes
-    queries = [4 * q for q in queries]
-    width = pages.ceil_div(max(num_tokens), page_size)
+def _pool(
+    batch: list[tuple[int, int]], page_size: int, generator: torch.Generator, spare: int = 0
+) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]:
+    """Pages of random numbers, a table of them, and each row's numbers in a line."""
+    num_tokens = [computed + queries for computed, queries in batch]
+    width = pages.ceil_div(max(num_tokens) + spare, page_size)
     pool_size = width * len(batch) + 1
     pool = torch.randn(pool_size, 1, page_size, 4, generator=generator, dtype=torch.float64)
     table = (torch.randperm(pool_size - 1, generator=generator) + 1).view(len(batch), width).int()
     dense = [reference.gather_pages(pool, t, n) for t, n in zip(table, num_tokens, strict=True)]
-    rules = pages.WindowPages(window, page_size)
-    expected_holes = []
-    for row, done, n in zip(table, computed, num_tokens, strict=True):
-        holes = rules.holes(pages.ceil_div(done, page_size), n)
-        row[holes.start : holes.stop] = 0
-        expected_holes.append(len(holes) > 0)
     pool[0] = float("nan")
+    return pool, table, dense
 
-    view = window_view(_batch(computed, queries, table), window, page_size)
-    assert rows_with_holes(view, page_size) == expected_holes
-    part = select_rows(view, len(batch) // 2, len(batch))
-    layout = scratch_layout(part, page_size)
+
+def _attend(query: torch.Tensor, keys: torch.Tensor, window: int) -> torch.Tensor:
+    """What vLLM's operators do: the queries are the last keys, and see one run of ``window``."""
+    positions = torch.arange(keys.shape[1])
+    mask = reference.visible_mask(positions[-query.shape[1] :], positions, window)
+    return reference.attention(query, keys, keys, mask)
+
+
+@given(
+    rows,
+    st.integers(1, 40),
+    st.sampled_from([2, 4, 16]),
+    st.sampled_from([0, 0, 1, 5, 20]),
+    st.integers(0, 999),
+)
+def test_scratch_pages_give_the_attention_of_the_whole_row(
+    batch: list[tuple[int, int]], window: int, page_size: int, sinks: int, seed: int
+) -> None:
+    """Pages are stored but for the holes; the chunk's own keys are at hand."""
+    generator = torch.Generator().manual_seed(seed)
+    batch = [(computed, 4 * queries) for computed, queries in batch]  # long enough for holes
+    computed, queries = map(list, zip(*batch, strict=True))
+    pool, table, dense = _pool(batch, page_size, generator)
+    rules = pages.WindowPages(window, page_size, sinks)
+    expected_holes = []
+    for row, (done, num_queries) in zip(table, batch, strict=True):
+        holes = rules.holes(pages.ceil_div(done, page_size), done + num_queries)
+        row[holes.start : holes.stop] = 0
+        dead = rules.dead(done)
+        row[dead.start : dead.stop] = -1
+        expected_holes.append(len(holes) > 0)
+
+    whole = _batch(computed, queries, table)
+    assert rows_with_holes(whole, window, page_size) == expected_holes
+    first = len(batch) // 2
+    part = select_rows(whole, first, len(batch))
+    layout = scratch_layout(part, window, page_size, sinks)
     scratch = torch.zeros(layout.num_pages, *pool.shape[1:], dtype=torch.float64)
     scratch[layout.targets] = pool[layout.sources]
-    slots = iter(layout.slots.tolist())
-    for i in range(part.num_reqs):
-        whole = dense[len(batch) // 2 + i]
-        done, num_queries = computed[len(batch) // 2 + i], queries[len(batch) // 2 + i]
-        for position in range(done, done + num_queries):
-            slot = next(slots)
-            scratch[slot // page_size, :, slot % page_size] = whole[:, position]
-        length = int(layout.batch.seq_lens[i])
+    slots = scratch.transpose(1, 2).flatten(0, 1)  # a copy
+    own = [d[:, c:] for d, (c, _) in zip(dense[first:], batch[first:], strict=True)]
+    slots[layout.slots] = torch.cat(own, dim=1).transpose(0, 1)[layout.tokens]
+    slots[layout.sink_targets] = pool.transpose(1, 2).flatten(0, 1)[layout.sink_sources]
+    scratch = slots.view(layout.num_pages, page_size, 1, 4).transpose(1, 2)
+
+    query = torch.randn(1, part.num_actual_tokens, 4, generator=generator, dtype=torch.float64)
+    outputs = []
+    starts = layout.batch.query_start_loc.tolist()
+    for i, length in enumerate(layout.batch.seq_lens.tolist()):
         used = layout.batch.block_table_tensor[i, : pages.ceil_div(length, page_size)]
         keys = reference.gather_pages(scratch, used, length)
-        query = torch.randn(1, num_queries, 4, generator=generator, dtype=torch.float64)
-        relative, absolute = torch.arange(length), torch.arange(done + num_queries)
-        mask = reference.visible_mask(relative[length - num_queries :], relative, window)
-        expected_mask = reference.visible_mask(absolute[done:], absolute, window)
-        expected = reference.attention(query, whole, whole, expected_mask)
-        assert torch.allclose(reference.attention(query, keys, keys, mask), expected)
-    assert next(slots, None) is None
+        outputs.append(_attend(query[:, starts[i] : starts[i + 1]], keys, window + sinks))
+    expected, start = [], 0
+    for keys, (done, num_queries) in zip(dense[first:], batch[first:], strict=True):
+        positions = torch.arange(done + num_queries)
+        mask = reference.visible_mask(positions[done:], positions, window, sinks)
+        own_query = query[:, start : start + num_queries]
+        expected.append(reference.attention(own_query, keys, keys, mask))
+        start += num_queries
+    assert torch.allclose(torch.cat(outputs, 1), torch.cat(expected, 1))
+
+
+@given(
+    rows,
+    st.integers(1, 40),
+    st.sampled_from([2, 4, 16]),
+    st.sampled_from([1, 5, 20]),
+    st.integers(0, 999),
+)
+def test_ghost_tail_gives_the_attention_of_the_whole_row(
+    batch: list[tuple[int, int]], window: int, page_size: int, sinks: int, seed: int
+) -> None:
+    """Only requests that compute one token and have left their sinks behind get one."""
+    generator = torch.Generator().manual_seed(seed)
+    computed, queries = map(list, zip(*batch, strict=True))
+    pool, table, dense = _pool(batch, page_size, generator, spare=sinks)
+    slots = pool.transpose(1, 2).flatten(0, 1)
+    tail = ghost_tail(_batch(computed, queries, table), window, sinks, page_size)
+    slots[tail.targets] = slots[tail.sources]
+    pool = slots.view(len(pool), page_size, 1, 4).transpose(1, 2)
+    distances = iter(tail.distances.tolist())
+    for i, (done, num_queries) in enumerate(batch):
+        length = int(tail.batch.seq_lens[i])
+        if num_queries > 1 or done + 1 <= window + sinks:
+            assert length == done + num_queries
+            continue
+        assert length == done + 1 + sinks
+        assert {next(distances) for _ in range(sinks)} == {done - (sinks + window - 1)}
+        query = torch.randn(1, 1, 4, generator=generator, dtype=torch.float64)
+        positions = torch.arange(done + 1)
+        mask = reference.visible_mask(positions[done:], positions, window, sinks)
+        expected = reference.attention(query, dense[i], dense[i], mask)
+        keys = reference.gather_pages(pool, table[i], length)
+        assert torch.allclose(_attend(query, keys, window + sinks), expected)
+    assert next(distances, None) is None
+
+
+def test_decoding_rows_have_no_holes() -> None:
+    """Entries below the window may be null or stale; nobody looks at them."""
+    table = torch.tensor([[0, 0, 3, 4], [7, 8, 0, 0]], dtype=torch.int32)
+    assert rows_with_holes(_batch([30, 9], [1, 1], table), 8, 8) == [False, False]
+    assert rows_with_holes(_batch([30, 9], [1, 2], table), 8, 8) == [False, False]
+
+
+def test_page_layout_refuses_what_is_not_a_place() -> None:
+    def rounds(key: torch.Tensor, value: torch.Tensor, page: torch.Tensor, slots: Any) -> None:
+        page[0] = torch.cat((key, value), dim=-1).transpose(0, 1) * 0
+
+    with pytest.raises(RuntimeError, match=r"sink tokens cannot follow .* serve without"):
+        PageLayout((1, 2, 4), torch.float32, rounds)
+
+    def mixes_heads(key: torch.Tensor, value: torch.Tensor, page: torch.Tensor, slots: Any) -> None:
+        page[0] = torch.cat((key, value), dim=-1).transpose(0, 1)
+        page[0, 1] = page[0, 1].flip(0)
+
+    with pytest.raises(RuntimeError, match="sink tokens cannot follow"):
+        PageLayout((2, 2, 4), torch.float32, mixes_heads)

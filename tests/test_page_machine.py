@@ -37,6 +37,8 @@ setups = st.builds(
     Setup,
     window=st.sampled_from([1, 2, 5, 8, 9, 10, 17, 33]),
     page_size=st.sampled_from([2, 4, 8]),
+    sink_tokens=st.sampled_from([0, 0, 1, 4, 9]),
+    spare_tokens=st.sampled_from([0, 0, 1, 9]),
     num_pages=st.sampled_from([24, 40, 60, 200]),
     kinds=st.sampled_from(
         [("sliding",), ("full", "sliding"), ("sliding", "full"), ("full", "sliding", "sliding")]
@@ -204,9 +206,39 @@ def _grant_before_others_took_theirs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(SWAManager, "allocate_new_blocks", allocate_and_grant)
 
 
+def _free_sinks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(WindowPages, "num_sink_pages", property(lambda s: 0))
+
+
+def _hit_without_sinks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        SWAManager, "find_longest_cache_hit", SlidingWindowManager.find_longest_cache_hit
+    )
+
+
+def _take_no_hold_of_hit_sinks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(SWAManager, "_hit_sinks", lambda *args: [])
+
+
+def _forget_spare_slots(monkeypatch: pytest.MonkeyPatch) -> None:
+    allocate = SWAManager.allocate_new_blocks
+    monkeypatch.setattr(
+        SWAManager,
+        "allocate_new_blocks",
+        lambda s, r, n, main: allocate(s, r, n - s._spare_tokens, main),
+    )
+
+
+SINKS = Setup(sink_tokens=5, spare_tokens=5, num_pages=80)
+
+
 @pytest.mark.parametrize(
     ("break_it", "setup"),
     [
+        (_free_sinks, SINKS),
+        (_hit_without_sinks, SINKS),
+        (_take_no_hold_of_hit_sinks, SINKS),
+        (_forget_spare_slots, SINKS),
         (_keep_one_page_fewer, Setup()),
         (_forget_rollback, Setup(2, 2, num_drafts=4, prefill_pages=PrefillPages.SURVIVORS)),
         (_free_one_token_early, Setup()),

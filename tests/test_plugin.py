@@ -57,8 +57,8 @@ def test_start_up_logs_one_table(
         logger.removeHandler(caplog.handler)
     (table,) = [m for m in caplog.messages if m.startswith("SWA layers")]
     assert [line.split() for line in table.splitlines()[1:]] == [
-        ["SWA", "0-2", "sliding", "56", "CUSTOM", "SWASpec", "1", "layers"],
-        ["SWA", "3", "full", "-", "CPU_ATTN", "FullAttentionSpec", "chosen", "by", "vLLM"],
+        ["SWA", "0-2", "sliding", "56", "0", "CUSTOM", "SWASpec", "1", "layers"],
+        ["SWA", "3", "full", "-", "-", "CPU_ATTN", "FullAttentionSpec", "chosen", "by", "vLLM"],
     ]
 
 
@@ -68,7 +68,7 @@ def test_start_up_logs_one_table(
         ({"swa": {"windows": 4}}, "unknown key windows"),
         ({"swa": {"window": 0}}, "must be an integer >= 1"),
         ({"swa": {"window": 64, "full_attention_layers": "9"}}, "out of range"),
-        ({"swa": {"sink_tokens": 4}}, "not built in this version"),
+        ({"swa": {"impl": "triton"}}, "not built in this version"),
     ],
 )
 def test_bad_options_stop_the_engine_before_weights(

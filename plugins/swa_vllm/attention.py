@@ -17,31 +17,48 @@ class WindowedAttention(Attention):
     """vLLM's attention layer with a window, its own backend and its own KV cache spec.
 
     Attributes:
+        sink_tokens: leading tokens that every query sees.
         kv_group_layers: layers in this layer's KV group; None until the group is known.
     """
 
     kv_group_layers: int | None = None
 
-    def __init__(self, *args: Any, per_layer_sliding_window: int, **kwargs: Any) -> None:
-        """Take the arguments of :class:`Attention`; the window is required."""
+    def __init__(
+        self,
+        *args: Any,
+        per_layer_sliding_window: int,
+        sink_tokens: int = 0,
+        shifted_by: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        """Take the arguments of :class:`Attention`; the window is required.
+
+        Args:
+            shifted_by: rotary embedding that gives sinks cache-relative positions.
+        """
+        if sink_tokens:  # our own backends take them
+            kwargs.update(sink_tokens=sink_tokens, shifted_by=shifted_by)
         super().__init__(
             *args,
             per_layer_sliding_window=per_layer_sliding_window,
             attn_backend=windowed_backend(),
             **kwargs,
         )
+        self.sink_tokens = sink_tokens
 
     @classmethod
     def replacing(
-        cls, stock: Attention, window: int, vllm_config: VllmConfig
+        cls, stock: Attention, window: int, rotary: Any, vllm_config: VllmConfig
     ) -> "WindowedAttention":
         """A layer with a window in the place of ``stock``, which has not been used yet.
 
         Args:
             stock: a decoder self-attention layer.
+            rotary: the rotary embedding of its queries and keys.
             window: tokens a query sees, itself included.
             vllm_config: the config that ``stock`` was made with.
         """
+        options = swa_options(vllm_config)
         # The layer registered itself under its name; only one may.
         del vllm_config.compilation_config.static_forward_context[stock.layer_name]
         return cls(
@@ -54,6 +71,8 @@ class WindowedAttention(Attention):
             per_layer_sliding_window=window,
             prefix=stock.layer_name,
             attn_type=stock.attn_type,
+            sink_tokens=options.sink_tokens,
+            shifted_by=rotary if options.position_shift else None,
         )
 
     def get_kv_cache_spec(self, vllm_config: VllmConfig) -> KVCacheSpec:
@@ -63,7 +82,13 @@ class WindowedAttention(Attention):
             return spec  # vLLM rebuilds it as its own full attention spec, if the model is mixed
         options = swa_options(vllm_config)
         return SWASpec.from_stock(
-            spec, vllm_config, prefill_pages(vllm_config), options.debug_poison
+            spec,
+            vllm_config,
+            prefill_pages(vllm_config),
+            sink_tokens=self.sink_tokens,
+            # The CPU backend writes copies of the sinks behind the newest token.
+            spare_tokens=self.sink_tokens if current_platform.is_cpu() else 0,
+            debug_poison=options.debug_poison,
         )
 
 

@@ -2,7 +2,7 @@
 
 A request's table names one page for every ``block_size`` positions. Entries that no later token
 sees are the null block: those that left the window, and the holes that a long prefill chunk leaves
-(:mod:`swa_backend.pages` says which).
+(:mod:`swa_backend.pages` says which). Sink pages stay, and a prefix cache hit has to have them.
 
 With prefix caching, holes that other prompts may hit are filled while the pool has room.
 Such *granted* pages are never counted as needed, are freed at the request's next schedule, and
@@ -11,11 +11,19 @@ stay in the prefix cache until the pool reuses them.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import compress
+from itertools import compress, takewhile
+from typing import Any
 
 from vllm.logger import init_logger
-from vllm.v1.core.kv_cache_utils import BlockHash, KVCacheBlock, resolve_block_hashes
+from vllm.v1.core.block_pool import BlockPool
+from vllm.v1.core.kv_cache_utils import (
+    BlockHash,
+    BlockHashList,
+    KVCacheBlock,
+    resolve_block_hashes,
+)
 from vllm.v1.core.single_type_kv_cache_manager import SlidingWindowManager
+from vllm.v1.kv_cache_interface import KVCacheSpec
 from vllm.v1.request import Request
 
 from swa_backend.config import PrefillPages
@@ -34,9 +42,10 @@ class _Held:
 
     live: int = 0
     first_kept: int = 0
-    # Holes of the step being scheduled: their place in the table, and the list that the scheduler
-    # sends to the workers.
+    # Of the step being scheduled: its holes, the first of its places in the table, and the list
+    # that the scheduler sends to the workers.
     holes: range = field(default=range(0))
+    first_new: int = 0
     new_blocks: list[KVCacheBlock] = field(default_factory=list)
     # Pages that the prefix cache gave; None once what it lost has been counted.
     num_hit_blocks: int | None = 0
@@ -48,6 +57,7 @@ class SWAManager(SlidingWindowManager):
     def __init__(self, kv_cache_spec: SWASpec, **kwargs: object) -> None:
         super().__init__(kv_cache_spec, **kwargs)
         self._pages = kv_cache_spec.pages
+        self._spare_tokens = kv_cache_spec.spare_tokens
         self._stores_all = kv_cache_spec.prefill_pages is PrefillPages.ALL
         self._grants = self.enable_caching and kv_cache_spec.prefill_pages is PrefillPages.AUTO
         self._held: dict[str, _Held] = {}
@@ -79,6 +89,7 @@ class SWAManager(SlidingWindowManager):
         apply_admission_cap: bool = False,
         prefill_end: int = 0,
     ) -> int:
+        num_tokens += self._spare_tokens
         if apply_admission_cap and self.max_admission_blocks_per_request is not None:
             return self._charge(request_id, num_tokens, new_computed_blocks, total_computed_tokens)
         num_pages = max(len(self.req_to_blocks.get(request_id, ())), len(new_computed_blocks))
@@ -95,6 +106,9 @@ class SWAManager(SlidingWindowManager):
                 num_local_computed_tokens,
                 num_tokens_main_model,
                 prefill_end=prefill_end,
+            )
+            num_blocks += self._get_num_evictable_blocks(
+                self._hit_sinks(new_computed_blocks, total_computed_tokens)
             )
         return num_blocks - len(self._holes(num_pages, num_tokens_main_model))
 
@@ -116,9 +130,18 @@ class SWAManager(SlidingWindowManager):
         if request_id in self._held:  # a session that goes on, with its pages
             still_needed = num_pages - len(self.req_to_blocks[request_id])
             return max(0, min(cap - self._held[request_id].live, still_needed))
-        num_dead = self._pages.first_live(num_computed_tokens)
-        shared = sum(block.ref_cnt > 0 for block in hit_blocks[num_dead:] if not block.is_null)
-        return max(0, min(cap, num_pages - num_dead - shared))
+        dead = self._pages.dead(num_computed_tokens)
+        live_hits = [*hit_blocks[: dead.start], *hit_blocks[dead.stop :]]
+        shared = sum(block.ref_cnt > 0 for block in live_hits if not block.is_null)
+        return max(0, min(cap, num_pages - len(dead) - shared))
+
+    def _hit_sinks(
+        self, hit_blocks: Sequence[KVCacheBlock], num_computed_tokens: int
+    ) -> Sequence[KVCacheBlock]:
+        """Sink pages among a hit's pages that lie below the window, where vLLM looks at none."""
+        return hit_blocks[
+            : min(self._pages.num_sink_pages, self._pages.first_live(num_computed_tokens))
+        ]
 
     def _holes(self, num_pages: int, num_tokens: int) -> range:
         return range(0) if self._stores_all else self._pages.holes(num_pages, num_tokens)
@@ -134,6 +157,11 @@ class SWAManager(SlidingWindowManager):
             request_id, new_computed_blocks, num_local_computed_tokens, num_external_computed_tokens
         )
         blocks = self.req_to_blocks[request_id]
+        sinks = self._hit_sinks(
+            new_computed_blocks, num_local_computed_tokens + num_external_computed_tokens
+        )
+        self.block_pool.touch(sinks)
+        blocks[: len(sinks)] = sinks
         self._held[request_id] = _Held(
             live=sum(not block.is_null for block in blocks), num_hit_blocks=len(blocks)
         )
@@ -141,17 +169,24 @@ class SWAManager(SlidingWindowManager):
     def allocate_new_blocks(
         self, request_id: str, num_tokens: int, num_tokens_main_model: int
     ) -> list[KVCacheBlock]:
+        num_tokens += self._spare_tokens
         blocks = self.req_to_blocks[request_id]
         if len(blocks) * self.block_size >= num_tokens:
             return []
         held = self._held.setdefault(request_id, _Held())
+        held.first_new = len(blocks)
         held.holes = self._holes(len(blocks), num_tokens_main_model)
         holes = [self._null_block] * len(held.holes)
-        blocks.extend(holes)
+        taken = []
+        if holes:  # up to them: sink pages
+            first_tokens = held.holes.start * self.block_size
+            taken = super().allocate_new_blocks(request_id, first_tokens, first_tokens)
+            blocks.extend(holes)
+        held.new_blocks = [*taken, *holes]
         taken = super().allocate_new_blocks(request_id, num_tokens, num_tokens_main_model)
-        self._count_taken(held, len(taken))
+        held.new_blocks += taken
+        self._count_taken(held, len(held.new_blocks) - len(holes))
         self._skipped += len(holes)
-        held.new_blocks = holes + taken
         return held.new_blocks
 
     def _count_taken(self, held: _Held, num_blocks: int) -> None:
@@ -210,10 +245,10 @@ class SWAManager(SlidingWindowManager):
         may_grant = self._grants and not request.resumable
         num_granted = max(0, min(len(wanted), spare)) if may_grant else 0
         num_left = len(wanted) - num_granted
-        table, first_hole = self.req_to_blocks[request.request_id], held.holes.start
+        table = self.req_to_blocks[request.request_id]
         new = self.block_pool.get_new_blocks(num_granted)
         for index, block in zip(wanted[num_left:], new, strict=True):
-            table[index] = held.new_blocks[index - first_hole] = block
+            table[index] = held.new_blocks[index - held.first_new] = block
         self._count_taken(held, num_granted)
         self._skipped -= num_granted
         held.holes = range(0)
@@ -242,12 +277,77 @@ class SWAManager(SlidingWindowManager):
     def _is_cached(self, block_hash: BlockHash) -> bool:
         return self.block_pool.get_cached_block(block_hash, [self.kv_cache_group_id]) is not None
 
+    @classmethod
+    def find_longest_cache_hit(
+        cls,
+        block_hashes: BlockHashList,
+        max_length: int,
+        kv_cache_group_ids: list[int],
+        block_pool: BlockPool,
+        kv_cache_spec: KVCacheSpec,
+        drop_eagle_block: bool,
+        alignment_tokens: int,
+        dcp_world_size: int = 1,
+        pcp_world_size: int = 1,
+    ) -> tuple[tuple[list[KVCacheBlock], ...], int]:
+        assert isinstance(kv_cache_spec, SWASpec)
+        hashes = resolve_block_hashes(
+            block_hashes, block_pool.hash_block_size, kv_cache_spec.block_size
+        )
+        num_sink_pages = kv_cache_spec.pages.num_sink_pages
+        sinks = list(
+            takewhile(
+                lambda cached: cached is not None,
+                (
+                    block_pool.get_cached_block(block_hash, kv_cache_group_ids)
+                    for block_hash in hashes[:num_sink_pages]
+                ),
+            )
+        )
+        if len(sinks) < num_sink_pages:  # nothing behind a missing sink can be hit
+            max_length = min(max_length, len(sinks) * kv_cache_spec.block_size)
+        hit, hit_length = super().find_longest_cache_hit(
+            block_hashes,
+            max_length,
+            kv_cache_group_ids,
+            block_pool,
+            kv_cache_spec,
+            drop_eagle_block,
+            alignment_tokens,
+            dcp_world_size,
+            pcp_world_size,
+        )
+        for index, cached in enumerate(sinks[: len(hit[0])]):
+            for blocks, block in zip(hit, cached, strict=True):
+                blocks[index] = block
+        return hit, hit_length
+
+    @classmethod
+    def reachable_block_mask(
+        cls,
+        start_block: int,
+        end_block: int,
+        alignment_tokens: int | None,
+        kv_cache_spec: KVCacheSpec,
+        *args: Any,
+        **kwargs: Any,
+    ) -> list[bool] | None:
+        mask = super().reachable_block_mask(
+            start_block, end_block, alignment_tokens, kv_cache_spec, *args, **kwargs
+        )
+        if mask is None:
+            return None
+        assert isinstance(kv_cache_spec, SWASpec)
+        num_sinks = kv_cache_spec.pages.num_sink_pages
+        return [i < num_sinks or mask[i - start_block] for i in range(start_block, end_block)]
+
     def _remove_blocks_in_range(self, request_id: str, first_block: int, last_block: int) -> None:
         # The base class walks back from last_block to the first null block, which a hole would be.
         held = self._held.get(request_id)
         if held is None or last_block <= held.first_kept:
             return
         blocks = self.req_to_blocks[request_id]
+        first_block = max(first_block, self._pages.num_sink_pages)
         last_block = min(last_block, len(blocks))
         dead = [
             index

@@ -14,6 +14,8 @@ class SWASpec(SlidingWindowSpec):
     """A sliding window whose pages :class:`~swa_vllm.kv_manager.SWAManager` manages.
 
     Attributes:
+        sink_tokens: leading tokens that every query sees.
+        spare_tokens: slots behind the newest token that the attention backend needs.
         prefill_pages: which pages of a prefill chunk are stored.
         num_steps_in_flight: steps that may be scheduled and not yet settled at once.
         rollback_tokens: speculative tokens of all of them that may be rejected.
@@ -22,6 +24,8 @@ class SWASpec(SlidingWindowSpec):
         poison_key: names the engine whose free pages are to be poisoned; None for no poison.
     """
 
+    sink_tokens: int = 0
+    spare_tokens: int = 0
     prefill_pages: PrefillPages = PrefillPages.ALL
     num_steps_in_flight: int = 1
     rollback_tokens: int = 0
@@ -35,13 +39,18 @@ class SWASpec(SlidingWindowSpec):
         spec: SlidingWindowSpec,
         vllm_config: VllmConfig,
         prefill_pages: PrefillPages,
-        debug_poison: bool,
+        *,
+        sink_tokens: int = 0,
+        spare_tokens: int = 0,
+        debug_poison: bool = False,
     ) -> "SWASpec":
         """The same window, page size and dtype, managed by this plugin."""
         num_steps = vllm_config.max_concurrent_batches
         speculation = vllm_config.speculative_config
         return cls(
             **{f.name: getattr(spec, f.name) for f in fields(spec) if f.init},
+            sink_tokens=sink_tokens,
+            spare_tokens=spare_tokens,
             prefill_pages=prefill_pages,
             num_steps_in_flight=num_steps,
             rollback_tokens=num_steps * vllm_config.num_speculative_tokens,
@@ -56,26 +65,39 @@ class SWASpec(SlidingWindowSpec):
         return WindowPages(
             window=self.sliding_window + self.extra_retained_tokens,
             page_size=self.block_size,
+            sink_tokens=self.sink_tokens,
             rollback_tokens=self.rollback_tokens,
             drops_last_hit=self.drops_last_hit,
         )
+
+    @property
+    def num_retained_tokens(self) -> int:
+        """Tells vLLM 0.33 to null no entry of a row: sinks lie below the window."""
+        return 0
+
+    def max_num_blocks_per_req(self, vllm_config: VllmConfig, max_len: int) -> int:
+        """Entries of a row of the workers' block table."""
+        return int(super().max_num_blocks_per_req(vllm_config, max_len + self.spare_tokens))
 
     def max_admission_blocks_per_request(
         self, max_in_flight_tokens: int, max_model_len: int
     ) -> int:
         """Pages that start-up sizing promises a request and run-time admission charges for it.
 
-        Never more than vLLM's own cap, but for the slots that a draft model takes ahead, which
-        vLLM forgets.
+        Never more than vLLM's own cap, but for sinks, for the slots behind the newest token, and
+        for those that a draft model takes ahead, which vLLM forgets.
         """
+        pages = self.pages
         if self.prefill_pages is PrefillPages.ALL:
-            return int(
-                super().max_admission_blocks_per_request(max_in_flight_tokens, max_model_len)
+            stock = super().max_admission_blocks_per_request(max_in_flight_tokens, max_model_len)
+            held = stock + pages.num_sink_pages + ceil_div(self.spare_tokens, self.block_size)
+        else:
+            held = pages.max_held(
+                self.num_steps_in_flight,
+                max_in_flight_tokens,
+                self.lookahead_tokens + self.spare_tokens,
             )
-        held = self.pages.max_held(
-            self.num_steps_in_flight, max_in_flight_tokens, self.lookahead_tokens
-        )
-        return min(held, ceil_div(max_model_len, self.block_size))
+        return int(min(held, ceil_div(max_model_len + self.spare_tokens, self.block_size)))
 
     def is_uniform_with_collection(self, kv_cache_specs: dict[str, KVCacheSpec]) -> bool:
         return all(

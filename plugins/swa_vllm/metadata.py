@@ -1,8 +1,8 @@
-"""Window-relative view of a step's batch on CPUs, made once per step and group.
+"""What a step's batch needs on CPUs beyond vLLM's own metadata, found once per step and group.
 
 Rows of the block table are indexed by position and may name freed pages below the window (a
-worker is never told of frees), so the rows are kept as they are and kernels get a view that
-starts at each request's first live page.
+worker is never told of frees). vLLM's C++ operators take the rows as they are: they look at no page
+that lies wholly below the window.
 
 The arithmetic is NumPy's: on a few dozen numbers its calls cost a tenth of PyTorch's.
 """
@@ -10,18 +10,12 @@ The arithmetic is NumPy's: on a few dozen numbers its calls cost a tenth of PyTo
 from typing import Any
 
 import numpy as np
-import torch
 from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.attention.backends.utils import NULL_BLOCK_ID
 
 
-def window_view(
-    batch: CommonAttentionMetadata, window: int, block_size: int
-) -> CommonAttentionMetadata:
-    """``batch`` with each row's block table and length counted from its first live page.
-
-    Attention depends on distances only, so shifting queries and keys of a row by the same number
-    of whole pages changes nothing. ``slot_mapping`` and query offsets stay those of ``batch``.
+def rows_with_holes(batch: CommonAttentionMetadata, window: int, block_size: int) -> list[bool]:
+    """Which rows' chunks pass over pages that they do not store.
 
     Args:
         batch: ``block_table_tensor`` int32 ``[num_reqs, max_pages]``, ``seq_lens`` int32
@@ -29,38 +23,19 @@ def window_view(
         window: tokens a query sees, itself included.
         block_size: tokens a page.
     """
-    ends, table = batch.seq_lens.numpy(), batch.block_table_tensor.numpy()
+    if batch.max_query_len == 1:
+        return [False] * batch.num_reqs
+    table, ends = batch.block_table_tensor.numpy(), batch.seq_lens.numpy()
     starts = batch.query_start_loc.numpy()
     query_lens = starts[1:] - starts[:-1]
-    first_page = np.maximum(ends - query_lens - (window - 1), 0) // block_size  # [num_reqs]
-    seq_lens = ends - first_page * block_size
-    max_seq_len = int(seq_lens.max())
-    columns = np.arange(-(-max_seq_len // block_size), dtype=np.int32)
-    pages = np.minimum(first_page[:, None] + columns, table.shape[1] - 1)
-    return _changed(
-        batch,
-        seq_lens=torch.from_numpy(seq_lens),
-        max_seq_len=max_seq_len,
-        block_table_tensor=torch.from_numpy(table[np.arange(len(table))[:, None], pages]),
-    )
+    first_page = np.maximum(ends - query_lens - (window - 1), 0) // block_size
+    num_pages = -(-ends // block_size)
+    pages = np.arange(table.shape[1])
+    in_use = (pages >= first_page[:, None]) & (pages < num_pages[:, None])
+    return [bool(row) for row in ((table == NULL_BLOCK_ID) & in_use).any(axis=1)]
 
 
-def rows_with_holes(view: CommonAttentionMetadata, block_size: int) -> list[bool]:
-    """Which rows' chunks pass over pages that they do not store.
-
-    Args:
-        view: a :func:`window_view`: every entry of a row is live but for the holes.
-    """
-    table = view.block_table_tensor.numpy()
-    is_null = table == NULL_BLOCK_ID
-    if not is_null.any():
-        return [False] * len(table)
-    num_pages = -(-view.seq_lens.numpy() // block_size)
-    is_used = np.arange(table.shape[1]) < num_pages[:, None]
-    return [bool(row) for row in (is_null & is_used).any(axis=1)]
-
-
-def _changed(batch: CommonAttentionMetadata, **changes: Any) -> CommonAttentionMetadata:
+def changed(batch: CommonAttentionMetadata, **changes: Any) -> CommonAttentionMetadata:
     """``dataclasses.replace`` without its cost, which grows with the fields of the class."""
     new = object.__new__(type(batch))
     vars(new).update(vars(batch), **changes)
@@ -72,7 +47,7 @@ def select_rows(batch: CommonAttentionMetadata, first: int, stop: int) -> Common
     starts = batch.query_start_loc[first : stop + 1]
     tokens = slice(int(starts[0]), int(starts[-1]))
     seq_lens = batch.seq_lens[first:stop]
-    return _changed(
+    return changed(
         batch,
         query_start_loc=starts - starts[0],
         query_start_loc_cpu=batch.query_start_loc_cpu[first : stop + 1] - tokens.start,

@@ -1,6 +1,7 @@
 """What windowed layers refuse, by name and before weights are loaded."""
 
 from vllm.config import VllmConfig
+from vllm.utils.torch_utils import is_quantized_kv_cache
 
 from swa_backend.config import SWAConfigError
 from swa_vllm.attention import prefill_pages, windowed_backend
@@ -21,6 +22,7 @@ def check_servable(vllm_config: VllmConfig) -> None:
     _check_model(vllm_config)
     _check_engine(vllm_config)
     prefill_pages(vllm_config)
+    _check_sinks(vllm_config)
     if swa_options(vllm_config).debug_poison:
         if windowed_backend() is None:
             raise SWAConfigError(
@@ -50,6 +52,30 @@ def _check_model(vllm_config: VllmConfig) -> None:
         raise SWAConfigError(
             "dual_chunk_attention_config cannot be combined with a window; remove either"
         )
+
+
+def _check_sinks(vllm_config: VllmConfig) -> None:
+    options = swa_options(vllm_config)
+    if not options.sink_tokens:
+        return
+    remedy = "remove either"
+    obstacle = None
+    if windowed_backend() is None:
+        obstacle = "this platform, where windowed layers use vLLM's own attention backend"
+        remedy = "remove sink_tokens"
+    elif vllm_config.scheduler_config.disable_hybrid_kv_cache_manager:
+        obstacle = "--disable-hybrid-kv-cache-manager, which leaves pages to vLLM"
+    elif is_quantized_kv_cache(vllm_config.cache_config.cache_dtype):
+        obstacle = f"kv_cache_dtype={vllm_config.cache_config.cache_dtype}: not tested on CPUs"
+    elif options.position_shift and _has_positions_of_several_kinds(text_config(vllm_config)):
+        obstacle = "position_shift in a model whose RoPE has positions in time and space"
+        remedy = "remove position_shift"
+    if obstacle is not None:
+        raise SWAConfigError(f"swa.sink_tokens cannot be had with {obstacle}; {remedy}")
+
+
+def _has_positions_of_several_kinds(config: object) -> bool:
+    return "mrope_section" in (getattr(config, "rope_parameters", None) or {})
 
 
 def _check_engine(vllm_config: VllmConfig) -> None:

@@ -10,10 +10,11 @@ from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.models.utils import extract_layer_index
 
 from swa_vllm.attention import WindowedAttention
+from swa_vllm.options import swa_options
 
 logger = init_logger(f"vllm.{__name__}")
 
-_HEADER = ("layers", "kind", "window", "backend", "KV spec", "KV group")
+_HEADER = ("layers", "kind", "window", "sinks", "backend", "KV spec", "KV group")
 
 
 def log_layers(vllm_config: VllmConfig, group: Sequence[str] = ()) -> None:
@@ -50,11 +51,14 @@ def _table(vllm_config: VllmConfig, layers: dict[str, Attention]) -> str:
     return "\n".join(f"SWA {line}" for line in lines)
 
 
-def _describe(vllm_config: VllmConfig, layer: Attention) -> tuple[str, str, str, str, str]:
-    kind, window = "full", "-"
+def _describe(vllm_config: VllmConfig, layer: Attention) -> tuple[str, ...]:
+    kind, window, sinks = "full", "-", "-"
     if layer.sliding_window is not None:
         kind, window = "sliding", str(layer.sliding_window)
+    if isinstance(layer, WindowedAttention):
+        shifted = swa_options(vllm_config).position_shift
+        sinks = f"{layer.sink_tokens}{' shifted' if shifted else ''}"
     group_layers = getattr(layer, "kv_group_layers", None)
     group = "chosen by vLLM" if group_layers is None else f"{group_layers} layers"
     spec = type(layer.get_kv_cache_spec(vllm_config)).__name__
-    return kind, window, layer.attn_backend.get_name(), spec, group
+    return kind, window, sinks, layer.attn_backend.get_name(), spec, group

@@ -44,7 +44,10 @@ def _set_windows(layers: object, windows: tuple[int | None, ...], config: VllmCo
     for layer, window in zip(layers, windows, strict=True):  # type: ignore[call-overload]
         # Layers of other pipeline stages are placeholders without attention.
         if window is not None and hasattr(layer, "self_attn"):
-            layer.self_attn.attn = WindowedAttention.replacing(layer.self_attn.attn, window, config)
+            attention = layer.self_attn
+            attention.attn = WindowedAttention.replacing(
+                attention.attn, window, attention.rotary_emb, config
+            )
     if windowed_backend() is None:
         log_layers(config)  # no builder of ours will, once the KV groups are known
 

@@ -16,7 +16,7 @@ from vllm.v1.attention.backends.cpu_attn import (
 )
 
 from swa_backend.pages import WindowPages, ceil_div
-from swa_vllm.backend_cpu import SWACPUMetadata
+from swa_vllm.builder_cpu import SWACPUMetadata
 
 BLOCK_SIZE = 32
 # Shapes of one layer; the vocabulary is cut, no text is made.

@@ -1,0 +1,186 @@
+"""A step's metadata for windowed layers on CPUs."""
+
+from dataclasses import dataclass
+from functools import partial
+from itertools import groupby
+
+import torch
+from vllm.config import VllmConfig, get_layers_from_vllm_config
+from vllm.model_executor.layers.attention import Attention
+from vllm.v1.attention.backend import CommonAttentionMetadata
+from vllm.v1.attention.backends.cpu_attn import CPUAttentionMetadata, CPUAttentionMetadataBuilder
+from vllm.v1.kv_cache_interface import AttentionSpec
+
+from swa_vllm.attention import windowed_layers
+from swa_vllm.kv_spec import SWASpec
+from swa_vllm.metadata import rows_with_holes, select_rows
+from swa_vllm.page_layout import PageLayout
+from swa_vllm.poison import NaNCheck, PoisonedPages
+from swa_vllm.position_shift import ShiftedScratch, shifted_scratch
+from swa_vllm.report import log_layers
+from swa_vllm.scratch import ScratchLayout, scratch_layout
+from swa_vllm.sinks import SinkCopies, ghost_tail
+
+
+@dataclass(frozen=True)
+class Part:
+    """Neighbouring requests of a batch that one operator call serves.
+
+    Attributes:
+        tokens: their tokens in the batch.
+        metadata: of these requests alone.
+        layout: where their keys lie in scratch pages; None where the KV cache serves them.
+        sinks: copies of their sinks in scratch pages, plain or with cache-relative positions.
+    """
+
+    tokens: slice
+    metadata: CPUAttentionMetadata
+    layout: ScratchLayout | None = None
+    sinks: SinkCopies | ShiftedScratch | None = None
+
+
+@dataclass(frozen=True)
+class SWACPUMetadata:
+    """A step's batch for the layers of one group.
+
+    Attributes:
+        slot_mapping: int64 ``[num_tokens]``; -1 for a token that the KV cache need not keep.
+        parts: the batch, split where requests need scratch pages.
+        scratch: ``[num_pages, num_kv_heads, block_size, 2 * head_size]`` for those.
+        ghosts: copies of sinks in the KV cache, behind the newest tokens.
+        ghost_distances: int64 ``[n]``, of each from its place under cache-relative positions.
+        nan_check: what to check each layer's output with, if pages are poisoned.
+    """
+
+    slot_mapping: torch.Tensor
+    parts: tuple[Part, ...]
+    scratch: torch.Tensor | None = None
+    ghosts: SinkCopies | None = None
+    ghost_distances: torch.Tensor | None = None
+    nan_check: NaNCheck | None = None
+
+
+class SWACPUMetadataBuilder(CPUAttentionMetadataBuilder):
+    """Splits a batch into what vLLM's operators serve from the KV cache and what needs scratch."""
+
+    def __init__(
+        self,
+        kv_cache_spec: AttentionSpec,
+        layer_names: list[str],
+        vllm_config: VllmConfig,
+        device: torch.device,
+    ) -> None:
+        super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+        windowed = windowed_layers(vllm_config)
+        self._layer = windowed[layer_names[0]]
+        self._sink_tokens = self._layer.sink_tokens
+        # The operators' window is longer by the copies of the sinks.
+        self._window = self.window_size - self._sink_tokens
+        self._wide_builder = self._make_wide_builder(device)
+        self._page_layout = self._learn_layout(kv_cache_spec) if self._sink_tokens else None
+        self._scratch: torch.Tensor | None = None
+        self._poison_key = kv_cache_spec.poison_key if isinstance(kv_cache_spec, SWASpec) else None
+        self._poisoned: PoisonedPages | None = None
+        if self._poison_key is not None and next(iter(windowed)) in layer_names:
+            self._poisoned = PoisonedPages(self._poison_key)  # one builder does it for all
+        log_layers(vllm_config, layer_names)
+
+    def _learn_layout(self, spec: AttentionSpec) -> PageLayout:
+        layer = self._layer
+
+        shape = (spec.num_kv_heads, self.block_size, 2 * spec.head_size)
+        return PageLayout(shape, spec.dtype, partial(layer.impl.do_kv_cache_update, layer))
+
+    def _make_wide_builder(self, device: torch.device) -> CPUAttentionMetadataBuilder | None:
+        """Builds for scratch pages whose heads are wider, if sinks are shifted."""
+        shift = getattr(self._layer.impl, "shift", None)
+        if shift is None:
+            return None
+        builder = CPUAttentionMetadataBuilder(
+            self.kv_cache_spec, self.layer_names, self.vllm_config, device
+        )
+        builder.head_dim = shift.wide_head_size
+        return builder
+
+    def build(
+        self,
+        common_prefix_len: int,
+        common_attn_metadata: CommonAttentionMetadata,
+        fast_build: bool = False,
+    ) -> SWACPUMetadata:
+        batch = common_attn_metadata
+        nan_check = self._poison(batch)
+        needs_scratch = self._rows_for_scratch(batch)
+        ghosts = distances = None
+        if self._page_layout is not None:
+            tail = ghost_tail(batch, self._window, self._sink_tokens, self.block_size)
+            ghosts = SinkCopies.between(self._page_layout, tail.sources, tail.targets)
+            batch, distances = tail.batch, tail.distances
+        if not any(needs_scratch):
+            whole = super().build(common_prefix_len, batch, fast_build)
+            parts: tuple[Part, ...] = (Part(slice(0, batch.num_actual_tokens), whole),)
+            scratch = None
+            slots = batch.slot_mapping
+        else:
+            parts = self._split(batch, needs_scratch)
+            scratch = self._scratch_pages(max(p.layout.num_pages for p in parts if p.layout))
+            # Slots of the null page, which stands for the holes.
+            slots = batch.slot_mapping.masked_fill(batch.slot_mapping < self.block_size, -1)
+        return SWACPUMetadata(slots, parts, scratch, ghosts, distances, nan_check)
+
+    def _rows_for_scratch(self, batch: CommonAttentionMetadata) -> list[bool]:
+        """Chunks with holes, and those of several queries that have left their sinks behind."""
+        # No common window: vLLM put layers of different windows into one group, with its own spec.
+        if batch.max_query_len == 1 or self.window_size < 1:
+            return [False] * batch.num_reqs
+        rows = rows_with_holes(batch, self._window, self.block_size)
+        if self._sink_tokens:
+            is_long = batch.seq_lens > self._window + self._sink_tokens
+            has_left = is_long & (batch.query_start_loc.diff() > 1)
+            rows = [a or b for a, b in zip(rows, has_left.tolist(), strict=True)]
+        return rows
+
+    def _split(self, batch: CommonAttentionMetadata, needs_scratch: list[bool]) -> tuple[Part, ...]:
+        parts = []
+        starts = batch.query_start_loc.tolist()
+        for in_scratch, run in groupby(range(batch.num_reqs), key=needs_scratch.__getitem__):
+            indices = list(run)
+            first, stop = indices[0], indices[-1] + 1
+            rows, tokens = select_rows(batch, first, stop), slice(starts[first], starts[stop])
+            if in_scratch:
+                parts.append(self._scratch_part(tokens, rows))
+            else:
+                parts.append(Part(tokens, super().build(0, rows)))
+        return tuple(parts)
+
+    def _scratch_part(self, tokens: slice, rows: CommonAttentionMetadata) -> Part:
+        sizes = self._window, self.block_size, self._sink_tokens
+        layout, pages = scratch_layout(rows, *sizes), self._page_layout
+        if pages is None:
+            return Part(tokens, super().build(0, layout.batch), layout)
+        if self._wide_builder is not None:
+            metadata = self._wide_builder.build(0, layout.batch)
+            return Part(tokens, metadata, layout, shifted_scratch(layout, rows, pages, *sizes))
+        sinks = SinkCopies.between(pages, layout.sink_sources, layout.sink_targets)
+        return Part(tokens, super().build(0, layout.batch), layout, sinks)
+
+    def _scratch_pages(self, num_pages: int) -> torch.Tensor:
+        """Scratch pages like those of the KV cache; kept, and zero where never written.
+
+        The operators multiply what they mask by zero, which a NaN would survive.
+        """
+        if self._scratch is None or len(self._scratch) < num_pages:
+            like = self._layer.kv_cache
+            token_size = like.shape[-1]
+            if self._wide_builder is not None:
+                token_size = 2 * self._wide_builder.head_dim
+            self._scratch = like.new_zeros((num_pages, *like.shape[1:-1], token_size))
+        return self._scratch
+
+    def _poison(self, batch: CommonAttentionMetadata) -> NaNCheck | None:
+        if self._poison_key is None:
+            return None
+        if self._poisoned is not None:
+            layers = get_layers_from_vllm_config(self.vllm_config, Attention)
+            self._poisoned.update([layer.kv_cache for layer in layers.values()])
+        return NaNCheck(self._poison_key, batch, self.block_size)

@@ -1,0 +1,85 @@
+"""Qwen3 with windows and sink tokens, dense and slow: an oracle that shares no code with us.
+
+Weights, norms, MLP and rotary frequencies are Hugging Face's; attention is written out here, with
+keys that are rotated anew for every query.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import Qwen3Config, Qwen3ForCausalLM
+
+from tiny_models import OracleScores
+
+
+@dataclass(frozen=True)
+class Sight:
+    """What the layers see: a window or None for each, sinks, and whether these are shifted."""
+
+    windows: tuple[int | None, ...]
+    sinks: int = 0
+    shift: bool = False
+
+
+class DenseQwen3:
+    """In fp64, with its own fp32 error as the measure of noise."""
+
+    def __init__(self, directory: Path, sight: Sight, **overrides: Any) -> None:
+        config = Qwen3Config.from_pretrained(directory, **overrides)
+        self._sight = sight
+        self._models = [
+            Qwen3ForCausalLM.from_pretrained(directory, config=config, dtype=dtype).eval()
+            for dtype in (torch.float64, torch.float32)
+        ]
+
+    @torch.inference_mode()
+    def score(self, tokens: Sequence[int]) -> OracleScores:
+        exact, rounded = (self._logprobs(model, tokens) for model in self._models)
+        return OracleScores(exact, (exact - rounded).abs().max().item())
+
+    def _logprobs(self, model: Any, tokens: Sequence[int]) -> torch.Tensor:
+        hidden = model.model.embed_tokens(torch.tensor(tokens))
+        for layer, window in zip(model.model.layers, self._sight.windows, strict=True):
+            attention = self._attention(model, layer, layer.input_layernorm(hidden), window)
+            hidden = hidden + attention
+            hidden = hidden + layer.mlp(layer.post_attention_layernorm(hidden))
+        return model.lm_head(model.model.norm(hidden)).double().log_softmax(-1)
+
+    def _attention(
+        self, model: Any, layer: Any, hidden: torch.Tensor, window: int | None
+    ) -> torch.Tensor:
+        own = layer.self_attn
+        heads = (len(hidden), -1, own.head_dim)
+        query = own.q_norm(own.q_proj(hidden).view(heads)).transpose(0, 1)
+        key = own.k_norm(own.k_proj(hidden).view(heads)).transpose(0, 1)
+        value = own.v_proj(hidden).view(heads).transpose(0, 1)
+        group = len(query) // len(key)
+        key, value = key.repeat_interleave(group, 0), value.repeat_interleave(group, 0)
+        outputs = []
+        for position in range(len(hidden)):
+            seen, seats, seat = self._seats(position, window)
+            turned_query = self._rotate(model, query[:, position : position + 1], [seat])
+            turned_key = self._rotate(model, key[:, seen], seats)
+            scores = (turned_query @ turned_key.transpose(1, 2))[:, 0] * own.scaling
+            outputs.append(torch.einsum("hk,hkd->hd", scores.softmax(-1), value[:, seen]))
+        return own.o_proj(torch.stack(outputs).flatten(1))
+
+    def _seats(self, position: int, window: int | None) -> tuple[list[int], list[int], int]:
+        """Keys that a query sees, the positions they are rotated to, and the query's own."""
+        keys = range(position + 1)
+        if window is None:
+            return list(keys), list(keys), position
+        sinks = self._sight.sinks
+        seen = [k for k in keys if k > position - window or k < sinks]
+        if self._sight.shift and len(seen) < len(keys):
+            return seen, list(range(len(seen))), len(seen) - 1
+        return seen, seen, position
+
+    @staticmethod
+    def _rotate(model: Any, states: torch.Tensor, positions: list[int]) -> torch.Tensor:
+        cos, sin = (t[0] for t in model.model.rotary_emb(states, torch.tensor([positions])))
+        first, second = states.chunk(2, dim=-1)
+        return states * cos + torch.cat((-second, first), dim=-1) * sin

@@ -1,0 +1,244 @@
+"""Sink tokens in the real engine, against a dense model in fp64 that was written apart."""
+
+from collections.abc import Callable
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from vllm import LLM, EngineArgs
+
+from conftest import EngineFactory, ModelFactory
+from dense_qwen3 import DenseQwen3, Sight
+from engine_tools import generate, managers, num_free_pages
+from pairwise import pairwise
+from swa_backend.config import SWAConfigError
+from swa_backend.pages import WindowPages
+from swa_vllm import attention, refusals
+from swa_vllm.refusals import check_servable
+from swa_vllm.sinks import SinkCopies
+from test_exactness import check_exact
+from tiny_models import FULL, PAGE_SIZE, ROPE, WINDOW, Oracle, random_prompts
+
+SINKS = (1, 4, PAGE_SIZE, PAGE_SIZE + 1)
+WINDOWS = (5, 40, 96)  # below a page, not a multiple of one, several pages
+LAYERS = {"sliding": "none", "mixed": "every:2"}
+CHUNKS = (16, 512)
+DIMENSIONS = (SINKS, WINDOWS, LAYERS, (True, False), CHUNKS, ROPE)
+Case = tuple[int, int, str, bool, int, str]
+
+
+def _windows(window: int, layers: str) -> tuple[int | None, ...]:
+    return (window, None) * 2 if layers == "mixed" else (window,) * 4
+
+
+def _engine(engine: EngineFactory, model: Path, window: int, sinks: int, **kwargs: Any) -> LLM:
+    options = {"window": window, "sink_tokens": sinks, **kwargs.pop("options", {})}
+    return engine(model, additional_config={"swa": options}, **kwargs)
+
+
+def _check(case: Case, tiny_model: ModelFactory, engine: EngineFactory) -> None:
+    sinks, window, layers, shift, chunk, rope = case
+    model = tiny_model(**FULL, rope_parameters=ROPE[rope])
+    options = {"full_attention_layers": LAYERS[layers], "position_shift": shift}
+    llm = _engine(engine, model, window, sinks, options=options, max_num_batched_tokens=chunk)
+    num_free = num_free_pages(llm)
+    seen = window + sinks
+    prompts = random_prompts([1, max(2, seen - 12), seen, seen + 1, 2 * seen + PAGE_SIZE, 300])
+    answers = generate(llm, prompts)
+    check_exact(prompts, answers, DenseQwen3(model, Sight(_windows(window, layers), sinks, shift)))
+    assert num_free_pages(llm) == num_free
+    assert all(m.snapshot().freed_by_window > 0 for m in managers(llm))
+
+    again = generate(llm, prompts)
+    assert [a.tokens for a in again] == [a.tokens for a in answers]
+    assert again[-1].num_cached_tokens > 0
+
+
+@pytest.mark.parametrize("case", pairwise(*DIMENSIONS), ids=str)
+def test_engine_equals_a_dense_model(
+    case: Case, tiny_model: ModelFactory, engine: EngineFactory
+) -> None:
+    _check(case, tiny_model, engine)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("case", list(product(*DIMENSIONS)), ids=str)
+def test_engine_equals_a_dense_model_full_product(
+    case: Case, tiny_model: ModelFactory, engine: EngineFactory
+) -> None:
+    _check(case, tiny_model, engine)
+
+
+def test_preempted_requests_start_over(engine: EngineFactory, tiny_model: ModelFactory) -> None:
+    prompts = random_prompts([6 * WINDOW] * 4)
+    common = {
+        "max_model_len": 400,
+        "enable_prefix_caching": False,
+        "options": {"full_attention_layers": "0-1"},
+    }
+    model = tiny_model(**FULL)
+    llm = _engine(engine, model, WINDOW, 4, **common)
+    roomy = generate(llm, prompts, num_tokens=100)
+    needed = managers(llm)[0].snapshot().allocated
+    del llm
+    llm = _engine(engine, model, WINDOW, 4, num_gpu_blocks_override=57, **common)
+    num_free = num_free_pages(llm)
+    tight = generate(llm, prompts, num_tokens=100)
+    assert managers(llm)[0].snapshot().allocated > needed  # some started over
+    assert [a.tokens for a in tight] == [a.tokens for a in roomy]
+    assert num_free_pages(llm) == num_free
+
+
+@pytest.mark.parametrize("shift", [True, False])
+def test_serves_up_to_max_model_len(
+    shift: bool, engine: EngineFactory, tiny_model: ModelFactory
+) -> None:
+    """The last steps write copies of sinks behind the longest request there can be."""
+    model = tiny_model(**FULL)
+    for length in (4 * PAGE_SIZE, 4 * PAGE_SIZE + 1):
+        llm = _engine(
+            engine, model, 40, 33, max_model_len=length, options={"position_shift": shift}
+        )
+        (prompt,) = prompts = random_prompts([length - 20])
+        answers = generate(llm, prompts, num_tokens=20)
+        check_exact([prompt], answers, DenseQwen3(model, Sight((40,) * 4, 33, shift)))
+
+
+def test_speculation_is_exact(
+    engine: EngineFactory, tiny_model: ModelFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Drafts by n-grams: several queries a step, some of them rejected."""
+    # In a process of its own: it imports numba, after which vLLM 0.32 starts no second engine.
+    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
+    model = tiny_model(**FULL)
+    speculation = {
+        "method": "ngram",
+        "num_speculative_tokens": 3,
+        "prompt_lookup_max": 3,
+        "prompt_lookup_min": 1,
+    }
+    options = {"position_shift": True}
+    llm = _engine(engine, model, 40, 4, options=options, speculative_config=speculation)
+    loop = random_prompts([11], seed=4)[0] * 9
+    answers = generate(llm, [loop], num_tokens=60)
+    check_exact([loop], answers, DenseQwen3(model, Sight((40,) * 4, 4, shift=True)))
+
+
+def test_a_request_holds_its_window_and_its_sinks(
+    engine: EngineFactory, tiny_model: ModelFactory
+) -> None:
+    llm = _engine(engine, tiny_model(**FULL), WINDOW, 4, enable_prefix_caching=False)
+    generate(llm, random_prompts([11 * WINDOW]))
+    pages = WindowPages(WINDOW, PAGE_SIZE, sink_tokens=4)
+    assert managers(llm)[0].snapshot().peak_live_per_request <= pages.max_held(1, 512, 4)
+
+
+def _reserve_but_do_not_attend(monkeypatch: pytest.MonkeyPatch) -> None:
+    def look_elsewhere(self: SinkCopies, kv_cache: torch.Tensor, pages: torch.Tensor) -> None:
+        pages.view(-1)[self.targets] = 0
+
+    monkeypatch.setattr(SinkCopies, "copy", look_elsewhere)
+
+
+def _attend_but_do_not_reserve(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(WindowPages, "num_sink_pages", property(lambda self: 0))
+
+
+@pytest.mark.parametrize("break_it", [_reserve_but_do_not_attend, _attend_but_do_not_reserve])
+def test_mask_and_pages_have_to_agree(
+    break_it: Callable[[pytest.MonkeyPatch], None],
+    engine: EngineFactory,
+    tiny_model: ModelFactory,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = tiny_model(**FULL)
+    break_it(monkeypatch)
+    # A configuration of its own: what is broken here must not be served to another test.
+    llm = _engine(engine, model, 41, 4, seed=break_it.__code__.co_firstlineno)
+    prompts = random_prompts([200])
+    with pytest.raises((AssertionError, RuntimeError)):
+        check_exact(prompts, generate(llm, prompts), DenseQwen3(model, Sight((41,) * 4, 4)))
+
+
+@pytest.mark.parametrize(
+    ("options", "kwargs", "message"),
+    [
+        ({}, {"disable_hybrid_kv_cache_manager": True}, "--disable-hybrid-kv-cache-manager, which"),
+        ({}, {"kv_cache_dtype": "fp8"}, "kv_cache_dtype=fp8: not tested on CPUs"),
+        (
+            {"sink_tokens": 481, "position_shift": True},
+            {},
+            "at most 480 sink_tokens with a head size of 32, got 481",
+        ),
+        ({"full_attention_layers": "0-3"}, {}, "names all 4 layers"),
+        ({"window": None, "sink_tokens": 4}, {}, "sink_tokens would have no effect"),
+    ],
+)
+def test_refused_by_name(
+    options: dict[str, Any],
+    kwargs: dict[str, Any],
+    message: str,
+    engine: EngineFactory,
+    tiny_model: ModelFactory,
+) -> None:
+    wanted = {"window": 40, "sink_tokens": 4, **options}
+    wanted = {key: value for key, value in wanted.items() if value is not None}
+    with pytest.raises(SWAConfigError, match=message):
+        engine(tiny_model(**FULL), additional_config={"swa": wanted}, **kwargs)
+
+
+def test_refused_where_vllms_own_backend_serves(
+    tiny_model: ModelFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(refusals, "windowed_backend", lambda: None)
+    monkeypatch.setattr(attention, "windowed_backend", lambda: None)
+    config = EngineArgs(
+        str(tiny_model(**FULL)), additional_config={"swa": {"window": 40, "sink_tokens": 4}}
+    ).create_engine_config()
+    with pytest.raises(SWAConfigError, match="sink_tokens cannot be had with this platform"):
+        check_servable(config)
+
+
+def test_options_are_part_of_vllms_compile_cache_key(tiny_model: ModelFactory) -> None:
+    def key(**options: Any) -> str:
+        args = EngineArgs(str(tiny_model(**FULL)), additional_config={"swa": options})
+        return str(args.create_engine_config().compute_hash())
+
+    keys = {
+        key(window=40),
+        key(window=41),
+        key(window=40, sink_tokens=4),
+        key(window=40, sink_tokens=4, position_shift=True),
+        key(window=40, full_attention_layers="0"),
+    }
+    assert len(keys) == 5
+
+
+@pytest.mark.parametrize("rope", ROPE)
+def test_dense_model_is_hugging_faces_without_sinks(rope: str, tiny_model: ModelFactory) -> None:
+    model = tiny_model(**FULL, rope_parameters=ROPE[rope])
+    (prompt,) = random_prompts([120])
+    overrides: dict[str, Any] = {
+        "use_sliding_window": True,
+        "sliding_window": 40,
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+    }
+    expected = Oracle(model, **overrides).score(prompt)
+    got = DenseQwen3(model, Sight((40, None) * 2)).score(prompt)
+    # Hugging Face's own softmax is in fp32.
+    assert (got.logprobs - expected.logprobs).abs().max() <= expected.noise
+
+
+def test_dense_model_tells_sinks_and_shifts_apart(tiny_model: ModelFactory) -> None:
+    model = tiny_model(**FULL)
+    (prompt,) = random_prompts([120])
+
+    def score(sinks: int, shift: bool) -> torch.Tensor:
+        return DenseQwen3(model, Sight((40,) * 4, sinks, shift)).score(prompt).logprobs
+
+    scores = [score(4, False), score(4, True), score(3, False), score(5, True)]
+    for i, one in enumerate(scores):
+        for other in scores[:i]:
+            assert (one - other).abs().max() > 1e-3
