@@ -50,6 +50,15 @@ def test_prefill_gives_the_same_output_and_a_ratio(tmp_path: Path) -> None:
     assert all(case["attention_ratio"] > 0 for case in result["cases"])
 
 
+@pytest.mark.parametrize("shift", [[], ["--shift"]], ids=["plain", "shifted"])
+def test_sinks_are_right_and_get_a_ratio(shift: list[str], tmp_path: Path) -> None:
+    path = tmp_path / "sinks.json"
+    arguments = ("--quick", "--window", "48", "--rounds", "3", *shift, "--json", str(path))
+    cases = _json(_swa("bench", "sinks", *arguments), path)["cases"]
+    assert len(cases) == 4
+    assert all(case["attention_ratio"] > 0 for case in cases)
+
+
 def test_overhead_compares_scheduler_and_builder(tmp_path: Path) -> None:
     path = tmp_path / "overhead.json"
     arguments = ("--quick", "--batch", "2", "--rounds", "6", "--json", str(path))
@@ -72,6 +81,7 @@ def test_overhead_compares_scheduler_and_builder(tmp_path: Path) -> None:
         (["pages", "--window", "8", "--steps-in-flight", "3"], "must be 1 or 2, got 3"),
         (["prefill", "--rounds", "1"], "--rounds must be at least 2, got 1"),
         (["prefill", "--chunk", "0"], "--chunk must be at least 1, got 0"),
+        (["sinks", "--sink-tokens", "0"], "--sink-tokens must be at least 1, got 0"),
         (["overhead", "--batch", "0"], "--batch must be at least 1, got 0"),
     ],
 )
@@ -82,7 +92,7 @@ def test_nonsense_is_refused(
     assert message in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("name", ["pages", "prefill", "overhead"])
+@pytest.mark.parametrize("name", ["pages", "prefill", "sinks", "overhead"])
 def test_help_has_an_example(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as status:
         main(["bench", name, "--help"])

@@ -61,7 +61,11 @@ class SWACPUMetadata:
 
 
 class SWACPUMetadataBuilder(CPUAttentionMetadataBuilder):
-    """Splits a batch into what vLLM's operators serve from the KV cache and what needs scratch."""
+    """Splits a batch into what vLLM's operators serve from the KV cache and what needs scratch.
+
+    Attributes:
+        page_layout: how the KV cache keeps tokens; None where there are no sinks.
+    """
 
     def __init__(
         self,
@@ -77,7 +81,7 @@ class SWACPUMetadataBuilder(CPUAttentionMetadataBuilder):
         # The operators' window is longer by the copies of the sinks.
         self._window = self.window_size - self._sink_tokens
         self._wide_builder = self._make_wide_builder(device)
-        self._page_layout = self._learn_layout(kv_cache_spec) if self._sink_tokens else None
+        self.page_layout = self._learn_layout(kv_cache_spec) if self._sink_tokens else None
         self._scratch: torch.Tensor | None = None
         self._poison_key = kv_cache_spec.poison_key if isinstance(kv_cache_spec, SWASpec) else None
         self._poisoned: PoisonedPages | None = None
@@ -112,9 +116,9 @@ class SWACPUMetadataBuilder(CPUAttentionMetadataBuilder):
         nan_check = self._poison(batch)
         needs_scratch = self._rows_for_scratch(batch)
         ghosts = distances = None
-        if self._page_layout is not None:
+        if self.page_layout is not None:
             tail = ghost_tail(batch, self._window, self._sink_tokens, self.block_size)
-            ghosts = SinkCopies.between(self._page_layout, tail.sources, tail.targets)
+            ghosts = SinkCopies.between(self.page_layout, tail.sources, tail.targets)
             batch, distances = tail.batch, tail.distances
         if not any(needs_scratch):
             whole = super().build(common_prefix_len, batch, fast_build)
@@ -155,7 +159,7 @@ class SWACPUMetadataBuilder(CPUAttentionMetadataBuilder):
 
     def _scratch_part(self, tokens: slice, rows: CommonAttentionMetadata) -> Part:
         sizes = self._window, self.block_size, self._sink_tokens
-        layout, pages = scratch_layout(rows, *sizes), self._page_layout
+        layout, pages = scratch_layout(rows, *sizes), self.page_layout
         if pages is None:
             return Part(tokens, super().build(0, layout.batch), layout)
         if self._wide_builder is not None:

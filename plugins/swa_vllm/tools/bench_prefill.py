@@ -40,7 +40,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     print(f"starting a {shape} layer ...", file=sys.stderr, flush=True)
     layer = make_layer(shape, args.window, longest, longest // BLOCK_SIZE + 2)
     pages = WindowPages(args.window, BLOCK_SIZE)
-    rest = _time_rest(layer, chunk, rounds)
+    rest = layer.time_rest(chunk, rounds)
     rows, cases = [], []
     for context in (0, chunk + 7, 3 * chunk - 16):
         print(f"context {context} ...", file=sys.stderr, flush=True)
@@ -77,19 +77,3 @@ def _time_chunk(
         rounds,
     )
     return times["stock"].median, times["here"].median
-
-
-def _time_rest(layer: Layer, chunk: int, rounds: int) -> float:
-    """Seconds of the decoder layer's projections and MLP for one chunk."""
-    attention, decoder = layer.attention, layer.decoder
-    dtype = attention.kv_cache.dtype
-    hidden = torch.randn(chunk, decoder.self_attn.hidden_size).to(dtype)
-    attended = torch.randn(chunk, attention.num_heads * attention.head_size).to(dtype)
-
-    @torch.inference_mode()
-    def rest() -> None:
-        decoder.self_attn.qkv_proj(hidden)
-        decoder.self_attn.o_proj(attended)
-        decoder.mlp(hidden)
-
-    return interleave({"rest": rest}, rounds)["rest"].median

@@ -3,6 +3,7 @@
 import json
 import os
 import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +18,7 @@ from vllm.v1.attention.backends.cpu_attn import (
 
 from swa_backend.pages import WindowPages, ceil_div
 from swa_vllm.builder_cpu import SWACPUMetadata
+from swa_vllm.tools.timing import interleave
 
 BLOCK_SIZE = 32
 # Shapes of one layer; the vocabulary is cut, no text is made.
@@ -80,9 +82,34 @@ class Layer:
             self.attention, query, key, value, cache, metadata, output
         )
 
+    def time_rest(self, num_tokens: int, rounds: int) -> float:
+        """Seconds of the decoder layer's projections and MLP for so many tokens."""
+        attention, decoder = self.attention, self.decoder
+        dtype = attention.kv_cache.dtype
+        hidden = torch.randn(num_tokens, decoder.self_attn.hidden_size).to(dtype)
+        attended = torch.randn(num_tokens, attention.num_heads * attention.head_size).to(dtype)
 
-def make_layer(shape: str, window: int, max_model_len: int, num_pages: int) -> Layer:
-    """Start an engine with one layer of ``shape``; the caller's process must be on CPUs."""
+        @torch.inference_mode()
+        def rest() -> None:
+            decoder.self_attn.qkv_proj(hidden)
+            decoder.self_attn.o_proj(attended)
+            decoder.mlp(hidden)
+
+        return interleave({"rest": rest}, rounds)["rest"].median
+
+
+def make_layer(
+    shape: str,
+    window: int,
+    max_model_len: int,
+    num_pages: int,
+    options: Mapping[str, Any] | None = None,
+) -> Layer:
+    """Start an engine with one layer of ``shape``; the caller's process must be on CPUs.
+
+    Args:
+        options: ``swa`` options beside the window.
+    """
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
@@ -110,7 +137,7 @@ def make_layer(shape: str, window: int, max_model_len: int, num_pages: int) -> L
             max_num_batched_tokens=max_model_len,
             block_size=BLOCK_SIZE,
             num_gpu_blocks_override=num_pages,
-            additional_config={"swa": {"window": window}},
+            additional_config={"swa": {"window": window, **(options or {})}},
         )
     runner = llm.llm_engine.model_executor.driver_worker.worker.model_runner
     config = llm.llm_engine.vllm_config
@@ -121,6 +148,7 @@ def make_layer(shape: str, window: int, max_model_len: int, num_pages: int) -> L
     stock_builder = CPUAttentionMetadataBuilder(
         builder.kv_cache_spec, builder.layer_names, config, torch.device("cpu")
     )
+    stock_builder.window_size = window  # ours may be longer, by the copies of sinks
     with set_current_vllm_config(config):
         stock_impl = CPUAttentionBackendImpl(
             num_heads=attention.num_heads,
@@ -135,20 +163,24 @@ def make_layer(shape: str, window: int, max_model_len: int, num_pages: int) -> L
 
 
 def make_batch(
-    context_lens: list[int], query_lens: list[int], pages: WindowPages | None = None
+    context_lens: list[int],
+    query_lens: list[int],
+    pages: WindowPages | None = None,
+    spare_tokens: int = 0,
 ) -> CommonAttentionMetadata:
     """A step's batch as the model runner gives it to builders.
 
     Args:
         pages: leave the holes that this window allows; None stores every page.
+        spare_tokens: slots behind each request's newest token.
     """
     starts = torch.tensor([0, *query_lens], dtype=torch.int32).cumsum(0, dtype=torch.int32)
     seq_lens = torch.tensor(context_lens, dtype=torch.int32) + starts.diff()
-    num_tokens, width = int(starts[-1]), ceil_div(int(seq_lens.max()), BLOCK_SIZE)
+    num_tokens, width = int(starts[-1]), ceil_div(int(seq_lens.max()) + spare_tokens, BLOCK_SIZE)
     table = torch.zeros(len(query_lens), width, dtype=torch.int32)
     next_page, slots = 1, []
     for row, (context, length) in enumerate(zip(context_lens, query_lens, strict=True)):
-        num_pages = ceil_div(context + length, BLOCK_SIZE)
+        num_pages = ceil_div(context + length + spare_tokens, BLOCK_SIZE)
         table[row, :num_pages] = torch.arange(next_page, next_page + num_pages)
         next_page += num_pages
         if pages is not None:

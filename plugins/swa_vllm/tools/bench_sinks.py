@@ -1,0 +1,113 @@
+"""Time of decoding and prefill in one sliding layer with sink tokens, beside the plain window.
+
+The plain window is stock vLLM's attention. The layer has a real model's shapes and random weights;
+before anything is timed its output must be that of plain torch. "Attention" is storing keys and
+values and attending to them; "layer" adds the layer's projections and MLP, the same for both.
+"""
+
+import argparse
+import sys
+from typing import Any
+
+import torch
+
+from swa_backend import reference
+from swa_vllm.tools.layer import BLOCK_SIZE, SHAPES, Layer, make_batch, make_layer
+from swa_vllm.tools.table import format_table
+from swa_vllm.tools.timing import at_least_two_rounds, interleave
+
+EXAMPLE = "--shape Qwen3-8B --window 1024 --sink-tokens 4"
+_HEADER = ("", "plain ms", "sinks ms", "attention ratio", "layer ratio")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options."""
+    parser.add_argument("--shape", choices=tuple(SHAPES), help="default: Qwen3-8B")
+    parser.add_argument("--window", type=int, default=1024)
+    parser.add_argument("--sink-tokens", type=int, default=4)
+    parser.add_argument("--shift", action="store_true", help="with swa.position_shift")
+    parser.add_argument("--rounds", type=int, default=5)
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    """Print a table; returns the figures."""
+    for name in ("window", "sink_tokens"):
+        if getattr(args, name) < 1:
+            flag = name.replace("_", "-")
+            raise ValueError(f"--{flag} must be at least 1, got {getattr(args, name)}")
+    rounds = at_least_two_rounds(args.rounds)
+    shape = args.shape or ("Qwen3-0.6B" if args.quick else "Qwen3-8B")
+    context = 2 * args.window + args.sink_tokens
+    batches = {
+        "decode, 1 request": ([context], [1]),
+        "decode, 8 requests": ([context] * 8, [1] * 8),
+        "prefill, first chunk": ([0], [2 * args.window]),
+        "prefill, a later chunk": ([context], [2 * args.window]),
+    }
+    if not args.quick:
+        batches["decode, 32 requests"] = ([context] * 32, [1] * 32)
+    longest = max(
+        sum(c) + sum(q) + len(c) * (BLOCK_SIZE + args.sink_tokens) for c, q in batches.values()
+    )
+    print(f"starting a {shape} layer ...", file=sys.stderr, flush=True)
+    options = {"sink_tokens": args.sink_tokens, "position_shift": args.shift}
+    layer = make_layer(shape, args.window, 8 * args.window, longest // BLOCK_SIZE + 2, options)
+    cases = []
+    for name, (contexts, queries) in batches.items():
+        print(f"{name} ...", file=sys.stderr, flush=True)
+        cases.append({"name": name, **_time(layer, args, contexts, queries, rounds)})
+    columns = ("name", "plain_ms", "sinks_ms", "attention_ratio", "layer_ratio")
+    dtype = str(layer.attention.kv_cache.dtype).removeprefix("torch.")
+    how = "shifted sinks" if args.shift else "sinks"
+    print(
+        f"\n{shape}, W={args.window}, {args.sink_tokens} {how}, {dtype}, "
+        f"{torch.get_num_threads()} threads, page {BLOCK_SIZE}"
+    )
+    print(format_table(_HEADER, [[case[column] for column in columns] for case in cases]))
+    return {"shape": shape, "window": args.window, "dtype": dtype, **options, "cases": cases}
+
+
+def _time(
+    layer: Layer, args: argparse.Namespace, contexts: list[int], queries: list[int], rounds: int
+) -> dict[str, float]:
+    qkv = layer.random_inputs(sum(queries))
+    torch.nn.init.normal_(layer.attention.kv_cache)
+    batch = make_batch(contexts, queries, spare_tokens=args.sink_tokens)
+    plain, here = layer.stock_builder.build(0, batch), layer.builder.build(0, batch)
+    output = layer.run(here, *qkv)
+    if not args.shift:  # the tests of the engine hold shifted sinks against a dense model
+        _check(layer, args, batch, qkv, output)
+    times = interleave(
+        {"plain": lambda: layer.run_stock(plain, *qkv), "sinks": lambda: layer.run(here, *qkv)},
+        rounds,
+    )
+    rest = layer.time_rest(sum(queries), rounds)
+    plain_s, sinks_s = times["plain"].median, times["sinks"].median
+    return {
+        "plain_ms": 1e3 * plain_s,
+        "sinks_ms": 1e3 * sinks_s,
+        "attention_ratio": sinks_s / plain_s,
+        "layer_ratio": (rest + sinks_s) / (rest + plain_s),
+    }
+
+
+def _check(
+    layer: Layer,
+    args: argparse.Namespace,
+    batch: Any,
+    qkv: tuple[torch.Tensor, ...],
+    output: torch.Tensor,
+) -> None:
+    """Raise RuntimeError unless the last query's output is right."""
+    length = int(batch.seq_lens[-1])
+    positions = torch.arange(length)
+    pages = batch.block_table_tensor[-1, positions // BLOCK_SIZE].long()
+    key, value = layer.builder.page_layout.read(
+        layer.attention.kv_cache, pages * BLOCK_SIZE + positions % BLOCK_SIZE
+    )
+    mask = reference.visible_mask(positions[-1:], positions, args.window, args.sink_tokens)
+    query, key, value = (x.float().transpose(0, 1) for x in (qkv[0][-1:], key, value))
+    expected = reference.attention(query, key, value, mask)[:, 0]
+    error = float((output[-1].float() - expected).abs().max())
+    if error > 0.02 * float(expected.abs().max()):
+        raise RuntimeError(f"output differs from plain torch's by {error}")
