@@ -120,7 +120,6 @@ def decode_kernel(
         v = as_operand(load_rows(value_ptr, slots, keys < stop, stride_kv_dim, HEAD_DIM), DOT)
         scores = tl.dot(q, tl.trans(k), input_precision="ieee") * score_scale  # [ROWS, TILE]
         is_seen = (keys[None, :] >= row_start[:, None]) & (keys[None, :] < row_stop[:, None])
-        is_seen = is_seen & (keys < stop)[None, :]
         scores = tl.where(is_seen, scores, float("-inf"))
         top, total, weights, factor = softmax_step(scores, top, total)
         acc = tl.dot(weights.to(DOT), v, acc * factor[:, None], input_precision="ieee")

@@ -62,8 +62,8 @@ class Target:
 
     @property
     def reads_e4m3(self) -> bool:
-        """Whether Triton converts from e4m3 there; elsewhere the kernels shift its bits."""
-        return self.backend == "hip" or (self.backend == "cuda" and int(self.arch) >= 89)
+        """Whether the device converts from e4m3; elsewhere the kernels shift its bits."""
+        return self.backend == "cuda" and int(self.arch) >= 89
 
     def options(self) -> dict[str, Any]:
         """Compiler options of every kernel."""

@@ -1,0 +1,161 @@
+"""Compiles Triton functions without a GPU and reads what came out: registers, memory, loads.
+
+Works where ``TRITON_INTERPRET`` is not set; with it there is nothing to compile.
+"""
+
+import re
+import subprocess
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from swa_backend.kernels.plans import Target
+
+_KIB = 1024
+# Bytes of shared memory of a multiprocessor, by compute capability; a program may have 1 KiB less,
+# which the driver keeps for each (CUDA C++ programming guide, "compute capabilities").
+_SHARED = {80: 164, 86: 100, 89: 100, 90: 228, 100: 228, 120: 100}
+_LDS = 64 * _KIB
+_RESERVED = _KIB
+_REGISTERS = 64 * _KIB
+_THREADS = {80: 2048, 86: 1536, 89: 1536, 90: 2048, 100: 2048, 120: 1536}
+
+
+@dataclass(frozen=True)
+class Argument:
+    """A run-time argument: Triton's type name, and whether it is known to be a multiple of 16.
+
+    A launch tells the compiler so of pointers and strides; without it loads are narrow.
+    """
+
+    type: str
+    aligned: bool = False
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What a compiled kernel takes.
+
+    Attributes:
+        registers: a thread's.
+        spilled_bytes: a thread's stack and local memory; on AMD spilled registers.
+        shared_bytes: a program's.
+        shared_limit: the most that a program can have on the device.
+        kv_buffers: buffers of the smallest ring of ``[tile, head_dim]`` tiles; 1 overlaps nothing.
+        load_bytes: narrowest asynchronous copy of keys and values; where there is none, narrowest
+            vector load. None if every load is of single words.
+        programs_per_processor: programs that fit on a multiprocessor; None on AMD.
+    """
+
+    registers: int
+    spilled_bytes: int
+    shared_bytes: int
+    shared_limit: int
+    kv_buffers: int
+    load_bytes: int | None
+    programs_per_processor: int | None
+
+
+def compile_kernel(
+    function: Any, target: Target, arguments: Mapping[str, Any], options: Mapping[str, Any]
+) -> Any:
+    """Compile for ``target`` as a launch with these arguments would.
+
+    Args:
+        arguments: of each parameter an :class:`Argument`, or the value of a compile-time constant.
+
+    Raises:
+        RuntimeError: under Triton's interpreter.
+    """
+    if not isinstance(function, triton.runtime.jit.JITFunction):
+        raise RuntimeError(
+            "kernels cannot be compiled under Triton's interpreter; unset TRITON_INTERPRET"
+        )
+    signature, constants, attributes = {}, {}, {}
+    for index, name in enumerate(function.arg_names):
+        argument = arguments[name]
+        if not isinstance(argument, Argument):
+            signature[name] = "constexpr"
+            constants[name] = argument
+            continue
+        signature[name] = argument.type
+        if argument.aligned:
+            attributes[(index,)] = [["tt.divisibility", 16]]
+    source = ASTSource(function, signature, constants, attributes)
+    warp = 64 if target.backend == "hip" else 32
+    gpu = GPUTarget(target.backend, target.arch, warp)
+    return triton.compile(source, target=gpu, options=dict(options))
+
+
+def read_facts(kernel: Any, target: Target) -> Facts:
+    """Facts of what :func:`compile_kernel` returned."""
+    return _amd_facts(kernel) if target.backend == "hip" else _nvidia_facts(kernel, target)
+
+
+def _nvidia_facts(kernel: Any, target: Target) -> Facts:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        command = [str(_cuobjdump()), "--dump-resource-usage", file.name]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    used = {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", text)}
+    arch, shared = int(target.arch), kernel.metadata.shared
+    num_threads = 32 * kernel.metadata.num_warps
+    # Registers are given out in units of 8 a thread.
+    registers = -(-used["REG"] // 8) * 8 * num_threads
+    return Facts(
+        registers=used["REG"],
+        spilled_bytes=used["STACK"] + used["LOCAL"],
+        shared_bytes=shared,
+        shared_limit=_SHARED[arch] * _KIB - _RESERVED,
+        kv_buffers=_kv_buffers(kernel),
+        load_bytes=_nvidia_load_bytes(kernel.asm["ptx"]),
+        programs_per_processor=min(
+            _SHARED[arch] * _KIB // (shared + _RESERVED),
+            _REGISTERS // registers,
+            _THREADS[arch] // num_threads,
+        ),
+    )
+
+
+def _amd_facts(kernel: Any) -> Facts:
+    assembly = kernel.asm["amdgcn"]
+    used = dict(re.findall(r"\.(\w+_count|private_segment_fixed_size):\s+(\d+)", assembly))
+    widths = [
+        4 * int(width) for width in re.findall(r"(?:global|buffer)_load_dwordx(\d)", assembly)
+    ]
+    return Facts(
+        registers=int(used["vgpr_count"]),
+        spilled_bytes=int(used["vgpr_spill_count"]) + int(used["private_segment_fixed_size"]),
+        shared_bytes=kernel.metadata.shared,
+        shared_limit=_LDS,
+        kv_buffers=_kv_buffers(kernel),
+        load_bytes=min(widths, default=None),
+        programs_per_processor=None,
+    )
+
+
+def _kv_buffers(kernel: Any) -> int:
+    """The leading size of the rings that the pipeline keeps loaded tiles in."""
+    rings = re.findall(r"local_alloc :.*memdesc<(\d+)x\d+x\d+x", kernel.asm["ttgir"])
+    return min(map(int, rings), default=1)
+
+
+def _nvidia_load_bytes(ptx: str) -> int | None:
+    copies = re.findall(r"cp\.async\.c[ag]\.shared\.global \[.*?\], \[.*?\], (\w+)", ptx)
+    if copies:
+        return min(int(width, 0) for width in copies)
+    loads = re.findall(r"ld\.global\S*\.v(\d)\.b(\d+)", ptx)
+    return min((int(lanes) * int(bits) // 8 for lanes, bits in loads), default=None)
+
+
+@cache
+def _cuobjdump() -> Path:
+    return Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
