@@ -52,6 +52,14 @@ def test_decode_equals_the_oracle(
     check_decode(case, ops, monkeypatch, tmp_path)
 
 
+@pytest.mark.parametrize("window", [512, 1024, 4096])
+def test_decode_of_a_long_text_reads_its_window_once(
+    window: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    case = DecodeCase(window=window, seq_lens=(131072 - 5,), group=4, head_dim=128)
+    check_decode(case, ops, monkeypatch, tmp_path)
+
+
 @pytest.mark.parametrize("case", WRITE, ids=str)
 def test_write_equals_the_oracle(
     case: WriteCase, monkeypatch: pytest.MonkeyPatch, tmp_path: Path

@@ -24,6 +24,8 @@ _KIB = 1024
 _SHARED = {80: 164, 86: 100, 89: 100, 90: 228, 100: 228, 120: 100}
 _LDS = 64 * _KIB
 _RESERVED = _KIB
+# Bytes of an entry of a block table, which may be copied asynchronously too.
+_PAGE_ID = 4
 _REGISTERS = 64 * _KIB
 _THREADS = {80: 2048, 86: 1536, 89: 1536, 90: 2048, 100: 2048, 120: 1536}
 
@@ -50,7 +52,7 @@ class Facts:
         shared_limit: the most that a program can have on the device.
         kv_buffers: buffers of the smallest ring of ``[tile, head_dim]`` tiles; 1 overlaps nothing.
         load_bytes: narrowest asynchronous copy of keys and values; where there is none, narrowest
-            vector load. None if every load is of single words.
+            vector load. None if every load is of 4 bytes.
         programs_per_processor: programs that fit on a multiprocessor; None on AMD.
     """
 
@@ -151,7 +153,7 @@ def _kv_buffers(kernel: Any) -> int:
 def _nvidia_load_bytes(ptx: str) -> int | None:
     copies = re.findall(r"cp\.async\.c[ag]\.shared\.global \[.*?\], \[.*?\], (\w+)", ptx)
     if copies:
-        return min(int(width, 0) for width in copies)
+        return min((width for copy in copies if (width := int(copy, 0)) > _PAGE_ID), default=None)
     loads = re.findall(r"ld\.global\S*\.v(\d)\.b(\d+)", ptx)
     return min((int(lanes) * int(bits) // 8 for lanes, bits in loads), default=None)
 
