@@ -7,7 +7,6 @@ Triton's interpreter, a debugging aid: set ``TRITON_INTERPRET=1`` before Triton 
 """
 
 import math
-from functools import cache
 
 import torch
 
@@ -21,7 +20,8 @@ from swa_backend.checks import (
     check_scales,
     check_window,
 )
-from swa_backend.kernels.plans import DecodePlan, NumberFormat, Target, plan_decode
+from swa_backend.kernels.device import target_of
+from swa_backend.kernels.plans import DecodePlan, NumberFormat, plan_decode
 
 IMPLEMENTATIONS = ("auto", "triton", "torch")
 _FORMATS = {
@@ -72,7 +72,7 @@ def write_pages(
         reference.write_pages(key, value, kv_cache, slot_mapping, k_scale=k_scale, v_scale=v_scale)
         return
     check_for_kernels(key.shape[2], key=key, value=value)
-    target = _target(kv_cache.device)
+    target = target_of(kv_cache.device)
     if slot_mapping.shape[0] == 0:
         return
     from swa_backend.kernels.cache_write import launch_write
@@ -191,7 +191,7 @@ def _decode(
 ) -> torch.Tensor:
     num_tokens, num_heads, head_dim = query.shape
     check_for_kernels(head_dim, query=query, sink_query=sink_query, out=out)
-    target = _target(kv_cache.device)
+    target = target_of(kv_cache.device)
     if num_tokens == 0:
         return out
     # The most keys that a table can name: full attention is a window of so many.
@@ -249,21 +249,3 @@ def _resolve(impl: str, kv_cache: torch.Tensor) -> str:
     if impl == "auto":
         return "triton" if kv_cache.device.type == "cuda" else "torch"
     return impl
-
-
-@cache
-def _target(device: torch.device) -> Target:
-    if device.type == "cuda":
-        properties = torch.cuda.get_device_properties(device)
-        num_processors = properties.multi_processor_count
-        if torch.version.hip is not None:
-            return Target("hip", properties.gcnArchName.split(":")[0], num_processors)
-        return Target("cuda", 10 * properties.major + properties.minor, num_processors)
-    from swa_backend.kernels.tiles import IS_INTERPRETED
-
-    if device.type != "cpu" or not IS_INTERPRETED:
-        raise ValueError(
-            f'impl="triton" does not run on {device} tensors: use a GPU or impl="torch", or, on '
-            "the CPU, set TRITON_INTERPRET=1 before Triton is imported (slow, for debugging)"
-        )
-    return Target("cpu", 0, num_processors=1)

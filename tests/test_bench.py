@@ -142,8 +142,9 @@ def test_a_split_of_the_text_leaves_programs_idle() -> None:
 
 
 def test_kernels_cannot_be_compiled_under_the_interpreter(
-    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert main(["bench", "kernels", "--quick"]) == 1
     assert "unset TRITON_INTERPRET" in capsys.readouterr().err
 

@@ -1,14 +1,17 @@
 """The operations on pages: what they refuse, and how they choose an implementation and a launch."""
 
+import inspect
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 from swa_backend import ops, reference
+from swa_backend.kernels.device import target_of
 from swa_backend.kernels.plans import NumberFormat, Target, choose_splits, plan_decode
 
 H100 = Target("cuda", 90, num_processors=132)
@@ -124,6 +127,26 @@ def test_decode_refuses(changes: dict[str, Any], error: type[Exception], message
 def test_write_refuses(changes: dict[str, Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         ops.write_pages(**write_arguments(**changes))
+
+
+@pytest.mark.parametrize("name", ["decode_attention", "write_pages"])
+def test_oracle_has_the_same_signature(name: str) -> None:
+    signature = inspect.signature(getattr(ops, name))
+    parameters = [p for p in signature.parameters.values() if p.name != "impl"]
+    expected = signature.replace(parameters=parameters)
+    assert inspect.signature(getattr(reference, name)) == expected
+
+
+@pytest.mark.parametrize(
+    ("hip", "target"), [(None, Target("cuda", 90, 132)), ("7.0", Target("hip", "gfx942", 132))]
+)
+def test_target_of_a_gpu(hip: str | None, target: Target, monkeypatch: pytest.MonkeyPatch) -> None:
+    properties = SimpleNamespace(
+        major=9, minor=0, multi_processor_count=132, gcnArchName="gfx942:sramecc+:xnack-"
+    )
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
+    monkeypatch.setattr(torch.version, "hip", hip)
+    assert target_of.__wrapped__(torch.device("cuda", 0)) == target
 
 
 def test_auto_is_the_oracle_on_the_cpu() -> None:

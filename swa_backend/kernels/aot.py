@@ -65,6 +65,11 @@ class Facts:
     programs_per_processor: int | None
 
 
+def triton_modules() -> dict[str, Any]:
+    """Triton and its language, by the names under which kernels know them."""
+    return {"triton": triton, "tl": triton.language}
+
+
 def compile_kernel(
     function: Any, target: Target, arguments: Mapping[str, Any], options: Mapping[str, Any]
 ) -> Any:

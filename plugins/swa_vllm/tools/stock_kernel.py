@@ -62,20 +62,20 @@ def compile_stock(target: Target, window: int, num_kv_heads: int, group: int, he
     """Facts (:class:`swa_backend.kernels.aot.Facts`) of the split kernel, bfloat16, pages of 16."""
     from swa_backend.kernels import aot
 
-    kernel = _kernel(aot.triton, aot.triton.language)
+    kernel = _kernel(aot.triton_modules())
     arguments = _arguments(kernel.arg_names, window, num_kv_heads, group, head_dim)
     # vLLM leaves them to Triton, whose defaults on NVIDIA these are.
     options = {"num_warps": 4, "num_stages": 3, "enable_fp_fusion": True}
     return aot.read_facts(aot.compile_kernel(kernel, target, arguments, options), target)
 
 
-def _kernel(triton: Any, tl: Any) -> Any:
+def _kernel(triton_modules: dict[str, Any]) -> Any:
     """The kernel as a Triton function, also where vLLM has put a placeholder for Triton."""
     name = f"{_OPS}.triton_unified_attention"
     if HAS_TRITON:
         return import_module(name).kernel_unified_attention
     stand_in = ModuleType("vllm.triton_utils")
-    vars(stand_in).update(triton=triton, tl=tl, HAS_TRITON=True)
+    vars(stand_in).update(triton_modules, HAS_TRITON=True)
     with patch.dict(sys.modules, {"vllm.triton_utils": stand_in}):
         for module in _MODULES:
             sys.modules.pop(f"{_OPS}.{module}", None)
