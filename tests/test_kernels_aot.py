@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import triton
 
 from swa_backend.kernels import gate
-from swa_backend.kernels.aot import Facts, compile_kernel
-from swa_backend.kernels.plans import NumberFormat, Target
+from swa_backend.kernels.aot import Facts, compiling
+from swa_backend.kernels.plans import Target
 
 TABLE = Path(__file__).with_name("data") / "kernels.txt"
 # Under the interpreter, which this process runs kernels in, nothing can be compiled.
@@ -74,10 +75,13 @@ GOOD = Facts(
     ],
 )
 def test_broken_limit_is_named(changes: dict[str, Any], broken: str | None) -> None:
-    case = gate.Case("decode", "Qwen3-8B", NumberFormat.BFLOAT16, Target("cuda", 90, 132))
+    case = gate.Case("decode", "Qwen3-8B", torch.bfloat16, Target("cuda", 90, 132))
     assert gate.violations(case, replace(GOOD, **changes)) == ([broken] if broken else [])
 
 
 def test_compiling_under_the_interpreter_is_refused() -> None:
-    with pytest.raises(RuntimeError, match="unset TRITON_INTERPRET"):
-        compile_kernel(gate.decode_kernel, Target("cuda", 90, 132), {}, {})
+    with (
+        pytest.raises(RuntimeError, match="unset TRITON_INTERPRET"),
+        compiling(Target("cuda", 90, 132)),
+    ):
+        pass

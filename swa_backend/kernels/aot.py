@@ -1,4 +1,4 @@
-"""Compiles Triton functions without a GPU and reads what came out: registers, memory, loads.
+"""Compiles launches without a GPU and reads what came out: registers, memory, loads.
 
 Works where ``TRITON_INTERPRET`` is not set; with it there is nothing to compile.
 """
@@ -6,17 +6,20 @@ Works where ``TRITON_INTERPRET`` is not set; with it there is nothing to compile
 import re
 import subprocess
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import triton
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
 
 from swa_backend.kernels.plans import Target
+from swa_backend.kernels.tiles import IS_INTERPRETED
 
 _KIB = 1024
 # Bytes of shared memory of a multiprocessor, by compute capability; a program may have 1 KiB less,
@@ -28,17 +31,6 @@ _RESERVED = _KIB
 _PAGE_ID = 4
 _REGISTERS = 64 * _KIB
 _THREADS = {80: 2048, 86: 1536, 89: 1536, 90: 2048, 100: 2048, 120: 1536}
-
-
-@dataclass(frozen=True)
-class Argument:
-    """A run-time argument: Triton's type name, and whether it is known to be a multiple of 16.
-
-    A launch tells the compiler so of pointers and strides; without it loads are narrow.
-    """
-
-    type: str
-    aligned: bool = False
 
 
 @dataclass(frozen=True)
@@ -70,39 +62,56 @@ def triton_modules() -> dict[str, Any]:
     return {"triton": triton, "tl": triton.language}
 
 
-def compile_kernel(
-    function: Any, target: Target, arguments: Mapping[str, Any], options: Mapping[str, Any]
-) -> Any:
-    """Compile for ``target`` as a launch with these arguments would.
+@contextmanager
+def compiling(target: Target) -> Iterator[dict[str, Any]]:
+    """Launches inside compile for ``target``, exactly as there, and start nothing.
 
-    Args:
-        arguments: of each parameter an :class:`Argument`, or the value of a compile-time constant.
+    Yields:
+        The compiled kernels, by the names of their functions.
 
     Raises:
         RuntimeError: under Triton's interpreter.
     """
-    if not isinstance(function, triton.runtime.jit.JITFunction):
+    if IS_INTERPRETED:
         raise RuntimeError(
             "kernels cannot be compiled under Triton's interpreter; unset TRITON_INTERPRET"
         )
-    signature, constants, attributes = {}, {}, {}
-    for index, name in enumerate(function.arg_names):
-        argument = arguments[name]
-        if not isinstance(argument, Argument):
-            signature[name] = "constexpr"
-            constants[name] = argument
-            continue
-        signature[name] = argument.type
-        if argument.aligned:
-            attributes[(index,)] = [["tt.divisibility", 16]]
-    source = ASTSource(function, signature, constants, attributes)
-    warp = 64 if target.backend == "hip" else 32
-    gpu = GPUTarget(target.backend, target.arch, warp)
-    return triton.compile(source, target=gpu, options=dict(options))
+    compiled: dict[str, Any] = {}
+    run = JITFunction.run
+
+    def compile_only(function: Any, *args: Any, **kwargs: Any) -> Any:
+        kernel = run(function, *args, **{**kwargs, "warmup": True})
+        compiled[function.__name__] = kernel
+        return kernel
+
+    # Not by set_active, which cannot be undone where there is no driver to go back to.
+    with (
+        patch.object(triton.runtime.driver, "_active", _Driver(target)),
+        patch.object(JITFunction, "run", compile_only),
+    ):
+        yield compiled
+
+
+class _Driver:
+    """What Triton asks a GPU's driver before it compiles."""
+
+    def __init__(self, target: Target) -> None:
+        self._target = target
+
+    def get_current_target(self) -> Any:
+        warp = 64 if self._target.backend == "hip" else 32
+        return GPUTarget(self._target.backend, self._target.arch, warp)
+
+    def get_current_device(self) -> int | str:
+        """Triton keeps what it has compiled by device."""
+        return self._target.arch
+
+    def get_current_stream(self, device: Any) -> int:
+        return 0
 
 
 def read_facts(kernel: Any, target: Target) -> Facts:
-    """Facts of what :func:`compile_kernel` returned."""
+    """Facts of what :func:`compiling` gave."""
     return _amd_facts(kernel) if target.backend == "hip" else _nvidia_facts(kernel, target)
 
 

@@ -7,6 +7,7 @@ a launch on an H100 reads and starts, and what the kernels compile to.
 
 import argparse
 import sys
+from dataclasses import replace
 from itertools import product
 from typing import Any
 
@@ -66,7 +67,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         "device": None,
         "shape": args.shape,
         "work": _print_work(cases),
-        "compiled": _print_compiled(num_kv_heads, group),
+        "compiled": _print_compiled(args.shape, cases[0]),
     }
 
 
@@ -106,10 +107,8 @@ def work_of(case: Case) -> dict[str, Any]:
         query_format=NumberFormat.BFLOAT16,
         kv_format=NumberFormat.BFLOAT16,
     )
-    stock = [
-        stock_work(case.batch, n, case.window, case.num_kv_heads, case.group, HEAD_DIM)
-        for n in range(case.seq_len, case.seq_len + 32)
-    ]
+    lengths = range(case.seq_len, case.seq_len + 32)
+    stock = [stock_work(replace(case, seq_len=seq_len)) for seq_len in lengths]
     return {
         "window": case.window,
         "seq_len": case.seq_len,
@@ -124,12 +123,11 @@ def work_of(case: Case) -> dict[str, Any]:
     }
 
 
-def _print_compiled(num_kv_heads: int, group: int) -> dict[str, Any]:
+def _print_compiled(shape: str, case: Case) -> dict[str, Any]:
     from swa_backend.kernels import gate
 
-    shape = next(name for name, size in _SHAPES.items() if size == (num_kv_heads, group))
-    here = gate.Case("decode", shape, NumberFormat.BFLOAT16, _H100).compile()
-    stock = compile_stock(_H100, 1024, num_kv_heads, group, HEAD_DIM)
+    here = gate.Case("decode", shape, torch.bfloat16, _H100).compile()
+    stock = compile_stock(replace(case, window=1024, seq_len=2048, batch=1), _H100)
     names = (*_FACTS, "programs_per_processor")
     rows = [(name.replace("_", " "), getattr(here, name), getattr(stock, name)) for name in names]
     print("\n" + format_table(("sm_90, bfloat16, W=1024", "here", "vLLM's split kernel"), rows))
@@ -143,7 +141,7 @@ def _measured(shape: str, cases: list[Case]) -> dict[str, Any]:
     copied = copy_bandwidth(device, median_us)
     results = []
     for case, dtype in product(cases, (torch.bfloat16, torch.float8_e4m3fn)):
-        typed = Case(**{**vars(case), "kv_dtype": dtype})
+        typed = replace(case, kv_dtype=dtype)
         print(f"{typed} ...", file=sys.stderr, flush=True)
         results.append(measure(typed, make_batch(typed, device), RIVALS, median_us))
     return report(shape, torch.cuda.get_device_name(device), results, copied)

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -138,7 +138,7 @@ def targets(results: Sequence[Result], copied: float) -> list[dict[str, Any]]:
 
     growth = []
     for case, own in times.items():
-        shorter = Case(**{**vars(case), "seq_len": 8192})
+        shorter = replace(case, seq_len=8192)
         if case.seq_len == 131072 and shorter in times:
             growth.append(own[OURS] / times[shorter][OURS])
     many = [r.bandwidth(OURS) / copied for r in results if r.case.batch == 64]
