@@ -52,7 +52,9 @@ def test_decode_equals_the_oracle(
     check_decode(case, ops, monkeypatch, tmp_path)
 
 
-@pytest.mark.parametrize("window", [512, 1024, 4096])
+@pytest.mark.parametrize(
+    "window", [512, *(pytest.param(window, marks=pytest.mark.full) for window in (1024, 4096))]
+)
 def test_decode_of_a_long_text_reads_its_window_once(
     window: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
