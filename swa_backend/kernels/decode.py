@@ -219,7 +219,7 @@ def launch_decode(
         score_scale,
         value_scale,
         **constants,
-        **target.options(),
+        **target.decode_options(kv_cache.element_size()),
     )
     merge_kernel[(num_tokens, num_heads)](
         out,

@@ -67,12 +67,17 @@ class Target:
 
     def options(self) -> dict[str, Any]:
         """Compiler options of every kernel."""
-        # Said explicitly: the default differs between Triton's versions and backends.
-        common = {"num_warps": 4, "enable_fp_fusion": True}
-        if self.backend == "cuda":
-            num_stages = 3 if self.arch in _SMALL_SHARED_MEMORY else 4
-            return {**common, "num_stages": num_stages, "maxnreg": _MAX_REGISTERS}
-        return {**common, "num_stages": 2}
+        # Fusion is said explicitly: its default differs between Triton's versions and backends.
+        return {"num_warps": 4, "enable_fp_fusion": True}
+
+    def decode_options(self, num_kv_bytes: int) -> dict[str, Any]:
+        """Compiler options of the decode kernel, for a cache of numbers of so many bytes."""
+        if self.backend != "cuda":
+            return {**self.options(), "num_stages": 2}
+        num_stages = 3 if self.arch in _SMALL_SHARED_MEMORY else 4
+        # Only where it is needed: a cap makes ptxas use what it allows.
+        cap = {"maxnreg": _MAX_REGISTERS} if num_kv_bytes == 1 else {}
+        return {**self.options(), "num_stages": num_stages, **cap}
 
 
 @dataclass(frozen=True)
