@@ -101,3 +101,98 @@ def attention(
     scores = (query @ key.transpose(-1, -2)) * scale
     weights = scores.masked_fill(~mask[:, seen], float("-inf")).softmax(dim=-1)
     return weights.nan_to_num(0.0) @ value
+
+
+def write_pages(
+    key: torch.Tensor,
+    value: torch.Tensor,
+    kv_cache: torch.Tensor,
+    slot_mapping: torch.Tensor,
+    *,
+    k_scale: float = 1.0,
+    v_scale: float = 1.0,
+) -> None:
+    """What :func:`swa_backend.ops.write_pages` does."""
+    head_dim, page = key.shape[-1], kv_cache.shape[2]
+    largest = torch.finfo(kv_cache.dtype).max
+    for token, slot in enumerate(slot_mapping.tolist()):
+        if slot < 0:
+            continue
+        row = kv_cache[slot // page, :, slot % page]  # [Hkv, 2 * D]
+        for x, scale, half in (
+            (key, k_scale, row[:, :head_dim]),
+            (value, v_scale, row[:, head_dim:]),
+        ):
+            if kv_cache.element_size() > 1:
+                half.copy_(x[token])
+            else:
+                # torch's own conversion of an e5m2 overflow gives infinity.
+                half.copy_((x[token].float() / scale).clamp(-largest, largest))
+
+
+def decode_attention(
+    query: torch.Tensor,
+    kv_cache: torch.Tensor,
+    block_table: torch.Tensor,
+    seq_lens: torch.Tensor,
+    *,
+    window: int | None,
+    sink_tokens: int = 0,
+    scale: float | None = None,
+    sink_query: torch.Tensor | None = None,
+    query_start_loc: torch.Tensor | None = None,
+    k_scale: float = 1.0,
+    v_scale: float = 1.0,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """What :func:`swa_backend.ops.decode_attention` computes, query by query, in fp64.
+
+    Also takes fp64 queries, whose output is then not rounded.
+    """
+    if query_start_loc is None:
+        query_start_loc = torch.arange(len(seq_lens) + 1)
+    starts = query_start_loc.tolist()
+    out = torch.empty_like(query) if out is None else out
+    out.zero_()
+    for request, seq_len in enumerate(seq_lens.tolist()):
+        for token in range(starts[request], starts[request + 1]):
+            position = seq_len - starts[request + 1] + token
+            everything = torch.arange(max(seq_len, 0))
+            visible = visible_mask(torch.tensor([position]), everything, window, sink_tokens)[0]
+            # Entries of the others may be stale.
+            positions = visible.nonzero().flatten()
+            rows = _gather_rows(kv_cache, block_table[request], positions)
+            key, value = rows.chunk(2, dim=-1)
+            is_shifted = positions < first_visible(position, window)
+            shifted = query if sink_query is None else sink_query
+            out[token] = _attend(
+                query[token], shifted[token], key * k_scale, value * v_scale, is_shifted, scale
+            )
+    return out
+
+
+def _gather_rows(
+    kv_cache: torch.Tensor, table: torch.Tensor, positions: torch.Tensor
+) -> torch.Tensor:
+    """Cached keys and values at ``positions [K]``, fp64 ``[Hkv, K, 2 * D]``."""
+    page = kv_cache.shape[2]
+    pages = table.cpu()[positions // page].long()
+    rows = kv_cache[pages.to(kv_cache.device), :, (positions % page).to(kv_cache.device)]
+    return rows.double().transpose(0, 1)
+
+
+def _attend(
+    query: torch.Tensor,
+    shifted_query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    is_shifted: torch.Tensor,
+    scale: float | None,
+) -> torch.Tensor:
+    """One query's attention ``[Hq, D]``; keys that ``is_shifted [K]`` meet ``shifted_query``."""
+    group = query.shape[0] // key.shape[0]
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    key, value = (x.repeat_interleave(group, dim=0) for x in (key, value))
+    plain, shifted = (torch.einsum("hd,hkd->hk", q.double(), key) for q in (query, shifted_query))
+    scores = torch.where(is_shifted.to(query.device), shifted, plain) * scale
+    return torch.einsum("hk,hkd->hd", scores.softmax(dim=-1), value)

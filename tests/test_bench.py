@@ -1,21 +1,32 @@
 """`swa bench`: runs, says what it measured, and refuses what makes no sense."""
 
 import json
+import os
 import subprocess
 import sys
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from swa_backend.kernels import timing
+from swa_vllm.tools import kernel_rivals
+from swa_vllm.tools.bench_kernels import report, work_of
 from swa_vllm.tools.cli import main
+from swa_vllm.tools.kernel_rivals import OURS, Batch, Call
+from swa_vllm.tools.kernel_times import Case, Result, copy_bandwidth, make_batch, measure, targets
 from swa_vllm.tools.simulate import Arm, Engine, simulate
 
 
 def _swa(*arguments: str) -> subprocess.CompletedProcess[str]:
-    """In a process of its own: some benchmarks start an engine."""
+    """In a process of its own: some benchmarks start an engine, or compile kernels."""
     return subprocess.run(
         [sys.executable, "-m", "swa_vllm.tools.cli", *arguments],
+        env={k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"},
         capture_output=True,
         text=True,
         check=False,
@@ -92,7 +103,7 @@ def test_nonsense_is_refused(
     assert message in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("name", ["pages", "prefill", "sinks", "overhead"])
+@pytest.mark.parametrize("name", ["pages", "prefill", "sinks", "overhead", "kernels"])
 def test_help_has_an_example(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as status:
         main(["bench", name, "--help"])
@@ -121,3 +132,123 @@ def test_json_alone_on_stdout() -> None:
     result = _swa("bench", "pages", *flags, "--json", "-")
     assert json.loads(result.stdout)[0]["workload"] == "requests"
     assert "a decoding request needs" in result.stderr
+
+
+def test_kernels_without_a_gpu_are_compared_by_what_they_do(tmp_path: Path) -> None:
+    path = tmp_path / "kernels.json"
+    result = _swa("bench", "kernels", "--quick", "--json", str(path))
+    figures = _json(result, path)
+    assert figures["device"] is None
+    assert "nothing is timed" in result.stdout
+    assert figures["compiled"]["here"]["kv_buffers"] >= 2
+    assert figures["compiled"]["stock"]["kv_buffers"] == 1
+    assert figures["compiled"]["stock"]["load_bytes"] == 16
+
+
+def test_a_split_of_the_text_leaves_programs_idle() -> None:
+    work = work_of(Case(1024, 131072, 1, torch.bfloat16))
+    assert (work["stock_programs"], work["stock_useful"]) == (128, 8)
+    assert 1 < work["stock_read"] < 1.04
+
+
+def test_kernels_cannot_be_compiled_under_the_interpreter(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert main(["bench", "kernels", "--quick"]) == 1
+    assert "unset TRITON_INTERPRET" in capsys.readouterr().err
+
+
+SMALL = Case(64, 150, 2, torch.bfloat16, num_kv_heads=1, group=2)
+
+
+def _each_takes(microseconds: float) -> Callable[[Sequence[Call]], float]:
+    def clock(calls: Sequence[Call]) -> float:
+        for call in calls:
+            call()
+        return microseconds
+
+    return clock
+
+
+def _zeros(batch: Batch) -> list[Call]:
+    return [lambda: torch.zeros_like(batch.query)]
+
+
+@pytest.mark.parametrize("kv_dtype", [torch.bfloat16, torch.float8_e4m3fn], ids=str)
+def test_gpu_benchmark_runs_through(
+    kv_dtype: torch.dtype, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With Triton's interpreter for the GPU, and a clock that stands still."""
+    case = replace(SMALL, kv_dtype=kv_dtype)
+    device = torch.device("cpu")
+    batch = make_batch(case, device, cold_bytes=2 * case.num_bytes)
+    assert len(batch.tables) == 2
+    rivals = {
+        OURS: kernel_rivals.ours,
+        "the oracle": partial(kernel_rivals.ours, impl="torch"),
+        "wrong": _zeros,
+        "FlashInfer": kernel_rivals.flashinfer,
+    }
+    result = measure(case, batch, rivals, _each_takes(3.0))
+    assert result.times == {OURS: 3.0, "the oracle": 3.0}
+    assert result.refused["wrong"].startswith("wrong: off by")
+    assert "flashinfer" in result.refused["FlashInfer"]
+    copied = copy_bandwidth(device, _each_takes(1.0), num_bytes=4096)
+    assert copied == pytest.approx(2 * 4096 / 1e3)
+    figures = report("Qwen3-8B", "no GPU", [result], copied)
+    json.dumps(figures)
+    assert figures["cases"][0]["us"] == result.times
+    printed = capsys.readouterr().out
+    assert "not timed: wrong: wrong: off by" in printed
+    assert "not measured" in printed
+
+
+def test_own_kernel_must_be_right_before_it_is_timed() -> None:
+    batch = make_batch(SMALL, torch.device("cpu"), cold_bytes=1)
+    with pytest.raises(RuntimeError, match=r"off by .*, allowed is"):
+        measure(SMALL, batch, {OURS: _zeros}, _each_takes(1.0))
+
+
+def test_rivals_refuse_what_they_cannot_do() -> None:
+    case = replace(SMALL, kv_dtype=torch.float8_e4m3fn)
+    batch = make_batch(case, torch.device("cpu"), cold_bytes=1)
+    with pytest.raises(ValueError, match="wants fp8 queries too"):
+        kernel_rivals.flash_attn(batch)
+    with pytest.raises(ValueError, match="has no fp8 cache"):
+        kernel_rivals.xformers(batch)
+
+
+def _result(seq_len: int, batch: int, window: int = 1024, **times: float) -> Result:
+    return Result(Case(window, seq_len, batch, torch.bfloat16), times)
+
+
+def test_targets_say_met_missed_or_not_measured() -> None:
+    results = [
+        _result(8192, 1, here=7.0, FLASH_ATTN=7.0),
+        _result(131072, 1, here=7.7, TRITON_ATTN=30.0),
+        _result(8192, 64, here=100.0, FLASH_ATTN=80.0),
+    ]
+    met = {t["target"]: t["met"] for t in targets(results, copied=3000.0)}
+    assert met == {
+        "us at batch 1, W <= 1024: at most 8.0": True,
+        "us at batch 1, W = 4096: at most 14.0": None,
+        "of copy bandwidth at batch 64: at least 0.85": True,
+        "time at 128k tokens / at 8k: at most 1.05": False,
+        "time / TRITON_ATTN's, batch 1, n >= 32k: at most 0.5": True,
+        "time / FLASH_ATTN's: at most 1.05": False,
+    }
+
+
+def test_time_of_a_graph_is_shared_among_its_calls(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Milliseconds of the whole become microseconds of each."""
+    called: list[int] = []
+
+    def bench(run: Callable[[], None], **_: Any) -> float:
+        run()
+        return 6.0
+
+    monkeypatch.setattr(timing.triton.testing, "do_bench_cudagraph", bench)
+    calls = [partial(called.append, index) for index in range(3)]
+    assert timing.median_us(calls) == 2000.0
+    assert called == [0, 1, 2]

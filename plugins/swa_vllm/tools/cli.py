@@ -43,9 +43,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _add_benchmarks(commands: Any) -> None:
     # Here, because they import vLLM, which reads its environment then.
-    from swa_vllm.tools import bench_overhead, bench_pages, bench_prefill, bench_sinks
+    from swa_vllm.tools import (
+        bench_kernels,
+        bench_overhead,
+        bench_pages,
+        bench_prefill,
+        bench_sinks,
+    )
 
-    for module in (bench_pages, bench_prefill, bench_sinks, bench_overhead):
+    for module in (bench_pages, bench_prefill, bench_sinks, bench_overhead, bench_kernels):
         name = module.__name__.rpartition("_")[2]
         summary = str(module.__doc__).strip().splitlines()[0]
         parser = commands.add_parser(

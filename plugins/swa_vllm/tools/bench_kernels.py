@@ -1,0 +1,200 @@
+"""Decode kernels on a GPU, beside vLLM's own, FlashInfer's and xformers'; what they do without one.
+
+On a GPU each must first give the oracle's output; then the median of CUDA graph replays is taken,
+merge included, with keys that no cache holds. Without a GPU nothing is timed: the figures are what
+a launch on an H100 reads and starts, and what the kernels compile to.
+"""
+
+import argparse
+import sys
+from dataclasses import replace
+from itertools import product
+from typing import Any
+
+import torch
+
+from swa_backend.kernels.plans import NumberFormat, Target, plan_decode
+from swa_vllm.tools.kernel_rivals import OURS, RIVALS
+from swa_vllm.tools.kernel_times import (
+    HEAD_DIM,
+    PAGE,
+    Case,
+    Result,
+    copy_bandwidth,
+    make_batch,
+    measure,
+    targets,
+)
+from swa_vllm.tools.stock_kernel import compile_stock, stock_work
+from swa_vllm.tools.table import format_table
+
+EXAMPLE = "--shape Qwen3-8B --json kernels.json"
+# KV heads, and query heads to each.
+_SHAPES = {"Qwen3-8B": (8, 4), "Qwen3-0.6B": (8, 2)}
+_H100 = Target("cuda", 90, num_processors=132)
+_WINDOWS, _LENGTHS, _BATCHES = (512, 1024, 4096), (8192, 32768, 131072), (1, 8, 64)
+_WORK_HEADER = (
+    "W, length, batch",
+    "MB seen",
+    "read here",
+    "stock",
+    "programs here",
+    "stock, useful of",
+)
+_FACTS = ("registers", "spilled_bytes", "shared_bytes", "kv_buffers", "load_bytes")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options."""
+    parser.add_argument("--shape", choices=tuple(_SHAPES), default="Qwen3-8B")
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    """Print tables; returns the figures."""
+    num_kv_heads, group = _SHAPES[args.shape]
+    sizes = product(
+        (1024,) if args.quick else _WINDOWS,
+        (8192, 131072) if args.quick else _LENGTHS,
+        (1, 64) if args.quick else _BATCHES,
+    )
+    cases = [Case(*size, torch.bfloat16, num_kv_heads=num_kv_heads, group=group) for size in sizes]
+    if torch.cuda.is_available():
+        return _measured(args.shape, cases)
+    print(
+        "No GPU here: nothing is timed. What a launch on an H100 does, and what compiles to what:"
+    )
+    return {
+        "device": None,
+        "shape": args.shape,
+        "work": _print_work(cases),
+        "compiled": _print_compiled(args.shape, cases[0]),
+    }
+
+
+def _print_work(cases: list[Case]) -> list[dict[str, Any]]:
+    figures, rows = [], []
+    for case in cases:
+        work = work_of(case)
+        figures.append(work)
+        rows.append(
+            (
+                f"{case.window}, {case.seq_len}, {case.batch}",
+                case.num_bytes / 1e6,
+                f"{work['here_read']:.3f}",
+                f"{work['stock_read']:.3f}",
+                f"{work['here_programs']} of {work['here_programs']}",
+                f"{work['stock_useful']} of {work['stock_programs']}",
+            )
+        )
+    print("\n" + format_table(_WORK_HEADER, rows))
+    print("read: keys read, as a multiple of those seen, at the worst of 32 lengths")
+    return figures
+
+
+def work_of(case: Case) -> dict[str, Any]:
+    """Keys read and programs launched, here and by vLLM's Triton kernel, on an H100."""
+    plan = plan_decode(
+        _H100,
+        num_tokens=case.batch,
+        num_reqs=case.batch,
+        num_kv_heads=case.num_kv_heads,
+        group=case.group,
+        head_dim=HEAD_DIM,
+        page=PAGE,
+        window=case.window,
+        has_sinks=False,
+        is_ragged=False,
+        query_format=NumberFormat.BFLOAT16,
+        kv_format=NumberFormat.BFLOAT16,
+    )
+    lengths = range(case.seq_len, case.seq_len + 32)
+    stock = [stock_work(replace(case, seq_len=seq_len)) for seq_len in lengths]
+    return {
+        "window": case.window,
+        "seq_len": case.seq_len,
+        "batch": case.batch,
+        "num_bytes": case.num_bytes,
+        # Tiles begin where the window does, and the last is masked; test_kernels.py counts them.
+        "here_read": 1.0,
+        "here_programs": case.batch * case.num_kv_heads * plan.num_parts,
+        "stock_read": max(work.num_keys for work in stock) / case.window,
+        "stock_programs": stock[0].launched,
+        "stock_useful": stock[0].useful,
+    }
+
+
+def _print_compiled(shape: str, case: Case) -> dict[str, Any]:
+    from swa_backend.kernels import gate
+
+    here = gate.Case("decode", shape, torch.bfloat16, _H100).compile()
+    stock = compile_stock(replace(case, window=1024, seq_len=2048, batch=1), _H100)
+    names = (*_FACTS, "programs_per_processor")
+    rows = [(name.replace("_", " "), getattr(here, name), getattr(stock, name)) for name in names]
+    print("\n" + format_table(("sm_90, bfloat16, W=1024", "here", "vLLM's split kernel"), rows))
+    return {"here": vars(here), "stock": vars(stock)}
+
+
+def _measured(shape: str, cases: list[Case]) -> dict[str, Any]:
+    from swa_backend.kernels.timing import median_us
+
+    device = torch.device("cuda")
+    copied = copy_bandwidth(device, median_us)
+    results = []
+    for case, dtype in product(cases, (torch.bfloat16, torch.float8_e4m3fn)):
+        typed = replace(case, kv_dtype=dtype)
+        print(f"{typed} ...", file=sys.stderr, flush=True)
+        results.append(measure(typed, make_batch(typed, device), RIVALS, median_us))
+    return report(shape, torch.cuda.get_device_name(device), results, copied)
+
+
+def report(shape: str, device: str, results: list[Result], copied: float) -> dict[str, Any]:
+    """Print times and targets; returns them."""
+    rows = []
+    for result in results:
+        case = result.case
+        name = str(case.kv_dtype).removeprefix("torch.")
+        share = result.bandwidth(OURS) / copied
+        times = (result.times.get(rival) for rival in RIVALS)
+        rows.append((f"{case.window}, {case.seq_len}, {case.batch}, {name}", *times, share))
+    header = ("W, length, batch, cache", *(f"{rival} us" for rival in RIVALS), "of copy")
+    print(f"\n{shape} on {device}, copy {copied:.0f} GB/s")
+    print(format_table(header, rows))
+    for reason in sorted({f"{k}: {v}" for result in results for k, v in result.refused.items()}):
+        print(f"not timed: {reason}")
+    reached = targets(results, copied)
+    words = {True: "met", False: "MISSED", None: "not measured"}
+    print(
+        "\n"
+        + format_table(
+            ("target", "worst", ""), [(t["target"], t["worst"], words[t["met"]]) for t in reached]
+        )
+    )
+    return {
+        "device": device,
+        "shape": shape,
+        "versions": _versions(),
+        "copy_gb_per_s": copied,
+        "cases": [
+            {
+                **{k: str(v) if k == "kv_dtype" else v for k, v in vars(result.case).items()},
+                "num_bytes": result.case.num_bytes,
+                "us": result.times,
+                "gb_per_s": {name: result.bandwidth(name) for name in result.times},
+                "not_timed": result.refused,
+            }
+            for result in results
+        ],
+        "targets": reached,
+    }
+
+
+def _versions() -> dict[str, str]:
+    from importlib.metadata import PackageNotFoundError, version
+
+    found = {}
+    for package in ("torch", "triton", "vllm", "flashinfer-python", "xformers"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "not installed"
+    return found

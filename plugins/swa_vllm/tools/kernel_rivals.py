@@ -1,0 +1,212 @@
+"""Decode attention by this project and by others, called alike.
+
+Each function prepares a batch and returns one call for each of its block tables. What a rival
+cannot do, or is not installed, raises ValueError or ImportError with the reason.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+
+from swa_backend import ops
+from swa_backend.window import flash_attention_window, flashinfer_window_left
+
+Call = Callable[[], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Decoding requests of equal length.
+
+    Attributes:
+        query: bf16 ``[B, Hq, D]``.
+        kv_cache: bf16 or e4m3 ``[num_pages, Hkv, page, 2 * D]``.
+        tables: int32 ``[B, max_pages]``, several with different pages; entries below the window
+            are page 0, as vLLM's null page.
+        seq_lens: int32 ``[B]``, all ``seq_len``.
+    """
+
+    query: torch.Tensor
+    kv_cache: torch.Tensor
+    tables: Sequence[torch.Tensor]
+    seq_lens: torch.Tensor
+    seq_len: int
+    window: int
+
+    @property
+    def halves(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values, ``[num_pages, Hkv, page, D]`` each."""
+        key, value = self.kv_cache.chunk(2, dim=-1)
+        return key, value
+
+    @property
+    def start_loc(self) -> torch.Tensor:
+        return torch.arange(len(self.seq_lens) + 1, dtype=torch.int32, device=self.seq_lens.device)
+
+    def refuse_fp8(self, reason: str) -> None:
+        if self.kv_cache.element_size() == 1:
+            raise ValueError(reason)
+
+
+def ours(batch: Batch, impl: str = "triton") -> list[Call]:
+    """:func:`swa_backend.ops.decode_attention`."""
+    out = torch.empty_like(batch.query)
+
+    def call(table: torch.Tensor) -> Call:
+        return lambda: ops.decode_attention(
+            batch.query,
+            batch.kv_cache,
+            table,
+            batch.seq_lens,
+            window=batch.window,
+            out=out,
+            impl=impl,
+        )
+
+    return [call(table) for table in batch.tables]
+
+
+def vllm_triton(batch: Batch) -> list[Call]:
+    """TRITON_ATTN: its split kernel up to 16 requests of 8 KV heads, its plain one beyond."""
+    from vllm.v1.attention.backends.triton_attn import (
+        MIN_LAUNCH_GRID_SIZE_2D,
+        NUM_PAR_SOFTMAX_SEGMENTS,
+    )
+    from vllm.v1.attention.ops.triton_unified_attention import unified_attention
+    from vllm.v1.kv_cache_interface import KVQuantMode
+
+    key, value = (half.transpose(1, 2) for half in batch.halves)
+    is_fp8 = batch.kv_cache.element_size() == 1
+    num_kv_heads = batch.kv_cache.shape[1]
+    lse_shape = (*batch.query.shape[:2], NUM_PAR_SOFTMAX_SEGMENTS)
+    scratch = torch.empty(*lse_shape, batch.query.shape[2], device=batch.query.device)
+    tops, sums = torch.empty(2, *lse_shape, device=batch.query.device)
+    ones = torch.ones(len(batch.seq_lens), num_kv_heads, device=batch.query.device)
+    out, start_loc = torch.empty_like(batch.query), batch.start_loc
+
+    def run(table: torch.Tensor) -> torch.Tensor:
+        unified_attention(
+            q=batch.query,
+            k=key,
+            v=value,
+            out=out,
+            cu_seqlens_q=start_loc,
+            max_seqlen_q=1,
+            seqused_k=batch.seq_lens,
+            max_seqlen_k=batch.seq_len,
+            softmax_scale=batch.query.shape[2] ** -0.5,
+            causal=True,
+            window_size=flash_attention_window(batch.window),
+            block_table=table,
+            softcap=0.0,
+            q_descale=None,
+            k_descale=ones,
+            v_descale=ones,
+            seq_threshold_3D=MIN_LAUNCH_GRID_SIZE_2D // num_kv_heads,
+            num_par_softmax_segments=NUM_PAR_SOFTMAX_SEGMENTS,
+            softmax_segm_output=scratch,
+            softmax_segm_max=tops,
+            softmax_segm_expsum=sums,
+            kv_quant_mode=KVQuantMode.FP8_PER_TENSOR if is_fp8 else KVQuantMode.NONE,
+        )
+        return out
+
+    return [partial(run, table) for table in batch.tables]
+
+
+def flash_attn(batch: Batch) -> list[Call]:
+    """FLASH_ATTN, in the version that vLLM chooses for the device."""
+    batch.refuse_fp8("wants fp8 queries too")
+    from vllm.v1.attention.backends.fa_utils import get_flash_attn_version
+    from vllm.vllm_flash_attn import flash_attn_varlen_func
+
+    version = get_flash_attn_version(head_size=batch.query.shape[2])
+    key, value = (half.transpose(1, 2) for half in batch.halves)
+    out, start_loc = torch.empty_like(batch.query), batch.start_loc
+
+    def run(table: torch.Tensor) -> torch.Tensor:
+        flash_attn_varlen_func(
+            q=batch.query,
+            k=key,
+            v=value,
+            out=out,
+            cu_seqlens_q=start_loc,
+            max_seqlen_q=1,
+            seqused_k=batch.seq_lens,
+            max_seqlen_k=batch.seq_len,
+            causal=True,
+            window_size=list(flash_attention_window(batch.window)),
+            block_table=table,
+            fa_version=version,
+        )
+        return out
+
+    return [partial(run, table) for table in batch.tables]
+
+
+def flashinfer(batch: Batch) -> list[Call]:
+    """FlashInfer's paged decode, planned beforehand as vLLM does once a step."""
+    from flashinfer import BatchDecodeWithPagedKVCacheWrapper
+
+    num_reqs, num_pages = batch.tables[0].shape
+    page, device = batch.kv_cache.shape[2], batch.query.device
+    workspace = torch.empty(128 << 20, dtype=torch.uint8, device=device)
+    out = torch.empty_like(batch.query)
+
+    def call(table: torch.Tensor) -> Call:
+        wrapper = BatchDecodeWithPagedKVCacheWrapper(workspace, "HND", use_tensor_cores=True)
+        wrapper.plan(
+            torch.arange(num_reqs + 1, dtype=torch.int32) * num_pages,
+            table.flatten(),
+            torch.full((num_reqs,), (batch.seq_len - 1) % page + 1, dtype=torch.int32),
+            num_qo_heads=batch.query.shape[1],
+            num_kv_heads=batch.kv_cache.shape[1],
+            head_dim=batch.query.shape[2],
+            page_size=page,
+            window_left=flashinfer_window_left(batch.window),
+            q_data_type=batch.query.dtype,
+            kv_data_type=batch.kv_cache.dtype,
+        )
+        return lambda: wrapper.run(batch.query, batch.halves, out=out)
+
+    return [call(table) for table in batch.tables]
+
+
+def xformers(batch: Batch) -> list[Call]:
+    """xformers' local mask, which is not paged: the window is gathered beforehand, uncounted."""
+    batch.refuse_fp8("has no fp8 cache")
+    from xformers.ops import fmha
+
+    num_reqs, num_heads, head_dim = batch.query.shape
+    num_kv_heads, page = batch.kv_cache.shape[1:3]
+    grouped = (num_kv_heads, num_heads // num_kv_heads, head_dim)
+    first = batch.seq_len - batch.window
+    positions = torch.arange(first, batch.seq_len, device=batch.query.device)
+    mask = fmha.attn_bias.BlockDiagonalMask.from_seqlens(
+        [1] * num_reqs, [batch.window] * num_reqs, device=batch.query.device
+    ).make_local_attention_from_bottomright(batch.window)
+
+    def call(table: torch.Tensor) -> Call:
+        rows = batch.kv_cache[table[:, positions // page].long(), :, positions % page]
+        key, value = (
+            half.reshape(1, -1, num_kv_heads, 1, head_dim).expand(1, -1, *grouped)
+            for half in rows.chunk(2, dim=-1)
+        )
+        query = batch.query.view(1, num_reqs, *grouped)
+        return lambda: fmha.memory_efficient_attention_forward(
+            query, key, value, attn_bias=mask
+        ).view_as(batch.query)
+
+    return [call(table) for table in batch.tables]
+
+
+OURS = "here"
+RIVALS: dict[str, Callable[[Batch], list[Call]]] = {
+    OURS: ours,
+    "TRITON_ATTN": vllm_triton,
+    "FLASH_ATTN": flash_attn,
+    "FlashInfer": flashinfer,
+    "xformers": xformers,
+}

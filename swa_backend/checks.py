@@ -1,0 +1,95 @@
+"""What the operations on pages accept; shapes and dtypes only, nothing that waits for a device."""
+
+import torch
+
+QUERY_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+FP8_DTYPES = (torch.float8_e4m3fn, torch.float8_e5m2)
+
+
+def describe(tensor: torch.Tensor) -> str:
+    """Dtype and shape, for messages."""
+    return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
+
+
+def check_cache(kv_cache: torch.Tensor, rows: torch.Tensor, name: str) -> None:
+    """Raise where ``rows [num_tokens, heads, D]`` and the cache do not go together."""
+    if rows.dim() != 3 or rows.dtype not in QUERY_DTYPES:
+        raise TypeError(
+            f"{name} must be float32, float16 or bfloat16 [num_tokens, heads, head_dim]; "
+            f"got {describe(rows)}"
+        )
+    if kv_cache.dtype != rows.dtype and kv_cache.dtype not in FP8_DTYPES:
+        raise TypeError(
+            f"kv_cache must have {name}'s dtype, float8_e4m3fn or float8_e5m2; {name} is "
+            f"{describe(rows)}, kv_cache {describe(kv_cache)}"
+        )
+    if kv_cache.dim() != 4 or kv_cache.shape[3] != 2 * rows.shape[2]:
+        raise ValueError(
+            f"kv_cache must be [num_pages, num_kv_heads, page, {2 * rows.shape[2]}] (a key and a "
+            f"value of head_dim {rows.shape[2]} a token); got {describe(kv_cache)}"
+        )
+    if not rows.shape[1] or rows.shape[1] % kv_cache.shape[1]:
+        raise ValueError(
+            f"{name} has {rows.shape[1]} heads, which is no multiple of the cache's "
+            f"{kv_cache.shape[1]}"
+        )
+
+
+def check_integers(
+    name: str, tensor: torch.Tensor, dtype: torch.dtype, shape: tuple[int | None, ...]
+) -> None:
+    """Raise unless ``tensor`` has this dtype and shape, where None is any size."""
+    fits = tensor.dim() == len(shape) and all(
+        size in (None, got) for size, got in zip(shape, tensor.shape, strict=True)
+    )
+    if tensor.dtype != dtype or not fits:
+        wanted = ", ".join("any" if size is None else str(size) for size in shape)
+        raise TypeError(
+            f"{name} must be {str(dtype).removeprefix('torch.')} [{wanted}]; got {describe(tensor)}"
+        )
+
+
+def check_like(name: str, tensor: torch.Tensor | None, like: torch.Tensor, like_name: str) -> None:
+    """Raise unless ``tensor`` is None or has the dtype and shape of ``like``."""
+    if tensor is not None and (tensor.shape != like.shape or tensor.dtype != like.dtype):
+        raise TypeError(f"{name} must be as {like_name}, {describe(like)}; got {describe(tensor)}")
+
+
+def check_window(window: int | None, sink_tokens: int, has_sink_query: bool) -> None:
+    """Raise for a window below 1, fewer than 0 sinks, or a sink query that nothing would meet."""
+    if window is not None and window < 1:
+        raise ValueError(f"window must be at least 1, or None for full attention; got {window}")
+    if sink_tokens < 0:
+        raise ValueError(f"sink_tokens must be at least 0; got {sink_tokens}")
+    if has_sink_query and (window is None or not sink_tokens):
+        raise ValueError("sink_query needs sink_tokens and a window: without both no key meets it")
+
+
+def check_scales(**scales: float) -> None:
+    """Raise for a scale that is not positive."""
+    for name, scale in scales.items():
+        if not scale > 0:
+            raise ValueError(f"{name} must be positive, got {scale}")
+
+
+def check_same_device(kv_cache: torch.Tensor, **others: torch.Tensor | None) -> None:
+    """Raise for a tensor on another device than the cache."""
+    for name, tensor in others.items():
+        if tensor is not None and tensor.device != kv_cache.device:
+            raise ValueError(
+                f"{name} is on {tensor.device}, kv_cache on {kv_cache.device}; move it there"
+            )
+
+
+def check_for_kernels(head_dim: int, **rows: torch.Tensor | None) -> None:
+    """Raise for what the oracle takes but a kernel does not."""
+    if head_dim < 16 or head_dim & (head_dim - 1):
+        raise ValueError(
+            f"the kernels need a head_dim that is a power of two and at least 16, got {head_dim}; "
+            'use impl="torch"'
+        )
+    for name, tensor in rows.items():
+        if tensor is not None and tensor.stride(-1) != 1:
+            raise ValueError(
+                f"{name} must be contiguous in its last dimension; call {name}.contiguous()"
+            )

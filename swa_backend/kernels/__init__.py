@@ -1,0 +1,1 @@
+"""Triton kernels and their launchers; :mod:`swa_backend.ops` validates and allocates."""

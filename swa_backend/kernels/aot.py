@@ -1,0 +1,177 @@
+"""Compiles launches without a GPU and reads what came out: registers, memory, loads.
+
+Works where ``TRITON_INTERPRET`` is not set; with it there is nothing to compile.
+"""
+
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime.jit import JITFunction
+
+from swa_backend.kernels.plans import Target
+from swa_backend.kernels.tiles import IS_INTERPRETED
+
+_KIB = 1024
+# Bytes of shared memory of a multiprocessor, by compute capability; a program may have 1 KiB less,
+# which the driver keeps for each (CUDA C++ programming guide, "compute capabilities").
+_SHARED = {80: 164, 86: 100, 89: 100, 90: 228, 100: 228, 120: 100}
+_LDS = 64 * _KIB
+_RESERVED = _KIB
+# Bytes of an entry of a block table, which may be copied asynchronously too.
+_PAGE_ID = 4
+_REGISTERS = 64 * _KIB
+_THREADS = {80: 2048, 86: 1536, 89: 1536, 90: 2048, 100: 2048, 120: 1536}
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What a compiled kernel takes.
+
+    Attributes:
+        registers: a thread's.
+        spilled_bytes: a thread's stack and local memory; on AMD spilled registers.
+        shared_bytes: a program's.
+        shared_limit: the most that a program can have on the device.
+        kv_buffers: buffers of the smallest ring of ``[tile, head_dim]`` tiles; 1 overlaps nothing.
+        load_bytes: narrowest asynchronous copy of keys and values; where there is none, narrowest
+            vector load. None if every load is of 4 bytes.
+        programs_per_processor: programs that fit on a multiprocessor; None on AMD.
+    """
+
+    registers: int
+    spilled_bytes: int
+    shared_bytes: int
+    shared_limit: int
+    kv_buffers: int
+    load_bytes: int | None
+    programs_per_processor: int | None
+
+
+def triton_modules() -> dict[str, Any]:
+    """Triton and its language, by the names under which kernels know them."""
+    return {"triton": triton, "tl": triton.language}
+
+
+@contextmanager
+def compiling(target: Target) -> Iterator[dict[str, Any]]:
+    """Launches inside compile for ``target``, exactly as there, and start nothing.
+
+    Yields:
+        The compiled kernels, by the names of their functions.
+
+    Raises:
+        RuntimeError: under Triton's interpreter.
+    """
+    if IS_INTERPRETED:
+        raise RuntimeError(
+            "kernels cannot be compiled under Triton's interpreter; unset TRITON_INTERPRET"
+        )
+    compiled: dict[str, Any] = {}
+    run = JITFunction.run
+
+    def compile_only(function: Any, *args: Any, **kwargs: Any) -> Any:
+        kernel = run(function, *args, **{**kwargs, "warmup": True})
+        compiled[function.__name__] = kernel
+        return kernel
+
+    # Not by set_active, which cannot be undone where there is no driver to go back to.
+    with (
+        patch.object(triton.runtime.driver, "_active", _Driver(target)),
+        patch.object(JITFunction, "run", compile_only),
+    ):
+        yield compiled
+
+
+class _Driver:
+    """What Triton asks a GPU's driver before it compiles."""
+
+    def __init__(self, target: Target) -> None:
+        self._target = target
+
+    def get_current_target(self) -> Any:
+        warp = 64 if self._target.backend == "hip" else 32
+        return GPUTarget(self._target.backend, self._target.arch, warp)
+
+    def get_current_device(self) -> int | str:
+        """Triton keeps what it has compiled by device."""
+        return self._target.arch
+
+    def get_current_stream(self, device: Any) -> int:
+        return 0
+
+
+def read_facts(kernel: Any, target: Target) -> Facts:
+    """Facts of what :func:`compiling` gave."""
+    return _amd_facts(kernel) if target.backend == "hip" else _nvidia_facts(kernel, target)
+
+
+def _nvidia_facts(kernel: Any, target: Target) -> Facts:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        command = [str(_cuobjdump()), "--dump-resource-usage", file.name]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    used = {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", text)}
+    arch, shared = int(target.arch), kernel.metadata.shared
+    num_threads = 32 * kernel.metadata.num_warps
+    # Registers are given out in units of 8 a thread.
+    registers = -(-used["REG"] // 8) * 8 * num_threads
+    return Facts(
+        registers=used["REG"],
+        spilled_bytes=used["STACK"] + used["LOCAL"],
+        shared_bytes=shared,
+        shared_limit=_SHARED[arch] * _KIB - _RESERVED,
+        kv_buffers=_kv_buffers(kernel),
+        load_bytes=_nvidia_load_bytes(kernel.asm["ptx"]),
+        programs_per_processor=min(
+            _SHARED[arch] * _KIB // (shared + _RESERVED),
+            _REGISTERS // registers,
+            _THREADS[arch] // num_threads,
+        ),
+    )
+
+
+def _amd_facts(kernel: Any) -> Facts:
+    assembly = kernel.asm["amdgcn"]
+    used = dict(re.findall(r"\.(\w+_count|private_segment_fixed_size):\s+(\d+)", assembly))
+    widths = [
+        4 * int(width) for width in re.findall(r"(?:global|buffer)_load_dwordx(\d)", assembly)
+    ]
+    return Facts(
+        registers=int(used["vgpr_count"]),
+        spilled_bytes=int(used["vgpr_spill_count"]) + int(used["private_segment_fixed_size"]),
+        shared_bytes=kernel.metadata.shared,
+        shared_limit=_LDS,
+        kv_buffers=_kv_buffers(kernel),
+        load_bytes=min(widths, default=None),
+        programs_per_processor=None,
+    )
+
+
+def _kv_buffers(kernel: Any) -> int:
+    """The leading size of the rings that the pipeline keeps loaded tiles in."""
+    rings = re.findall(r"local_alloc :.*memdesc<(\d+)x\d+x\d+x", kernel.asm["ttgir"])
+    return min(map(int, rings), default=1)
+
+
+def _nvidia_load_bytes(ptx: str) -> int | None:
+    copies = re.findall(r"cp\.async\.c[ag]\.shared\.global \[.*?\], \[.*?\], (\w+)", ptx)
+    if copies:
+        return min((width for copy in copies if (width := int(copy, 0)) > _PAGE_ID), default=None)
+    loads = re.findall(r"ld\.global\S*\.v(\d)\.b(\d+)", ptx)
+    return min((int(lanes) * int(bits) // 8 for lanes, bits in loads), default=None)
+
+
+@cache
+def _cuobjdump() -> Path:
+    return Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"

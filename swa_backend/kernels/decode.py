@@ -1,0 +1,236 @@
+"""Paged decode attention, split over the window: a kernel that reads keys, and one that merges.
+
+The window, not the text, is divided among programs, so that all of them work at any length, and the
+launch depends on shapes only, as CUDA graphs demand. Flash-decoding's split, online softmax and
+merge: Dao et al., https://pytorch.org/blog/flash-decoding/.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from swa_backend.kernels.plans import DecodePlan, Target
+from swa_backend.kernels.tiles import as_operand, load_pages, load_rows, request_of, softmax_step
+
+
+@triton.jit(do_not_specialize=["num_reqs", "window", "sink_tokens"])
+def decode_kernel(
+    partial_ptr,
+    lse_ptr,
+    query_ptr,
+    sink_query_ptr,
+    kv_ptr,
+    block_table_ptr,
+    seq_lens_ptr,
+    query_start_loc_ptr,
+    stride_query_token,
+    stride_query_head,
+    stride_sink_query_token,
+    stride_sink_query_head,
+    stride_kv_page,
+    stride_kv_head,
+    stride_kv_slot,
+    stride_kv_dim,
+    stride_table_request,
+    num_reqs,
+    window,
+    sink_tokens,
+    score_scale,
+    value_scale,
+    HEAD_DIM: tl.constexpr,
+    GROUP: tl.constexpr,
+    PAGE: tl.constexpr,
+    TILE: tl.constexpr,
+    ROWS: tl.constexpr,
+    ROWS_PER_BLOCK: tl.constexpr,
+    NUM_SPLITS: tl.constexpr,
+    HAS_SINKS: tl.constexpr,
+    IS_RAGGED: tl.constexpr,
+    DOT: tl.constexpr,
+):
+    """Attention of one block of queries, one KV head and one part of the keys.
+
+    A block is up to ``ROWS_PER_BLOCK`` queries of one request times ``GROUP`` heads. Part
+    ``NUM_SPLITS`` are the sinks below the window, the others the window. Writes the part's output
+    ``[HEAD_DIM]`` and base-2 log-sum-exp of each row; a row that sees nothing writes -inf only.
+    """
+    kv_head = tl.program_id(1)
+    split = tl.program_id(2)
+    if IS_RAGGED:
+        block = tl.program_id(0)
+        request = request_of(query_start_loc_ptr, num_reqs, block, ROWS_PER_BLOCK)
+        token_start = tl.load(query_start_loc_ptr + request)
+        num_queries = tl.load(query_start_loc_ptr + request + 1) - token_start
+        first = (block - token_start // ROWS_PER_BLOCK - request) * ROWS_PER_BLOCK
+        if first >= num_queries:
+            return
+    else:
+        request = tl.program_id(0)
+        token_start = request
+        num_queries = 1
+        first = 0
+    seq_len = tl.load(seq_lens_ptr + request)
+
+    rows = tl.arange(0, ROWS)
+    query_idx = first + rows // GROUP
+    is_row = (rows < ROWS_PER_BLOCK * GROUP) & (query_idx < num_queries)
+    head = kv_head * GROUP + rows % GROUP
+    position = seq_len - num_queries + query_idx  # [ROWS]
+    row_low = tl.maximum(position - window + 1, 0)
+
+    first_position = seq_len - num_queries + first
+    last_position = tl.minimum(first_position + ROWS_PER_BLOCK, seq_len) - 1
+    low = tl.maximum(first_position - window + 1, 0)
+    num_tiles = tl.cdiv(tl.maximum(last_position + 1 - low, 0), TILE)
+    span = tl.cdiv(num_tiles, NUM_SPLITS) * TILE
+    start = low + split * span
+    stop = tl.minimum(start + span, last_position + 1)
+    row_start = row_low
+    row_stop = position + 1
+
+    token = (token_start + query_idx).to(tl.int64)
+    dims = tl.arange(0, HEAD_DIM)
+    q_offset = token * stride_query_token + head * stride_query_head
+    q_ptr = query_ptr
+    if HAS_SINKS:
+        if split == NUM_SPLITS:
+            start = 0
+            stop = tl.minimum(sink_tokens, tl.maximum(last_position - window + 1, 0))
+            row_start = tl.zeros_like(row_low)
+            row_stop = tl.minimum(row_low, sink_tokens)
+            q_ptr = sink_query_ptr
+            q_offset = token * stride_sink_query_token + head * stride_sink_query_head
+    q = tl.load(q_ptr + q_offset[:, None] + dims[None, :], mask=is_row[:, None], other=0.0).to(DOT)
+
+    table_ptr = block_table_ptr + request.to(tl.int64) * stride_table_request
+    key_ptr = kv_ptr + kv_head.to(tl.int64) * stride_kv_head
+    value_ptr = key_ptr + HEAD_DIM * stride_kv_dim
+    top = tl.full([ROWS], float("-inf"), dtype=tl.float32)
+    total = tl.zeros([ROWS], dtype=tl.float32)
+    acc = tl.zeros([ROWS, HEAD_DIM], dtype=tl.float32)
+    offsets = tl.arange(0, TILE)
+    # Carried from tile to tile: loaded in the loop that uses them, page ids would take the
+    # pipeline's stages, and keys and values would be left with one buffer.
+    pages = load_pages(table_ptr, start + offsets, stop, PAGE)
+    for tile_start in tl.range(start, stop, TILE):
+        keys = tile_start + offsets
+        next_pages = load_pages(table_ptr, keys + TILE, stop, PAGE)
+        slots = pages.to(tl.int64) * stride_kv_page + (keys % PAGE) * stride_kv_slot
+        k = as_operand(load_rows(key_ptr, slots, keys < stop, stride_kv_dim, HEAD_DIM), DOT)
+        v = as_operand(load_rows(value_ptr, slots, keys < stop, stride_kv_dim, HEAD_DIM), DOT)
+        scores = tl.dot(q, tl.trans(k), input_precision="ieee") * score_scale  # [ROWS, TILE]
+        is_seen = (keys[None, :] >= row_start[:, None]) & (keys[None, :] < row_stop[:, None])
+        scores = tl.where(is_seen, scores, float("-inf"))
+        top, total, weights, factor = softmax_step(scores, top, total)
+        acc = tl.dot(weights.to(DOT), v, acc * factor[:, None], input_precision="ieee")
+        pages = next_pages
+
+    NUM_PARTS: tl.constexpr = NUM_SPLITS + HAS_SINKS
+    part = (token * (tl.num_programs(1) * GROUP) + head) * NUM_PARTS + split
+    safe_total = tl.where(total == 0.0, 1.0, total)
+    tl.store(lse_ptr + part, top + tl.log2(safe_total), mask=is_row)
+    acc = acc * (value_scale / safe_total)[:, None]
+    is_stored = is_row & (total > 0.0)
+    tl.store(partial_ptr + part[:, None] * HEAD_DIM + dims[None, :], acc, mask=is_stored[:, None])
+
+
+@triton.jit(do_not_specialize=["num_reqs"])
+def merge_kernel(
+    out_ptr,
+    partial_ptr,
+    lse_ptr,
+    query_start_loc_ptr,
+    stride_out_token,
+    stride_out_head,
+    num_reqs,
+    HEAD_DIM: tl.constexpr,
+    NUM_PARTS: tl.constexpr,
+    PARTS: tl.constexpr,
+    IS_RAGGED: tl.constexpr,
+):
+    """Output of one query and head from its parts; zeros where nothing was seen."""
+    token = tl.program_id(0).to(tl.int64)
+    head = tl.program_id(1)
+    row = token * tl.num_programs(1) + head
+    parts = tl.arange(0, PARTS)
+    dims = tl.arange(0, HEAD_DIM)
+    lse = tl.load(lse_ptr + row * NUM_PARTS + parts, mask=parts < NUM_PARTS, other=float("-inf"))
+    if IS_RAGGED:
+        # No program wrote the rows behind the last request's.
+        is_query = token < tl.load(query_start_loc_ptr + num_reqs)
+        lse = tl.where(is_query, lse, float("-inf"))
+    top = tl.max(lse, axis=0)
+    weights = tl.exp2(lse - tl.where(top == float("-inf"), 0.0, top))
+    # Parts that saw nothing wrote no output: whatever lies there is not read.
+    offsets = (row * NUM_PARTS + parts)[:, None] * HEAD_DIM + dims[None, :]
+    partial = tl.load(partial_ptr + offsets, mask=(lse > float("-inf"))[:, None], other=0.0)
+    total = tl.sum(weights, axis=0)
+    out = tl.sum(partial * weights[:, None], axis=0) / tl.where(total == 0.0, 1.0, total)
+    out_offset = token * stride_out_token + head * stride_out_head
+    tl.store(out_ptr + out_offset + dims, out.to(out_ptr.dtype.element_ty))
+
+
+def launch_decode(
+    out: torch.Tensor,
+    partial: torch.Tensor,
+    lse: torch.Tensor,
+    query: torch.Tensor,
+    sink_query: torch.Tensor,
+    kv_cache: torch.Tensor,
+    block_table: torch.Tensor,
+    seq_lens: torch.Tensor,
+    query_start_loc: torch.Tensor | None,
+    *,
+    window: int,
+    sink_tokens: int,
+    score_scale: float,
+    value_scale: float,
+    plan: DecodePlan,
+    target: Target,
+) -> None:
+    """Launch both kernels.
+
+    Args:
+        partial, lse: fp32 scratch, contiguous, ``[num_tokens, Hq, plan.num_parts(, HEAD_DIM)]``.
+        kv_cache: e4m3 as bytes where the target does not read it.
+        score_scale: of the scores in base 2.
+    """
+    num_tokens, num_heads, head_dim = query.shape
+    num_reqs, num_kv_heads = seq_lens.shape[0], kv_cache.shape[1]
+    constants = plan.constants()
+    constants["DOT"] = tl.dtype(plan.dot)
+    grid = (plan.num_blocks(num_tokens, num_reqs), num_kv_heads, plan.num_parts)
+    decode_kernel[grid](
+        partial,
+        lse,
+        query,
+        sink_query,
+        kv_cache,
+        block_table,
+        seq_lens,
+        query_start_loc,
+        *query.stride()[:2],
+        *sink_query.stride()[:2],
+        *kv_cache.stride(),
+        block_table.stride(0),
+        num_reqs,
+        window,
+        sink_tokens,
+        score_scale,
+        value_scale,
+        **constants,
+        **target.decode_options(kv_cache.element_size()),
+    )
+    merge_kernel[(num_tokens, num_heads)](
+        out,
+        partial,
+        lse,
+        query_start_loc,
+        *out.stride()[:2],
+        num_reqs,
+        HEAD_DIM=head_dim,
+        NUM_PARTS=plan.num_parts,
+        PARTS=triton.next_power_of_2(plan.num_parts),
+        IS_RAGGED=plan.is_ragged,
+        **target.options(),
+    )

@@ -1,0 +1,162 @@
+"""Every kernel compiled for every device at Qwen3's shapes, and the limits that they must keep.
+
+``python -m swa_backend.kernels.gate`` prints the table that ``tests/data/kernels.txt`` holds.
+"""
+
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from unittest.mock import patch
+
+import torch
+import triton
+
+from swa_backend import ops
+from swa_backend.kernels.aot import Facts, compiling, read_facts
+from swa_backend.kernels.plans import Target
+
+TARGETS = (
+    Target("cuda", 80, 108),  # A100
+    Target("cuda", 86, 84),  # A40, RTX 30
+    Target("cuda", 89, 142),  # L40S, RTX 40
+    Target("cuda", 90, 132),  # H100
+    Target("cuda", 100, 148),  # B200
+    Target("cuda", 120, 188),  # RTX PRO 6000, RTX 50
+    Target("hip", "gfx942", 304),  # MI300X
+)
+# Query heads to a KV head; all have 8 KV heads of 128 numbers.
+GROUPS = {"Qwen3-8B": 4, "Qwen3-0.6B": 2}
+_NAMES = {torch.bfloat16: "bf16", torch.float8_e4m3fn: "e4m3", torch.float8_e5m2: "e5m2"}
+_HEAD_DIM, _NUM_KV_HEADS, _PAGE, _WINDOW = 128, 8, 16, 1024
+
+
+@dataclass(frozen=True)
+class Case:
+    """One kernel on one device."""
+
+    kernel: str
+    shape: str
+    kv_dtype: torch.dtype
+    target: Target
+
+    @property
+    def name(self) -> str:
+        arch = self.target.arch
+        device = arch if isinstance(arch, str) else f"sm_{arch}"
+        return f"{self.kernel:14}{self.shape:12}{_NAMES[self.kv_dtype]:9}{device:8}"
+
+    def compile(self) -> Facts:
+        """Facts of what a launch on the device compiles to."""
+        with (
+            compiling(self.target) as kernels,
+            patch("swa_backend.ops.target_of", lambda _: self.target),
+        ):
+            if self.kernel == "write":
+                _launch_write(self.kv_dtype)
+            else:
+                _launch_decode(self)
+        name = self.kernel.split()[0]
+        return read_facts(kernels[f"{name}_kernel"], self.target)
+
+
+def _launch_write(kv_dtype: torch.dtype) -> None:
+    rows = torch.zeros(1, _NUM_KV_HEADS, _HEAD_DIM, dtype=torch.bfloat16)
+    ops.write_pages(rows, rows, _cache(kv_dtype), torch.zeros(1).long(), impl="triton")
+
+
+def _launch_decode(case: Case) -> None:
+    """One request; or two that verify drafts."""
+    is_ragged = case.kernel == "decode ragged"
+    num_reqs, num_tokens = (2, 8) if is_ragged else (1, 1)
+    num_heads = _NUM_KV_HEADS * GROUPS[case.shape]
+    ops.decode_attention(
+        torch.zeros(num_tokens, num_heads, _HEAD_DIM, dtype=torch.bfloat16),
+        _cache(case.kv_dtype),
+        torch.zeros(num_reqs, 2 * _WINDOW // _PAGE).int(),
+        torch.zeros(num_reqs).int(),
+        window=_WINDOW,
+        sink_tokens=0 if case.kernel == "decode" else 4,
+        query_start_loc=torch.tensor([0, 4, 8]).int() if is_ragged else None,
+        impl="triton",
+    )
+
+
+def _cache(dtype: torch.dtype) -> torch.Tensor:
+    """More than 2 GB, as on a GPU: on AMD smaller ones compile to other loads. Never touched."""
+    return torch.empty(2**16 + 1, _NUM_KV_HEADS, _PAGE, 2 * _HEAD_DIM, dtype=dtype)
+
+
+def cases() -> Iterator[Case]:
+    """All of them."""
+    wide, e4m3, _ = _NAMES
+    for target in TARGETS:
+        for kv_dtype in _NAMES:
+            yield Case("decode", "Qwen3-8B", kv_dtype, target)
+        yield Case("decode", "Qwen3-0.6B", wide, target)
+        yield Case("decode sinks", "Qwen3-8B", wide, target)
+        yield Case("decode ragged", "Qwen3-8B", wide, target)
+        yield Case("merge", "Qwen3-8B", wide, target)
+        yield Case("write", "Qwen3-8B", wide, target)
+        yield Case("write", "Qwen3-8B", e4m3, target)
+
+
+def compile_all() -> Iterator[tuple[Case, Facts]]:
+    """Every case with its facts, compiled by as many processes as there are processors."""
+    with ProcessPoolExecutor() as pool:
+        yield from zip(cases(), pool.map(Case.compile, cases()), strict=True)
+
+
+def violations(case: Case, facts: Facts) -> list[str]:
+    """Limits that the case does not keep."""
+    reads_keys = case.kernel.startswith("decode")
+    width = 16 if case.kv_dtype.itemsize == 2 else 8
+    limits = {
+        f"spills {facts.spilled_bytes} bytes": facts.spilled_bytes > 0,
+        f"takes {facts.shared_bytes} of {facts.shared_limit} bytes of shared memory": (
+            facts.shared_bytes > facts.shared_limit
+        ),
+        f"loads keys by {facts.load_bytes} bytes, not {width}": (
+            reads_keys and (facts.load_bytes or 0) < width
+        ),
+    }
+    if reads_keys and case.target.arch in (90, 100):
+        limits |= {
+            f"takes {facts.registers} registers, more than 128": facts.registers > 128,
+            "keeps a single buffer of keys": facts.kv_buffers < 2,
+            f"fits only {facts.programs_per_processor} times, not 3": (
+                (facts.programs_per_processor or 0) < 3
+            ),
+        }
+    return [text for text, is_broken in limits.items() if is_broken]
+
+
+def format_row(name: str, facts: Facts) -> str:
+    """A line of the table."""
+    cells = (
+        facts.registers,
+        facts.spilled_bytes,
+        facts.shared_bytes,
+        facts.kv_buffers,
+        facts.load_bytes,
+        facts.programs_per_processor,
+    )
+    widths = (9, 7, 7, 8, 6, 9)
+    return name + "".join(
+        ("-" if cell is None else str(cell)).rjust(width)
+        for cell, width in zip(cells, widths, strict=True)
+    )
+
+
+def main() -> None:
+    """Print the table."""
+    print(f"Triton {triton.__version__}; python -m swa_backend.kernels.gate")
+    print(
+        f"{'kernel':14}{'shape':12}{'cache':9}{'device':8}registers spilled shared buffers", end=""
+    )
+    print("  loads  programs")
+    for case, facts in compile_all():
+        print(format_row(case.name, facts), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,168 @@
+"""How a kernel is launched on a device: tiles, splits, dtypes (no triton, no torch).
+
+The launch depends on shapes and the device only, never on lengths or table entries, so a captured
+CUDA graph stays right. The ahead-of-time gate compiles what these plans say.
+"""
+
+from dataclasses import asdict, dataclass
+from enum import StrEnum
+from typing import Any
+
+from swa_backend.pages import ceil_div
+
+# What fits on an H100's multiprocessor; see the committed table of the ahead-of-time gate.
+_PROGRAMS_PER_PROCESSOR = 4
+# Beyond it the merge would read as much as it saves.
+_MAX_SPLITS = 32
+# Rows of the smallest matrix product of the tensor cores.
+_MIN_ROWS = 16
+# Compute capabilities with about 100 KB of shared memory, where deeper pipelines do not fit twice.
+_SMALL_SHARED_MEMORY = (86, 89, 120)
+# Registers a thread, so that four programs of four warps fit on a multiprocessor.
+_MAX_REGISTERS = 128
+
+
+class NumberFormat(StrEnum):
+    """Of queries, caches and products. The values are Triton's names."""
+
+    FLOAT32 = "fp32"
+    FLOAT16 = "fp16"
+    BFLOAT16 = "bf16"
+    E4M3 = "fp8e4nv"
+    E5M2 = "fp8e5"
+
+    @property
+    def num_bytes(self) -> int:
+        return {"fp32": 4, "fp16": 2, "bf16": 2}.get(self.value, 1)
+
+
+@dataclass(frozen=True)
+class Target:
+    """A device.
+
+    Attributes:
+        backend: ``"cuda"``, ``"hip"``, or ``"cpu"`` for Triton's interpreter.
+        arch: compute capability (90 is 9.0), or ``"gfx942"`` and the like; 0 for the interpreter.
+        num_processors: multiprocessors or compute units.
+
+    Raises:
+        ValueError: NVIDIA devices below compute capability 8.0, by name.
+    """
+
+    backend: str
+    arch: int | str
+    num_processors: int
+
+    def __post_init__(self) -> None:
+        if self.backend == "cuda" and int(self.arch) < 80:
+            raise ValueError(
+                f"sm_{self.arch} (compute capability {int(self.arch) / 10}) lacks bfloat16 and "
+                'asynchronous copies; the kernels need sm_80 or newer: use impl="torch"'
+            )
+
+    @property
+    def reads_e4m3(self) -> bool:
+        """Whether the device converts from e4m3; elsewhere the kernels shift its bits."""
+        return self.backend == "cuda" and int(self.arch) >= 89
+
+    def options(self) -> dict[str, Any]:
+        """Compiler options of every kernel."""
+        # Fusion is said explicitly: its default differs between Triton's versions and backends.
+        return {"num_warps": 4, "enable_fp_fusion": True}
+
+    def decode_options(self, num_kv_bytes: int) -> dict[str, Any]:
+        """Compiler options of the decode kernel, for a cache of numbers of so many bytes."""
+        if self.backend != "cuda":
+            return {**self.options(), "num_stages": 2}
+        num_stages = 3 if self.arch in _SMALL_SHARED_MEMORY else 4
+        # Only where it is needed: a cap makes ptxas use what it allows.
+        cap = {"maxnreg": _MAX_REGISTERS} if num_kv_bytes == 1 else {}
+        return {**self.options(), "num_stages": num_stages, **cap}
+
+
+@dataclass(frozen=True)
+class DecodePlan:
+    """Compile-time constants of the decode kernel; the names are its parameters' in lower case."""
+
+    head_dim: int
+    group: int
+    page: int
+    tile: int
+    rows: int
+    rows_per_block: int
+    num_splits: int
+    has_sinks: bool
+    is_ragged: bool
+    dot: str
+
+    @property
+    def num_parts(self) -> int:
+        """Parts that the keys of a row are divided into."""
+        return self.num_splits + self.has_sinks
+
+    def num_blocks(self, num_tokens: int, num_reqs: int) -> int:
+        """Query blocks: enough for any division of the tokens among the requests."""
+        return num_tokens // self.rows_per_block + num_reqs if self.is_ragged else num_reqs
+
+    def constants(self) -> dict[str, Any]:
+        return {name.upper(): value for name, value in asdict(self).items()}
+
+
+def plan_decode(
+    target: Target,
+    *,
+    num_tokens: int,
+    num_reqs: int,
+    num_kv_heads: int,
+    group: int,
+    head_dim: int,
+    page: int,
+    window: int,
+    has_sinks: bool,
+    is_ragged: bool,
+    query_format: NumberFormat,
+    kv_format: NumberFormat,
+) -> DecodePlan:
+    """The plan of one call; ``window`` is the most keys that a query may see."""
+    tile = 16 if kv_format.num_bytes == 4 else 32
+    rows = max(_MIN_ROWS, 1 << (group - 1).bit_length())
+    rows_per_block = rows // group if is_ragged else 1
+    num_blocks = num_tokens // rows_per_block if is_ragged else num_reqs
+    num_programs = max(1, num_blocks) * num_kv_heads
+    return DecodePlan(
+        head_dim=head_dim,
+        group=group,
+        page=page,
+        tile=tile,
+        rows=rows,
+        rows_per_block=rows_per_block,
+        num_splits=choose_splits(
+            max(1, ceil_div(window + rows_per_block - 1, tile)), num_programs, target.num_processors
+        ),
+        has_sinks=has_sinks,
+        is_ragged=is_ragged,
+        dot=_dot_format(target, query_format, kv_format).value,
+    )
+
+
+def choose_splits(num_tiles: int, num_programs: int, num_processors: int) -> int:
+    """Parts that the window's tiles are divided into, so that one wave fills the device.
+
+    Args:
+        num_programs: programs without a split.
+    """
+    wanted = max(1, _PROGRAMS_PER_PROCESSOR * num_processors // num_programs)
+    span = ceil_div(num_tiles, min(wanted, num_tiles, _MAX_SPLITS))
+    return ceil_div(num_tiles, span)
+
+
+def _dot_format(
+    target: Target, query_format: NumberFormat, kv_format: NumberFormat
+) -> NumberFormat:
+    """Of the matrix products. Every fp8 number is an fp16 number, and conversion is cheap."""
+    if query_format is NumberFormat.FLOAT32:
+        return NumberFormat.FLOAT32
+    if kv_format.num_bytes == 1:
+        return NumberFormat.FLOAT16
+    # Triton's interpreter computes bfloat16 products of the bits.
+    return NumberFormat.FLOAT32 if target.backend == "cpu" else query_format

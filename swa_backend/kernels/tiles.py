@@ -1,0 +1,73 @@
+"""What the kernels share: rows of a query block, tiles of keys and values, the running softmax."""
+
+import triton
+import triton.language as tl
+from triton.runtime.interpreter import InterpretedFunction
+
+# Decided by TRITON_INTERPRET when Triton was imported.
+IS_INTERPRETED = isinstance(tl.sum, InterpretedFunction)
+
+
+@triton.jit
+def request_of(query_start_loc_ptr, num_reqs, block, ROWS_PER_BLOCK: tl.constexpr):
+    """The last request whose first query block is at or before ``block``.
+
+    Request ``r`` starts at block ``query_start_loc[r] // ROWS_PER_BLOCK + r``, which leaves room
+    for its last, partly filled block whatever the lengths are: no host needs to know them.
+    """
+    low = 0
+    high = num_reqs
+    while high - low > 1:
+        middle = (low + high) // 2
+        start = tl.load(query_start_loc_ptr + middle)
+        is_after = start // ROWS_PER_BLOCK + middle > block
+        low = tl.where(is_after, low, middle)
+        high = tl.where(is_after, middle, high)
+    return low
+
+
+@triton.jit
+def load_pages(table_ptr, keys, stop, PAGE: tl.constexpr):
+    """Page id of every key below ``stop``; the table's other entries may be stale: not read."""
+    return tl.load(table_ptr + keys // PAGE, mask=keys < stop, other=0)
+
+
+@triton.jit
+def load_rows(base_ptr, slots, is_read, stride_dim, HEAD_DIM: tl.constexpr):
+    """Rows ``[TILE, HEAD_DIM]`` at int64 element offsets ``slots [TILE]``."""
+    dims = tl.arange(0, HEAD_DIM)
+    pointers = base_ptr + slots[:, None] + dims[None, :] * stride_dim
+    return tl.load(pointers, mask=is_read[:, None], other=0.0)
+
+
+@triton.jit
+def as_operand(x, DOT: tl.constexpr):
+    """``x`` in the dtype of the matrix product; bytes are fp8 e4m3, as 1/256 of their values.
+
+    Shifted into place, the bits of an e4m3 number are those of an fp16 number whose exponent bias
+    is larger by 8. Triton has no e4m3 for devices below 8.9; there the caller passes bytes.
+    """
+    if x.dtype == tl.uint8:
+        wide = x.to(tl.uint16)
+        bits = ((wide & 0x80) << 8) | ((wide & 0x7F) << 7)
+        x = bits.to(tl.float16, bitcast=True)
+    return x.to(DOT)
+
+
+@triton.jit
+def softmax_step(scores, top, total):
+    """One step of the running softmax in base 2.
+
+    Args:
+        scores: fp32 ``[ROWS, TILE]``, -inf where a row does not see a key.
+        top, total: fp32 ``[ROWS]``: largest score so far, sum of ``2 ** (score - top)``.
+
+    Returns:
+        New top and total, weights ``[ROWS, TILE]``, and the factor of what was summed before.
+    """
+    new_top = tl.maximum(top, tl.max(scores, axis=1))
+    # A row that has seen nothing yet would compute inf - inf.
+    finite_top = tl.where(new_top == float("-inf"), 0.0, new_top)
+    weights = tl.exp2(scores - finite_top[:, None])
+    factor = tl.exp2(top - finite_top)
+    return new_top, total * factor + tl.sum(weights, axis=1), weights, factor

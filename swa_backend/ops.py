@@ -1,0 +1,251 @@
+"""Public operations on paged keys and values: validate, allocate, choose an implementation, launch.
+
+A cache is ``[num_pages, Hkv, page, 2 * D]`` with any strides: of each token and head first the key,
+then the value. ``impl`` is ``"triton"``, ``"torch"`` (the oracle, :mod:`swa_backend.reference`), or
+``"auto"``: Triton for tensors on a GPU, torch elsewhere. On CPU tensors ``"triton"`` runs in
+Triton's interpreter, a debugging aid: set ``TRITON_INTERPRET=1`` before Triton is imported.
+"""
+
+import math
+
+import torch
+
+from swa_backend import reference
+from swa_backend.checks import (
+    check_cache,
+    check_for_kernels,
+    check_integers,
+    check_like,
+    check_same_device,
+    check_scales,
+    check_window,
+)
+from swa_backend.kernels.device import target_of
+from swa_backend.kernels.plans import DecodePlan, NumberFormat, plan_decode
+
+IMPLEMENTATIONS = ("auto", "triton", "torch")
+_FORMATS = {
+    torch.float32: NumberFormat.FLOAT32,
+    torch.float16: NumberFormat.FLOAT16,
+    torch.bfloat16: NumberFormat.BFLOAT16,
+    torch.float8_e4m3fn: NumberFormat.E4M3,
+    torch.float8_e5m2: NumberFormat.E5M2,
+}
+_MANTISSA_BITS = {torch.float8_e4m3fn: 3, torch.float8_e5m2: 2}
+# An e4m3 number whose bits are shifted to fp16 is 1/256 of its value.
+_SHIFTED_E4M3 = 256.0
+
+
+def write_pages(
+    key: torch.Tensor,
+    value: torch.Tensor,
+    kv_cache: torch.Tensor,
+    slot_mapping: torch.Tensor,
+    *,
+    k_scale: float = 1.0,
+    v_scale: float = 1.0,
+    impl: str = "auto",
+) -> None:
+    """Store a step's keys and values in their slots.
+
+    Args:
+        key, value: fp32, fp16 or bf16 ``[num_tokens, Hkv, D]``.
+        kv_cache: the same dtype, or fp8 (e4m3fn, e5m2), ``[num_pages, Hkv, page, 2 * D]``.
+        slot_mapping: int64 ``[num_slots]``, ``page_id * page + offset`` of the first tokens; a
+            negative one is not stored.
+        k_scale, v_scale: an fp8 cache holds numbers divided by them, to the nearest, saturated.
+
+    Raises:
+        TypeError, ValueError: a dtype, shape or number other than these.
+    """
+    check_cache(kv_cache, key, "key")
+    check_like("value", value, key, "key")
+    check_integers("slot_mapping", slot_mapping, torch.int64, (None,))
+    if slot_mapping.shape[0] > key.shape[0] or key.shape[1] != kv_cache.shape[1]:
+        raise ValueError(
+            f"got {slot_mapping.shape[0]} slots for {key.shape[0]} tokens of {key.shape[1]} heads, "
+            f"and a cache of {kv_cache.shape[1]}; give at most one slot a token, and equal heads"
+        )
+    check_scales(k_scale=k_scale, v_scale=v_scale)
+    check_same_device(kv_cache, key=key, value=value, slot_mapping=slot_mapping)
+    if _resolve(impl, kv_cache) == "torch":
+        reference.write_pages(key, value, kv_cache, slot_mapping, k_scale=k_scale, v_scale=v_scale)
+        return
+    check_for_kernels(key.shape[2], key=key, value=value)
+    target = target_of(kv_cache.device)
+    if slot_mapping.shape[0] == 0:
+        return
+    from swa_backend.kernels.cache_write import launch_write
+
+    mantissa = _MANTISSA_BITS.get(kv_cache.dtype, 0)
+    launch_write(
+        key,
+        value,
+        kv_cache.view(torch.uint8) if mantissa else kv_cache,
+        slot_mapping,
+        k_scale=k_scale,
+        v_scale=v_scale,
+        mantissa=mantissa,
+        target=target,
+    )
+
+
+def decode_attention(
+    query: torch.Tensor,
+    kv_cache: torch.Tensor,
+    block_table: torch.Tensor,
+    seq_lens: torch.Tensor,
+    *,
+    window: int | None,
+    sink_tokens: int = 0,
+    scale: float | None = None,
+    sink_query: torch.Tensor | None = None,
+    query_start_loc: torch.Tensor | None = None,
+    k_scale: float = 1.0,
+    v_scale: float = 1.0,
+    out: torch.Tensor | None = None,
+    impl: str = "auto",
+) -> torch.Tensor:
+    """Attention of each request's last tokens over its pages, as :mod:`swa_backend.window` says.
+
+    Slots without a visible key, and table entries of pages without one, are not read. The launch
+    depends on shapes, ``window`` and ``sink_tokens`` only, so a CUDA graph can hold it.
+
+    Args:
+        query: fp32, fp16 or bf16 ``[num_tokens, Hq, D]``, ``Hq`` a multiple of ``Hkv``. With an fp8
+            cache 16-bit queries are multiplied as fp16.
+        kv_cache: the same dtype, or fp8 (e4m3fn, e5m2), ``[num_pages, Hkv, page, 2 * D]``; holds
+            the queries' own keys already.
+        block_table: int32 ``[num_reqs, max_pages]``, page ids in the order of positions.
+        seq_lens: int32 ``[num_reqs]``, tokens including the queries; 0 marks a padded row.
+        window: tokens a query sees, itself included; None for all.
+        sink_tokens: leading tokens that every query sees.
+        scale: of the scores; ``D ** -0.5`` by default.
+        sink_query: as query; meets the sinks below the window instead of it.
+        query_start_loc: int32 ``[num_reqs + 1]``; request ``r`` has the queries from entry ``r`` to
+            entry ``r + 1``, the last of them at position ``seq_lens[r] - 1``. One each by default.
+        k_scale, v_scale: what the numbers of an fp8 cache are multiplied by.
+        out: where to write, as query.
+
+    Returns:
+        As query; zeros in padded rows and in those behind the last request's.
+
+    Raises:
+        TypeError, ValueError: a dtype, shape or number other than these.
+    """
+    check_cache(kv_cache, query, "query")
+    num_reqs = seq_lens.shape[0]
+    check_integers("seq_lens", seq_lens, torch.int32, (None,))
+    check_integers("block_table", block_table, torch.int32, (num_reqs, None))
+    if query_start_loc is not None:
+        check_integers("query_start_loc", query_start_loc, torch.int32, (num_reqs + 1,))
+    elif query.shape[0] != num_reqs:
+        raise ValueError(
+            f"got {query.shape[0]} queries for {num_reqs} requests: give query_start_loc, without "
+            "which each request has one"
+        )
+    check_like("sink_query", sink_query, query, "query")
+    check_like("out", out, query, "query")
+    check_window(window, sink_tokens, sink_query is not None)
+    check_scales(k_scale=k_scale, v_scale=v_scale)
+    check_same_device(
+        kv_cache,
+        query=query,
+        block_table=block_table,
+        seq_lens=seq_lens,
+        sink_query=sink_query,
+        query_start_loc=query_start_loc,
+        out=out,
+    )
+    run = reference.decode_attention if _resolve(impl, kv_cache) == "torch" else _decode
+    return run(
+        query,
+        kv_cache,
+        block_table,
+        seq_lens,
+        window=window,
+        sink_tokens=sink_tokens,
+        scale=query.shape[2] ** -0.5 if scale is None else scale,
+        sink_query=sink_query,
+        query_start_loc=query_start_loc,
+        k_scale=k_scale,
+        v_scale=v_scale,
+        out=torch.empty_like(query) if out is None else out,
+    )
+
+
+def _decode(
+    query: torch.Tensor,
+    kv_cache: torch.Tensor,
+    block_table: torch.Tensor,
+    seq_lens: torch.Tensor,
+    *,
+    window: int | None,
+    sink_tokens: int,
+    scale: float,
+    sink_query: torch.Tensor | None,
+    query_start_loc: torch.Tensor | None,
+    k_scale: float,
+    v_scale: float,
+    out: torch.Tensor,
+) -> torch.Tensor:
+    num_tokens, num_heads, head_dim = query.shape
+    check_for_kernels(head_dim, query=query, sink_query=sink_query, out=out)
+    target = target_of(kv_cache.device)
+    if num_tokens == 0:
+        return out
+    # The most keys that a table can name: full attention is a window of so many.
+    capacity = block_table.shape[1] * kv_cache.shape[2]
+    size = capacity if window is None else min(window, capacity)
+    plan = plan_decode(
+        target,
+        num_tokens=num_tokens,
+        num_reqs=seq_lens.shape[0],
+        num_kv_heads=kv_cache.shape[1],
+        group=num_heads // kv_cache.shape[1],
+        head_dim=head_dim,
+        page=kv_cache.shape[2],
+        window=size,
+        has_sinks=sink_tokens > 0 and size < capacity,
+        is_ragged=query_start_loc is not None,
+        query_format=_FORMATS[query.dtype],
+        kv_format=_FORMATS[kv_cache.dtype],
+    )
+    if kv_cache.dtype == torch.float8_e4m3fn and not target.reads_e4m3:
+        kv_cache = kv_cache.view(torch.uint8)
+        k_scale, v_scale = k_scale * _SHIFTED_E4M3, v_scale * _SHIFTED_E4M3
+    from swa_backend.kernels.decode import launch_decode
+
+    launch_decode(
+        out,
+        *_scratch(query, plan),
+        query,
+        query if sink_query is None else sink_query,
+        kv_cache,
+        block_table,
+        seq_lens,
+        query_start_loc,
+        window=size,
+        sink_tokens=sink_tokens,
+        score_scale=scale * k_scale * math.log2(math.e),
+        value_scale=v_scale,
+        plan=plan,
+        target=target,
+    )
+    return out
+
+
+def _scratch(query: torch.Tensor, plan: DecodePlan) -> tuple[torch.Tensor, torch.Tensor]:
+    """Outputs of the parts ``[num_tokens, Hq, num_parts, D]`` and their log-sum-exps."""
+    num_tokens, num_heads, head_dim = query.shape
+    lse_shape = (num_tokens, num_heads, plan.num_parts)
+    partial = torch.empty(*lse_shape, head_dim, dtype=torch.float32, device=query.device)
+    return partial, torch.empty(lse_shape, dtype=torch.float32, device=query.device)
+
+
+def _resolve(impl: str, kv_cache: torch.Tensor) -> str:
+    if impl not in IMPLEMENTATIONS:
+        raise ValueError(f"impl must be one of {', '.join(IMPLEMENTATIONS)}; got {impl!r}")
+    if impl == "auto":
+        return "triton" if kv_cache.device.type == "cuda" else "torch"
+    return impl

@@ -1,0 +1,176 @@
+"""The kernels with one mistake each, to show that the smoke cases catch it."""
+
+import importlib.util
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+import swa_backend
+
+# In the order of their imports.
+MODULES = ("kernels.plans", "kernels.tiles", "kernels.decode", "kernels.cache_write", "ops")
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """``old`` in a module's source, which must occur there once, becomes ``new``."""
+
+    mistake: str
+    module: str
+    old: str
+    new: str
+
+    def __str__(self) -> str:
+        return self.mistake
+
+
+def load_kernels(
+    monkeypatch: pytest.MonkeyPatch, directory: Path, mutant: Mutant | None
+) -> ModuleType:
+    """The operations over copies of the kernels, one of them mutated."""
+    root = Path(swa_backend.__file__).parent
+    for name in MODULES:
+        source = (root / f"{name.replace('.', '/')}.py").read_text()
+        if mutant is not None and mutant.module == name:
+            assert source.count(mutant.old) == 1, f"{mutant}: not once in {name}"
+            source = source.replace(mutant.old, mutant.new)
+        # A file, because Triton reads the source of its functions.
+        path = directory / f"{name}.py"
+        path.write_text(source)
+        full_name = f"swa_backend.{name}"
+        spec = importlib.util.spec_from_file_location(full_name, path)
+        assert spec is not None
+        assert spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        monkeypatch.setitem(sys.modules, full_name, module)
+        spec.loader.exec_module(module)
+    return module
+
+
+DECODE, TILES, WRITE, OPS = "kernels.decode", "kernels.tiles", "kernels.cache_write", "ops"
+MUTANTS = (
+    Mutant(
+        "window too wide",
+        DECODE,
+        "(first_position - window + 1, 0)",
+        "(first_position - window, 0)",
+    ),
+    Mutant(
+        "window too narrow",
+        DECODE,
+        "row_low = tl.maximum(position - window + 1",
+        "row_low = tl.maximum(position - window + 2",
+    ),
+    Mutant(
+        "future visible", DECODE, "row_stop = position + 1", "row_stop = 0 * position + seq_len"
+    ),
+    Mutant("own key hidden", DECODE, "row_stop = position + 1", "row_stop = position"),
+    Mutant(
+        "last tile not masked",
+        DECODE,
+        "load_rows(value_ptr, slots, keys < stop,",
+        "load_rows(value_ptr, slots, keys < stop + TILE,",
+    ),
+    Mutant("32-bit page arithmetic", DECODE, "pages.to(tl.int64) *", "pages *"),
+    Mutant("tiles taken for aligned", DECODE, "(keys % PAGE)", "(offsets % PAGE)"),
+    Mutant("pages not carried on", DECODE, "pages = next_pages", "pages = pages"),
+    Mutant(
+        "sinks in the window counted twice",
+        DECODE,
+        "tl.minimum(row_low, sink_tokens)",
+        "tl.minimum(position + 1, sink_tokens)",
+    ),
+    Mutant(
+        "sinks forgotten",
+        DECODE,
+        "stop = tl.minimum(sink_tokens",
+        "stop = 0 * tl.minimum(sink_tokens",
+    ),
+    Mutant("sink query ignored", DECODE, "q_ptr = sink_query_ptr", "q_ptr = query_ptr"),
+    Mutant(
+        "rest of the tiles dropped",
+        DECODE,
+        "tl.cdiv(num_tiles, NUM_SPLITS)",
+        "(num_tiles // NUM_SPLITS)",
+    ),
+    Mutant("splits overlap", DECODE, "low + split * span", "low + split * (span - TILE)"),
+    Mutant(
+        "heads grouped the other way",
+        DECODE,
+        "kv_head * GROUP + rows % GROUP",
+        "rows % GROUP * tl.num_programs(1) + kv_head",
+    ),
+    Mutant(
+        "all queries at the last position",
+        DECODE,
+        "position = seq_len - num_queries + query_idx",
+        "position = seq_len - 1 + 0 * query_idx",
+    ),
+    Mutant("values read where keys are", DECODE, "key_ptr + HEAD_DIM * stride_kv_dim", "key_ptr"),
+    Mutant("earlier tiles not rescaled", DECODE, "acc * factor[:, None]", "acc"),
+    Mutant("natural logarithm", DECODE, "top + tl.log2(", "top + tl.log("),
+    Mutant(
+        "last part not merged",
+        DECODE,
+        "mask=parts < NUM_PARTS, other",
+        "mask=parts < NUM_PARTS - 1, other",
+    ),
+    Mutant(
+        "empty parts merged",
+        DECODE,
+        'mask=(lse > float("-inf"))[:, None]',
+        "mask=(parts < NUM_PARTS)[:, None]",
+    ),
+    Mutant(
+        "rows behind the last request merged",
+        DECODE,
+        'lse = tl.where(is_query, lse, float("-inf"))',
+        "lse = lse",
+    ),
+    Mutant("parts not weighted", DECODE, "partial * weights[:, None]", "partial"),
+    Mutant("value scale forgotten", DECODE, "value_scale / safe_total", "1.0 / safe_total"),
+    Mutant(
+        "head stride of a contiguous cache",
+        DECODE,
+        "*kv_cache.stride(),",
+        "*kv_cache.contiguous().stride(),",
+    ),
+    Mutant(
+        "stale table entry read",
+        TILES,
+        "mask=keys < stop, other=0",
+        "mask=keys < stop + 2 * PAGE, other=0",
+    ),
+    Mutant("block given to the request before", TILES, "+ middle > block", "+ middle >= block"),
+    Mutant(
+        "nothing seen taken for infinity",
+        TILES,
+        'tl.where(new_top == float("-inf"), 0.0, new_top)',
+        "new_top",
+    ),
+    Mutant("fp8 sign lost", TILES, "((wide & 0x80) << 8) | ", ""),
+    Mutant("fp8 exponent off by one", OPS, "_SHIFTED_E4M3 = 256.0", "_SHIFTED_E4M3 = 128.0"),
+    Mutant("score scale of base e", OPS, "* math.log2(math.e)", "* 1.0"),
+    Mutant("key scale forgotten", OPS, "scale * k_scale *", "scale * "),
+    Mutant("negative slot stored", WRITE, "slot < 0", "slot < -9"),
+    Mutant(
+        "32-bit slot arithmetic", WRITE, "ptr + token).to(tl.int64)", "ptr + token).to(tl.int32)"
+    ),
+    Mutant(
+        "fp8 cut off, not rounded",
+        WRITE,
+        "(bits + ((1 << (SHIFT - 1)) - 1) + ((bits >> SHIFT) & 1))",
+        "bits",
+    ),
+    Mutant("fp8 overflow not saturated", WRITE, "tl.minimum(tl.abs(x), LARGEST)", "tl.abs(x)"),
+    Mutant("fp8 NaN stored as a number", WRITE, "tl.where(x == x, rounded, 0x7F)", "rounded"),
+    Mutant(
+        "heads behind the last stored",
+        WRITE,
+        "is_head = heads < NUM_HEADS",
+        "is_head = heads < HEADS",
+    ),
+)

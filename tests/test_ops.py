@@ -1,0 +1,237 @@
+"""The operations on pages: what they refuse, and how they choose an implementation and a launch."""
+
+import inspect
+import os
+import subprocess
+import sys
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from swa_backend import ops, reference
+from swa_backend.kernels.device import target_of
+from swa_backend.kernels.plans import NumberFormat, Target, choose_splits, plan_decode
+
+H100 = Target("cuda", 90, num_processors=132)
+
+
+def decode_arguments(**changes: Any) -> dict[str, Any]:
+    """Arguments of a valid ``decode_attention``: two requests, two KV heads, groups of two."""
+    arguments = {
+        "query": torch.randn(2, 4, 16),
+        "kv_cache": torch.randn(3, 2, 16, 32),
+        "block_table": torch.tensor([[0, 1], [2, 0]]).int(),
+        "seq_lens": torch.tensor([20, 7]).int(),
+        "window": 8,
+    }
+    return arguments | changes
+
+
+def write_arguments(**changes: Any) -> dict[str, Any]:
+    """Arguments of a valid ``write_pages``."""
+    arguments = {
+        "key": torch.randn(2, 2, 16),
+        "value": torch.randn(2, 2, 16),
+        "kv_cache": torch.zeros(3, 2, 16, 32),
+        "slot_mapping": torch.tensor([4, 40]),
+    }
+    return arguments | changes
+
+
+QUERY = torch.randn(2, 4, 16)
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"query": QUERY.double()}, TypeError, "query must be float32, float16 or bfloat16"),
+        ({"query": QUERY[0]}, TypeError, r"got float32 \[4, 16\]"),
+        ({"query": QUERY.half()}, TypeError, "kv_cache must have query's dtype, float8_e4m3fn or"),
+        ({"kv_cache": torch.randn(3, 2, 16, 16)}, ValueError, r"kv_cache must be \[num_pages, num"),
+        ({"query": torch.randn(2, 3, 16)}, ValueError, "3 heads, which is no multiple of the ca"),
+        (
+            {"seq_lens": torch.tensor([20, 7])},
+            TypeError,
+            r"seq_lens must be int32 \[any\]; got int64",
+        ),
+        (
+            {"block_table": torch.zeros(3, 2).int()},
+            TypeError,
+            r"must be int32 \[2, any\]; got int32",
+        ),
+        (
+            {"query_start_loc": torch.zeros(2).int()},
+            TypeError,
+            r"query_start_loc must be int32 \[3\]",
+        ),
+        (
+            {"query": torch.randn(3, 4, 16)},
+            ValueError,
+            "got 3 queries for 2 requests: give query_st",
+        ),
+        (
+            {"out": QUERY[:1]},
+            TypeError,
+            r"out must be as query, float32 \[2, 4, 16\]; got float32 \[1",
+        ),
+        ({"sink_query": QUERY.half(), "sink_tokens": 1}, TypeError, "sink_query must be as query"),
+        ({"sink_query": QUERY}, ValueError, "sink_query needs sink_tokens and a window"),
+        ({"window": 0}, ValueError, "window must be at least 1, or None for full attention; got 0"),
+        ({"sink_tokens": -1}, ValueError, "sink_tokens must be at least 0; got -1"),
+        ({"k_scale": 0.0}, ValueError, "k_scale must be positive, got 0.0"),
+        ({"v_scale": float("nan")}, ValueError, "v_scale must be positive, got nan"),
+        (
+            {"out": torch.empty(2, 4, 16, device="meta")},
+            ValueError,
+            "out is on meta, kv_cache on cpu",
+        ),
+        ({"impl": "cuda"}, ValueError, "impl must be one of auto, triton, torch; got 'cuda'"),
+        (
+            {
+                "query": torch.randn(2, 4, 24),
+                "kv_cache": torch.randn(3, 2, 16, 48),
+                "impl": "triton",
+            },
+            ValueError,
+            "a head_dim that is a power of two and at least 16, got 24",
+        ),
+        (
+            {"query": torch.randn(2, 4, 32)[..., ::2], "impl": "triton"},
+            ValueError,
+            r"query must be contiguous in its last dimension; call query.contiguous\(\)",
+        ),
+    ],
+)
+def test_decode_refuses(changes: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        ops.decode_attention(**decode_arguments(**changes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"key": torch.randn(2, 2, 16).half()}, TypeError, "kv_cache must have key's dtype"),
+        ({"value": torch.randn(2, 2, 8)}, TypeError, r"value must be as key, float32 \[2, 2, 16\]"),
+        ({"slot_mapping": torch.zeros(2).int()}, TypeError, r"slot_mapping must be int64 \[any\]"),
+        ({"slot_mapping": torch.arange(3)}, ValueError, "got 3 slots for 2 tokens of 2 heads"),
+        (
+            {"key": torch.randn(2, 4, 16), "value": torch.randn(2, 4, 16)},
+            ValueError,
+            "give at most one slot a token, and equal heads",
+        ),
+        ({"v_scale": -1.0}, ValueError, "v_scale must be positive, got -1.0"),
+    ],
+)
+def test_write_refuses(changes: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        ops.write_pages(**write_arguments(**changes))
+
+
+@pytest.mark.parametrize("name", ["decode_attention", "write_pages"])
+def test_oracle_has_the_same_signature(name: str) -> None:
+    signature = inspect.signature(getattr(ops, name))
+    parameters = [p for p in signature.parameters.values() if p.name != "impl"]
+    expected = signature.replace(parameters=parameters)
+    assert inspect.signature(getattr(reference, name)) == expected
+
+
+@pytest.mark.parametrize(
+    ("hip", "target"), [(None, Target("cuda", 90, 132)), ("7.0", Target("hip", "gfx942", 132))]
+)
+def test_target_of_a_gpu(hip: str | None, target: Target, monkeypatch: pytest.MonkeyPatch) -> None:
+    properties = SimpleNamespace(
+        major=9, minor=0, multi_processor_count=132, gcnArchName="gfx942:sramecc+:xnack-"
+    )
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
+    monkeypatch.setattr(torch.version, "hip", hip)
+    assert target_of.__wrapped__(torch.device("cuda", 0)) == target
+
+
+def test_auto_is_the_oracle_on_the_cpu() -> None:
+    arguments = decode_arguments()
+    expected = reference.decode_attention(**arguments)
+    for impl in ("auto", "torch"):
+        assert torch.equal(ops.decode_attention(**arguments, impl=impl), expected)
+    written = write_arguments()
+    ops.write_pages(**written)
+    assert torch.equal(written["kv_cache"][2, :, 8, :16], written["key"][1])
+
+
+def test_output_goes_where_it_is_asked_to() -> None:
+    for impl in ("torch", "triton"):
+        out = torch.full((2, 8, 16), float("nan"))[:, ::2]
+        got = ops.decode_attention(**decode_arguments(), out=out, impl=impl)
+        assert got is out
+        assert out.isfinite().all()
+
+
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+def test_nothing_to_do(impl: str) -> None:
+    empty = decode_arguments(
+        query=torch.zeros(0, 4, 16),
+        block_table=torch.zeros(0, 2).int(),
+        seq_lens=torch.zeros(0).int(),
+    )
+    assert ops.decode_attention(**empty, impl=impl).shape == (0, 4, 16)
+    ops.write_pages(**write_arguments(slot_mapping=torch.zeros(0).long()), impl=impl)
+
+
+def test_triton_on_the_cpu_without_its_interpreter_says_what_to_do() -> None:
+    code = """
+import torch
+from swa_backend import ops
+x = torch.zeros(1, 1, 16)
+ops.write_pages(x, x, torch.zeros(1, 1, 16, 32), torch.zeros(1).long(), impl="triton")
+"""
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    command = [sys.executable, "-c", code]
+    result = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+    error = result.stderr.splitlines()[-1]
+    assert error.startswith('ValueError: impl="triton" does not run on cpu tensors')
+    assert "set TRITON_INTERPRET=1 before Triton is imported" in error
+
+
+def test_devices_without_bfloat16_are_refused_by_name() -> None:
+    with pytest.raises(ValueError, match=r'sm_75 .compute capability 7\.5. .* use impl="torch"'):
+        Target("cuda", 75, num_processors=40)
+
+
+@pytest.mark.parametrize(
+    ("num_tiles", "num_programs", "splits"),
+    [(32, 8, 32), (128, 8, 32), (16, 8, 16), (32, 64, 8), (32, 512, 1), (1, 1, 1), (33, 64, 7)],
+)
+def test_splits_fill_the_device_and_none_is_empty(
+    num_tiles: int, num_programs: int, splits: int
+) -> None:
+    got = choose_splits(num_tiles, num_programs, H100.num_processors)
+    assert got == splits
+    span = -(-num_tiles // got)
+    assert (got - 1) * span < num_tiles <= got * span
+
+
+def plan(
+    target: Target, query_format: NumberFormat, kv_format: NumberFormat, **changes: Any
+) -> Any:
+    shape = {"num_tokens": 4, "num_reqs": 4, "num_kv_heads": 8, "group": 4, "head_dim": 128}
+    rest = {"page": 16, "window": 1024, "has_sinks": False, "is_ragged": False}
+    formats = {"query_format": query_format, "kv_format": kv_format}
+    return plan_decode(target, **{**shape, **rest, **changes}, **formats)
+
+
+def test_products_are_in_a_dtype_that_holds_both_operands() -> None:
+    bf16, fp16, fp32 = NumberFormat.BFLOAT16, NumberFormat.FLOAT16, NumberFormat.FLOAT32
+    interpreter = Target("cpu", 0, num_processors=1)
+    assert plan(H100, bf16, bf16).dot == "bf16"
+    assert plan(H100, bf16, NumberFormat.E4M3).dot == "fp16"
+    assert plan(H100, fp32, NumberFormat.E5M2).dot == "fp32"
+    assert plan(H100, fp16, fp16).dot == "fp16"
+    assert plan(interpreter, bf16, bf16).dot == "fp32"
+
+
+def test_large_groups_get_the_rows_they_need() -> None:
+    bf16 = NumberFormat.BFLOAT16
+    assert plan(H100, bf16, bf16, group=20).rows == 32
+    ragged = plan(H100, bf16, bf16, group=5, is_ragged=True, num_tokens=12)
+    assert (ragged.rows, ragged.rows_per_block, ragged.num_blocks(12, 4)) == (16, 3, 8)
