@@ -68,7 +68,7 @@ class SWACPUMetadataBuilder(CPUAttentionMetadataBuilder):
     ) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         windowed = windowed_layers(vllm_config)
-        self._layer = windowed[layer_names[0]]
+        self._layer = get_layers_from_vllm_config(vllm_config, Attention)[layer_names[0]]
         self._scratch: torch.Tensor | None = None
         self._poison_key = kv_cache_spec.poison_key if isinstance(kv_cache_spec, SWASpec) else None
         self._poisoned: PoisonedPages | None = None
