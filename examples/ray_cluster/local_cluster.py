@@ -9,7 +9,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import count
 from pathlib import Path
 
 import psutil
@@ -41,6 +42,7 @@ class LocalRayCluster:
         """
         self._directory = Path(tempfile.mkdtemp(prefix="swa-ray-"))
         self._nodes: list[psutil.Popen] = []
+        self._hosts = count(FIRST_HOST)
         host = f"127.0.0.{FIRST_HOST}"
         port, client_port = _free_ports(host, 2)
         self.address = f"{host}:{port}"
@@ -53,13 +55,17 @@ class LocalRayCluster:
         head = ("--head", f"--port={port}", f"--ray-client-server-port={client_port}")
         self._start([*head, "--include-dashboard=false", f"--temp-dir={self._directory}"])
 
-    def add_node(self, python: Path | str = sys.executable) -> psutil.Popen:
-        """One more node with one logical device; ``python`` runs it and its workers.
+    def add_node(self, python: Path | str = sys.executable, **environment: str) -> psutil.Popen:
+        """One more node with one logical device.
+
+        Args:
+            python: runs the node and its workers.
+            environment: variables of both, beside those of this process.
 
         Raises:
             ClusterError: it did not start; the message has the end of its log.
         """
-        return self._start([f"--address={self.address}"], python)
+        return self._start([f"--address={self.address}"], python, environment)
 
     def stop_node(self, node: psutil.Popen) -> None:
         """End a node and every process that it started."""
@@ -83,8 +89,13 @@ class LocalRayCluster:
         """The nodes' processes, their workers among them."""
         return [p for node in self._nodes for p in (node, *node.children(recursive=True))]
 
-    def _start(self, arguments: Sequence[str], python: Path | str = sys.executable) -> psutil.Popen:
-        number = FIRST_HOST + len(self._nodes)
+    def _start(
+        self,
+        arguments: Sequence[str],
+        python: Path | str = sys.executable,
+        environment: Mapping[str, str] | None = None,
+    ) -> psutil.Popen:
+        number = next(self._hosts)
         log = self._directory / f"node-{number}.log"
         common = (f"--node-ip-address=127.0.0.{number}", "--block", "--disable-usage-stats")
         size = ("--num-gpus=1", "--num-cpus=1", f"--object-store-memory={OBJECT_STORE_BYTES}")
@@ -92,7 +103,7 @@ class LocalRayCluster:
         with log.open("wb") as output:
             node = psutil.Popen(
                 command,
-                env=_with(self.environment),
+                env={**_without_address(self.environment), **(environment or {})},
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
@@ -119,9 +130,9 @@ def local_ray_cluster(num_nodes: int) -> Iterator[LocalRayCluster]:
         cluster.stop()
 
 
-def _with(variables: dict[str, str]) -> dict[str, str]:
-    # The head's own address would make "ray start --head" refuse.
-    return {**os.environ, **{k: v for k, v in variables.items() if k != "RAY_ADDRESS"}}
+def _without_address(variables: Mapping[str, str]) -> dict[str, str]:
+    # "ray start --head" does not want to find one.
+    return {k: v for k, v in {**os.environ, **variables}.items() if k != "RAY_ADDRESS"}
 
 
 def _wait_for_start(node: psutil.Popen, log: Path) -> None:
@@ -133,9 +144,9 @@ def _wait_for_start(node: psutil.Popen, log: Path) -> None:
         time.sleep(0.1)
 
 
-def _free_ports(host: str, count: int) -> list[int]:
+def _free_ports(host: str, num_ports: int) -> list[int]:
     with contextlib.ExitStack() as stack:
-        probes = [stack.enter_context(socket.socket()) for _ in range(count)]
+        probes = [stack.enter_context(socket.socket()) for _ in range(num_ports)]
         for probe in probes:
             probe.bind((host, 0))
         return [probe.getsockname()[1] for probe in probes]

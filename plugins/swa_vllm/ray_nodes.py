@@ -41,10 +41,10 @@ class RayAwareConfig(VerifyAndUpdateConfig):
 
     @staticmethod
     def verify_and_update_config(vllm_config: VllmConfig) -> None:
-        """Have Ray's nodes checked before workers start on them, if the model slides.
+        """If a model on Ray slides: refuse here what its workers would, and have nodes checked.
 
         Raises:
-            SWAConfigError: contradictory options, or an executor that cannot check.
+            SWAConfigError: contradictory options, or something that windows are not served with.
         """
         parallel = vllm_config.parallel_config
         if parallel.distributed_executor_backend != "ray" or not layer_plan(vllm_config).slides:
@@ -52,7 +52,9 @@ class RayAwareConfig(VerifyAndUpdateConfig):
         from vllm.v1.executor import Executor
 
         from swa_vllm.ray_executor import NodeCheckingRayExecutor
+        from swa_vllm.refusals import check_servable
 
+        check_servable(vllm_config)
         stock = Executor.get_class(vllm_config)
         if not issubclass(NodeCheckingRayExecutor, stock):
             raise SWAConfigError(
