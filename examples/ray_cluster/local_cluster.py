@@ -34,8 +34,11 @@ class LocalRayCluster:
         environment: variables that a process needs to use this cluster from a CPU build of vLLM.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, python: Path | str = sys.executable) -> None:
         """Start the head, with one logical device.
+
+        Args:
+            python: runs the head and its workers.
 
         Raises:
             ClusterError: it did not start; the message has the end of its log.
@@ -53,7 +56,8 @@ class LocalRayCluster:
             "SWA_RAY_ON_CPU": "1",
         }
         head = ("--head", f"--port={port}", f"--ray-client-server-port={client_port}")
-        self._start([*head, "--include-dashboard=false", f"--temp-dir={self._directory}"])
+        place = ("--include-dashboard=false", f"--temp-dir={self._directory}")
+        self._start([*head, *place], python, {})
 
     def add_node(self, python: Path | str = sys.executable, **environment: str) -> psutil.Popen:
         """One more node with one logical device.
@@ -69,14 +73,14 @@ class LocalRayCluster:
 
     def stop_node(self, node: psutil.Popen) -> None:
         """End a node and every process that it started."""
-        family = node.children(recursive=True) if node.is_running() else []
-        node.terminate()
-        with contextlib.suppress(psutil.TimeoutExpired):
+        family = _family(node)
+        with contextlib.suppress(psutil.NoSuchProcess, psutil.TimeoutExpired):
+            node.terminate()
             node.wait(STOP_TIMEOUT_S)
-        for process in [node, *family]:
+        for process in family:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
-        psutil.wait_procs([node, *family], STOP_TIMEOUT_S)
+        psutil.wait_procs(family, STOP_TIMEOUT_S)
         self._nodes.remove(node)
 
     def stop(self) -> None:
@@ -87,13 +91,10 @@ class LocalRayCluster:
 
     def processes(self) -> list[psutil.Process]:
         """The nodes' processes, their workers among them."""
-        return [p for node in self._nodes for p in (node, *node.children(recursive=True))]
+        return [process for node in self._nodes for process in _family(node)]
 
     def _start(
-        self,
-        arguments: Sequence[str],
-        python: Path | str = sys.executable,
-        environment: Mapping[str, str] | None = None,
+        self, arguments: Sequence[str], python: Path | str, environment: Mapping[str, str]
     ) -> psutil.Popen:
         number = next(self._hosts)
         log = self._directory / f"node-{number}.log"
@@ -103,7 +104,7 @@ class LocalRayCluster:
         with log.open("wb") as output:
             node = psutil.Popen(
                 command,
-                env={**_without_address(self.environment), **(environment or {})},
+                env={**_without_address(self.environment), **environment},
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
@@ -128,6 +129,12 @@ def local_ray_cluster(num_nodes: int) -> Iterator[LocalRayCluster]:
         yield cluster
     finally:
         cluster.stop()
+
+
+def _family(node: psutil.Popen) -> list[psutil.Process]:
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return [node, *node.children(recursive=True)]
+    return [node]
 
 
 def _without_address(variables: Mapping[str, str]) -> dict[str, str]:
