@@ -1,9 +1,6 @@
 """The real engine over a real Ray cluster: two nodes at loopback addresses, one device each."""
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -17,12 +14,11 @@ from conftest import EngineFactory, ModelFactory
 from engine_tools import Answer, generate
 from quickstart import Server
 from ray_cluster.local_cluster import LocalRayCluster, local_ray_cluster
+from ray_tools import TIMEOUT_S, probe, python_with, workers
 from swa_backend import __version__
 from test_exactness import LENGTHS, _check_exact
 from tiny_models import MIXED, NUM_LAYERS, PAGE_SIZE, SLIDING, WINDOW, Oracle, random_prompts
 
-HERE = Path(__file__).parent
-TIMEOUT_S = 300
 TP2 = {"tensor_parallel_size": 2}
 # Models, and arguments of their engines. One key/value head cannot be shared by two workers: each
 # has a copy.
@@ -44,23 +40,6 @@ def cluster() -> Iterator[LocalRayCluster]:
         yield cluster
 
 
-def probe(
-    cluster: LocalRayCluster, cases: dict[str, tuple[Path, dict[str, Any]]]
-) -> dict[str, Any]:
-    """What :mod:`ray_probe` says about engines on the cluster."""
-    arguments = json.dumps([LENGTHS, {k: (str(m), kwargs) for k, (m, kwargs) in cases.items()}])
-    result = subprocess.run(
-        [sys.executable, str(HERE / "ray_probe.py"), arguments],
-        env={**os.environ, **cluster.environment},
-        capture_output=True,
-        text=True,
-        timeout=TIMEOUT_S,
-        check=False,
-    )
-    assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-3000:]
-    return dict(json.loads(result.stdout.splitlines()[-1]))
-
-
 @pytest.fixture(scope="module")
 def on_ray(cluster: LocalRayCluster, tiny_model: ModelFactory) -> dict[str, Any]:
     cases = {
@@ -68,7 +47,7 @@ def on_ray(cluster: LocalRayCluster, tiny_model: ModelFactory) -> dict[str, Any]
         for name, (checkpoint, arguments) in SERVED.items()
     }
     too_large = (tiny_model(**MIXED), {"tensor_parallel_size": 4})
-    return probe(cluster, {**cases, "too few devices": too_large})
+    return probe(cluster, {**cases, "too few devices": too_large}, LENGTHS)
 
 
 @pytest.mark.parametrize("name", SERVED)
@@ -210,11 +189,6 @@ def _stream_and_kill(url: str, cluster: LocalRayCluster) -> list[dict[str, Any]]
     return events
 
 
-def workers(cluster: LocalRayCluster) -> list[psutil.Process]:
-    """Processes of Ray that hold a part of the model."""
-    return [p for p in cluster.processes() if "RayWorkerProc" in " ".join(p.cmdline())]
-
-
 def test_nodes_that_lack_the_package_or_have_another_version_are_named(
     tiny_model: ModelFactory, tmp_path: Path
 ) -> None:
@@ -231,25 +205,3 @@ def test_nodes_that_lack_the_package_or_have_another_version_are_named(
     assert "node 127.0.0.4 (" in error
     assert ") has swa-backend 0.0.9" in error
     assert f'run "pip install swa-backend=={__version__}"' in error
-
-
-def python_with(version: str | None, directory: Path) -> Path:
-    """A Python environment like this one, but with this ``version`` of the package, or none."""
-    site = directory / "lib" / f"python3.{sys.version_info.minor}" / "site-packages"
-    site.mkdir(parents=True)
-    for path in Path(psutil.__file__).parents[1].iterdir():
-        if "swa_backend" not in path.name:
-            (site / path.name).symlink_to(path)
-    (directory / "pyvenv.cfg").write_text(f"home = {Path(sys.base_prefix) / 'bin'}\n")
-    python = directory / "bin" / "python"
-    python.parent.mkdir()
-    python.symlink_to(Path(sys.executable).resolve())
-    if version is not None:
-        info = site / f"swa_backend-{version}.dist-info"
-        info.mkdir()
-        (info / "METADATA").write_text(
-            f"Metadata-Version: 2.1\nName: swa-backend\nVersion: {version}\n"
-        )
-        points = "[vllm.general_plugins]\nswa = swa_vllm:register\n"
-        (info / "entry_points.txt").write_text(points)
-    return python

@@ -2,6 +2,7 @@
 
 import configparser
 import json
+import os
 import re
 import tempfile
 from pathlib import Path
@@ -103,11 +104,13 @@ def test_workers_start_with_the_variables_that_they_read_first(
     tiny_model: ModelFactory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("SWA_RAY_ON_CPU", "1")
+    monkeypatch.setenv("VLLM_RAY_EXTRA_ENV_VARS_TO_COPY", "MINE")
     config = config_on_ray(tiny_model(**MIXED))
     config.parallel_config.ray_runtime_env = {"env_vars": {"OMP_NUM_THREADS": "7", "A": "b"}}
     RayCpuPlatform.check_and_update_config(config)
     variables = config.parallel_config.ray_runtime_env["env_vars"]
     assert variables == {"SWA_RAY_ON_CPU": "1", "OMP_NUM_THREADS": "7", "A": "b"}
+    assert os.environ["VLLM_RAY_EXTRA_ENV_VARS_TO_COPY"] == "MINE,SWA_RAY_ON_CPU"
 
 
 def test_without_ray_no_environment_is_made(tiny_model: ModelFactory) -> None:

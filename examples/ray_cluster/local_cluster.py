@@ -49,12 +49,8 @@ class LocalRayCluster:
         host = f"127.0.0.{FIRST_HOST}"
         port, client_port = _free_ports(host, 2)
         self.address = f"{host}:{port}"
-        self.environment = {
-            "RAY_ADDRESS": self.address,
-            "RAY_AUTH_MODE": "token",
-            "RAY_AUTH_TOKEN": secrets.token_hex(32),
-            "SWA_RAY_ON_CPU": "1",
-        }
+        self._token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+        self.environment = {"RAY_ADDRESS": self.address, "SWA_RAY_ON_CPU": "1", **self._token}
         head = ("--head", f"--port={port}", f"--ray-client-server-port={client_port}")
         place = ("--include-dashboard=false", f"--temp-dir={self._directory}")
         self._start([*head, *place], python, {})
@@ -104,7 +100,7 @@ class LocalRayCluster:
         with log.open("wb") as output:
             node = psutil.Popen(
                 command,
-                env={**_without_address(self.environment), **environment},
+                env={**os.environ, **self._token, **environment},
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
@@ -135,11 +131,6 @@ def _family(node: psutil.Popen) -> list[psutil.Process]:
     with contextlib.suppress(psutil.NoSuchProcess):
         return [node, *node.children(recursive=True)]
     return [node]
-
-
-def _without_address(variables: Mapping[str, str]) -> dict[str, str]:
-    # "ray start --head" does not want to find one.
-    return {k: v for k, v in {**os.environ, **variables}.items() if k != "RAY_ADDRESS"}
 
 
 def _wait_for_start(node: psutil.Popen, log: Path) -> None:

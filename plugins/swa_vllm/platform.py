@@ -13,6 +13,7 @@ if TYPE_CHECKING:  # vLLM's config looks the platform up when it is imported
 
 # Read by a worker process before vLLM hands it the driver's environment.
 _EARLY_VARIABLES = (RAY_ON_CPU, "OMP_NUM_THREADS")
+_COPIED = "VLLM_RAY_EXTRA_ENV_VARS_TO_COPY"
 _BACKENDS = (AttentionBackendEnum.CPU_ATTN, AttentionBackendEnum.CUSTOM)
 
 
@@ -56,3 +57,6 @@ class RayCpuPlatform(CpuPlatform):
         given = dict(parallel.ray_runtime_env or {})
         variables = {**environment, **given.get("env_vars", {})}
         parallel.ray_runtime_env = RuntimeEnv(**{**given, "env_vars": variables})
+        # Data parallel engines are Ray's too, and get none of that.
+        copied = {*filter(None, os.environ.get(_COPIED, "").split(",")), RAY_ON_CPU}
+        os.environ[_COPIED] = ",".join(sorted(copied))
