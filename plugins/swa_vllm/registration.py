@@ -67,7 +67,7 @@ def register_all() -> None:
             continue  # this vLLM does not have the model
         if owner.startswith(("vllm.", "swa_vllm.")):
             ModelRegistry.register_model(architecture, path)
-            if tested:
+            if tested and architecture not in UNPROVEN:
                 _register_config_hook(architecture)
         elif architecture not in UNPROVEN:
             _guard_foreign_model(architecture, owner)
@@ -146,7 +146,7 @@ def _register_config_hook(architecture: str) -> None:
 
     from swa_vllm.ray_nodes import RayAwareConfig
 
-    # vLLM has hooks of its own for unproven models only.
+    # vLLM has none of its own for these; another plugin's stays.
     MODELS_CONFIG_MAP.setdefault(architecture, RayAwareConfig)
 
 
