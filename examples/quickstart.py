@@ -13,7 +13,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -36,7 +36,14 @@ class QuickstartError(RuntimeError):
 class Server:
     """``vllm serve`` on a free loopback port; its output goes to a log file."""
 
-    def __init__(self, model: Path, log_path: Path, args: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        model: Path,
+        log_path: Path,
+        args: Sequence[str] = (),
+        environment: Mapping[str, str] | None = None,
+    ) -> None:
+        """Start it; ``environment`` is what it needs beside :func:`server_environment`."""
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
@@ -51,7 +58,7 @@ class Server:
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 stdin=subprocess.DEVNULL,
-                env=server_environment(),
+                env={**server_environment(), **(environment or {})},
                 start_new_session=True,
             )
 
@@ -205,7 +212,8 @@ def demonstrate(server: Server, num_layers: int) -> None:
         raise QuickstartError("the window saved no page")
 
 
-def _exit_on_signal(number: int, frame: FrameType | None) -> None:
+def exit_on_signal(number: int, frame: FrameType | None) -> None:
+    """Signal handler: end this process as an exception would."""
     sys.exit(128 + number)  # runs the finally blocks
 
 
@@ -215,7 +223,7 @@ def main() -> None:
     parser.add_argument("--keep", action="store_true", help="leave the server running")
     parser.add_argument("--model", type=Path, help="checkpoint (default: the mixed demo model)")
     args = parser.parse_args()
-    signal.signal(signal.SIGTERM, _exit_on_signal)
+    signal.signal(signal.SIGTERM, exit_on_signal)
 
     print("Making the demo model (real weights; the first time downloads 90 MB)", flush=True)
     model = args.model or ensure_demo_model(Path(".cache/demo"))["mixed"]

@@ -10,7 +10,7 @@ stage() { printf '\n== %s\n' "$*"; "$@"; }
 stage "$bin/ruff" check
 stage "$bin/ruff" format --check
 stage "$bin/mypy"
-for script in examples/*.sh tests/*.sh .ci/run; do
+for script in examples/*.sh examples/*/*.sh tests/*.sh .ci/run; do
     bash -n "$script"
 done
 stage "$bin/pytest" "$@"

@@ -25,6 +25,9 @@ from swa_vllm.models.qwen3 import SWAQwen3ForCausalLM
 from swa_vllm.models.qwen3_moe import SWAQwen3MoeForCausalLM
 from swa_vllm.models.stock import STOCK
 from swa_vllm.models.windowed import WindowedModel
+from swa_vllm.platform import RayCpuPlatform
+from swa_vllm.ray_executor import NodeCheckingRayExecutor
+from swa_vllm.ray_nodes import RayAwareConfig
 from wheel_sources import official_sources
 
 INSTALLED = Path(vllm.__file__).parent
@@ -39,7 +42,10 @@ INTERFACES = "model_executor/models/interfaces.py"
 MANAGER = "v1/core/single_type_kv_cache_manager.py"
 MODEL_REGISTRY = "model_executor/models/registry.py"
 OMNI = "model_executor/models/qwen3_omni_moe_thinker.py"
+MODEL_CONFIG = "model_executor/models/config.py"
+PLATFORM = "platforms/cpu.py"
 POOL = "v1/core/block_pool.py"
+RAY = "v1/executor/ray_executor_v2.py"
 REQUEST = "v1/request.py"
 VLLM_CONFIG = "config/vllm.py"
 CACHE_MANAGER = "v1/core/kv_cache_manager.py"
@@ -100,6 +106,16 @@ OVERRIDES: dict[Callable[..., Any], tuple[str, str]] = {
         "AttentionBackend.supports_compute_capability",
     ),
     WindowedModel.__init__: (QWEN3, "Qwen3ForCausalLM.__init__"),
+    NodeCheckingRayExecutor._build_runtime_env: (RAY, "RayExecutorV2._build_runtime_env"),
+    RayAwareConfig.verify_and_update_config: (
+        MODEL_CONFIG,
+        "VerifyAndUpdateConfig.verify_and_update_config",
+    ),
+    RayCpuPlatform.get_attn_backend_cls.__func__: (PLATFORM, "CpuPlatform.get_attn_backend_cls"),
+    RayCpuPlatform.check_and_update_config.__func__: (
+        PLATFORM,
+        "CpuPlatform.check_and_update_config",
+    ),
 }
 # Functions that we call, with the parameters that we pass by name.
 CALLED = {
@@ -226,6 +242,7 @@ def test_every_override_is_held() -> None:
         *(WindowedAttention, SWASpec, SWAManager),
         *(SWACPUMetadataBuilder, SWACPUImpl, SWACPUBackend),
         *(WindowedModel, SWAQwen3ForCausalLM, SWAQwen3MoeForCausalLM),
+        *(NodeCheckingRayExecutor, RayAwareConfig, RayCpuPlatform),
     )
     dunders = ("init", "eq", "hash", "repr", "replace", "setattr", "delattr")
     generated = {f"__{name}__" for name in dunders}  # by dataclass
@@ -318,6 +335,28 @@ def test_vllm_can_be_told_to_null_no_table_entry(tree: Path) -> None:
         return  # 0.32 has none
     table = (tree / "v1/worker/gpu/block_table.py").read_text()
     assert "0 disables" in table
+
+
+def test_ray_executor_asks_for_the_environment_between_placing_workers_and_starting_them(
+    tree: Path,
+) -> None:
+    source = ast.unparse(_find(tree, RAY, "RayExecutorV2._init_executor"))
+    placed = source.index("placement_group = self.parallel_config.placement_group")
+    assert placed < source.index("self._build_runtime_env()") < source.index("ray.remote(")
+
+
+def test_vllm_consults_its_config_hooks_and_has_none_for_our_models(tree: Path) -> None:
+    source = ast.unparse(_find(tree, VLLM_CONFIG, "VllmConfig.try_verify_and_update_config"))
+    assert "cls = MODELS_CONFIG_MAP.get(architecture, None)" in source
+    assert "cls.verify_and_update_config(self)" in source
+    (hooks,) = (
+        node.value
+        for node in _parsed(tree / MODEL_CONFIG).body
+        if isinstance(node, ast.AnnAssign) and ast.unparse(node.target) == "MODELS_CONFIG_MAP"
+    )
+    assert isinstance(hooks, ast.Dict)
+    theirs = {ast.literal_eval(key) for key in hooks.keys if key is not None}
+    assert not theirs & {*registration.PLAIN, *registration.WINDOWED}
 
 
 def test_cpu_build_is_the_official_release() -> None:

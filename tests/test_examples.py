@@ -44,11 +44,11 @@ def run(command: list[str], **env: str) -> subprocess.CompletedProcess[str]:
 
 
 @contextmanager
-def running(command: list[str], log: Path) -> Iterator[psutil.Popen]:
+def running(command: list[str], log: Path, **env: str) -> Iterator[psutil.Popen]:
     """A process that is killed in the end, with all it started."""
     with log.open("w") as output:
         process = psutil.Popen(
-            command, cwd=ROOT, env=user_environment(), stdout=output, stderr=subprocess.STDOUT
+            command, cwd=ROOT, env=user_environment(**env), stdout=output, stderr=subprocess.STDOUT
         )
     family = [process]
     try:
@@ -205,3 +205,22 @@ def test_serve_script_refuses_another_model() -> None:
     result = run(["bash", "examples/serve_qwen3.sh", "llama"])
     assert result.returncode == 2
     assert "got 'llama'; allowed are qwen3-8b and demo" in result.stderr
+
+
+def test_ray_cluster_answers_over_two_nodes_and_leaves_nothing(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    family: set[psutil.Process] = set()
+    path = os.pathsep.join(filter(None, [str(ROOT / "examples"), os.environ.get("PYTHONPATH")]))
+    command = [sys.executable, "-m", "ray_cluster.run_local"]
+    with running(command, log, PYTHONPATH=path) as process:
+
+        def ended() -> bool:
+            family.update(children(process))
+            return process.poll() is not None
+
+        wait_until(ended, log)
+        assert process.returncode == 0, log.read_text()
+        assert all(map(is_gone, family))
+    text = log.read_text()
+    assert re.search(r"^ +-> .*\bParis\b", text, re.MULTILINE)
+    assert re.search(r"SWA 15-29 +sliding +128 ", text)

@@ -139,6 +139,12 @@ def test_entry_point_is_register() -> None:
     assert all(point.load() is swa_vllm.register for point in points)
 
 
+def test_platform_entry_point_leaves_the_platform_to_vllm() -> None:
+    points = importlib.metadata.entry_points(group="vllm.platform_plugins", name="swa")
+    assert {point.value for point in points} == {"swa_vllm:ray_cpu_platform"}
+    assert all(point.load()() is None for point in points)
+
+
 def test_changelog_opens_with_this_version() -> None:
     heading = re.search(r"^## .*$", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
     assert heading is not None

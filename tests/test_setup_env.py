@@ -13,7 +13,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 INPUTS = ("setup.cfg", "pyproject.toml", "examples/setup_env.sh", "swa_backend/__init__.py")
-SCRIPTS = sorted([*ROOT.glob("examples/*.sh"), *ROOT.glob("tests/*.sh"), ROOT / ".ci" / "run"])
+SCRIPTS = sorted([*ROOT.glob("examples/**/*.sh"), *ROOT.glob("tests/*.sh"), ROOT / ".ci" / "run"])
 
 # Logs its arguments. "-m venv DIR" makes a DIR whose Python is this stub again.
 STUB_PYTHON = """#!/usr/bin/env bash

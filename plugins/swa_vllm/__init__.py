@@ -1,8 +1,13 @@
 """vLLM plugin: an unmodified engine serves Qwen3 with sliding window attention.
 
 vLLM finds :func:`register` through the ``vllm.general_plugins`` entry point and calls it in every
-process it starts. Importing this package does no work.
+process it starts, and :func:`ray_cpu_platform` through ``vllm.platform_plugins``. Importing this
+package does no work.
 """
+
+import os
+
+RAY_ON_CPU = "SWA_RAY_ON_CPU"
 
 
 def register() -> None:
@@ -23,3 +28,17 @@ def register() -> None:
     from swa_vllm.registration import register_all
 
     register_all()
+
+
+def ray_cpu_platform() -> str | None:
+    """Path of the platform that lets a CPU build of vLLM use Ray, where that was asked for.
+
+    Returns:
+        None, which leaves the platform to vLLM, unless the environment has ``SWA_RAY_ON_CPU=1`` and
+        this vLLM is built for CPUs.
+    """
+    if os.environ.get(RAY_ON_CPU) != "1":
+        return None
+    from vllm.platforms import cpu_platform_plugin
+
+    return "swa_vllm.platform.RayCpuPlatform" if cpu_platform_plugin() else None

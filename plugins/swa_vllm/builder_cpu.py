@@ -76,8 +76,9 @@ class SWACPUMetadataBuilder(CPUAttentionMetadataBuilder):
     ) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         windowed = windowed_layers(vllm_config)
-        self._layer = windowed[layer_names[0]]
-        self._sink_tokens = self._layer.sink_tokens
+        # A full layer, where --attention-backend CUSTOM asks for them too.
+        self._layer = get_layers_from_vllm_config(vllm_config, Attention)[layer_names[0]]
+        self._sink_tokens = getattr(self._layer, "sink_tokens", 0)
         # The operators' window is longer by the copies of the sinks.
         self._window = self.window_size - self._sink_tokens
         self._wide_builder = self._make_wide_builder(device)

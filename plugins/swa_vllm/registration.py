@@ -67,6 +67,8 @@ def register_all() -> None:
             continue  # this vLLM does not have the model
         if owner.startswith(("vllm.", "swa_vllm.")):
             ModelRegistry.register_model(architecture, path)
+            if tested and architecture not in UNPROVEN:
+                _register_config_hook(architecture)
         elif architecture not in UNPROVEN:
             _guard_foreign_model(architecture, owner)
 
@@ -137,6 +139,15 @@ def _register_backend() -> None:
     # A slot that is taken stays taken: check_backend_slot() refuses windowed models then.
     if not AttentionBackendEnum.CUSTOM.is_overridden():
         register_backend(AttentionBackendEnum.CUSTOM, BACKEND_PATH)
+
+
+def _register_config_hook(architecture: str) -> None:
+    from vllm.model_executor.models.config import MODELS_CONFIG_MAP
+
+    from swa_vllm.ray_nodes import RayAwareConfig
+
+    # vLLM has none of its own for these; another plugin's stays.
+    MODELS_CONFIG_MAP.setdefault(architecture, RayAwareConfig)
 
 
 def _guard_foreign_model(architecture: str, owner: str) -> None:

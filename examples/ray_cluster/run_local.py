@@ -1,0 +1,98 @@
+"""Serve the demo model on two Ray nodes of this machine, ask it two questions, and end everything.
+
+python -m ray_cluster.run_local, in the directory examples
+"""
+
+import json
+import shutil
+import signal
+import sys
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import httpx
+import torch
+from safetensors.torch import load_file, save_file
+
+from make_demo_model import ensure_demo_model
+from quickstart import SERVE_ARGS, QuickstartError, Server, ask, exit_on_signal
+from ray_cluster.local_cluster import ClusterError, local_ray_cluster
+
+QUESTIONS = ("What is the capital of France?", "Name three animals that live in the sea.")
+NUM_NODES = 2
+NUM_KV_HEADS = 4  # the demo model has 3, which two workers cannot share
+RAY_ARGS = ("--tensor-parallel-size", str(NUM_NODES), "--distributed-executor-backend", "ray")
+
+
+def pad_heads(source: Path, target: Path, num_kv_heads: int) -> None:
+    """Write a checkpoint with more attention heads, all zero, which computes the same.
+
+    Args:
+        source: directory of a dense Qwen3 in one safetensors file.
+        target: an empty directory.
+        num_kv_heads: at least those of ``source``; query heads keep their ratio to them.
+    """
+    config = json.loads((source / "config.json").read_text())
+    group = config["num_attention_heads"] // config["num_key_value_heads"]
+    kv_rows = num_kv_heads * config["head_dim"]
+    rows = {"q_proj": group * kv_rows, "k_proj": kv_rows, "v_proj": kv_rows}
+    state = load_file(source / "model.safetensors")
+    for name, tensor in state.items():
+        projection = name.split(".")[-2]
+        if projection in rows:
+            state[name] = _grow(tensor, 0, rows[projection])
+        elif projection == "o_proj" and name.endswith("weight"):
+            state[name] = _grow(tensor, 1, group * kv_rows)
+    shutil.copytree(
+        source, target, ignore=shutil.ignore_patterns("*.safetensors"), dirs_exist_ok=True
+    )
+    save_file(state, target / "model.safetensors", {"format": "pt"})
+    changed = {"num_attention_heads": group * num_kv_heads, "num_key_value_heads": num_kv_heads}
+    (target / "config.json").write_text(json.dumps({**config, **changed}, indent=2))
+
+
+def _grow(tensor: torch.Tensor, dim: int, size: int) -> torch.Tensor:
+    shape = list(tensor.shape)
+    shape[dim] = size - shape[dim]
+    return torch.cat([tensor, tensor.new_zeros(shape)], dim).contiguous()
+
+
+def demonstrate(model: Path) -> None:
+    """Start the cluster and a server on it, and print its answers.
+
+    Raises:
+        ClusterError, QuickstartError: something did not start.
+    """
+    log_path = Path(".cache/ray_cluster.log")
+    print(f"Starting a Ray cluster of {NUM_NODES} nodes on this machine", flush=True)
+    with local_ray_cluster(NUM_NODES) as cluster:
+        print(f"Starting vllm serve {' '.join(RAY_ARGS)}; its log is {log_path}", flush=True)
+        server = Server(model, log_path, [*SERVE_ARGS, *RAY_ARGS], cluster.environment)
+        try:
+            server.wait(progress=True)
+            for question in QUESTIONS:
+                print(f"\n{question}\n  -> {ask(server.url, question)}")
+            print("\nWindow of every layer:\n  " + "\n  ".join(server.window_table()))
+        finally:
+            server.stop()
+    print("\nThe server and the cluster are gone")
+
+
+def main() -> None:
+    """Command line."""
+    signal.signal(signal.SIGTERM, exit_on_signal)
+    if torch.cuda.is_available():
+        sys.exit("error: this shows Ray on a machine without GPUs, and here is one; see README.md")
+    print("Making the demo model (real weights; the first time downloads 90 MB)", flush=True)
+    demo = ensure_demo_model(Path(".cache/demo"))["mixed"]
+    with TemporaryDirectory(prefix="swa-demo-") as directory:
+        model = Path(directory)
+        pad_heads(demo, model, NUM_KV_HEADS)
+        try:
+            demonstrate(model)
+        except (ClusterError, QuickstartError, httpx.HTTPError) as error:
+            sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()

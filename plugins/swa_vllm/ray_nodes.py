@@ -1,0 +1,129 @@
+"""The nodes of a Ray cluster that serves windows: each needs this package in the driver's version.
+
+A worker without it would load vLLM's own Qwen3, which ignores options and may attend to everything.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from vllm.config import VllmConfig
+from vllm.model_executor.models.config import VerifyAndUpdateConfig
+
+from swa_backend.config import SWAConfigError
+from swa_vllm.options import layer_plan
+
+DISTRIBUTION = "swa-backend"
+
+
+@dataclass(frozen=True)
+class Installation:
+    """What a node's Python environment has of this package.
+
+    Attributes:
+        version: of the distribution; None without it.
+        left_out_by: value of ``VLLM_PLUGINS``, if that keeps vLLM from loading the plugin.
+    """
+
+    version: str | None
+    left_out_by: str | None = None
+
+    def __str__(self) -> str:
+        if self.version is None:
+            return f"has no {DISTRIBUTION}"
+        if self.left_out_by is not None:
+            return f"has it, but VLLM_PLUGINS={self.left_out_by!r} leaves the plugin 'swa' out"
+        return f"has {DISTRIBUTION} {self.version}"
+
+
+class RayAwareConfig(VerifyAndUpdateConfig):
+    """vLLM's hook on the complete config of a Qwen3, in the process that starts the engine."""
+
+    @staticmethod
+    def verify_and_update_config(vllm_config: VllmConfig) -> None:
+        """If a model on Ray slides: refuse here what its workers would, and have nodes checked.
+
+        Raises:
+            SWAConfigError: contradictory options, or something that windows are not served with.
+        """
+        parallel = vllm_config.parallel_config
+        if parallel.distributed_executor_backend != "ray" or not layer_plan(vllm_config).slides:
+            return
+        from vllm.v1.executor import Executor
+
+        from swa_vllm.ray_executor import NodeCheckingRayExecutor
+        from swa_vllm.refusals import check_servable
+
+        check_servable(vllm_config)
+        stock = Executor.get_class(vllm_config)
+        if not issubclass(NodeCheckingRayExecutor, stock):
+            raise SWAConfigError(
+                f"the Ray executor {stock.__name__} was not tested with windows; unset "
+                "VLLM_USE_RAY_V2_EXECUTOR_BACKEND, which selects it"
+            )
+        parallel.distributed_executor_backend = NodeCheckingRayExecutor
+
+
+def check_installations(here: Installation, nodes: Mapping[str, Installation]) -> None:
+    """Compare what the nodes have with what this process runs.
+
+    Args:
+        here: of this process.
+        nodes: by the name of the node.
+
+    Raises:
+        SWAConfigError: a node differs; all that do are named.
+    """
+    differing = [f"node {name} {found}" for name, found in nodes.items() if found != here]
+    if differing:
+        raise SWAConfigError(
+            f"every Ray worker needs {DISTRIBUTION} {here.version}, which runs here, but "
+            f'{" and ".join(differing)}. On each of these nodes run "pip install '
+            f'{DISTRIBUTION}=={here.version}" in the Python environment of "ray start", see that '
+            "VLLM_PLUGINS is unset or names swa, and start Ray there again"
+        )
+
+
+def installation_on_nodes(node_ids: Mapping[str, str]) -> dict[str, Installation]:
+    """What Ray's nodes have, asked by a task on each.
+
+    Args:
+        node_ids: Ray's id of a node, by its name.
+    """
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    probe = ray.remote(num_cpus=0)(_make_probe())
+    pending = {
+        name: probe.options(
+            scheduling_strategy=NodeAffinitySchedulingStrategy(node_id, soft=False)
+        ).remote()
+        for name, node_id in node_ids.items()
+    }
+    return {name: Installation(*ray.get(result)) for name, result in pending.items()}
+
+
+def installation_here() -> Installation:
+    """What this process runs."""
+    return Installation(*_make_probe()())
+
+
+def _make_probe() -> Any:
+    # A function inside a function: Ray sends its code, and not its name in a module which the node
+    # may not have.
+    def probe() -> tuple[str | None, str | None]:
+        import os
+        from importlib.metadata import entry_points
+
+        ours = [
+            point
+            for point in entry_points(group="vllm.general_plugins")
+            if point.value == "swa_vllm:register"
+        ]
+        if not ours or ours[0].dist is None:
+            return None, None
+        allowed = os.environ.get("VLLM_PLUGINS")
+        left_out = allowed is not None and ours[0].name not in allowed.split(",")
+        return ours[0].dist.version, allowed if left_out else None
+
+    return probe

@@ -1,0 +1,69 @@
+"""Engines on a Ray cluster, its workers, and Python environments for its nodes."""
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from ray_cluster.local_cluster import LocalRayCluster
+
+TIMEOUT_S = 300
+
+
+def probe(
+    cluster: LocalRayCluster,
+    cases: dict[str, tuple[Path, dict[str, Any]]],
+    prompt_lengths: Sequence[int] = (),
+) -> dict[str, Any]:
+    """What :mod:`ray_probe` says about engines on the cluster."""
+    arguments = json.dumps(
+        [prompt_lengths, {k: (str(m), kwargs) for k, (m, kwargs) in cases.items()}]
+    )
+    result = subprocess.run(
+        [sys.executable, str(Path(__file__).with_name("ray_probe.py")), arguments],
+        env={**os.environ, **cluster.environment},
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT_S,
+        check=False,
+    )
+    assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-3000:]
+    return dict(json.loads(result.stdout.splitlines()[-1]))
+
+
+def workers(cluster: LocalRayCluster) -> list[psutil.Process]:
+    """Processes of Ray that hold a part of the model."""
+    found = []
+    for process in cluster.processes():
+        with contextlib.suppress(psutil.NoSuchProcess):  # it may have just ended
+            if "RayWorkerProc" in " ".join(process.cmdline()):
+                found.append(process)
+    return found
+
+
+def python_with(version: str | None, directory: Path) -> Path:
+    """A Python environment like this one, but with this ``version`` of the package, or none."""
+    site = directory / "lib" / f"python3.{sys.version_info.minor}" / "site-packages"
+    site.mkdir(parents=True)
+    for path in Path(psutil.__file__).parents[1].iterdir():
+        if "swa_backend" not in path.name:
+            (site / path.name).symlink_to(path)
+    (directory / "pyvenv.cfg").write_text(f"home = {Path(sys.base_prefix) / 'bin'}\n")
+    python = directory / "bin" / "python"
+    python.parent.mkdir()
+    python.symlink_to(Path(sys.executable).resolve())
+    if version is not None:
+        info = site / f"swa_backend-{version}.dist-info"
+        info.mkdir()
+        (info / "METADATA").write_text(
+            f"Metadata-Version: 2.1\nName: swa-backend\nVersion: {version}\n"
+        )
+        points = "[vllm.general_plugins]\nswa = swa_vllm:register\n"
+        (info / "entry_points.txt").write_text(points)
+    return python
