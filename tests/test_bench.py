@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from swa_backend.kernels import timing
+from swa_vllm.kv_manager import SWAManager
 from swa_vllm.tools import kernel_rivals
 from swa_vllm.tools.bench_kernels import report, work_of
 from swa_vllm.tools.cli import main
@@ -125,6 +126,12 @@ def test_an_engine_that_stock_refuses_starts() -> None:
     engine = Engine(1024, 16, 2048, 16384, 40960, num_steps_in_flight=2)
     assert not simulate(Arm.STOCK, engine, []).starts
     assert simulate(Arm.SWA, engine, [(20000, 4)] * 4).num_steps > 0
+
+
+def test_a_run_that_stops_early_is_no_result(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(SWAManager, "_charge", lambda *args: 1000)  # more than there are
+    with pytest.raises(RuntimeError, match="this plugin stopped with requests that it cannot"):
+        simulate(Arm.SWA, Engine(64, 32, 140, 2048, 8192), [(2000, 200)])
 
 
 def test_json_alone_on_stdout() -> None:

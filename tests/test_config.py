@@ -172,6 +172,30 @@ def test_window_that_never_slides_is_warned_of() -> None:
     assert _resolve(SLIDING, max_model_len=W + 1).warnings == ()
     (warning,) = _resolve(SLIDING, max_model_len=W).warnings
     assert "nothing will ever slide" in warning
+    assert _resolve(SLIDING, {"sink_tokens": 4}, max_model_len=W + 5).warnings == ()
+    (warning,) = _resolve(SLIDING, {"sink_tokens": 4}, max_model_len=W + 4).warnings
+    assert f"window {W} with 4 sink tokens is not below max_model_len {W + 4}" in warning
+
+
+def test_sinks_beyond_the_trained_length_are_warned_of() -> None:
+    sinks = {"sink_tokens": 4}
+
+    def warnings(length: int, options: dict[str, Any] = sinks, **keys: Any) -> tuple[str, ...]:
+        overrides = {k: v for k, v in keys.items() if k == "max_position_embeddings"}
+        config = {**SLIDING, "max_position_embeddings": 500, **keys}
+        return _resolve(config, options, hf_overrides=overrides, max_model_len=length).warnings
+
+    assert warnings(500) == ()
+    assert warnings(501, {"sink_tokens": 4, "position_shift": True}) == ()
+    assert warnings(501, {}) == ()
+    (warning,) = warnings(501)
+    assert "goes beyond the trained length of 500" in warning
+    assert "Set swa.position_shift=true, or lower max_model_len" in warning
+    yarn = {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4}
+    rope = {**yarn, "original_max_position_embeddings": 125}
+    assert "trained length of 125" in warnings(126, rope_parameters=rope)[0]
+    # Raised by the user: what it was is not known.
+    assert "the trained length: distances" in warnings(400, max_position_embeddings=1000)[0]
 
 
 class DerivedText:

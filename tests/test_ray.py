@@ -12,20 +12,28 @@ import psutil
 import pytest
 
 from conftest import EngineFactory, ModelFactory
+from dense_qwen3 import DenseQwen3, Sight
 from engine_tools import Answer, generate
 from quickstart import Server
 from ray_cluster.local_cluster import LocalRayCluster, local_ray_cluster
 from ray_tools import TIMEOUT_S, probe, python_with, workers
 from swa_backend import __version__
-from test_exactness import LENGTHS, _check_exact
-from tiny_models import MIXED, NUM_LAYERS, PAGE_SIZE, SLIDING, WINDOW, Oracle, random_prompts
+from test_exactness import LENGTHS, check_exact
+from tiny_models import FULL, MIXED, NUM_LAYERS, PAGE_SIZE, SLIDING, WINDOW, Oracle, random_prompts
 
 TP2 = {"tensor_parallel_size": 2}
+WITH_SINKS = {
+    "window": WINDOW,
+    "full_attention_layers": "0-1",
+    "sink_tokens": 4,
+    "position_shift": True,
+}
 # Models, and arguments of their engines. One key/value head cannot be shared by two workers: each
 # has a copy.
 SERVED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "mixed, sharded heads": (MIXED, {}),
     "sliding, replicated heads": ({**SLIDING, "num_key_value_heads": 1}, {}),
+    "mixed with sinks": (FULL, {"additional_config": {"swa": WITH_SINKS}}),
 }
 CHUNKED: dict[str, Any] = {"max_num_batched_tokens": 48, "enable_prefix_caching": True}
 SERVE_ARGS = [
@@ -62,7 +70,9 @@ class TestTwoWorkersOnTwoNodes:
         alone = generate(engine(model, **CHUNKED, **arguments), prompts)
         answers = [Answer(tokens, logprobs, 0) for tokens, logprobs in _served(on_ray, name)]
         assert [a.tokens for a in answers] == [a.tokens for a in alone]
-        _check_exact(prompts, answers, Oracle(model))
+        sight = Sight((None, None, WINDOW, WINDOW), sinks=4, shift=True)
+        oracle = DenseQwen3(model, sight) if "sinks" in name else Oracle(model)
+        check_exact(prompts, answers, oracle)
 
     def test_workers_are_on_different_nodes_that_were_checked(
         self, name: str, on_ray: dict[str, Any]

@@ -201,6 +201,16 @@ def test_refused_where_vllms_own_backend_serves(
         check_servable(config)
 
 
+def test_shift_is_refused_where_positions_are_of_several_kinds(tiny_model: ModelFactory) -> None:
+    rope = {**ROPE["default"], "mrope_section": [8, 4, 4]}
+    options = {"window": 40, "sink_tokens": 4, "position_shift": True}
+    config = EngineArgs(
+        str(tiny_model(**FULL, rope_parameters=rope)), additional_config={"swa": options}
+    ).create_engine_config()
+    with pytest.raises(SWAConfigError, match="positions in time and space; remove position_shift"):
+        check_servable(config)
+
+
 def test_options_are_part_of_vllms_compile_cache_key(tiny_model: ModelFactory) -> None:
     def key(**options: Any) -> str:
         args = EngineArgs(str(tiny_model(**FULL)), additional_config={"swa": options})
