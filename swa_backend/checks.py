@@ -33,12 +33,19 @@ def check_cache(kv_cache: torch.Tensor, rows: torch.Tensor, name: str) -> None:
             f"{name} has {rows.shape[1]} heads, which is no multiple of the cache's "
             f"{kv_cache.shape[1]}"
         )
+    _, _, stride_slot, stride_dim = kv_cache.stride()
+    _, _, page, size = kv_cache.shape
+    if (page - 1) * stride_slot + (size - 1) * stride_dim >= 2**31:
+        raise ValueError(
+            "kv_cache must have each page in one place, within 2**31 elements; got strides "
+            f"{kv_cache.stride()}"
+        )
 
 
 def check_integers(
     name: str, tensor: torch.Tensor, dtype: torch.dtype, shape: tuple[int | None, ...]
 ) -> None:
-    """Raise unless ``tensor`` has this dtype and shape, where None is any size."""
+    """Raise unless ``tensor`` has this dtype and shape, where None is any size, and dense rows."""
     fits = tensor.dim() == len(shape) and all(
         size in (None, got) for size, got in zip(shape, tensor.shape, strict=True)
     )
@@ -46,6 +53,11 @@ def check_integers(
         wanted = ", ".join("any" if size is None else str(size) for size in shape)
         raise TypeError(
             f"{name} must be {str(dtype).removeprefix('torch.')} [{wanted}]; got {describe(tensor)}"
+        )
+    if tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
+        raise ValueError(
+            f"{name} must be contiguous in its last dimension, got strides {tensor.stride()}; "
+            f"call {name}.contiguous()"
         )
 
 

@@ -192,8 +192,8 @@ def _decode(
     num_tokens, num_heads, head_dim = query.shape
     check_for_kernels(head_dim, query=query, sink_query=sink_query, out=out)
     target = target_of(kv_cache.device)
-    if num_tokens == 0:
-        return out
+    if num_tokens == 0 or seq_lens.shape[0] == 0:
+        return out.zero_()
     # The most keys that a table can name: full attention is a window of so many.
     capacity = block_table.shape[1] * kv_cache.shape[2]
     size = capacity if window is None else min(window, capacity)

@@ -295,7 +295,8 @@ class PageMachine:
             sinks = range(ceil_div(self.setup.sink_tokens, self.setup.page_size))
             assert all(i in sinks or i >= first for i in held)
             assert held[: len(sinks)] == list(sinks)[: len(blocks)]
-            if self.setup.prefill_pages is PrefillPages.SURVIVORS:
+            # Grants may go beyond; they are given back at the next step.
+            if self.setup.prefill_pages is not PrefillPages.AUTO or not self.setup.caching:
                 assert manager.max_admission_blocks_per_request is not None
                 assert len(held) <= manager.max_admission_blocks_per_request
             assert manager._held[request.request_id].live == len(held)

@@ -87,6 +87,22 @@ QUERY = torch.randn(2, 4, 16)
             ValueError,
             "out is on meta, kv_cache on cpu",
         ),
+        (
+            {"block_table": torch.zeros(2, 2).int().T},
+            ValueError,
+            r"block_table must be contiguous in its last dimension, got strides \(1, 2\)",
+        ),
+        ({"seq_lens": torch.ones(2, 2).int()[:, 0]}, ValueError, "seq_lens must be contiguous"),
+        (
+            {"query_start_loc": torch.zeros(3, 2).int()[:, 0]},
+            ValueError,
+            "query_start_loc must be contiguous",
+        ),
+        (
+            {"kv_cache": torch.empty_strided((3, 2, 16, 32), (1, 1, 2**28, 1), device="meta")},
+            ValueError,
+            "kv_cache must have each page in one place, within 2",
+        ),
         ({"impl": "cuda"}, ValueError, "impl must be one of auto, triton, torch; got 'cuda'"),
         (
             {
@@ -115,6 +131,11 @@ def test_decode_refuses(changes: dict[str, Any], error: type[Exception], message
         ({"key": torch.randn(2, 2, 16).half()}, TypeError, "kv_cache must have key's dtype"),
         ({"value": torch.randn(2, 2, 8)}, TypeError, r"value must be as key, float32 \[2, 2, 16\]"),
         ({"slot_mapping": torch.zeros(2).int()}, TypeError, r"slot_mapping must be int64 \[any\]"),
+        (
+            {"slot_mapping": torch.zeros(2, 2).long()[:, 0]},
+            ValueError,
+            "slot_mapping must be contiguous",
+        ),
         ({"slot_mapping": torch.arange(3)}, ValueError, "got 3 slots for 2 tokens of 2 heads"),
         (
             {"key": torch.randn(2, 4, 16), "value": torch.randn(2, 4, 16)},
@@ -175,6 +196,8 @@ def test_nothing_to_do(impl: str) -> None:
         seq_lens=torch.zeros(0).int(),
     )
     assert ops.decode_attention(**empty, impl=impl).shape == (0, 4, 16)
+    padding = {**empty, "query": torch.ones(3, 4, 16), "query_start_loc": torch.zeros(1).int()}
+    assert not ops.decode_attention(**padding, impl=impl).any()
     ops.write_pages(**write_arguments(slot_mapping=torch.zeros(0).long()), impl=impl)
 
 

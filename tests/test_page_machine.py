@@ -276,6 +276,17 @@ def test_grants_leave_half_of_the_pool_free() -> None:
     "setup",
     [
         Setup(num_pages=12, kinds=("sliding",), max_step_tokens=300),
+        Setup(
+            window=17,
+            page_size=2,
+            sink_tokens=1,
+            num_pages=17,
+            kinds=("sliding",),
+            max_step_tokens=8,
+            caching=False,
+            num_lookahead=4,
+            prefill_pages=PrefillPages.ALL,
+        ),
         Setup(num_pages=115, num_steps_in_flight=2, num_drafts=2, max_step_tokens=100),
     ],
 )

@@ -1,7 +1,10 @@
 """The real engine over a real Ray cluster: two nodes at loopback addresses, one device each."""
 
 import json
+import os
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -41,6 +44,7 @@ SERVE_ARGS = [
     *("--skip-tokenizer-init", "--block-size", str(PAGE_SIZE), "--max-model-len", "512"),
 ]
 NUM_TOKENS = 24
+END_TIMEOUT_S = 60  # a second is enough on an idle machine
 
 
 @pytest.fixture(scope="module")
@@ -119,6 +123,24 @@ def test_too_few_devices_is_an_error_that_says_so(on_ray: dict[str, Any]) -> Non
     assert "Tensor parallel size may exceed available GPUs in your cluster" in error
 
 
+def test_a_node_that_does_not_answer_is_named(cluster: LocalRayCluster) -> None:
+    code = """
+import ray
+from swa_vllm.ray_nodes import installation_on_nodes
+ray.init(log_to_driver=False)
+installation_on_nodes({"10.0.0.9 (gone)": "ab" * 28})
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, **cluster.environment},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    message = r"SWAConfigError: node 10.0.0.9 \(gone\) could not be asked for its version"
+    assert re.search(message, done.stderr), done.stderr[-2000:]
+
+
 def post(url: str, prompt: list[int], **request: Any) -> httpx.Response:
     body = {"model": "tiny", "prompt": prompt, "temperature": 0, "ignore_eos": True}
     return httpx.post(
@@ -172,12 +194,12 @@ def test_killed_worker_is_an_error_and_an_end(
         family = psutil.Process(server.process.pid).children(recursive=True)
         events = _stream_and_kill(server.url, cluster)
         assert "EngineCore encountered an issue" in events[-1]["error"]["message"]
-        server.process.wait(TIMEOUT_S)
+        server.process.wait(END_TIMEOUT_S)
         # Whoever notices first: the other worker, whose connection broke, or the engine's monitor.
         causes = r"Worker failed with error|RayWorkerProc rank=\S+ died unexpectedly"
         assert re.search(causes, log.read_text())
-        assert not psutil.wait_procs(family, TIMEOUT_S)[1]
-        assert not psutil.wait_procs(workers(cluster), TIMEOUT_S)[1]
+        assert not psutil.wait_procs(family, END_TIMEOUT_S)[1]
+        assert not psutil.wait_procs(workers(cluster), END_TIMEOUT_S)[1]
     finally:
         server.stop()
 

@@ -152,6 +152,19 @@ def test_old_executor_is_refused(tiny_model: ModelFactory, monkeypatch: pytest.M
         config_on_ray(tiny_model(**MIXED))
 
 
+def test_data_parallel_over_ray_with_other_workers_is_refused(tiny_model: ModelFactory) -> None:
+    message = "over Ray with --distributed-executor-backend mp starts workers on nodes that nobody"
+    with pytest.raises(ValueError, match=message):
+        config_on_ray(
+            tiny_model(**SLIDING),
+            tensor_parallel_size=1,
+            data_parallel_size=2,
+            data_parallel_backend="ray",
+            data_parallel_address="127.0.0.1",
+            distributed_executor_backend="mp",
+        )
+
+
 def test_nodes_with_the_same_version_pass() -> None:
     check_installations(HERE, {"10.0.0.1 (a)": HERE, "10.0.0.2 (b)": HERE})
 

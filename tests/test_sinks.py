@@ -3,19 +3,23 @@
 from collections.abc import Callable
 from itertools import product
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from vllm import LLM, EngineArgs
+from vllm.v1.metrics.reader import Counter
 
 from conftest import EngineFactory, ModelFactory
 from dense_qwen3 import DenseQwen3, Sight
 from engine_tools import generate, managers, num_free_pages
 from pairwise import pairwise
-from swa_backend.config import SWAConfigError
+from swa_backend.config import PrefillPages, SWAConfigError
 from swa_backend.pages import WindowPages
 from swa_vllm import attention, refusals
+from swa_vllm.page_layout import PageLayout
+from swa_vllm.position_shift import PositionShift, ShiftedScratch
 from swa_vllm.refusals import check_servable
 from swa_vllm.sinks import SinkCopies
 from test_exactness import check_exact
@@ -25,8 +29,9 @@ SINKS = (1, 4, PAGE_SIZE, PAGE_SIZE + 1)
 WINDOWS = (5, 40, 96)  # below a page, not a multiple of one, several pages
 LAYERS = {"sliding": "none", "mixed": "every:2"}
 CHUNKS = (16, 512)
-DIMENSIONS = (SINKS, WINDOWS, LAYERS, (True, False), CHUNKS, ROPE)
-Case = tuple[int, int, str, bool, int, str]
+POLICIES = [policy.value for policy in PrefillPages]
+DIMENSIONS = (SINKS, WINDOWS, LAYERS, (True, False), CHUNKS, ROPE, POLICIES)
+Case = tuple[int, int, str, bool, int, str, str]
 
 
 def _windows(window: int, layers: str) -> tuple[int | None, ...]:
@@ -39,9 +44,10 @@ def _engine(engine: EngineFactory, model: Path, window: int, sinks: int, **kwarg
 
 
 def _check(case: Case, tiny_model: ModelFactory, engine: EngineFactory) -> None:
-    sinks, window, layers, shift, chunk, rope = case
+    sinks, window, layers, shift, chunk, rope, policy = case
     model = tiny_model(**FULL, rope_parameters=ROPE[rope])
     options = {"full_attention_layers": LAYERS[layers], "position_shift": shift}
+    options["prefill_pages"] = policy
     llm = _engine(engine, model, window, sinks, options=options, max_num_batched_tokens=chunk)
     num_free = num_free_pages(llm)
     seen = window + sinks
@@ -116,14 +122,25 @@ def test_speculation_is_exact(
     speculation = {
         "method": "ngram",
         "num_speculative_tokens": 3,
-        "prompt_lookup_max": 3,
+        "prompt_lookup_max": 1,
         "prompt_lookup_min": 1,
     }
     options = {"position_shift": True}
-    llm = _engine(engine, model, 40, 4, options=options, speculative_config=speculation)
-    loop = random_prompts([11], seed=4)[0] * 9
-    answers = generate(llm, [loop], num_tokens=60)
-    check_exact([loop], answers, DenseQwen3(model, Sight((40,) * 4, 4, shift=True)))
+    llm = _engine(
+        engine,
+        model,
+        40,
+        4,
+        options=options,
+        speculative_config=speculation,
+        disable_log_stats=False,
+    )
+    prompts = random_prompts([100] * 3, seed=4)  # whose answers repeat themselves now and then
+    answers = generate(llm, prompts, num_tokens=120)
+    check_exact(prompts, answers, DenseQwen3(model, Sight((40,) * 4, 4, shift=True)))
+    counters = {m.name: m.value for m in llm.get_metrics() if isinstance(m, Counter)}
+    drafted = counters["vllm:spec_decode_num_draft_tokens"]
+    assert 0 < counters["vllm:spec_decode_num_accepted_tokens"] < drafted
 
 
 def test_a_request_holds_its_window_and_its_sinks(
@@ -168,9 +185,9 @@ def test_mask_and_pages_have_to_agree(
         ({}, {"disable_hybrid_kv_cache_manager": True}, "--disable-hybrid-kv-cache-manager, which"),
         ({}, {"kv_cache_dtype": "fp8"}, "kv_cache_dtype=fp8: not tested on CPUs"),
         (
-            {"sink_tokens": 481, "position_shift": True},
+            {"sink_tokens": 241, "position_shift": True},
             {},
-            "at most 480 sink_tokens with a head size of 32, got 481",
+            "at most 240 sink_tokens with a head size of 32, got 241",
         ),
         ({"full_attention_layers": "0-3"}, {}, "names all 4 layers"),
         ({"window": None, "sink_tokens": 4}, {}, "sink_tokens would have no effect"),
@@ -224,6 +241,37 @@ def test_options_are_part_of_vllms_compile_cache_key(tiny_model: ModelFactory) -
         key(window=40, full_attention_layers="0"),
     }
     assert len(keys) == 5
+
+
+def test_scores_of_shifted_sinks_are_finer_than_the_dtype() -> None:
+    """In bfloat16 a score of 100 would be off by up to 0.25; with what is left of it, by 0.001."""
+    table = torch.zeros(4, 32)
+    table[:, :16] = 1.0  # turns nothing
+    rotary = SimpleNamespace(cos_sin_cache=table, rotary_dim=32, is_neox_style=True)
+    shift = PositionShift(rotary, 32, 2)
+    pages = PageLayout((1, 4, 64), torch.bfloat16, _write_plainly)
+    cache = torch.randn(1, 1, 4, 64).bfloat16() * 3
+    query = torch.randn(5, 2, 32).bfloat16() * 3
+    slots = torch.tensor([0, 1])
+    sinks = ShiftedScratch(pages, torch.zeros(5).long(), ((slice(0, 5), slots),), slots, slots)
+    wide = shift.widen_query(query, sinks, cache)
+    assert wide.shape[-1] == 64
+    expected = torch.einsum("nhd,sd->nhs", query.float(), cache[0, 0, :2, :32].float())
+    got = wide[..., 32:34].float() + wide[..., 34:36].float()
+    assert (got - expected).abs().max() <= expected.abs().max() * 2**-16
+    assert torch.equal(wide[..., :32], query)
+    assert not wide[..., 36:].any()
+
+
+def _write_plainly(
+    key: torch.Tensor, value: torch.Tensor, pages: torch.Tensor, slots: torch.Tensor
+) -> None:
+    pages[0, :, slots] = torch.cat((key, value), dim=-1).transpose(0, 1)
+
+
+def test_shift_needs_a_table() -> None:
+    with pytest.raises(SWAConfigError, match="cannot rotate by object, which has no table"):
+        PositionShift(object(), 32, 2)
 
 
 @pytest.mark.parametrize("rope", ROPE)

@@ -63,15 +63,22 @@ def _save_eagle3(directory: Path, **overrides: Any) -> Path:
     return _save_draft(directory, "Eagle3Qwen3ForCausalLM", **overrides)
 
 
+@pytest.mark.parametrize("sinks", [{}, {"sink_tokens": 33}], ids=["plain", "sinks"])
 @pytest.mark.parametrize(
     "draft", [FULL, {**SLIDING, "sliding_window": 24}], ids=["full_draft", "sliding_draft"]
 )
 def test_eagle3_draft_changes_no_token(
-    draft: dict[str, Any], engine: EngineFactory, tiny_model: ModelFactory, tmp_path: Path
+    draft: dict[str, Any],
+    sinks: dict[str, Any],
+    engine: EngineFactory,
+    tiny_model: ModelFactory,
+    tmp_path: Path,
 ) -> None:
     prompts = random_prompts(LENGTHS)
-    options = {"swa": {"window": WINDOW, "full_attention_layers": "0-1"}}
-    plain = [a.tokens for a in generate(engine(tiny_model(**MIXED)), prompts)]
+    options = {"swa": {"window": WINDOW, "full_attention_layers": "0-1", **sinks}}
+    alone = engine(tiny_model(**FULL), additional_config=options)
+    plain = [a.tokens for a in generate(alone, prompts)]
+    del alone
     resolve_here("Eagle3Qwen3ForCausalLM")
     llm = engine(
         tiny_model(**FULL),

@@ -4,6 +4,7 @@ import contextlib
 import os
 import secrets
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -28,6 +29,9 @@ class ClusterError(RuntimeError):
 
 class LocalRayCluster:
     """Ray's head and further nodes, at loopback addresses of their own and behind a token.
+
+    Some of Ray's servers listen on all of the machine's addresses all the same; who has no token
+    gets no answer from them.
 
     Attributes:
         address: host and port of the head.
@@ -76,6 +80,8 @@ class LocalRayCluster:
         for process in family:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
+        with contextlib.suppress(ProcessLookupError):  # children of a node that died by itself
+            os.killpg(node.pid, signal.SIGKILL)
         psutil.wait_procs(family, STOP_TIMEOUT_S)
         self._nodes.remove(node)
 

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import torch
 from vllm.config import VllmConfig, get_layers_from_vllm_config
 from vllm.model_executor.layers.attention import Attention
 from vllm.platforms import current_platform
@@ -18,6 +19,7 @@ class WindowedAttention(Attention):
 
     Attributes:
         sink_tokens: leading tokens that every query sees.
+        scratch_pages: by shape and dtype; those of a worker's first windowed layer serve all.
         kv_group_layers: layers in this layer's KV group; None until the group is known.
     """
 
@@ -45,6 +47,7 @@ class WindowedAttention(Attention):
             **kwargs,
         )
         self.sink_tokens = sink_tokens
+        self.scratch_pages: dict[tuple[tuple[int, ...], torch.dtype], torch.Tensor] = {}
 
     @classmethod
     def replacing(

@@ -83,7 +83,8 @@ class SWACPUMetadataBuilder(CPUAttentionMetadataBuilder):
         self._window = self.window_size - self._sink_tokens
         self._wide_builder = self._make_wide_builder(device)
         self.page_layout = self._learn_layout(kv_cache_spec) if self._sink_tokens else None
-        self._scratch: torch.Tensor | None = None
+        # Layers take their turns, so those of all groups share scratch pages.
+        self._scratch = next(iter(windowed.values())).scratch_pages
         self._poison_key = kv_cache_spec.poison_key if isinstance(kv_cache_spec, SWASpec) else None
         self._poisoned: PoisonedPages | None = None
         if self._poison_key is not None and next(iter(windowed)) in layer_names:
@@ -170,17 +171,19 @@ class SWACPUMetadataBuilder(CPUAttentionMetadataBuilder):
         return Part(tokens, super().build(0, layout.batch), layout, sinks)
 
     def _scratch_pages(self, num_pages: int) -> torch.Tensor:
-        """Scratch pages like those of the KV cache; kept, and zero where never written.
+        """Scratch pages like those of the KV cache; kept, and finite.
 
         The operators multiply what they mask by zero, which a NaN would survive.
         """
-        if self._scratch is None or len(self._scratch) < num_pages:
-            like = self._layer.kv_cache
-            token_size = like.shape[-1]
-            if self._wide_builder is not None:
-                token_size = 2 * self._wide_builder.head_dim
-            self._scratch = like.new_zeros((num_pages, *like.shape[1:-1], token_size))
-        return self._scratch
+        like = self._layer.kv_cache
+        token_size = like.shape[-1]
+        if self._wide_builder is not None:
+            token_size = 2 * self._wide_builder.head_dim
+        shape = (*like.shape[1:-1], token_size)
+        pages = self._scratch.get((shape, like.dtype))
+        if pages is None or len(pages) < num_pages:
+            pages = self._scratch[shape, like.dtype] = like.new_zeros((num_pages, *shape))
+        return pages
 
     def _poison(self, batch: CommonAttentionMetadata) -> NaNCheck | None:
         if self._poison_key is None:

@@ -259,6 +259,9 @@ class SWAManager(SlidingWindowManager):
         if request.skip_reading_prefix_cache:
             return
         reachable = self._hashes(request)[: (request.num_tokens - 1) // self.block_size]
+        sinks = reachable[: self._pages.num_sink_pages]
+        if not all(map(self._is_cached, sinks)):
+            return  # no chunk skips a sink page: without one nothing could be hit anyway
         num_lost = self._skipped_pages.num_lost(
             reachable, num_hit_blocks, self._pages.num_hit_pages, self._is_cached
         )

@@ -87,16 +87,12 @@ class SWASpec(SlidingWindowSpec):
         Never more than vLLM's own cap, but for sinks, for the slots behind the newest token, and
         for those that a draft model takes ahead, which vLLM forgets.
         """
-        pages = self.pages
+        pages, num_ahead = self.pages, self.lookahead_tokens + self.spare_tokens
         if self.prefill_pages is PrefillPages.ALL:
             stock = super().max_admission_blocks_per_request(max_in_flight_tokens, max_model_len)
-            held = stock + pages.num_sink_pages + ceil_div(self.spare_tokens, self.block_size)
+            held = stock + pages.num_sink_pages + ceil_div(num_ahead, self.block_size)
         else:
-            held = pages.max_held(
-                self.num_steps_in_flight,
-                max_in_flight_tokens,
-                self.lookahead_tokens + self.spare_tokens,
-            )
+            held = pages.max_held(self.num_steps_in_flight, max_in_flight_tokens, num_ahead)
         return int(min(held, ceil_div(max_model_len + self.spare_tokens, self.block_size)))
 
     def is_uniform_with_collection(self, kv_cache_specs: dict[str, KVCacheSpec]) -> bool:

@@ -5,9 +5,10 @@ positions (StreamingLLM, https://arxiv.org/abs/2309.17453); keys in the KV cache
 
 * Decoding: the ghost tail's copies are rotated onwards by that distance.
 * In scratch pages each query has a distance of its own, and one copy of a sink serves many. Heads
-  are therefore made wider by a number for each sink: copy ``j`` of the sinks has a key of zeros but
-  for a one in place ``j``, and a query has there its score with sink ``j``, rotated back by its
-  distance. All other keys have zeros in these places.
+  are therefore made wider by two numbers for each sink: copy ``j`` of the sinks has a key of zeros
+  but for ones in its two places, and a query has there its score with sink ``j``, rotated back by
+  its distance: the score in the model's dtype and what is left of it. All other keys have zeros in
+  these places.
 """
 
 from dataclasses import dataclass
@@ -26,7 +27,7 @@ from swa_vllm.sinks import SinkCopies
 
 
 def wide_head_size(head_size: int, sink_tokens: int) -> int:
-    """Head size of scratch pages that has a place for each sink.
+    """Head size of scratch pages that has two places for each sink.
 
     Raises:
         SWAConfigError: vLLM's operators have no heads that wide.
@@ -34,11 +35,11 @@ def wide_head_size(head_size: int, sink_tokens: int) -> int:
     # Other sizes may change the layout of pages.
     sizes = [size for size in CPUAttentionBackend.get_supported_head_sizes() if size % 32 == 0]
     for size in sizes:
-        if size >= head_size + sink_tokens:
+        if size >= head_size + 2 * sink_tokens:
             return size
     raise SWAConfigError(
-        f"swa.position_shift on CPUs allows at most {max(sizes) - head_size} sink_tokens with a "
-        f"head size of {head_size}, got {sink_tokens}; give fewer, or remove position_shift"
+        f"swa.position_shift on CPUs allows at most {(max(sizes) - head_size) // 2} sink_tokens "
+        f"with a head size of {head_size}, got {sink_tokens}; give fewer, or remove position_shift"
     )
 
 
@@ -70,8 +71,13 @@ class PositionShift:
         """Take the model's rotary embedding, whose table has cosines and sines of each position.
 
         Raises:
-            SWAConfigError: more sinks than vLLM's operators can be given.
+            SWAConfigError: too many sinks for vLLM's operators, or a RoPE without a table.
         """
+        if not hasattr(rotary, "cos_sin_cache"):
+            raise SWAConfigError(
+                f"swa.position_shift cannot rotate by {type(rotary).__name__}, which has no table "
+                "of cosines and sines; remove position_shift"
+            )
         self._rotary = rotary
         self._head_size = head_size
         self._sink_tokens = sink_tokens
@@ -122,9 +128,10 @@ class PositionShift:
             num_kv_heads = key.shape[1]
             own = turned[tokens].view(len(turned[tokens]), num_kv_heads, -1, self._head_size)
             scores = torch.einsum("nhgd,shd->nhgs", own.float(), key.float()).flatten(1, 2)
-            wide[tokens, :, self._head_size : self._head_size + self._sink_tokens] = scores.to(
-                wide.dtype
-            )
+            rounded = scores.to(wide.dtype)
+            rest = (scores - rounded.float()).to(wide.dtype)
+            places = slice(self._head_size, self._head_size + 2 * self._sink_tokens)
+            wide[tokens, :, places] = torch.cat((rounded, rest), dim=-1)
         return wide
 
     def widen_tokens(
@@ -148,8 +155,9 @@ class PositionShift:
         copied_key[:num_sinks] = 0
         margin = (0, self.wide_head_size - self._head_size)
         wide_key = pad(torch.cat((copied_key, key[layout.tokens])), margin)
-        marks = one_hot(layout.sink_numbers, margin[1]).to(key.dtype)
-        wide_key[:num_sinks, :, self._head_size :] = marks[:, None]
+        marks = one_hot(layout.sink_numbers, self._sink_tokens).to(key.dtype).repeat(1, 2)
+        places = slice(self._head_size, self._head_size + 2 * self._sink_tokens)
+        wide_key[:num_sinks, :, places] = marks[:, None]
         wide_value = pad(torch.cat((copied_value, value[layout.tokens])), margin)
         return wide_key, wide_value, torch.cat((sinks.write_slots, layout.slots))
 

@@ -14,6 +14,8 @@ from swa_backend.config import SWAConfigError
 from swa_vllm.options import layer_plan
 
 DISTRIBUTION = "swa-backend"
+# A node answers once Ray has started a worker on it.
+ANSWER_TIMEOUT_S = 120
 
 
 @dataclass(frozen=True)
@@ -47,8 +49,15 @@ class RayAwareConfig(VerifyAndUpdateConfig):
             SWAConfigError: contradictory options, or something that windows are not served with.
         """
         parallel = vllm_config.parallel_config
-        if parallel.distributed_executor_backend != "ray" or not layer_plan(vllm_config).slides:
+        on_ray = "ray" in (parallel.distributed_executor_backend, parallel.data_parallel_backend)
+        if not on_ray or not layer_plan(vllm_config).slides:
             return
+        if parallel.data_parallel_size > 1 and parallel.distributed_executor_backend != "ray":
+            raise SWAConfigError(
+                "data parallelism over Ray with "
+                f"--distributed-executor-backend {parallel.distributed_executor_backend} starts "
+                "workers on nodes that nobody asked for this package; leave that argument out"
+            )
         from vllm.v1.executor import Executor
 
         from swa_vllm.ray_executor import NodeCheckingRayExecutor
@@ -89,6 +98,9 @@ def installation_on_nodes(node_ids: Mapping[str, str]) -> dict[str, Installation
 
     Args:
         node_ids: Ray's id of a node, by its name.
+
+    Raises:
+        SWAConfigError: a node does not answer.
     """
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -100,7 +112,17 @@ def installation_on_nodes(node_ids: Mapping[str, str]) -> dict[str, Installation
         ).remote()
         for name, node_id in node_ids.items()
     }
-    return {name: Installation(*ray.get(result)) for name, result in pending.items()}
+    found = {}
+    for name, result in pending.items():
+        try:
+            found[name] = Installation(*ray.get(result, timeout=ANSWER_TIMEOUT_S))
+        except ray.exceptions.RayError as error:
+            raise SWAConfigError(
+                f"node {name} could not be asked for its version of {DISTRIBUTION} within "
+                f"{ANSWER_TIMEOUT_S} s ({error}); see that Ray starts workers there, or take the "
+                "node out of the cluster"
+            ) from error
+    return found
 
 
 def installation_here() -> Installation:
