@@ -4,7 +4,7 @@ import math
 
 import torch
 
-from swa_backend import reference
+from swa_backend import reference, xformers_prefill
 from swa_backend.checks import (
     check_cache,
     check_for_kernels,
@@ -58,6 +58,7 @@ def prefill_attention(
         k_scale, v_scale: what the numbers of an fp8 cache are multiplied by; ``key`` and ``value``
             are taken as they are.
         out: where to write, as query.
+        impl: also ``"xformers"``, which waits for the host and has no sinks.
 
     Returns:
         As query; zeros in padded rows and in those behind the last request's.
@@ -92,8 +93,13 @@ def prefill_attention(
         sink_query=sink_query,
         out=out,
     )
-    is_oracle = resolve(impl, kv_cache.device) == "torch"
-    return (reference.prefill_attention if is_oracle else _prefill)(
+    chosen = resolve(impl, kv_cache.device, others=("xformers",))
+    implementations = {
+        "torch": reference.prefill_attention,
+        "triton": _prefill,
+        "xformers": xformers_prefill.prefill_attention,
+    }
+    return implementations[chosen](
         query,
         key,
         value,

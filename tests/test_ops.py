@@ -171,7 +171,7 @@ def test_write_refuses(changes: dict[str, Any], error: type[Exception], message:
         ({"window": 0}, ValueError, "window must be at least 1"),
         ({"v_scale": 0.0}, ValueError, "v_scale must be positive"),
         ({"out": torch.empty(3, 4, 16, device="meta")}, ValueError, "out is on meta"),
-        ({"impl": "cuda"}, ValueError, "impl must be one of auto, triton, torch"),
+        ({"impl": "cuda"}, ValueError, "impl must be one of auto, triton, torch, xformers; got"),
         (
             {"key": torch.randn(3, 2, 32)[..., ::2], "impl": "triton"},
             ValueError,
