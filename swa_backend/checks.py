@@ -93,13 +93,18 @@ def check_same_device(kv_cache: torch.Tensor, **others: torch.Tensor | None) -> 
             )
 
 
-def check_for_kernels(head_dim: int, **rows: torch.Tensor | None) -> None:
-    """Raise for what the oracle takes but a kernel does not."""
+def check_head_dim(head_dim: int, remedy: str) -> None:
+    """Raise for heads that the kernels cannot serve."""
     if head_dim < 16 or head_dim & (head_dim - 1):
         raise ValueError(
             f"the kernels need a head_dim that is a power of two and at least 16, got {head_dim}; "
-            'use impl="torch"'
+            f"{remedy}"
         )
+
+
+def check_for_kernels(head_dim: int, **rows: torch.Tensor | None) -> None:
+    """Raise for what the oracle takes but a kernel does not."""
+    check_head_dim(head_dim, 'use impl="torch"')
     for name, tensor in rows.items():
         if tensor is not None and tensor.stride(-1) != 1:
             raise ValueError(

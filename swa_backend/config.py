@@ -20,13 +20,23 @@ OPTION_KEYS = (
     "impl",
     "debug_poison",
 )
-_NOT_BUILT = frozenset({"impl"})
 USE_OPTIONS = """--additional-config '{"swa": {"window": W}}'"""
 SERVE_FULL = """--additional-config '{"swa": {"enabled": false}}'"""
 
 
 class SWAConfigError(ValueError):
     """A window configuration that cannot be served as asked."""
+
+
+class Impl(StrEnum):
+    """What computes attention in windowed layers.
+
+    ``AUTO``: this project's Triton kernels on GPUs, vLLM's own operators elsewhere. ``TRITON``: the
+    kernels anywhere; on a CPU they run in Triton's interpreter, a debugging aid.
+    """
+
+    AUTO = "auto"
+    TRITON = "triton"
 
 
 class PrefillPages(StrEnum):
@@ -55,6 +65,7 @@ class SWAOptions:
         position_shift: sinks lie just before the window, wherever it is (StreamingLLM's
             cache-relative positions, https://arxiv.org/abs/2309.17453).
         prefill_pages: which pages of a prefill chunk are stored.
+        impl: what computes attention.
         debug_poison: fill free pages with NaN at every step and check what layers return.
     """
 
@@ -64,6 +75,7 @@ class SWAOptions:
     sink_tokens: int = 0
     position_shift: bool = False
     prefill_pages: PrefillPages = PrefillPages.AUTO
+    impl: Impl = Impl.AUTO
     debug_poison: bool = False
 
     @classmethod
@@ -71,7 +83,7 @@ class SWAOptions:
         """Validate the ``swa`` section as parsed from JSON.
 
         Raises:
-            SWAConfigError: unknown or unbuilt key, wrong type, a number out of range, or a
+            SWAConfigError: unknown key, wrong type, a number out of range, or a
                 position shift without sinks.
         """
         if not isinstance(raw, Mapping):
@@ -83,17 +95,14 @@ class SWAOptions:
             raise SWAConfigError(
                 f"swa: unknown key {', '.join(unknown)}; allowed are {', '.join(OPTION_KEYS)}"
             )
-        if unbuilt := sorted(set(raw) & _NOT_BUILT):
-            raise SWAConfigError(
-                f"swa: {', '.join(unbuilt)} is reserved but not built in this version; remove it"
-            )
         checks: dict[str, Callable[[Any], Any]] = {
             "enabled": partial(_checked_bool, "enabled"),
             "window": partial(_checked_tokens, "window", 1, "a query sees, itself included"),
             "sink_tokens": partial(_checked_tokens, "sink_tokens", 0, "that stay visible"),
             "position_shift": partial(_checked_bool, "position_shift"),
             "full_attention_layers": _checked_layers,
-            "prefill_pages": _checked_prefill_pages,
+            "prefill_pages": partial(_checked_choice, "prefill_pages", PrefillPages),
+            "impl": partial(_checked_choice, "impl", Impl),
             "debug_poison": partial(_checked_bool, "debug_poison"),
         }
         options = cls(**{key: checks[key](value) for key, value in raw.items()})
@@ -131,12 +140,12 @@ def _checked_bool(key: str, value: object) -> bool:
     return value
 
 
-def _checked_prefill_pages(value: object) -> PrefillPages:
-    for policy in PrefillPages:
-        if value == policy.value:
-            return policy
-    allowed = ", ".join(f'"{policy.value}"' for policy in PrefillPages)
-    raise SWAConfigError(f"swa.prefill_pages must be one of {allowed}, got {value!r}")
+def _checked_choice(key: str, choices: type[StrEnum], value: object) -> StrEnum:
+    for choice in choices:
+        if value == choice.value:
+            return choice
+    allowed = ", ".join(f'"{choice.value}"' for choice in choices)
+    raise SWAConfigError(f"swa.{key} must be one of {allowed}, got {value!r}")
 
 
 def _checked_tokens(key: str, least: int, meaning: str, value: object) -> int:

@@ -20,20 +20,13 @@ from swa_backend.checks import (
     check_scales,
     check_window,
 )
-from swa_backend.kernels.device import target_of
-from swa_backend.kernels.plans import DecodePlan, NumberFormat, plan_decode
+from swa_backend.dispatch import FORMATS, readable, resolve
+from swa_backend.kernels.plans import DecodePlan, plan_decode
+from swa_backend.prefill import prefill_attention
 
-IMPLEMENTATIONS = ("auto", "triton", "torch")
-_FORMATS = {
-    torch.float32: NumberFormat.FLOAT32,
-    torch.float16: NumberFormat.FLOAT16,
-    torch.bfloat16: NumberFormat.BFLOAT16,
-    torch.float8_e4m3fn: NumberFormat.E4M3,
-    torch.float8_e5m2: NumberFormat.E5M2,
-}
+__all__ = ["decode_attention", "prefill_attention", "write_pages"]
+
 _MANTISSA_BITS = {torch.float8_e4m3fn: 3, torch.float8_e5m2: 2}
-# An e4m3 number whose bits are shifted to fp16 is 1/256 of its value.
-_SHIFTED_E4M3 = 256.0
 
 
 def write_pages(
@@ -68,11 +61,11 @@ def write_pages(
         )
     check_scales(k_scale=k_scale, v_scale=v_scale)
     check_same_device(kv_cache, key=key, value=value, slot_mapping=slot_mapping)
-    if _resolve(impl, kv_cache) == "torch":
+    if resolve(impl, kv_cache.device) == "torch":
         reference.write_pages(key, value, kv_cache, slot_mapping, k_scale=k_scale, v_scale=v_scale)
         return
     check_for_kernels(key.shape[2], key=key, value=value)
-    target = target_of(kv_cache.device)
+    _, _, target = readable(kv_cache)
     if slot_mapping.shape[0] == 0:
         return
     from swa_backend.kernels.cache_write import launch_write
@@ -157,7 +150,7 @@ def decode_attention(
         query_start_loc=query_start_loc,
         out=out,
     )
-    run = reference.decode_attention if _resolve(impl, kv_cache) == "torch" else _decode
+    run = reference.decode_attention if resolve(impl, kv_cache.device) == "torch" else _decode
     return run(
         query,
         kv_cache,
@@ -191,7 +184,7 @@ def _decode(
 ) -> torch.Tensor:
     num_tokens, num_heads, head_dim = query.shape
     check_for_kernels(head_dim, query=query, sink_query=sink_query, out=out)
-    target = target_of(kv_cache.device)
+    pages, factor, target = readable(kv_cache)
     if num_tokens == 0 or seq_lens.shape[0] == 0:
         return out.zero_()
     # The most keys that a table can name: full attention is a window of so many.
@@ -208,12 +201,9 @@ def _decode(
         window=size,
         has_sinks=sink_tokens > 0 and size < capacity,
         is_ragged=query_start_loc is not None,
-        query_format=_FORMATS[query.dtype],
-        kv_format=_FORMATS[kv_cache.dtype],
+        query_format=FORMATS[query.dtype],
+        kv_format=FORMATS[kv_cache.dtype],
     )
-    if kv_cache.dtype == torch.float8_e4m3fn and not target.reads_e4m3:
-        kv_cache = kv_cache.view(torch.uint8)
-        k_scale, v_scale = k_scale * _SHIFTED_E4M3, v_scale * _SHIFTED_E4M3
     from swa_backend.kernels.decode import launch_decode
 
     launch_decode(
@@ -221,14 +211,14 @@ def _decode(
         *_scratch(query, plan),
         query,
         query if sink_query is None else sink_query,
-        kv_cache,
+        pages,
         block_table,
         seq_lens,
         query_start_loc,
         window=size,
         sink_tokens=sink_tokens,
-        score_scale=scale * k_scale * math.log2(math.e),
-        value_scale=v_scale,
+        score_scale=scale * k_scale * factor * math.log2(math.e),
+        value_scale=v_scale * factor,
         plan=plan,
         target=target,
     )
@@ -241,11 +231,3 @@ def _scratch(query: torch.Tensor, plan: DecodePlan) -> tuple[torch.Tensor, torch
     lse_shape = (num_tokens, num_heads, plan.num_parts)
     partial = torch.empty(*lse_shape, head_dim, dtype=torch.float32, device=query.device)
     return partial, torch.empty(lse_shape, dtype=torch.float32, device=query.device)
-
-
-def _resolve(impl: str, kv_cache: torch.Tensor) -> str:
-    if impl not in IMPLEMENTATIONS:
-        raise ValueError(f"impl must be one of {', '.join(IMPLEMENTATIONS)}; got {impl!r}")
-    if impl == "auto":
-        return "triton" if kv_cache.device.type == "cuda" else "torch"
-    return impl

@@ -171,6 +171,53 @@ def decode_attention(
     return out
 
 
+def prefill_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    kv_cache: torch.Tensor,
+    block_table: torch.Tensor,
+    query_start_loc: torch.Tensor,
+    seq_lens: torch.Tensor,
+    *,
+    window: int | None,
+    sink_tokens: int = 0,
+    scale: float | None = None,
+    sink_query: torch.Tensor | None = None,
+    k_scale: float = 1.0,
+    v_scale: float = 1.0,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """What :func:`swa_backend.ops.prefill_attention` computes, query by query, in fp64.
+
+    Also takes fp64 queries, whose output is then not rounded.
+    """
+    starts = query_start_loc.tolist()
+    out = torch.empty_like(query) if out is None else out
+    out.zero_()
+    shifted = query if sink_query is None else sink_query
+    for request, seq_len in enumerate(seq_lens.tolist()):
+        tokens = range(starts[request], starts[request + 1])
+        context = seq_len - len(tokens)
+        for position, token in enumerate(tokens, start=context):
+            everything = torch.arange(max(seq_len, 0))
+            visible = visible_mask(torch.tensor([position]), everything, window, sink_tokens)[0]
+            positions = visible.nonzero().flatten()
+            is_cached = positions < context
+            cached = _gather_rows(kv_cache, block_table[request], positions[is_cached])
+            own = (positions[~is_cached] - context + tokens.start).to(key.device)
+            keys, values = cached.chunk(2, dim=-1)
+            out[token] = _attend(
+                query[token],
+                shifted[token],
+                torch.cat((keys * k_scale, key[own].double().transpose(0, 1)), dim=1),
+                torch.cat((values * v_scale, value[own].double().transpose(0, 1)), dim=1),
+                positions < first_visible(position, window),
+                scale,
+            )
+    return out
+
+
 def _gather_rows(
     kv_cache: torch.Tensor, table: torch.Tensor, positions: torch.Tensor
 ) -> torch.Tensor:

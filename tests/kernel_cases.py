@@ -93,7 +93,7 @@ def make_inputs(case: DecodeCase, directory: Path) -> DecodeInputs:
     visible = [case.visible(r) for r in range(len(case.seq_lens))]
     pages = [sorted({k // case.page for k in keys}) for keys in visible]
     num_used = sum(map(len, pages))
-    kv_cache, first_page = _make_cache(case, kv_dtype, num_used + 3, directory)
+    kv_cache, first_page = make_cache(case, kv_dtype, num_used + 3, directory)
     ids = first_page + torch.randperm(num_used + 3, generator=generator)
     table = torch.full(
         (len(visible), max(1, *(-(-n // case.page) for n in case.seq_lens))), BAD_PAGE
@@ -137,8 +137,8 @@ def _relative_error(dtype: torch.dtype, kv_dtype: torch.dtype) -> float:
     return ROUNDING[dot] + ROUNDING[dtype] + FP32_SLACK
 
 
-def _make_cache(
-    case: "DecodeCase | WriteCase", dtype: torch.dtype, num_pages: int, directory: Path
+def make_cache(
+    case: Any, dtype: torch.dtype, num_pages: int, directory: Path
 ) -> tuple[torch.Tensor, int]:
     """A cache, and the first of ``num_pages`` pages at its end, which alone may be used."""
     heads_and_slots = (case.num_kv_heads, case.page)
@@ -233,7 +233,7 @@ def check_write(
     scales = {"k_scale": 0.75, "v_scale": 1.5} if case.kv_dtype else {}
     kv_dtype = case.kv_dtype or case.dtype
     num_pages = max(case.slots) // case.page + 2
-    cache, first = _make_cache(case, kv_dtype, num_pages, directory)
+    cache, first = make_cache(case, kv_dtype, num_pages, directory)
     live = cache[first:]
     live.view(torch.uint8).fill_(7)
     expected = live.clone()

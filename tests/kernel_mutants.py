@@ -11,7 +11,16 @@ import pytest
 import swa_backend
 
 # In the order of their imports.
-MODULES = ("kernels.plans", "kernels.tiles", "kernels.decode", "kernels.cache_write", "ops")
+MODULES = (
+    "kernels.plans",
+    "kernels.tiles",
+    "kernels.decode",
+    "kernels.prefill",
+    "kernels.cache_write",
+    "dispatch",
+    "prefill",
+    "ops",
+)
 
 
 @dataclass(frozen=True)
@@ -51,6 +60,7 @@ def load_kernels(
 
 
 DECODE, TILES, WRITE, OPS = "kernels.decode", "kernels.tiles", "kernels.cache_write", "ops"
+PREFILL, DISPATCH, PREFILL_OP = "kernels.prefill", "dispatch", "prefill"
 MUTANTS = (
     Mutant(
         "window too wide",
@@ -152,7 +162,7 @@ MUTANTS = (
         "new_top",
     ),
     Mutant("fp8 sign lost", TILES, "((wide & 0x80) << 8) | ", ""),
-    Mutant("fp8 exponent off by one", OPS, "_SHIFTED_E4M3 = 256.0", "_SHIFTED_E4M3 = 128.0"),
+    Mutant("fp8 exponent off by one", DISPATCH, "_SHIFTED_E4M3 = 256.0", "_SHIFTED_E4M3 = 128.0"),
     Mutant("score scale of base e", OPS, "* math.log2(math.e)", "* 1.0"),
     Mutant("key scale forgotten", OPS, "scale * k_scale *", "scale * "),
     Mutant("negative slot stored", WRITE, "slot < 0", "slot < -9"),
@@ -172,5 +182,77 @@ MUTANTS = (
         WRITE,
         "is_head = heads < NUM_HEADS",
         "is_head = heads < HEADS",
+    ),
+)
+PREFILL_MUTANTS = (
+    Mutant(
+        "window too wide",
+        PREFILL,
+        "tl.maximum(position - window + 1",
+        "tl.maximum(position - window",
+    ),
+    Mutant(
+        "first key of a block skipped",
+        PREFILL,
+        "(context + first - window + 1, 0)",
+        "(context + first - window + 2, 0)",
+    ),
+    Mutant(
+        "tiles outside the window read",
+        PREFILL,
+        "(context + first - window + 1, 0)",
+        "(context - window + 1, 0)",
+    ),
+    Mutant("future visible", PREFILL, "row_stop = position + 1", "row_stop = position + 2"),
+    Mutant("own key hidden", PREFILL, "row_stop = position + 1", "row_stop = position"),
+    Mutant("own keys counted with the cached", PREFILL, "is_seen & is_read[None, :]", "is_seen"),
+    Mutant(
+        "own keys read from pages",
+        PREFILL,
+        "cached_stop = tl.minimum(stop, context)",
+        "cached_stop = stop",
+    ),
+    Mutant(
+        "cached keys dropped", PREFILL, "cached_stop = tl.minimum(stop, context)", "cached_stop = 0"
+    ),
+    Mutant(
+        "own tiles begin at the window",
+        PREFILL,
+        "tl.range(tl.maximum(start, context), stop",
+        "tl.range(start, stop",
+    ),
+    Mutant(
+        "own keys of another request", PREFILL, "(token_start + keys - context)", "(keys - context)"
+    ),
+    Mutant("32-bit page arithmetic", PREFILL, "pages.to(tl.int64) *", "pages *"),
+    Mutant("pages not carried on", PREFILL, "pages = next_pages", "pages = pages"),
+    Mutant(
+        "value scale applied to own values", PREFILL, "acc = acc / value_scale", "acc = acc / 1.0"
+    ),
+    Mutant("value scale forgotten", PREFILL, "acc = acc * value_scale", "acc = acc * 1.0"),
+    Mutant("key scale forgotten", PREFILL, "(score_scale * key_scale)", "score_scale"),
+    Mutant(
+        "sinks in the window counted twice",
+        PREFILL,
+        "tl.minimum(row_low, sink_tokens)",
+        "tl.minimum(position + 1, sink_tokens)",
+    ),
+    Mutant("sinks forgotten", PREFILL, "range(1 - HAS_SINKS, 2)", "range(1, 2)"),
+    Mutant("sink query ignored", PREFILL, "q_ptr = sink_query_ptr", "q_ptr = query_ptr"),
+    Mutant("rest behind the last request left", PREFILL, "num_reqs + 1, block", "num_reqs, block"),
+    Mutant(
+        "request without keys divides by zero",
+        PREFILL,
+        "tl.where(total == 0.0, 1.0, total)",
+        "total",
+    ),
+    Mutant(
+        "heads grouped the other way",
+        PREFILL,
+        "kv_head * GROUP + rows % GROUP",
+        "rows % GROUP * tl.num_programs(1) + kv_head",
+    ),
+    Mutant(
+        "sinks taken for absent", PREFILL_OP, "sink_tokens > 0 and size", "sink_tokens > 9 and size"
     ),
 )

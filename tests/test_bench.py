@@ -14,12 +14,14 @@ import pytest
 import torch
 
 from swa_backend.kernels import timing
+from swa_backend.kernels.plans import Target
 from swa_vllm.kv_manager import SWAManager
 from swa_vllm.tools import kernel_rivals
 from swa_vllm.tools.bench_kernels import report, work_of
 from swa_vllm.tools.cli import main
 from swa_vllm.tools.kernel_rivals import OURS, Batch, Call
 from swa_vllm.tools.kernel_times import Case, Result, copy_bandwidth, make_batch, measure, targets
+from swa_vllm.tools.prefill_work import prefill_work
 from swa_vllm.tools.simulate import Arm, Engine, simulate
 
 
@@ -147,9 +149,19 @@ def test_kernels_without_a_gpu_are_compared_by_what_they_do(tmp_path: Path) -> N
     figures = _json(result, path)
     assert figures["device"] is None
     assert "nothing is timed" in result.stdout
+    assert "GB loaded here" in result.stdout
+    assert len(figures["prefill"]) == 2
     assert figures["compiled"]["here"]["kv_buffers"] >= 2
     assert figures["compiled"]["stock"]["kv_buffers"] == 1
     assert figures["compiled"]["stock"]["load_bytes"] == 16
+
+
+@pytest.mark.parametrize("context", [0, 1000, 8192, 131077])
+@pytest.mark.parametrize("window", [512, 1024, 4096])
+def test_prefill_loads_a_key_for_many_rows(window: int, context: int) -> None:
+    work = prefill_work(Target("cuda", 90, 132), window, context, num_queries=8192, group=4)
+    assert work["here"].num_keys * 7 <= work["stock"].num_keys
+    assert work["here"].tile_work <= 1.07
 
 
 def test_a_split_of_the_text_leaves_programs_idle() -> None:

@@ -66,7 +66,7 @@ def test_effective_windows(
         ({"position_shift": 1, "sink_tokens": 4}, "position_shift must be true or false"),
         ({"position_shift": True}, "position_shift moves sink tokens, and there are none"),
         ({"prefill_pages": "most"}, "must be one of .auto., .survivors., .all., got .most."),
-        ({"impl": "triton"}, "impl is reserved but not built"),
+        ({"impl": "cuda"}, 'swa.impl must be one of "auto", "triton", got'),
         ({"debug_poison": 1}, "swa.debug_poison must be true or false, got 1"),
     ],
 )

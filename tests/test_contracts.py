@@ -19,6 +19,8 @@ import vllm
 from swa_vllm import registration
 from swa_vllm.attention import WindowedAttention
 from swa_vllm.backend_cpu import SWACPUBackend, SWACPUImpl, SWACPUMetadataBuilder
+from swa_vllm.backend_triton import SWATritonBackend, SWATritonImpl
+from swa_vllm.builder_triton import SWATritonMetadataBuilder
 from swa_vllm.kv_manager import SWAManager
 from swa_vllm.kv_spec import SWASpec
 from swa_vllm.models.qwen3 import SWAQwen3ForCausalLM
@@ -37,6 +39,7 @@ CPU_BUILD_DIFFERS_IN = {"_version.py", "platforms/__init__.py", "utils/cpu_trito
 ATTENTION = "model_executor/layers/attention/attention.py"
 BACKEND = "v1/attention/backend.py"
 CPU = "v1/attention/backends/cpu_attn.py"
+UTILS = "v1/attention/backends/utils.py"
 ENUM = "v1/attention/backends/registry.py"
 INTERFACES = "model_executor/models/interfaces.py"
 MANAGER = "v1/core/single_type_kv_cache_manager.py"
@@ -105,6 +108,25 @@ OVERRIDES: dict[Callable[..., Any], tuple[str, str]] = {
         BACKEND,
         "AttentionBackend.supports_compute_capability",
     ),
+    SWATritonMetadataBuilder.__init__: (BACKEND, "AttentionMetadataBuilder.__init__"),
+    SWATritonMetadataBuilder.build: (BACKEND, "AttentionMetadataBuilder.build"),
+    SWATritonImpl.__init__: (BACKEND, "AttentionImpl.__init__"),
+    SWATritonImpl.forward: (BACKEND, "AttentionImpl.forward"),
+    SWATritonBackend.get_impl_cls: (BACKEND, "AttentionBackend.get_impl_cls"),
+    SWATritonBackend.get_name: (BACKEND, "AttentionBackend.get_name"),
+    SWATritonBackend.get_builder_cls: (BACKEND, "AttentionBackend.get_builder_cls"),
+    SWATritonBackend.get_supported_kernel_block_sizes: (
+        BACKEND,
+        "AttentionBackend.get_supported_kernel_block_sizes",
+    ),
+    SWATritonBackend.supports_sliding_window.__func__: (
+        BACKEND,
+        "AttentionBackend.supports_sliding_window",
+    ),
+    SWATritonBackend.supports_kv_connector.__func__: (
+        BACKEND,
+        "AttentionBackend.supports_kv_connector",
+    ),
     WindowedModel.__init__: (QWEN3, "Qwen3ForCausalLM.__init__"),
     NodeCheckingRayExecutor._build_runtime_env: (RAY, "RayExecutorV2._build_runtime_env"),
     RayAwareConfig.verify_and_update_config: (
@@ -128,6 +150,10 @@ CALLED = {
     (INTERFACES, "SupportsMultiModal.get_language_model"): {"self"},
     (CPU, "CPUAttentionBackendImpl.do_kv_cache_update"): {
         *("layer", "key", "value", "kv_cache", "slot_mapping"),
+    },
+    (UTILS, "split_decodes_and_prefills"): {"common_attn_metadata", "decode_threshold"},
+    (BACKEND, "AttentionMetadataBuilder._init_reorder_batch_threshold"): {
+        *("reorder_batch_threshold", "supports_spec_as_decode"),
     },
     (MANAGER, "SlidingWindowManager.reachable_block_mask"): {
         *("start_block", "end_block", "alignment_tokens", "kv_cache_spec", "use_eagle"),
@@ -241,6 +267,7 @@ def test_every_override_is_held() -> None:
     classes = (
         *(WindowedAttention, SWASpec, SWAManager),
         *(SWACPUMetadataBuilder, SWACPUImpl, SWACPUBackend),
+        *(SWATritonMetadataBuilder, SWATritonImpl, SWATritonBackend),
         *(WindowedModel, SWAQwen3ForCausalLM, SWAQwen3MoeForCausalLM),
         *(NodeCheckingRayExecutor, RayAwareConfig, RayCpuPlatform),
     )

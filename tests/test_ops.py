@@ -12,7 +12,13 @@ import torch
 
 from swa_backend import ops, reference
 from swa_backend.kernels.device import target_of
-from swa_backend.kernels.plans import NumberFormat, Target, choose_splits, plan_decode
+from swa_backend.kernels.plans import (
+    NumberFormat,
+    Target,
+    choose_splits,
+    plan_decode,
+    plan_prefill,
+)
 
 H100 = Target("cuda", 90, num_processors=132)
 
@@ -36,6 +42,17 @@ def write_arguments(**changes: Any) -> dict[str, Any]:
         "value": torch.randn(2, 2, 16),
         "kv_cache": torch.zeros(3, 2, 16, 32),
         "slot_mapping": torch.tensor([4, 40]),
+    }
+    return arguments | changes
+
+
+def prefill_arguments(**changes: Any) -> dict[str, Any]:
+    """Arguments of a valid ``prefill_attention``: chunks of two tokens and of one."""
+    arguments = {
+        **decode_arguments(query=torch.randn(3, 4, 16)),
+        "key": torch.randn(3, 2, 16),
+        "value": torch.randn(3, 2, 16),
+        "query_start_loc": torch.tensor([0, 2, 3]).int(),
     }
     return arguments | changes
 
@@ -150,7 +167,45 @@ def test_write_refuses(changes: dict[str, Any], error: type[Exception], message:
         ops.write_pages(**write_arguments(**changes))
 
 
-@pytest.mark.parametrize("name", ["decode_attention", "write_pages"])
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        (
+            {"key": torch.randn(2, 2, 16)},
+            TypeError,
+            r"query's dtype and tokens and the cache's hea",
+        ),
+        (
+            {"key": torch.randn(3, 2, 16).half()},
+            TypeError,
+            r"\[3, 2, 16\]; query is float32 \[3, 4",
+        ),
+        (
+            {"value": torch.randn(3, 1, 16)},
+            TypeError,
+            r"value must be as key, float32 \[3, 2, 16\]",
+        ),
+        ({"seq_lens": torch.tensor([20, 7])}, TypeError, r"seq_lens must be int32 \[any\]"),
+        ({"query_start_loc": torch.zeros(2).int()}, TypeError, r"must be int32 \[3\]"),
+        ({"block_table": torch.zeros(3, 2).int()}, TypeError, r"must be int32 \[2, any\]"),
+        ({"sink_query": torch.randn(3, 4, 16)}, ValueError, "sink_query needs sink_tokens"),
+        ({"window": 0}, ValueError, "window must be at least 1"),
+        ({"v_scale": 0.0}, ValueError, "v_scale must be positive"),
+        ({"out": torch.empty(3, 4, 16, device="meta")}, ValueError, "out is on meta"),
+        ({"impl": "cuda"}, ValueError, "impl must be one of auto, triton, torch, xformers; got"),
+        (
+            {"key": torch.randn(3, 2, 32)[..., ::2], "impl": "triton"},
+            ValueError,
+            "key must be contiguous in its last dimension",
+        ),
+    ],
+)
+def test_prefill_refuses(changes: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        ops.prefill_attention(**prefill_arguments(**changes))
+
+
+@pytest.mark.parametrize("name", ["decode_attention", "prefill_attention", "write_pages"])
 def test_oracle_has_the_same_signature(name: str) -> None:
     signature = inspect.signature(getattr(ops, name))
     parameters = [p for p in signature.parameters.values() if p.name != "impl"]
@@ -175,6 +230,9 @@ def test_auto_is_the_oracle_on_the_cpu() -> None:
     expected = reference.decode_attention(**arguments)
     for impl in ("auto", "torch"):
         assert torch.equal(ops.decode_attention(**arguments, impl=impl), expected)
+    arguments = prefill_arguments()
+    expected = reference.prefill_attention(**arguments)
+    assert torch.equal(ops.prefill_attention(**arguments), expected)
     written = write_arguments()
     ops.write_pages(**written)
     assert torch.equal(written["kv_cache"][2, :, 8, :16], written["key"][1])
@@ -199,6 +257,9 @@ def test_nothing_to_do(impl: str) -> None:
     padding = {**empty, "query": torch.ones(3, 4, 16), "query_start_loc": torch.zeros(1).int()}
     assert not ops.decode_attention(**padding, impl=impl).any()
     ops.write_pages(**write_arguments(slot_mapping=torch.zeros(0).long()), impl=impl)
+    none = torch.zeros(0, 2, 16)
+    chunks = empty | {"key": none, "value": none, "query_start_loc": torch.zeros(1).int()}
+    assert ops.prefill_attention(**chunks, impl=impl).shape == (0, 4, 16)
 
 
 def test_triton_on_the_cpu_without_its_interpreter_says_what_to_do() -> None:
@@ -258,3 +319,29 @@ def test_large_groups_get_the_rows_they_need() -> None:
     assert plan(H100, bf16, bf16, group=20).rows == 32
     ragged = plan(H100, bf16, bf16, group=5, is_ragged=True, num_tokens=12)
     assert (ragged.rows, ragged.rows_per_block, ragged.num_blocks(12, 4)) == (16, 3, 8)
+
+
+@pytest.mark.parametrize(
+    ("arch", "has_sinks", "kv_format", "rows", "tile"),
+    [
+        (90, True, NumberFormat.E4M3, 128, 32),
+        (80, False, NumberFormat.BFLOAT16, 128, 32),
+        (80, True, NumberFormat.BFLOAT16, 64, 32),
+        (89, False, NumberFormat.E5M2, 64, 32),
+        (89, True, NumberFormat.E5M2, 64, 16),
+    ],
+)
+def test_prefill_blocks_shrink_where_registers_are_short(
+    arch: int, has_sinks: bool, kv_format: NumberFormat, rows: int, tile: int
+) -> None:
+    got = plan_prefill(
+        Target("cuda", arch, num_processors=100),
+        group=5,
+        head_dim=128,
+        page=16,
+        has_sinks=has_sinks,
+        query_format=NumberFormat.BFLOAT16,
+        kv_format=kv_format,
+    )
+    assert (got.rows, got.rows_per_block, got.tile) == (rows, rows // 5, tile)
+    assert got.num_blocks(100, 3) == 100 // got.rows_per_block + 4

@@ -68,7 +68,7 @@ def test_start_up_logs_one_table(
         ({"swa": {"windows": 4}}, "unknown key windows"),
         ({"swa": {"window": 0}}, "must be an integer >= 1"),
         ({"swa": {"window": 64, "full_attention_layers": "9"}}, "out of range"),
-        ({"swa": {"impl": "triton"}}, "not built in this version"),
+        ({"swa": {"impl": "cuda"}}, "impl must be one of"),
     ],
 )
 def test_bad_options_stop_the_engine_before_weights(

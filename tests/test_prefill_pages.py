@@ -212,7 +212,7 @@ def test_no_gpu_backend_stores_every_page(
         "survivors",
         "all",
     ]
-    monkeypatch.setattr(attention, "windowed_backend", lambda: None)
+    monkeypatch.setattr(attention, "windowed_backend", lambda _: None)
     assert pages("auto") == pages("all") == "all"
     with pytest.raises(SWAConfigError, match="reads a chunk's keys from pages"):
         pages("survivors")

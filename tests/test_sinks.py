@@ -209,8 +209,8 @@ def test_refused_by_name(
 def test_refused_where_vllms_own_backend_serves(
     tiny_model: ModelFactory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(refusals, "windowed_backend", lambda: None)
-    monkeypatch.setattr(attention, "windowed_backend", lambda: None)
+    monkeypatch.setattr(refusals, "windowed_backend", lambda _: None)
+    monkeypatch.setattr(attention, "windowed_backend", lambda _: None)
     config = EngineArgs(
         str(tiny_model(**FULL)), additional_config={"swa": {"window": 40, "sink_tokens": 4}}
     ).create_engine_config()

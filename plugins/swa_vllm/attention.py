@@ -3,13 +3,13 @@
 from typing import Any
 
 import torch
-from vllm.config import VllmConfig, get_layers_from_vllm_config
+from vllm.config import VllmConfig, get_current_vllm_config, get_layers_from_vllm_config
 from vllm.model_executor.layers.attention import Attention
 from vllm.platforms import current_platform
 from vllm.v1.attention.backend import AttentionBackend
 from vllm.v1.kv_cache_interface import KVCacheSpec, SlidingWindowSpec
 
-from swa_backend.config import PrefillPages, SWAConfigError
+from swa_backend.config import Impl, PrefillPages, SWAConfigError
 from swa_vllm.kv_spec import SWASpec
 from swa_vllm.options import swa_options
 
@@ -43,7 +43,7 @@ class WindowedAttention(Attention):
         super().__init__(
             *args,
             per_layer_sliding_window=per_layer_sliding_window,
-            attn_backend=windowed_backend(),
+            attn_backend=windowed_backend(get_current_vllm_config()),
             **kwargs,
         )
         self.sink_tokens = sink_tokens
@@ -90,7 +90,7 @@ class WindowedAttention(Attention):
             prefill_pages(vllm_config),
             sink_tokens=self.sink_tokens,
             # The CPU backend writes copies of the sinks behind the newest token.
-            spare_tokens=self.sink_tokens if current_platform.is_cpu() else 0,
+            spare_tokens=0 if uses_kernels(vllm_config) else self.sink_tokens,
             debug_poison=options.debug_poison,
         )
 
@@ -109,7 +109,7 @@ def prefill_pages(vllm_config: VllmConfig) -> PrefillPages:
     """
     wanted = swa_options(vllm_config).prefill_pages
     obstacle = None
-    if windowed_backend() is None:
+    if windowed_backend(vllm_config) is None:
         obstacle = "this platform's attention backend reads a chunk's keys from pages"
     elif vllm_config.scheduler_config.disable_hybrid_kv_cache_manager:
         obstacle = "--disable-hybrid-kv-cache-manager leaves pages to vLLM"
@@ -123,8 +123,17 @@ def prefill_pages(vllm_config: VllmConfig) -> PrefillPages:
     return PrefillPages.ALL
 
 
-def windowed_backend() -> type[AttentionBackend] | None:
+def uses_kernels(vllm_config: VllmConfig) -> bool:
+    """Whether windowed layers run on this project's kernels."""
+    return current_platform.is_cuda_alike() or swa_options(vllm_config).impl is Impl.TRITON
+
+
+def windowed_backend(vllm_config: VllmConfig) -> type[AttentionBackend] | None:
     """Backend of windowed layers on this platform; None leaves the choice to vLLM."""
+    if uses_kernels(vllm_config):
+        from swa_vllm.backend_triton import SWATritonBackend
+
+        return SWATritonBackend
     if current_platform.is_cpu():
         from swa_vllm.backend_cpu import SWACPUBackend
 

@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING
 from weakref import WeakValueDictionary
 
 import torch
-from vllm.config import VllmConfig
+from vllm.config import VllmConfig, get_layers_from_vllm_config
+from vllm.model_executor.layers.attention import Attention
 from vllm.v1.attention.backend import CommonAttentionMetadata
+from vllm.v1.kv_cache_interface import AttentionSpec
 
 from swa_backend.config import SWAConfigError
 
@@ -118,3 +120,28 @@ class NaNCheck:
             if len(blocks) > last_page and blocks[last_page].block_id == page:
                 return str(request_id)
         return "unknown"
+
+
+class PoisonWatch:
+    """What a metadata builder does about poison in each step."""
+
+    def __init__(
+        self, spec: AttentionSpec, layer_names: list[str], vllm_config: VllmConfig
+    ) -> None:
+        from swa_vllm.attention import windowed_layers
+
+        self._key: str | None = getattr(spec, "poison_key", None)
+        self._block_size = spec.block_size
+        self._vllm_config = vllm_config
+        self._pages: PoisonedPages | None = None
+        if self._key is not None and next(iter(windowed_layers(vllm_config))) in layer_names:
+            self._pages = PoisonedPages(self._key)  # one builder does it for all
+
+    def step(self, batch: CommonAttentionMetadata) -> NaNCheck | None:
+        """Poison free pages; returns the check of the step's outputs, or None without poison."""
+        if self._key is None:
+            return None
+        if self._pages is not None:
+            layers = get_layers_from_vllm_config(self._vllm_config, Attention)
+            self._pages.update([layer.kv_cache for layer in layers.values()])
+        return NaNCheck(self._key, batch, self._block_size)

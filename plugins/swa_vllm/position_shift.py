@@ -16,12 +16,12 @@ from typing import Any
 
 import torch
 from torch.nn.functional import one_hot, pad
-from vllm.model_executor.layers.rotary_embedding.common import ApplyRotaryEmb
 from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
 
 from swa_backend.config import SWAConfigError
 from swa_vllm.page_layout import PageLayout
+from swa_vllm.rotation import Rotation
 from swa_vllm.scratch import ScratchLayout
 from swa_vllm.sinks import SinkCopies
 
@@ -73,32 +73,10 @@ class PositionShift:
         Raises:
             SWAConfigError: too many sinks for vLLM's operators, or a RoPE without a table.
         """
-        if not hasattr(rotary, "cos_sin_cache"):
-            raise SWAConfigError(
-                f"swa.position_shift cannot rotate by {type(rotary).__name__}, which has no table "
-                "of cosines and sines; remove position_shift"
-            )
-        self._rotary = rotary
+        self.rotate = Rotation(rotary)
         self._head_size = head_size
         self._sink_tokens = sink_tokens
         self.wide_head_size = wide_head_size(head_size, sink_tokens)
-
-    def rotate(self, states: torch.Tensor, distances: torch.Tensor) -> torch.Tensor:
-        """Queries or keys as if each stood ``distances`` positions further on.
-
-        Args:
-            states: ``[n, num_heads, head_size]``, rotated at their positions.
-            distances: int64 ``[n]``, of either sign.
-        """
-        table = self._rotary.cos_sin_cache
-        # YaRN's attention factor is in the table, and in the states already.
-        cos, sin = (table[distances.abs()].float() / table[0, 0].float()).chunk(2, dim=-1)
-        sin = sin * distances.sign()[:, None]
-        size = self._rotary.rotary_dim
-        turned = ApplyRotaryEmb.forward_static(
-            states[..., :size], cos, sin, self._rotary.is_neox_style, enable_fp32_compute=True
-        )
-        return torch.cat((turned, states[..., size:]), dim=-1)
 
     def copy_ghosts(
         self, kv_cache: torch.Tensor, ghosts: SinkCopies, distances: torch.Tensor

@@ -1,10 +1,15 @@
 """What windowed layers refuse, by name and before weights are loaded."""
 
+import torch
 from vllm.config import VllmConfig
+from vllm.platforms import current_platform
 from vllm.utils.torch_utils import is_quantized_kv_cache
 
 from swa_backend.config import SWAConfigError
-from swa_vllm.attention import prefill_pages, windowed_backend
+from swa_backend.kernels.device import target_of
+from swa_backend.kernels.plans import Target
+from swa_vllm.attention import prefill_pages, uses_kernels, windowed_backend
+from swa_vllm.backend_triton import FP8_DTYPES
 from swa_vllm.options import swa_options, text_config, wants_windows_decided
 from swa_vllm.poison import check_poison_possible
 from swa_vllm.registration import check_backend_slot
@@ -21,10 +26,11 @@ def check_servable(vllm_config: VllmConfig) -> None:
     check_backend_slot()
     _check_model(vllm_config)
     _check_engine(vllm_config)
+    _check_kernels(vllm_config)
     prefill_pages(vllm_config)
     _check_sinks(vllm_config)
     if swa_options(vllm_config).debug_poison:
-        if windowed_backend() is None:
+        if windowed_backend(vllm_config) is None:
             raise SWAConfigError(
                 "swa.debug_poison needs this plugin's attention backend, which this platform does "
                 "not use; remove debug_poison"
@@ -60,18 +66,53 @@ def _check_sinks(vllm_config: VllmConfig) -> None:
         return
     remedy = "remove either"
     obstacle = None
-    if windowed_backend() is None:
+    if windowed_backend(vllm_config) is None:
         obstacle = "this platform, where windowed layers use vLLM's own attention backend"
         remedy = "remove sink_tokens"
     elif vllm_config.scheduler_config.disable_hybrid_kv_cache_manager:
         obstacle = "--disable-hybrid-kv-cache-manager, which leaves pages to vLLM"
-    elif is_quantized_kv_cache(vllm_config.cache_config.cache_dtype):
+    elif not uses_kernels(vllm_config) and is_quantized_kv_cache(
+        vllm_config.cache_config.cache_dtype
+    ):
         obstacle = f"kv_cache_dtype={vllm_config.cache_config.cache_dtype}: not tested on CPUs"
     elif options.position_shift and _has_positions_of_several_kinds(text_config(vllm_config)):
         obstacle = "position_shift in a model whose RoPE has positions in time and space"
         remedy = "remove position_shift"
     if obstacle is not None:
         raise SWAConfigError(f"swa.sink_tokens cannot be had with {obstacle}; {remedy}")
+
+
+def _check_kernels(vllm_config: VllmConfig) -> None:
+    if not uses_kernels(vllm_config):
+        return
+    remedy = "remove the window"
+    kv_dtype = vllm_config.cache_config.cache_dtype
+    if is_quantized_kv_cache(kv_dtype) and kv_dtype not in FP8_DTYPES:
+        raise SWAConfigError(
+            f"kv_cache_dtype={kv_dtype} is unknown to the kernels of windowed layers; use one of "
+            f"auto, {', '.join(FP8_DTYPES)}, or {remedy}"
+        )
+    if is_quantized_kv_cache(kv_dtype) and current_platform.is_fp8_fnuz():
+        raise SWAConfigError(
+            f"kv_cache_dtype={kv_dtype}: this device's fp8 (fnuz) is unknown to the kernels of "
+            f"windowed layers; use auto, or {remedy}"
+        )
+    try:
+        _check_device()
+    except ValueError as error:
+        raise SWAConfigError(
+            f"the Triton kernels of windowed layers do not run here ({error}). On a CPU set "
+            'TRITON_INTERPRET=1 before the engine starts (slow, for debugging) or swa.impl="auto"; '
+            f"on a GPU that is too old {remedy}"
+        ) from error
+
+
+def _check_device() -> None:
+    capability = current_platform.get_device_capability() if current_platform.is_cuda() else None
+    if capability is not None:
+        Target("cuda", capability.to_int(), num_processors=1)
+    elif not current_platform.is_cuda_alike():
+        target_of(torch.device(current_platform.device_type))
 
 
 def _has_positions_of_several_kinds(config: object) -> bool:

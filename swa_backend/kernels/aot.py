@@ -46,6 +46,7 @@ class Facts:
         load_bytes: narrowest asynchronous copy of keys and values; where there is none, narrowest
             vector load. None if every load is of 4 bytes.
         programs_per_processor: programs that fit on a multiprocessor; None on AMD.
+        product: the tensor cores' instruction; None where there is no matrix product.
     """
 
     registers: int
@@ -55,6 +56,7 @@ class Facts:
     kv_buffers: int
     load_bytes: int | None
     programs_per_processor: int | None
+    product: str | None
 
 
 def triton_modules() -> dict[str, Any]:
@@ -138,6 +140,7 @@ def _nvidia_facts(kernel: Any, target: Target) -> Facts:
             _REGISTERS // registers,
             _THREADS[arch] // num_threads,
         ),
+        product=_product(kernel.asm["ptx"]),
     )
 
 
@@ -155,7 +158,15 @@ def _amd_facts(kernel: Any) -> Facts:
         kv_buffers=_kv_buffers(kernel),
         load_bytes=min(widths, default=None),
         programs_per_processor=None,
+        product=_product(assembly),
     )
+
+
+def _product(assembly: str) -> str | None:
+    names = ("wgmma", "tcgen05", "mma", "mfma")
+    starts = (r"wgmma\.mma_async", r"tcgen05\.mma", r"mma\.sync", "v_mfma")
+    found = (n for n, start in zip(names, starts, strict=True) if re.search(start, assembly))
+    return next(found, None)
 
 
 def _kv_buffers(kernel: Any) -> int:

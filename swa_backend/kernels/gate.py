@@ -27,6 +27,8 @@ TARGETS = (
 # Query heads to a KV head; all have 8 KV heads of 128 numbers.
 GROUPS = {"Qwen3-8B": 4, "Qwen3-0.6B": 2}
 _NAMES = {torch.bfloat16: "bf16", torch.float8_e4m3fn: "e4m3", torch.float8_e5m2: "e5m2"}
+# The instructions that reach the tensor cores' full rate (in machine code HGMMA and UTCHMMA).
+_PREFILL_PRODUCTS: dict[int | str, str] = {90: "wgmma", 100: "tcgen05"}
 _HEAD_DIM, _NUM_KV_HEADS, _PAGE, _WINDOW = 128, 8, 16, 1024
 
 
@@ -49,10 +51,12 @@ class Case:
         """Facts of what a launch on the device compiles to."""
         with (
             compiling(self.target) as kernels,
-            patch("swa_backend.ops.target_of", lambda _: self.target),
+            patch("swa_backend.dispatch.target_of", lambda _: self.target),
         ):
             if self.kernel == "write":
                 _launch_write(self.kv_dtype)
+            elif self.kernel.startswith("prefill"):
+                _launch_prefill(self)
             else:
                 _launch_decode(self)
         name = self.kernel.split()[0]
@@ -81,6 +85,26 @@ def _launch_decode(case: Case) -> None:
     )
 
 
+def _launch_prefill(case: Case) -> None:
+    """Two chunks of four tokens."""
+    query, own = (
+        torch.zeros(8, heads, _HEAD_DIM, dtype=torch.bfloat16)
+        for heads in (_NUM_KV_HEADS * GROUPS[case.shape], _NUM_KV_HEADS)
+    )
+    ops.prefill_attention(
+        query,
+        own,
+        own,
+        _cache(case.kv_dtype),
+        torch.zeros(2, 2 * _WINDOW // _PAGE).int(),
+        torch.tensor([0, 4, 8]).int(),
+        torch.zeros(2).int(),
+        window=_WINDOW,
+        sink_tokens=4 if case.kernel == "prefill sinks" else 0,
+        impl="triton",
+    )
+
+
 def _cache(dtype: torch.dtype) -> torch.Tensor:
     """More than 2 GB, as on a GPU: on AMD smaller ones compile to other loads. Never touched."""
     return torch.empty(2**16 + 1, _NUM_KV_HEADS, _PAGE, 2 * _HEAD_DIM, dtype=dtype)
@@ -96,6 +120,10 @@ def cases() -> Iterator[Case]:
         yield Case("decode sinks", "Qwen3-8B", wide, target)
         yield Case("decode ragged", "Qwen3-8B", wide, target)
         yield Case("merge", "Qwen3-8B", wide, target)
+        for kv_dtype in (wide, e4m3):
+            yield Case("prefill", "Qwen3-8B", kv_dtype, target)
+            yield Case("prefill sinks", "Qwen3-8B", kv_dtype, target)
+        yield Case("prefill", "Qwen3-0.6B", wide, target)
         yield Case("write", "Qwen3-8B", wide, target)
         yield Case("write", "Qwen3-8B", e4m3, target)
 
@@ -108,7 +136,8 @@ def compile_all() -> Iterator[tuple[Case, Facts]]:
 
 def violations(case: Case, facts: Facts) -> list[str]:
     """Limits that the case does not keep."""
-    reads_keys = case.kernel.startswith("decode")
+    decodes = case.kernel.startswith("decode")
+    reads_keys = decodes or case.kernel.startswith("prefill")
     width = 16 if case.kv_dtype.itemsize == 2 else 8
     limits = {
         f"spills {facts.spilled_bytes} bytes": facts.spilled_bytes > 0,
@@ -119,7 +148,10 @@ def violations(case: Case, facts: Facts) -> list[str]:
             reads_keys and (facts.load_bytes or 0) < width
         ),
     }
-    if reads_keys and case.target.arch in (90, 100):
+    if reads_keys and not decodes:
+        wanted = _PREFILL_PRODUCTS.get(case.target.arch, facts.product)
+        limits[f"multiplies by {facts.product}, not {wanted}"] = facts.product != wanted
+    if decodes and case.target.arch in (90, 100):
         limits |= {
             f"takes {facts.registers} registers, more than 128": facts.registers > 128,
             "keeps a single buffer of keys": facts.kv_buffers < 2,
@@ -139,8 +171,9 @@ def format_row(name: str, facts: Facts) -> str:
         facts.kv_buffers,
         facts.load_bytes,
         facts.programs_per_processor,
+        facts.product,
     )
-    widths = (9, 7, 7, 8, 6, 9)
+    widths = (9, 7, 7, 8, 6, 9, 9)
     return name + "".join(
         ("-" if cell is None else str(cell)).rjust(width)
         for cell, width in zip(cells, widths, strict=True)
@@ -153,7 +186,7 @@ def main() -> None:
     print(
         f"{'kernel':14}{'shape':12}{'cache':9}{'device':8}registers spilled shared buffers", end=""
     )
-    print("  loads  programs")
+    print("  loads  programs  product")
     for case, facts in compile_all():
         print(format_row(case.name, facts), flush=True)
 

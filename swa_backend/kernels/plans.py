@@ -16,6 +16,12 @@ _PROGRAMS_PER_PROCESSOR = 4
 _MAX_SPLITS = 32
 # Rows of the smallest matrix product of the tensor cores.
 _MIN_ROWS = 16
+# Rows of a prefill block, each of which uses every key that is loaded; and where registers would be
+# spilled, because products take their operands from registers and something else needs some too.
+_PREFILL_ROWS = 128
+_FEWER_PREFILL_ROWS = 64
+# Compute capabilities whose products read operands from shared memory (wgmma, tcgen05).
+_PRODUCTS_FROM_SHARED = (90, 100, 103)
 # Compute capabilities with about 100 KB of shared memory, where deeper pipelines do not fit twice.
 _SMALL_SHARED_MEMORY = (86, 89, 120)
 # Registers a thread, so that four programs of four warps fit on a multiprocessor.
@@ -78,6 +84,16 @@ class Target:
         # Only where it is needed: a cap makes ptxas use what it allows.
         cap = {"maxnreg": _MAX_REGISTERS} if num_kv_bytes == 1 else {}
         return {**self.options(), "num_stages": num_stages, **cap}
+
+    @property
+    def has_registers_to_spare(self) -> bool:
+        """Whether operands of products need no registers, or there are twice as many (AMD)."""
+        return self.backend != "cuda" or self.arch in _PRODUCTS_FROM_SHARED
+
+    def prefill_options(self) -> dict[str, Any]:
+        """Compiler options of the prefill kernel."""
+        num_stages = 2 if self.backend == "hip" else 3
+        return {**self.options(), "num_warps": 8, "num_stages": num_stages}
 
 
 @dataclass(frozen=True)
@@ -142,6 +158,55 @@ def plan_decode(
         has_sinks=has_sinks,
         is_ragged=is_ragged,
         dot=_dot_format(target, query_format, kv_format).value,
+    )
+
+
+@dataclass(frozen=True)
+class PrefillPlan:
+    """Compile-time constants of the prefill kernel; the names are its parameters' in lower case."""
+
+    head_dim: int
+    group: int
+    page: int
+    tile: int
+    rows: int
+    rows_per_block: int
+    has_sinks: bool
+    dot: str
+
+    def num_blocks(self, num_tokens: int, num_reqs: int) -> int:
+        """Query blocks: enough for any division of the tokens, and what lies behind the last."""
+        return num_tokens // self.rows_per_block + num_reqs + 1
+
+    def constants(self) -> dict[str, Any]:
+        return {name.upper(): value for name, value in asdict(self).items()}
+
+
+def plan_prefill(
+    target: Target,
+    *,
+    group: int,
+    head_dim: int,
+    page: int,
+    has_sinks: bool,
+    query_format: NumberFormat,
+    kv_format: NumberFormat,
+) -> PrefillPlan:
+    """The plan of one call. Products are in the query's format, which holds every fp8 number."""
+    is_fp8 = kv_format is not query_format
+    is_tight = not target.has_registers_to_spare
+    rows = _FEWER_PREFILL_ROWS if is_tight and (has_sinks or is_fp8) else _PREFILL_ROWS
+    is_small = query_format is NumberFormat.FLOAT32 or (is_tight and has_sinks and is_fp8)
+    rows = max(rows, 1 << (group - 1).bit_length())
+    return PrefillPlan(
+        head_dim=head_dim,
+        group=group,
+        page=page,
+        tile=16 if is_small else 32,
+        rows=rows,
+        rows_per_block=rows // group,
+        has_sinks=has_sinks,
+        dot=_dot_format(target, query_format, query_format).value,
     )
 
 

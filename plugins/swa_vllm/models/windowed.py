@@ -48,7 +48,7 @@ def _set_windows(layers: object, windows: tuple[int | None, ...], config: VllmCo
             attention.attn = WindowedAttention.replacing(
                 attention.attn, window, attention.rotary_emb, config
             )
-    if windowed_backend() is None:
+    if windowed_backend(config) is None:
         log_layers(config)  # no builder of ours will, once the KV groups are known
 
 

@@ -25,6 +25,7 @@ from swa_vllm.tools.kernel_times import (
     measure,
     targets,
 )
+from swa_vllm.tools.prefill_work import prefill_work
 from swa_vllm.tools.stock_kernel import compile_stock, stock_work
 from swa_vllm.tools.table import format_table
 
@@ -67,6 +68,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         "device": None,
         "shape": args.shape,
         "work": _print_work(cases),
+        "prefill": _print_prefill(sorted({case.window for case in cases}), num_kv_heads, group),
         "compiled": _print_compiled(args.shape, cases[0]),
     }
 
@@ -88,6 +90,30 @@ def _print_work(cases: list[Case]) -> list[dict[str, Any]]:
         )
     print("\n" + format_table(_WORK_HEADER, rows))
     print("read: keys read, as a multiple of those seen, at the worst of 32 lengths")
+    return figures
+
+
+def _print_prefill(windows: list[int], num_kv_heads: int, group: int) -> list[dict[str, Any]]:
+    figures, rows = [], []
+    for window, context in product(windows, (0, 8192)):
+        work = prefill_work(_H100, window, context, num_queries=8192, group=group)
+        figures.append(
+            {"window": window, "context": context}
+            | {f"{name}_{key}": x for name, w in work.items() for key, x in vars(w).items()}
+        )
+        per_key = num_kv_heads * 2 * HEAD_DIM * torch.bfloat16.itemsize
+        here, stock = work["here"], work["stock"]
+        rows.append(
+            (
+                f"{window}, {context}",
+                *(f"{w.num_keys * per_key / 1e9:.2f}" for w in (here, stock)),
+                f"1/{stock.num_keys / here.num_keys:.1f}",
+                *(f"{w.tile_work:.3f}" for w in (here, stock)),
+            )
+        )
+    header = ("W, tokens before a chunk of 8192", "GB loaded here", "stock", "", "work", "stock")
+    print("\n" + format_table(header, rows))
+    print("work: products in tiles, as a multiple of those that a query sees")
     return figures
 
 

@@ -1,0 +1,206 @@
+"""Prefill attention of ragged chunks: their own keys from activations, those before from pages.
+
+Query blocks of all requests lie one behind the other; each reads the tiles between the first key
+that its first query sees and its last query, and none outside. The running softmax is that of Dao
+et al., https://arxiv.org/abs/2307.08691.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from swa_backend.kernels.plans import PrefillPlan, Target
+from swa_backend.kernels.tiles import as_operand, load_pages, load_rows, request_of, softmax_step
+
+
+@triton.jit(do_not_specialize=["num_tokens", "num_reqs", "window", "sink_tokens"])
+def prefill_kernel(
+    out_ptr,
+    query_ptr,
+    sink_query_ptr,
+    own_key_ptr,
+    own_value_ptr,
+    kv_ptr,
+    block_table_ptr,
+    query_start_loc_ptr,
+    seq_lens_ptr,
+    stride_out_token,
+    stride_out_head,
+    stride_query_token,
+    stride_query_head,
+    stride_sink_query_token,
+    stride_sink_query_head,
+    stride_own_key_token,
+    stride_own_key_head,
+    stride_own_value_token,
+    stride_own_value_head,
+    stride_kv_page,
+    stride_kv_head,
+    stride_kv_slot,
+    stride_kv_dim,
+    stride_table_request,
+    num_tokens,
+    num_reqs,
+    window,
+    sink_tokens,
+    score_scale,
+    key_scale,
+    value_scale,
+    HEAD_DIM: tl.constexpr,
+    GROUP: tl.constexpr,
+    PAGE: tl.constexpr,
+    TILE: tl.constexpr,
+    ROWS: tl.constexpr,
+    ROWS_PER_BLOCK: tl.constexpr,
+    HAS_SINKS: tl.constexpr,
+    DOT: tl.constexpr,
+):
+    """Output of one block of queries and one KV head.
+
+    A block is up to ``ROWS_PER_BLOCK`` queries of one request times ``GROUP`` heads. What lies
+    behind the last request is one more, without keys: it becomes zeros.
+    """
+    block = tl.program_id(0)
+    kv_head = tl.program_id(1)
+    request = request_of(query_start_loc_ptr, num_reqs + 1, block, ROWS_PER_BLOCK)
+    is_request = request < num_reqs
+    token_start = tl.load(query_start_loc_ptr + request)
+    token_stop = tl.load(query_start_loc_ptr + request + 1, mask=is_request, other=num_tokens)
+    seq_len = tl.load(seq_lens_ptr + request, mask=is_request, other=0)
+    num_queries = token_stop - token_start
+    first = (block - token_start // ROWS_PER_BLOCK - request) * ROWS_PER_BLOCK
+    if first >= num_queries:
+        return
+    context = seq_len - num_queries  # where the chunk begins
+
+    rows = tl.arange(0, ROWS)
+    query_idx = first + rows // GROUP
+    is_row = (rows < ROWS_PER_BLOCK * GROUP) & (query_idx < num_queries)
+    head = kv_head * GROUP + rows % GROUP
+    position = context + query_idx  # [ROWS]
+    row_low = tl.maximum(position - window + 1, 0)
+    last_position = tl.minimum(context + first + ROWS_PER_BLOCK, seq_len) - 1
+
+    token = (token_start + query_idx).to(tl.int64)
+    dims = tl.arange(0, HEAD_DIM)
+    offsets = tl.arange(0, TILE)
+    table_ptr = block_table_ptr + request.to(tl.int64) * stride_table_request
+    key_ptr = kv_ptr + kv_head.to(tl.int64) * stride_kv_head
+    value_ptr = key_ptr + HEAD_DIM * stride_kv_dim
+    own_key_ptr += kv_head.to(tl.int64) * stride_own_key_head
+    own_value_ptr += kv_head.to(tl.int64) * stride_own_value_head
+    top = tl.full([ROWS], float("-inf"), dtype=tl.float32)
+    total = tl.zeros([ROWS], dtype=tl.float32)
+    acc = tl.zeros([ROWS, HEAD_DIM], dtype=tl.float32)
+    # The sinks below the window first, then the window; one body serves both.
+    for sweep in range(1 - HAS_SINKS, 2):
+        start = tl.maximum(context + first - window + 1, 0)
+        stop = last_position + 1
+        row_start = row_low
+        row_stop = position + 1
+        q_ptr = query_ptr
+        q_offset = token * stride_query_token + head * stride_query_head
+        if HAS_SINKS:
+            if sweep == 0:
+                start = 0
+                stop = tl.minimum(sink_tokens, tl.maximum(last_position - window + 1, 0))
+                row_start = tl.zeros_like(row_low)
+                row_stop = tl.minimum(row_low, sink_tokens)
+                q_ptr = sink_query_ptr
+                q_offset = token * stride_sink_query_token + head * stride_sink_query_head
+        q = tl.load(q_ptr + q_offset[:, None] + dims[None, :], mask=is_row[:, None], other=0.0)
+        q = q.to(DOT)
+
+        cached_stop = tl.minimum(stop, context)
+        acc = acc / value_scale
+        # Carried from tile to tile, as in the decode kernel.
+        pages = load_pages(table_ptr, start + offsets, cached_stop, PAGE)
+        for tile_start in tl.range(start, cached_stop, TILE):
+            keys = tile_start + offsets
+            next_pages = load_pages(table_ptr, keys + TILE, cached_stop, PAGE)
+            slots = pages.to(tl.int64) * stride_kv_page + (keys % PAGE) * stride_kv_slot
+            is_read = keys < cached_stop
+            k = as_operand(load_rows(key_ptr, slots, is_read, stride_kv_dim, HEAD_DIM), DOT)
+            v = as_operand(load_rows(value_ptr, slots, is_read, stride_kv_dim, HEAD_DIM), DOT)
+            scores = tl.dot(q, tl.trans(k), input_precision="ieee") * (score_scale * key_scale)
+            is_seen = (keys[None, :] >= row_start[:, None]) & (keys[None, :] < row_stop[:, None])
+            scores = tl.where(is_seen & is_read[None, :], scores, float("-inf"))
+            top, total, weights, factor = softmax_step(scores, top, total)
+            acc = tl.dot(weights.to(DOT), v, acc * factor[:, None], input_precision="ieee")
+            pages = next_pages
+        acc = acc * value_scale
+
+        for tile_start in tl.range(tl.maximum(start, context), stop, TILE):
+            keys = tile_start + offsets
+            is_read = keys < stop
+            own = (token_start + keys - context).to(tl.int64)
+            k = load_rows(own_key_ptr, own * stride_own_key_token, is_read, 1, HEAD_DIM)
+            v = load_rows(own_value_ptr, own * stride_own_value_token, is_read, 1, HEAD_DIM)
+            scores = tl.dot(q, tl.trans(k.to(DOT)), input_precision="ieee") * score_scale
+            is_seen = (keys[None, :] >= row_start[:, None]) & (keys[None, :] < row_stop[:, None])
+            scores = tl.where(is_seen, scores, float("-inf"))
+            top, total, weights, factor = softmax_step(scores, top, total)
+            acc = tl.dot(weights.to(DOT), v.to(DOT), acc * factor[:, None], input_precision="ieee")
+
+    acc = acc / tl.where(total == 0.0, 1.0, total)[:, None]
+    out_offset = token * stride_out_token + head * stride_out_head
+    out = acc.to(out_ptr.dtype.element_ty)
+    tl.store(out_ptr + out_offset[:, None] + dims[None, :], out, mask=is_row[:, None])
+
+
+def launch_prefill(
+    out: torch.Tensor,
+    query: torch.Tensor,
+    sink_query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    kv_cache: torch.Tensor,
+    block_table: torch.Tensor,
+    query_start_loc: torch.Tensor,
+    seq_lens: torch.Tensor,
+    *,
+    window: int,
+    sink_tokens: int,
+    score_scale: float,
+    key_scale: float,
+    value_scale: float,
+    plan: PrefillPlan,
+    target: Target,
+) -> None:
+    """Launch the kernel.
+
+    Args:
+        kv_cache: e4m3 as bytes where the target does not read it.
+        score_scale: of the scores in base 2.
+        key_scale, value_scale: of what the cache holds.
+    """
+    num_tokens, num_reqs = query.shape[0], seq_lens.shape[0]
+    constants = plan.constants()
+    constants["DOT"] = tl.dtype(plan.dot)
+    prefill_kernel[(plan.num_blocks(num_tokens, num_reqs), kv_cache.shape[1])](
+        out,
+        query,
+        sink_query,
+        key,
+        value,
+        kv_cache,
+        block_table,
+        query_start_loc,
+        seq_lens,
+        *out.stride()[:2],
+        *query.stride()[:2],
+        *sink_query.stride()[:2],
+        *key.stride()[:2],
+        *value.stride()[:2],
+        *kv_cache.stride(),
+        block_table.stride(0),
+        num_tokens,
+        num_reqs,
+        window,
+        sink_tokens,
+        score_scale,
+        key_scale,
+        value_scale,
+        **constants,
+        **target.prefill_options(),
+    )
