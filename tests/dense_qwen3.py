@@ -5,7 +5,7 @@ keys that are rotated anew for every query.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +38,14 @@ class DenseQwen3:
     @torch.inference_mode()
     def score(self, tokens: Sequence[int]) -> OracleScores:
         exact, rounded = (self._logprobs(model, tokens) for model in self._models)
-        return OracleScores(exact, (exact - rounded).abs().max().item())
+        noise = (exact - rounded).abs().max().item()
+        if self._sight.shift:
+            # A cache rotates keys at their own positions first and shifts the result: the rounding
+            # errors of both rotations.
+            self._sight, shifted = replace(self._sight, shift=False), self._sight
+            noise += self.score(tokens).noise
+            self._sight = shifted
+        return OracleScores(exact, noise)
 
     def _logprobs(self, model: Any, tokens: Sequence[int]) -> torch.Tensor:
         hidden = model.model.embed_tokens(torch.tensor(tokens))
