@@ -61,6 +61,44 @@ def check_integers(
         )
 
 
+def check_requests(
+    query: torch.Tensor,
+    kv_cache: torch.Tensor,
+    block_table: torch.Tensor,
+    seq_lens: torch.Tensor,
+    query_start_loc: torch.Tensor | None,
+    *,
+    window: int | None,
+    sink_tokens: int,
+    sink_query: torch.Tensor | None,
+    k_scale: float,
+    v_scale: float,
+    out: torch.Tensor | None,
+    **others: torch.Tensor,
+) -> None:
+    """Raise for what no attention over pages takes; ``others`` have to be on the cache's device."""
+    check_cache(kv_cache, query, "query")
+    num_reqs = seq_lens.shape[0]
+    check_integers("seq_lens", seq_lens, torch.int32, (None,))
+    check_integers("block_table", block_table, torch.int32, (num_reqs, None))
+    if query_start_loc is not None:
+        check_integers("query_start_loc", query_start_loc, torch.int32, (num_reqs + 1,))
+    check_like("sink_query", sink_query, query, "query")
+    check_like("out", out, query, "query")
+    check_window(window, sink_tokens, sink_query is not None)
+    check_scales(k_scale=k_scale, v_scale=v_scale)
+    check_same_device(
+        kv_cache,
+        query=query,
+        block_table=block_table,
+        seq_lens=seq_lens,
+        query_start_loc=query_start_loc,
+        sink_query=sink_query,
+        out=out,
+        **others,
+    )
+
+
 def check_like(name: str, tensor: torch.Tensor | None, like: torch.Tensor, like_name: str) -> None:
     """Raise unless ``tensor`` is None or has the dtype and shape of ``like``."""
     if tensor is not None and (tensor.shape != like.shape or tensor.dtype != like.dtype):

@@ -16,9 +16,9 @@ from swa_backend.checks import (
     check_for_kernels,
     check_integers,
     check_like,
+    check_requests,
     check_same_device,
     check_scales,
-    check_window,
 )
 from swa_backend.dispatch import FORMATS, readable, resolve
 from swa_backend.kernels.plans import DecodePlan, plan_decode
@@ -126,30 +126,24 @@ def decode_attention(
     Raises:
         TypeError, ValueError: a dtype, shape or number other than these.
     """
-    check_cache(kv_cache, query, "query")
-    num_reqs = seq_lens.shape[0]
-    check_integers("seq_lens", seq_lens, torch.int32, (None,))
-    check_integers("block_table", block_table, torch.int32, (num_reqs, None))
-    if query_start_loc is not None:
-        check_integers("query_start_loc", query_start_loc, torch.int32, (num_reqs + 1,))
-    elif query.shape[0] != num_reqs:
-        raise ValueError(
-            f"got {query.shape[0]} queries for {num_reqs} requests: give query_start_loc, without "
-            "which each request has one"
-        )
-    check_like("sink_query", sink_query, query, "query")
-    check_like("out", out, query, "query")
-    check_window(window, sink_tokens, sink_query is not None)
-    check_scales(k_scale=k_scale, v_scale=v_scale)
-    check_same_device(
+    check_requests(
+        query,
         kv_cache,
-        query=query,
-        block_table=block_table,
-        seq_lens=seq_lens,
+        block_table,
+        seq_lens,
+        query_start_loc,
+        window=window,
+        sink_tokens=sink_tokens,
         sink_query=sink_query,
-        query_start_loc=query_start_loc,
+        k_scale=k_scale,
+        v_scale=v_scale,
         out=out,
     )
+    if query_start_loc is None and query.shape[0] != seq_lens.shape[0]:
+        raise ValueError(
+            f"got {query.shape[0]} queries for {seq_lens.shape[0]} requests: give query_start_loc, "
+            "without which each request has one"
+        )
     run = reference.decode_attention if resolve(impl, kv_cache.device) == "torch" else _decode
     return run(
         query,

@@ -5,16 +5,7 @@ import math
 import torch
 
 from swa_backend import reference, xformers_prefill
-from swa_backend.checks import (
-    check_cache,
-    check_for_kernels,
-    check_integers,
-    check_like,
-    check_same_device,
-    check_scales,
-    check_window,
-    describe,
-)
+from swa_backend.checks import check_for_kernels, check_like, check_requests, describe
 from swa_backend.dispatch import FORMATS, readable, resolve
 from swa_backend.kernels.plans import plan_prefill
 
@@ -66,11 +57,21 @@ def prefill_attention(
     Raises:
         TypeError, ValueError: a dtype, shape or number other than these.
     """
-    check_cache(kv_cache, query, "query")
-    num_reqs = seq_lens.shape[0]
-    check_integers("seq_lens", seq_lens, torch.int32, (None,))
-    check_integers("block_table", block_table, torch.int32, (num_reqs, None))
-    check_integers("query_start_loc", query_start_loc, torch.int32, (num_reqs + 1,))
+    check_requests(
+        query,
+        kv_cache,
+        block_table,
+        seq_lens,
+        query_start_loc,
+        window=window,
+        sink_tokens=sink_tokens,
+        sink_query=sink_query,
+        k_scale=k_scale,
+        v_scale=v_scale,
+        out=out,
+        key=key,
+        value=value,
+    )
     own_shape = (query.shape[0], kv_cache.shape[1], query.shape[2])
     if key.shape != own_shape or key.dtype != query.dtype:
         raise TypeError(
@@ -78,21 +79,6 @@ def prefill_attention(
             f"query is {describe(query)}, key {describe(key)}"
         )
     check_like("value", value, key, "key")
-    check_like("sink_query", sink_query, query, "query")
-    check_like("out", out, query, "query")
-    check_window(window, sink_tokens, sink_query is not None)
-    check_scales(k_scale=k_scale, v_scale=v_scale)
-    check_same_device(
-        kv_cache,
-        query=query,
-        key=key,
-        value=value,
-        block_table=block_table,
-        query_start_loc=query_start_loc,
-        seq_lens=seq_lens,
-        sink_query=sink_query,
-        out=out,
-    )
     chosen = resolve(impl, kv_cache.device, others=("xformers",))
     implementations = {
         "torch": reference.prefill_attention,

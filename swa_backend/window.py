@@ -27,6 +27,15 @@ def num_visible(query: int, window: int | None, sink_tokens: int = 0) -> int:
     return query + 1 - first + min(sink_tokens, first)
 
 
+def last_unshifted(window: int, sink_tokens: int) -> int:
+    """Last position whose query sees everything: with position shift, those behind it are put here.
+
+    A query at ``p`` beyond it meets the sinks as if ``p`` were this position (StreamingLLM's
+    cache-relative positions, https://arxiv.org/abs/2309.17453).
+    """
+    return sink_tokens + window - 1
+
+
 def flash_attention_window(window: int | None) -> tuple[int, int]:
     """``window`` as FlashAttention's ``(left, right)``: keys before and after the query's own."""
     return (-1, -1) if window is None else (window - 1, 0)

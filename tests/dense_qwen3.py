@@ -37,26 +37,29 @@ class DenseQwen3:
 
     @torch.inference_mode()
     def score(self, tokens: Sequence[int]) -> OracleScores:
-        exact, rounded = (self._logprobs(model, tokens) for model in self._models)
-        noise = (exact - rounded).abs().max().item()
-        if self._sight.shift:
-            # A cache rotates keys at their own positions first and shifts the result: the rounding
-            # errors of both rotations.
-            self._sight, shifted = replace(self._sight, shift=False), self._sight
-            noise += self.score(tokens).noise
-            self._sight = shifted
-        return OracleScores(exact, noise)
+        scores = self._score(tokens, self._sight)
+        if not self._sight.shift:
+            return scores
+        # A cache rotates keys at their own positions first and shifts the result: the rounding
+        # errors of both rotations.
+        plain = self._score(tokens, replace(self._sight, shift=False))
+        return replace(scores, noise=scores.noise + plain.noise)
 
-    def _logprobs(self, model: Any, tokens: Sequence[int]) -> torch.Tensor:
+    def _score(self, tokens: Sequence[int], sight: Sight) -> OracleScores:
+        exact, rounded = (self._logprobs(model, tokens, sight) for model in self._models)
+        return OracleScores(exact, (exact - rounded).abs().max().item())
+
+    def _logprobs(self, model: Any, tokens: Sequence[int], sight: Sight) -> torch.Tensor:
         hidden = model.model.embed_tokens(torch.tensor(tokens))
-        for layer, window in zip(model.model.layers, self._sight.windows, strict=True):
-            attention = self._attention(model, layer, layer.input_layernorm(hidden), window)
+        for layer, window in zip(model.model.layers, sight.windows, strict=True):
+            normed = layer.input_layernorm(hidden)
+            attention = self._attention(model, layer, normed, window, sight)
             hidden = hidden + attention
             hidden = hidden + layer.mlp(layer.post_attention_layernorm(hidden))
         return model.lm_head(model.model.norm(hidden)).double().log_softmax(-1)
 
     def _attention(
-        self, model: Any, layer: Any, hidden: torch.Tensor, window: int | None
+        self, model: Any, layer: Any, hidden: torch.Tensor, window: int | None, sight: Sight
     ) -> torch.Tensor:
         own = layer.self_attn
         heads = (len(hidden), -1, own.head_dim)
@@ -67,21 +70,21 @@ class DenseQwen3:
         key, value = key.repeat_interleave(group, 0), value.repeat_interleave(group, 0)
         outputs = []
         for position in range(len(hidden)):
-            seen, seats, seat = self._seats(position, window)
+            seen, seats, seat = self._seats(position, window, sight)
             turned_query = self._rotate(model, query[:, position : position + 1], [seat])
             turned_key = self._rotate(model, key[:, seen], seats)
             scores = (turned_query @ turned_key.transpose(1, 2))[:, 0] * own.scaling
             outputs.append(torch.einsum("hk,hkd->hd", scores.softmax(-1), value[:, seen]))
         return own.o_proj(torch.stack(outputs).flatten(1))
 
-    def _seats(self, position: int, window: int | None) -> tuple[list[int], list[int], int]:
+    @staticmethod
+    def _seats(position: int, window: int | None, sight: Sight) -> tuple[list[int], list[int], int]:
         """Keys that a query sees, the positions they are rotated to, and the query's own."""
         keys = range(position + 1)
         if window is None:
             return list(keys), list(keys), position
-        sinks = self._sight.sinks
-        seen = [k for k in keys if k > position - window or k < sinks]
-        if self._sight.shift and len(seen) < len(keys):
+        seen = [k for k in keys if k > position - window or k < sight.sinks]
+        if sight.shift and len(seen) < len(keys):
             return seen, list(range(len(seen))), len(seen) - 1
         return seen, seen, position
 

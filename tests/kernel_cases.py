@@ -5,7 +5,8 @@ hold NaN, table entries of pages without a visible key name a page far outside t
 guard stops every other stray access.
 """
 
-from collections.abc import Iterator
+import itertools
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,11 @@ from swa_backend.window import is_visible
 
 BAD_PAGE = 2**30
 FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
+# Of queries, and of the cache where it has another.
+DTYPES: list[tuple[torch.dtype, torch.dtype | None]] = [
+    *((dtype, None) for dtype in (torch.float32, torch.float16, torch.bfloat16)),
+    *itertools.product((torch.float32, torch.float16, torch.bfloat16), FP8),
+]
 # Largest relative error of rounding: to the nearest, except that the interpreter cuts off what
 # bfloat16 cannot hold.
 ROUNDING = {torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-7}
@@ -91,22 +97,9 @@ def make_inputs(case: DecodeCase, directory: Path) -> DecodeInputs:
     generator = torch.Generator().manual_seed(7)
     kv_dtype = case.kv_dtype or case.dtype
     visible = [case.visible(r) for r in range(len(case.seq_lens))]
-    pages = [sorted({k // case.page for k in keys}) for keys in visible]
-    num_used = sum(map(len, pages))
-    kv_cache, first_page = make_cache(case, kv_dtype, num_used + 3, directory)
-    ids = first_page + torch.randperm(num_used + 3, generator=generator)
-    table = torch.full(
-        (len(visible), max(1, *(-(-n // case.page) for n in case.seq_lens))), BAD_PAGE
+    kv_cache, table, largest = make_pages(
+        case, kv_dtype, visible, max(case.seq_lens), directory, generator
     )
-    kv_cache[ids] = torch.full((), float("nan")).to(kv_dtype)
-    largest, used = 0.0, iter(ids.tolist())
-    for request, keys in enumerate(visible):
-        table[request, pages[request]] = torch.tensor([next(used) for _ in pages[request]]).long()
-        positions = torch.tensor(keys, dtype=torch.long)
-        shape = (len(keys), case.num_kv_heads, 2 * case.head_dim)
-        rows = torch.randn(shape, generator=generator).to(kv_dtype)
-        kv_cache[table[request, positions // case.page], :, positions % case.page] = rows
-        largest = max(largest, float(rows.float().abs().max()) if keys else 0.0)
     query_shape = (case.num_tokens, case.num_kv_heads * case.group, case.head_dim)
     query, shifted = torch.randn(2, *query_shape, generator=generator).to(case.dtype)
     start_loc = None
@@ -114,7 +107,7 @@ def make_inputs(case: DecodeCase, directory: Path) -> DecodeInputs:
         start_loc = torch.tensor([0, *case.num_queries]).cumsum(0).int()
     scales = {"k_scale": 0.75, "v_scale": 1.5} if kv_dtype in FP8 else {}
     return DecodeInputs(
-        args=(query, kv_cache, table.int(), torch.tensor(case.seq_lens).int()),
+        args=(query, kv_cache, table, torch.tensor(case.seq_lens).int()),
         kwargs={
             "window": case.window,
             "sink_tokens": case.sink_tokens,
@@ -135,6 +128,40 @@ def _relative_error(dtype: torch.dtype, kv_dtype: torch.dtype) -> float:
     if dtype is torch.float16 or (dtype is torch.bfloat16 and kv_dtype in FP8):
         dot = torch.float16
     return ROUNDING[dot] + ROUNDING[dtype] + FP32_SLACK
+
+
+def make_pages(
+    case: Any,
+    dtype: torch.dtype,
+    visible: Sequence[Sequence[int]],
+    longest: int,
+    directory: Path,
+    generator: torch.Generator,
+) -> tuple[torch.Tensor, torch.Tensor, float]:
+    """A cache and a block table with random numbers where keys are visible, and poison elsewhere.
+
+    Args:
+        visible: positions of each request that are read from pages.
+        longest: tokens that the table has entries for.
+
+    Returns:
+        The cache, the table int32 ``[num_reqs, max_pages]``, and the largest number.
+    """
+    pages = [sorted({k // case.page for k in keys}) for keys in visible]
+    num_used = sum(map(len, pages))
+    kv_cache, first_page = make_cache(case, dtype, num_used + 3, directory)
+    ids = first_page + torch.randperm(num_used + 3, generator=generator)
+    kv_cache[ids] = torch.full((), float("nan")).to(dtype)
+    table = torch.full((len(visible), max(1, -(-longest // case.page))), BAD_PAGE)
+    largest, used = 0.0, iter(ids.tolist())
+    for request, keys in enumerate(visible):
+        table[request, pages[request]] = torch.tensor([next(used) for _ in pages[request]]).long()
+        positions = torch.tensor(keys, dtype=torch.long)
+        shape = (len(keys), case.num_kv_heads, 2 * case.head_dim)
+        rows = torch.randn(shape, generator=generator).to(dtype)
+        kv_cache[table[request, positions // case.page], :, positions % case.page] = rows
+        largest = max(largest, float(rows.float().abs().max()) if keys else 0.0)
+    return kv_cache, table.int(), largest
 
 
 def make_cache(

@@ -2,11 +2,13 @@
 
 import importlib.util
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 
 import pytest
+from triton.runtime.errors import InterpreterError
 
 import swa_backend
 
@@ -57,6 +59,20 @@ def load_kernels(
         monkeypatch.setitem(sys.modules, full_name, module)
         spec.loader.exec_module(module)
     return module
+
+
+def assert_caught(
+    mutant: Mutant,
+    smoke: Callable[[ModuleType, pytest.MonkeyPatch, Path], None],
+    monkeypatch: pytest.MonkeyPatch,
+    directory: Path,
+) -> None:
+    """Assert that the smoke cases fail over the mutated kernels."""
+    module = load_kernels(monkeypatch, directory, mutant)
+    with pytest.raises((AssertionError, InterpreterError)) as caught:
+        smoke(module, monkeypatch, directory)
+    # Not by an accident of the mutation, such as a name that does not exist.
+    assert caught.type is AssertionError or "OutOfBoundsError" in str(caught.value)
 
 
 DECODE, TILES, WRITE, OPS = "kernels.decode", "kernels.tiles", "kernels.cache_write", "ops"

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from kernel_cases import BAD_PAGE, FP8, FP32_SLACK, ROUNDING, DecodeCase, make_cache
+from kernel_cases import BAD_PAGE, FP8, FP32_SLACK, ROUNDING, DecodeCase, make_pages
 from kernel_guard import guarded
 from swa_backend import reference
 from swa_backend.window import is_visible
@@ -95,21 +95,8 @@ def make_inputs(case: PrefillCase, directory: Path) -> PrefillInputs:
         sorted(k for keys in case.seen(range(context, context + n)) for k in keys if k < context)
         for context, n in case.chunks
     ]
-    pages = [sorted({k // case.page for k in keys}) for keys in visible]
-    num_used = sum(map(len, pages))
-    kv_cache, first_page = make_cache(case, kv_dtype, num_used + 3, directory)
-    ids = first_page + torch.randperm(num_used + 3, generator=generator)
-    kv_cache[ids] = torch.full((), NAN).to(kv_dtype)
     longest = max(context + n for context, n in case.chunks)
-    table = torch.full((len(pages), max(1, -(-longest // case.page))), BAD_PAGE)
-    largest, used = 0.0, iter(ids.tolist())
-    for request, keys in enumerate(visible):
-        table[request, pages[request]] = torch.tensor([next(used) for _ in pages[request]]).long()
-        positions = torch.tensor(keys, dtype=torch.long)
-        shape = (len(keys), case.num_kv_heads, 2 * case.head_dim)
-        rows = torch.randn(shape, generator=generator).to(kv_dtype)
-        kv_cache[table[request, positions // case.page], :, positions % case.page] = rows
-        largest = max(largest, float(rows.float().abs().max()) if keys else 0.0)
+    kv_cache, table, largest = make_pages(case, kv_dtype, visible, longest, directory, generator)
     shape = (starts[-1] + case.num_padding, case.num_kv_heads, case.head_dim)
     query_shape = (shape[0], case.num_kv_heads * case.group, case.head_dim)
     query, shifted = torch.randn(2, *query_shape, generator=generator).to(case.dtype)
@@ -124,7 +111,7 @@ def make_inputs(case: PrefillCase, directory: Path) -> PrefillInputs:
     dot = torch.float16 if case.dtype is torch.float16 else torch.float32
     return PrefillInputs(
         args=(
-            *(query, key, value, kv_cache, table.int(), torch.tensor(starts).int()),
+            *(query, key, value, kv_cache, table, torch.tensor(starts).int()),
             torch.tensor([context + n for context, n in case.chunks]).int(),
         ),
         kwargs={

@@ -11,6 +11,7 @@ from swa_backend.config import SWAConfigError
 from swa_backend.metrics import PageCounts
 from swa_backend.pages import WindowPages, ceil_div
 from swa_vllm import attention
+from swa_vllm.builder_cpu import SWACPUMetadataBuilder
 from swa_vllm.refusals import check_servable
 from tiny_models import FULL, MIXED, PAGE_SIZE, SLIDING, WINDOW, random_prompts
 
@@ -48,6 +49,20 @@ def test_holes_and_decodes_share_a_batch(engine: EngineFactory, tiny_model: Mode
     # max_num_seqs lets a few in at first; the others join while those decode.
     together = generate(llm, prompts * 3)
     assert [answer.tokens for answer in together] == alone * 3
+
+
+def test_groups_share_scratch_pages(engine: EngineFactory, tiny_model: ModelFactory) -> None:
+    options = _options("survivors", window=WINDOW, full_attention_layers="0")
+    llm = engine(tiny_model(**FULL), enable_prefix_caching=False, **options)
+    generate(llm, random_prompts([9 * WINDOW]))
+    worker = llm.llm_engine.model_executor.driver_worker.worker
+    builders = [
+        g.get_metadata_builder() for groups in worker.model_runner.attn_groups for g in groups
+    ]
+    windowed = [b for b in builders if isinstance(b, SWACPUMetadataBuilder)]
+    assert len(windowed) == 3
+    (pages,) = windowed[0]._scratch.values()
+    assert all(list(b._scratch.values()) == [pages] for b in windowed)
 
 
 def _serve_branches(llm: LLM) -> list[int]:

@@ -26,6 +26,13 @@ def test_num_visible_counts_is_visible(query: int, size: int | None, sinks: int)
         assert visible[0] == window.first_visible(query, size)
 
 
+@given(st.integers(1, 80), st.integers(0, 8))
+def test_last_unshifted_is_the_last_that_sees_everything(size: int, sinks: int) -> None:
+    last = window.last_unshifted(size, sinks)
+    assert window.num_visible(last, size, sinks) == last + 1
+    assert window.num_visible(last + 1, size, sinks) == last + 1
+
+
 @pytest.mark.parametrize(
     ("query", "key", "visible"),
     [(10, 10, True), (10, 7, True), (10, 6, False), (10, 11, False), (2, 0, True), (10, -1, False)],

@@ -12,6 +12,7 @@ from vllm.v1.attention.backend import (
 
 from swa_backend import ops
 from swa_backend.checks import check_head_dim
+from swa_backend.window import last_unshifted
 from swa_vllm.builder_triton import Rows, SWATritonMetadata, SWATritonMetadataBuilder
 from swa_vllm.rotation import Rotation
 
@@ -77,7 +78,7 @@ class SWATritonImpl(AttentionImpl[SWATritonMetadata]):
         self._rotate = None if shifted_by is None else Rotation(shifted_by)
         self.shift_start: int | None = None
         if shifted_by is not None and sliding_window is not None:
-            self.shift_start = sink_tokens + sliding_window - 1
+            self.shift_start = last_unshifted(sliding_window, sink_tokens)
         self._sight = {"window": sliding_window, "sink_tokens": sink_tokens, "scale": self.scale}
 
     def forward(

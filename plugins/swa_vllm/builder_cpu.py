@@ -11,11 +11,11 @@ from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionMetadata, CPUAttentionMetadataBuilder
 from vllm.v1.kv_cache_interface import AttentionSpec
 
+from swa_backend.window import last_unshifted
 from swa_vllm.attention import windowed_layers
-from swa_vllm.kv_spec import SWASpec
 from swa_vllm.metadata import rows_with_holes, select_rows
 from swa_vllm.page_layout import PageLayout
-from swa_vllm.poison import NaNCheck, PoisonedPages
+from swa_vllm.poison import NaNCheck, PoisonWatch
 from swa_vllm.position_shift import ShiftedScratch, shifted_scratch
 from swa_vllm.report import log_layers
 from swa_vllm.scratch import ScratchLayout, scratch_layout
@@ -85,10 +85,7 @@ class SWACPUMetadataBuilder(CPUAttentionMetadataBuilder):
         self.page_layout = self._learn_layout(kv_cache_spec) if self._sink_tokens else None
         # Layers take their turns, so those of all groups share scratch pages.
         self._scratch = next(iter(windowed.values())).scratch_pages
-        self._poison_key = kv_cache_spec.poison_key if isinstance(kv_cache_spec, SWASpec) else None
-        self._poisoned: PoisonedPages | None = None
-        if self._poison_key is not None and next(iter(windowed)) in layer_names:
-            self._poisoned = PoisonedPages(self._poison_key)  # one builder does it for all
+        self._poison = PoisonWatch(kv_cache_spec, layer_names, vllm_config)
         log_layers(vllm_config, layer_names)
 
     def _learn_layout(self, spec: AttentionSpec) -> PageLayout:
@@ -115,7 +112,7 @@ class SWACPUMetadataBuilder(CPUAttentionMetadataBuilder):
         fast_build: bool = False,
     ) -> SWACPUMetadata:
         batch = common_attn_metadata
-        nan_check = self._poison(batch)
+        nan_check = self._poison.step(batch)
         needs_scratch = self._rows_for_scratch(batch)
         ghosts = distances = None
         if self.page_layout is not None:
@@ -141,7 +138,7 @@ class SWACPUMetadataBuilder(CPUAttentionMetadataBuilder):
             return [False] * batch.num_reqs
         rows = rows_with_holes(batch, self._window, self.block_size)
         if self._sink_tokens:
-            is_long = batch.seq_lens > self._window + self._sink_tokens
+            is_long = batch.seq_lens - 1 > last_unshifted(self._window, self._sink_tokens)
             has_left = is_long & (batch.query_start_loc.diff() > 1)
             rows = [a or b for a, b in zip(rows, has_left.tolist(), strict=True)]
         return rows
@@ -184,11 +181,3 @@ class SWACPUMetadataBuilder(CPUAttentionMetadataBuilder):
         if pages is None or len(pages) < num_pages:
             pages = self._scratch[shape, like.dtype] = like.new_zeros((num_pages, *shape))
         return pages
-
-    def _poison(self, batch: CommonAttentionMetadata) -> NaNCheck | None:
-        if self._poison_key is None:
-            return None
-        if self._poisoned is not None:
-            layers = get_layers_from_vllm_config(self.vllm_config, Attention)
-            self._poisoned.update([layer.kv_cache for layer in layers.values()])
-        return NaNCheck(self._poison_key, batch, self.block_size)

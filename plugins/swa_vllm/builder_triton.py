@@ -43,8 +43,8 @@ class SWATritonMetadata:
         slots: int64 ``[num_tokens]``; -1 for a token that the KV cache need not keep.
         decodes: requests of few queries, whose keys are all stored; they come first.
         prefills: the others.
-        distances: int64 ``[num_tokens]``, how far each query is beyond position ``S + W - 1``;
-            None without shifted sinks.
+        distances: int64 ``[num_tokens]``, how far each query is beyond
+            :func:`~swa_backend.window.last_unshifted`; None without shifted sinks.
         nan_check: what to check each layer's output with, if pages are poisoned.
     """
 

@@ -20,6 +20,7 @@ from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
 
 from swa_backend.config import SWAConfigError
+from swa_backend.window import last_unshifted
 from swa_vllm.page_layout import PageLayout
 from swa_vllm.rotation import Rotation
 from swa_vllm.scratch import ScratchLayout
@@ -49,7 +50,8 @@ class ShiftedScratch:
 
     Attributes:
         pages: how to read the KV cache.
-        distances: int64 ``[num_tokens]``, how far each query is beyond position ``S + W - 1``.
+        distances: int64 ``[num_tokens]``, how far each query is beyond
+            :func:`~swa_backend.window.last_unshifted`.
         requests: for each request its tokens in the part, and the slots of its sinks in the KV
             cache, int64 ``[sink_tokens]``.
         read_slots: int64 ``[n]``, slots of the KV cache whose tokens are copied: first those of
@@ -150,7 +152,7 @@ def shifted_scratch(
 ) -> ShiftedScratch:
     """What the ``rows`` that ``layout`` lays out need."""
     starts = rows.query_start_loc.tolist()
-    last = sink_tokens + window - 1
+    last = last_unshifted(window, sink_tokens)
     sinks, within = torch.arange(sink_tokens), torch.arange(block_size)
     distances, requests = [], []
     for row, end in enumerate(rows.seq_lens.tolist()):

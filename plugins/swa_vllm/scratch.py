@@ -20,7 +20,7 @@ import torch
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
 from swa_backend.pages import ceil_div
-from swa_backend.window import first_visible
+from swa_backend.window import first_visible, last_unshifted
 from swa_vllm.metadata import changed
 
 
@@ -53,7 +53,7 @@ def query_groups(chunk: range, window: int, sink_tokens: int, block_size: int) -
     if sink_tokens == 0:
         return [QueryGroup(chunk, first_key(chunk.start, window), has_sinks=False)]
     groups = []
-    natural = range(chunk.start, min(chunk.stop, window + sink_tokens))
+    natural = range(chunk.start, min(chunk.stop, last_unshifted(window, sink_tokens) + 1))
     if natural:
         groups.append(QueryGroup(natural, first_key(0, window), has_sinks=False))
     for start in range(chunk.start + len(natural), chunk.stop, window):

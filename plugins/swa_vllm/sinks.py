@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
+from swa_backend.window import last_unshifted
 from swa_vllm.metadata import changed
 from swa_vllm.page_layout import PageLayout
 
@@ -51,7 +52,8 @@ class GhostTail:
         batch: the step's batch, with requests longer by the copies behind them.
         sources: int64 ``[n]``, slots of sinks.
         targets: int64 ``[n]``, slots of their copies.
-        distances: int64 ``[n]``, how far the request's query is beyond position ``S + W - 1``.
+        distances: int64 ``[n]``, how far the request's query is beyond
+            :func:`~swa_backend.window.last_unshifted`.
     """
 
     batch: CommonAttentionMetadata
@@ -71,7 +73,8 @@ def ghost_tail(
             ``query_start_loc`` int32 ``[num_reqs + 1]``, all on the CPU.
     """
     starts, ends = batch.query_start_loc.numpy(), batch.seq_lens.numpy()
-    has_tail = (starts[1:] - starts[:-1] == 1) & (ends > window + sink_tokens)
+    beyond = ends - 1 - last_unshifted(window, sink_tokens)
+    has_tail = (starts[1:] - starts[:-1] == 1) & (beyond > 0)
     rows = has_tail.nonzero()[0]
     table, sinks = batch.block_table_tensor.numpy(), np.arange(sink_tokens)
 
@@ -84,5 +87,5 @@ def ghost_tail(
         batch=changed(batch, seq_lens=longer, max_seq_len=int(longer.max())),
         sources=slots(sinks[None, :]),
         targets=slots(ends[rows, None] + sinks),
-        distances=torch.from_numpy((ends[rows] - sink_tokens - window).repeat(sink_tokens)).long(),
+        distances=torch.from_numpy(beyond[rows].repeat(sink_tokens)).long(),
     )

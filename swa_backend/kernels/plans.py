@@ -96,9 +96,9 @@ class Target:
         return {**self.options(), "num_warps": 8, "num_stages": num_stages}
 
 
-@dataclass(frozen=True)
-class DecodePlan:
-    """Compile-time constants of the decode kernel; the names are its parameters' in lower case."""
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """Compile-time constants of a kernel; the names are its parameters' in lower case."""
 
     head_dim: int
     group: int
@@ -106,10 +106,19 @@ class DecodePlan:
     tile: int
     rows: int
     rows_per_block: int
-    num_splits: int
     has_sinks: bool
-    is_ragged: bool
     dot: str
+
+    def constants(self) -> dict[str, Any]:
+        return {name.upper(): value for name, value in asdict(self).items()}
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecodePlan(Plan):
+    """Of the decode kernel."""
+
+    num_splits: int
+    is_ragged: bool
 
     @property
     def num_parts(self) -> int:
@@ -119,9 +128,6 @@ class DecodePlan:
     def num_blocks(self, num_tokens: int, num_reqs: int) -> int:
         """Query blocks: enough for any division of the tokens among the requests."""
         return num_tokens // self.rows_per_block + num_reqs if self.is_ragged else num_reqs
-
-    def constants(self) -> dict[str, Any]:
-        return {name.upper(): value for name, value in asdict(self).items()}
 
 
 def plan_decode(
@@ -161,25 +167,12 @@ def plan_decode(
     )
 
 
-@dataclass(frozen=True)
-class PrefillPlan:
-    """Compile-time constants of the prefill kernel; the names are its parameters' in lower case."""
-
-    head_dim: int
-    group: int
-    page: int
-    tile: int
-    rows: int
-    rows_per_block: int
-    has_sinks: bool
-    dot: str
+class PrefillPlan(Plan):
+    """Of the prefill kernel."""
 
     def num_blocks(self, num_tokens: int, num_reqs: int) -> int:
         """Query blocks: enough for any division of the tokens, and what lies behind the last."""
         return num_tokens // self.rows_per_block + num_reqs + 1
-
-    def constants(self) -> dict[str, Any]:
-        return {name.upper(): value for name, value in asdict(self).items()}
 
 
 def plan_prefill(
