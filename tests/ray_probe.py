@@ -1,11 +1,12 @@
 """Serve each [model, engine arguments] of a JSON object over Ray, and describe what happened.
 
-The engine is in this process; its workers are Ray's.
+The answer is written to a file, as JSON. The engine is in this process; its workers are Ray's.
 """
 
 import json
 import pickle
 import sys
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -40,7 +41,7 @@ def main() -> None:
             results[name] = {"error": str(error)}
         stop_engine()
         ray.shutdown()  # gives the placement group back, which vLLM keeps
-    print(json.dumps(results))
+    Path(sys.argv[2]).write_text(json.dumps(results))
 
 
 def _describe(llm: LLM, prompts: list[list[int]]) -> dict[str, Any]:

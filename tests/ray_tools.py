@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -25,16 +26,22 @@ def probe(
     arguments = json.dumps(
         [prompt_lengths, {k: (str(m), kwargs) for k, (m, kwargs) in cases.items()}]
     )
-    result = subprocess.run(
-        [sys.executable, str(Path(__file__).with_name("ray_probe.py")), arguments],
-        env={**os.environ, **cluster.environment},
-        capture_output=True,
-        text=True,
-        timeout=TIMEOUT_S,
-        check=False,
-    )
-    assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-3000:]
-    return dict(json.loads(result.stdout.splitlines()[-1]))
+    # Ray prints what workers print, at any time: the answer has a file of its own. And it adds the
+    # directory that the driver runs in to the workers' path: not this source tree.
+    with tempfile.TemporaryDirectory() as directory:
+        script = str(Path(__file__).with_name("ray_probe.py"))
+        answer = Path(directory, "answer.json")
+        result = subprocess.run(
+            [sys.executable, script, arguments, str(answer)],
+            cwd=directory,
+            env={**os.environ, **cluster.environment},
+            capture_output=True,
+            text=True,
+            timeout=TIMEOUT_S,
+            check=False,
+        )
+        assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-3000:]
+        return dict(json.loads(answer.read_text()))
 
 
 def workers(cluster: LocalRayCluster) -> list[psutil.Process]:
@@ -66,4 +73,6 @@ def python_with(version: str | None, directory: Path) -> Path:
         )
         points = "[vllm.general_plugins]\nswa = swa_vllm:register\n"
         (info / "entry_points.txt").write_text(points)
+        (site / "swa_vllm").mkdir()
+        (site / "swa_vllm" / "__init__.py").touch()
     return python

@@ -136,13 +136,16 @@ def _make_probe() -> Any:
     def probe() -> tuple[str | None, str | None]:
         import os
         from importlib.metadata import entry_points
+        from importlib.util import find_spec
 
         ours = [
             point
             for point in entry_points(group="vllm.general_plugins")
             if point.value == "swa_vllm:register"
         ]
-        if not ours or ours[0].dist is None:
+        # Metadata alone says little: Ray adds the driver's directory to the path of its workers, and
+        # a source tree has metadata too.
+        if not ours or ours[0].dist is None or find_spec("swa_vllm") is None:
             return None, None
         allowed = os.environ.get("VLLM_PLUGINS")
         left_out = allowed is not None and ours[0].name not in allowed.split(",")
