@@ -61,6 +61,13 @@ def check_integers(
         )
 
 
+def check_scratch(scratch: torch.Tensor, kv_cache: torch.Tensor) -> None:
+    """Raise unless ``scratch`` is a contiguous vector of fp32 on the cache's device."""
+    if scratch.dim() != 1 or scratch.dtype != torch.float32 or not scratch.is_contiguous():
+        raise TypeError(f"scratch must be contiguous float32 [any]; got {describe(scratch)}")
+    check_same_device(kv_cache, scratch=scratch)
+
+
 def check_requests(
     query: torch.Tensor,
     kv_cache: torch.Tensor,

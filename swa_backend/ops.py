@@ -7,6 +7,7 @@ Triton's interpreter, a debugging aid: set ``TRITON_INTERPRET=1`` before Triton 
 """
 
 import math
+from functools import partial
 
 import torch
 
@@ -19,12 +20,14 @@ from swa_backend.checks import (
     check_requests,
     check_same_device,
     check_scales,
+    check_scratch,
 )
 from swa_backend.dispatch import FORMATS, readable, resolve
-from swa_backend.kernels.plans import DecodePlan, plan_decode
+from swa_backend.kernels.device import target_of
+from swa_backend.kernels.plans import DecodePlan, max_splits, plan_decode
 from swa_backend.prefill import prefill_attention
 
-__all__ = ["decode_attention", "prefill_attention", "write_pages"]
+__all__ = ["decode_attention", "decode_scratch_size", "prefill_attention", "write_pages"]
 
 _MANTISSA_BITS = {torch.float8_e4m3fn: 3, torch.float8_e5m2: 2}
 
@@ -71,16 +74,17 @@ def write_pages(
     from swa_backend.kernels.cache_write import launch_write
 
     mantissa = _MANTISSA_BITS.get(kv_cache.dtype, 0)
-    launch_write(
-        key,
-        value,
-        kv_cache.view(torch.uint8) if mantissa else kv_cache,
-        slot_mapping,
-        k_scale=k_scale,
-        v_scale=v_scale,
-        mantissa=mantissa,
-        target=target,
-    )
+    with torch.cuda.device_of(kv_cache):
+        launch_write(
+            key,
+            value,
+            kv_cache.view(torch.uint8) if mantissa else kv_cache,
+            slot_mapping,
+            k_scale=k_scale,
+            v_scale=v_scale,
+            mantissa=mantissa,
+            target=target,
+        )
 
 
 def decode_attention(
@@ -97,6 +101,7 @@ def decode_attention(
     k_scale: float = 1.0,
     v_scale: float = 1.0,
     out: torch.Tensor | None = None,
+    scratch: torch.Tensor | None = None,
     impl: str = "auto",
 ) -> torch.Tensor:
     """Attention of each request's last tokens over its pages, as :mod:`swa_backend.window` says.
@@ -119,6 +124,8 @@ def decode_attention(
             entry ``r + 1``, the last of them at position ``seq_lens[r] - 1``. One each by default.
         k_scale, v_scale: what the numbers of an fp8 cache are multiplied by.
         out: where to write, as query.
+        scratch: fp32 ``[n]``, overwritten, ``n`` at least :func:`decode_scratch_size`; allocated by
+            default.
 
     Returns:
         As query; zeros in padded rows and in those behind the last request's.
@@ -139,12 +146,15 @@ def decode_attention(
         v_scale=v_scale,
         out=out,
     )
+    if scratch is not None:
+        check_scratch(scratch, kv_cache)
     if query_start_loc is None and query.shape[0] != seq_lens.shape[0]:
         raise ValueError(
             f"got {query.shape[0]} queries for {seq_lens.shape[0]} requests: give query_start_loc, "
             "without which each request has one"
         )
-    run = reference.decode_attention if resolve(impl, kv_cache.device) == "torch" else _decode
+    is_torch = resolve(impl, kv_cache.device) == "torch"
+    run = reference.decode_attention if is_torch else partial(_decode, scratch=scratch)
     return run(
         query,
         kv_cache,
@@ -161,6 +171,28 @@ def decode_attention(
     )
 
 
+def decode_scratch_size(
+    max_tokens: int,
+    *,
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    sink_tokens: int = 0,
+    device: torch.device,
+) -> int:
+    """Elements of scratch for every batch of 1 to ``max_tokens`` queries on ``device``.
+
+    Raises:
+        ValueError: no kernel runs there.
+    """
+    target, group = target_of(device), num_heads // num_kv_heads
+    num_parts = max(
+        num_tokens * (max_splits(target, num_tokens, num_kv_heads, group) + (sink_tokens > 0))
+        for num_tokens in range(1, max_tokens + 1)
+    )
+    return num_parts * num_heads * (head_dim + 1)
+
+
 def _decode(
     query: torch.Tensor,
     kv_cache: torch.Tensor,
@@ -175,6 +207,7 @@ def _decode(
     k_scale: float,
     v_scale: float,
     out: torch.Tensor,
+    scratch: torch.Tensor | None,
 ) -> torch.Tensor:
     num_tokens, num_heads, head_dim = query.shape
     check_for_kernels(head_dim, query=query, sink_query=sink_query, out=out)
@@ -200,28 +233,39 @@ def _decode(
     )
     from swa_backend.kernels.decode import launch_decode
 
-    launch_decode(
-        out,
-        *_scratch(query, plan),
-        query,
-        query if sink_query is None else sink_query,
-        pages,
-        block_table,
-        seq_lens,
-        query_start_loc,
-        window=size,
-        sink_tokens=sink_tokens,
-        score_scale=scale * k_scale * factor * math.log2(math.e),
-        value_scale=v_scale * factor,
-        plan=plan,
-        target=target,
-    )
+    with torch.cuda.device_of(kv_cache):
+        launch_decode(
+            out,
+            *_divide(query, plan, scratch),
+            query,
+            query if sink_query is None else sink_query,
+            pages,
+            block_table,
+            seq_lens,
+            query_start_loc,
+            window=size,
+            sink_tokens=sink_tokens,
+            score_scale=scale * k_scale * factor * math.log2(math.e),
+            value_scale=v_scale * factor,
+            plan=plan,
+            target=target,
+        )
     return out
 
 
-def _scratch(query: torch.Tensor, plan: DecodePlan) -> tuple[torch.Tensor, torch.Tensor]:
+def _divide(
+    query: torch.Tensor, plan: DecodePlan, scratch: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Outputs of the parts ``[num_tokens, Hq, num_parts, D]`` and their log-sum-exps."""
     num_tokens, num_heads, head_dim = query.shape
-    lse_shape = (num_tokens, num_heads, plan.num_parts)
-    partial = torch.empty(*lse_shape, head_dim, dtype=torch.float32, device=query.device)
-    return partial, torch.empty(lse_shape, dtype=torch.float32, device=query.device)
+    num_rows = num_tokens * num_heads * plan.num_parts
+    num_needed = num_rows * (head_dim + 1)
+    if scratch is None:
+        scratch = torch.empty(num_needed, dtype=torch.float32, device=query.device)
+    elif scratch.shape[0] < num_needed:
+        raise ValueError(
+            f"scratch has {scratch.shape[0]} elements, this batch needs {num_needed}; "
+            "decode_scratch_size says what is enough"
+        )
+    outputs, lse = scratch[:num_needed].split([num_rows * head_dim, num_rows])
+    return outputs, lse

@@ -139,22 +139,23 @@ def _prefill(
     )
     from swa_backend.kernels.prefill import launch_prefill
 
-    launch_prefill(
-        out,
-        query,
-        query if sink_query is None else sink_query,
-        key,
-        value,
-        pages,
-        block_table,
-        query_start_loc,
-        seq_lens,
-        window=size,
-        sink_tokens=sink_tokens,
-        score_scale=scale * math.log2(math.e),
-        key_scale=k_scale * factor,
-        value_scale=v_scale * factor,
-        plan=plan,
-        target=target,
-    )
+    with torch.cuda.device_of(kv_cache):
+        launch_prefill(
+            out,
+            query,
+            query if sink_query is None else sink_query,
+            key,
+            value,
+            pages,
+            block_table,
+            query_start_loc,
+            seq_lens,
+            window=size,
+            sink_tokens=sink_tokens,
+            score_scale=scale * math.log2(math.e),
+            key_scale=k_scale * factor,
+            value_scale=v_scale * factor,
+            plan=plan,
+            target=target,
+        )
     return out

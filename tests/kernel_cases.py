@@ -189,7 +189,7 @@ def watched_scratch(
     ops: ModuleType, guard: Guard, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[None]:
     """Scratch of the operations holds NaN when they get it, and kernels may touch it."""
-    allocate = ops._scratch
+    allocate = ops._divide
 
     def scratch(*args: Any) -> Any:
         tensors = allocate(*args)
@@ -198,7 +198,7 @@ def watched_scratch(
         return tensors
 
     with monkeypatch.context() as patch:
-        patch.setattr(ops, "_scratch", scratch)
+        patch.setattr(ops, "_divide", scratch)
         yield
 
 

@@ -136,7 +136,7 @@ MUTANTS = (
         "position = seq_len - 1 + 0 * query_idx",
     ),
     Mutant("values read where keys are", DECODE, "key_ptr + HEAD_DIM * stride_kv_dim", "key_ptr"),
-    Mutant("earlier tiles not rescaled", DECODE, "acc * factor[:, None]", "acc"),
+    Mutant("earlier tiles not rescaled", TILES, "acc * factor[:, None]", "acc"),
     Mutant("natural logarithm", DECODE, "top + tl.log2(", "top + tl.log("),
     Mutant(
         "last part not merged",
@@ -221,7 +221,9 @@ PREFILL_MUTANTS = (
     ),
     Mutant("future visible", PREFILL, "row_stop = position + 1", "row_stop = position + 2"),
     Mutant("own key hidden", PREFILL, "row_stop = position + 1", "row_stop = position"),
-    Mutant("own keys counted with the cached", PREFILL, "is_seen & is_read[None, :]", "is_seen"),
+    Mutant(
+        "own keys counted with the cached", PREFILL, "tl.minimum(row_stop, context)", "row_stop"
+    ),
     Mutant(
         "own keys read from pages",
         PREFILL,
@@ -246,7 +248,7 @@ PREFILL_MUTANTS = (
         "value scale applied to own values", PREFILL, "acc = acc / value_scale", "acc = acc / 1.0"
     ),
     Mutant("value scale forgotten", PREFILL, "acc = acc * value_scale", "acc = acc * 1.0"),
-    Mutant("key scale forgotten", PREFILL, "(score_scale * key_scale)", "score_scale"),
+    Mutant("key scale forgotten", PREFILL, "score_scale * key_scale", "score_scale"),
     Mutant(
         "sinks in the window counted twice",
         PREFILL,

@@ -58,7 +58,7 @@ GOOD = Facts(
     kv_buffers=2,
     load_bytes=16,
     programs_per_processor=3,
-    product="mma",
+    product="HMMA",
 )
 
 
@@ -82,8 +82,8 @@ def test_broken_limit_is_named(changes: dict[str, Any], broken: str | None) -> N
 
 def test_prefill_without_the_fast_products_is_named() -> None:
     case = gate.Case("prefill", "Qwen3-8B", torch.bfloat16, Target("cuda", 90, 132))
-    assert gate.violations(case, GOOD) == ["multiplies by mma, not wgmma"]
-    assert gate.violations(case, replace(GOOD, product="wgmma", kv_buffers=1)) == []
+    assert gate.violations(case, GOOD) == ["multiplies by HMMA, not HGMMA"]
+    assert gate.violations(case, replace(GOOD, product="HGMMA", kv_buffers=1)) == []
 
 
 def test_compiling_under_the_interpreter_is_refused() -> None:

@@ -4,6 +4,7 @@ import inspect
 import os
 import subprocess
 import sys
+from itertools import product
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,6 +17,7 @@ from swa_backend.kernels.plans import (
     NumberFormat,
     Target,
     choose_splits,
+    max_splits,
     plan_decode,
     plan_prefill,
 )
@@ -65,6 +67,12 @@ QUERY = torch.randn(2, 4, 16)
     [
         ({"query": QUERY.double()}, TypeError, "query must be float32, float16 or bfloat16"),
         ({"query": QUERY[0]}, TypeError, r"got float32 \[4, 16\]"),
+        (
+            {"scratch": torch.zeros(9).half()},
+            TypeError,
+            r"scratch must be contiguous float32 \[any",
+        ),
+        ({"scratch": torch.zeros(9, device="meta")}, ValueError, "scratch is on meta, kv_cache on"),
         ({"query": QUERY.half()}, TypeError, "kv_cache must have query's dtype, float8_e4m3fn or"),
         ({"kv_cache": torch.randn(3, 2, 16, 16)}, ValueError, r"kv_cache must be \[num_pages, num"),
         ({"query": torch.randn(2, 3, 16)}, ValueError, "3 heads, which is no multiple of the ca"),
@@ -208,7 +216,7 @@ def test_prefill_refuses(changes: dict[str, Any], error: type[Exception], messag
 @pytest.mark.parametrize("name", ["decode_attention", "prefill_attention", "write_pages"])
 def test_oracle_has_the_same_signature(name: str) -> None:
     signature = inspect.signature(getattr(ops, name))
-    parameters = [p for p in signature.parameters.values() if p.name != "impl"]
+    parameters = [p for p in signature.parameters.values() if p.name not in ("impl", "scratch")]
     expected = signature.replace(parameters=parameters)
     assert inspect.signature(getattr(reference, name)) == expected
 
@@ -244,6 +252,24 @@ def test_output_goes_where_it_is_asked_to() -> None:
         got = ops.decode_attention(**decode_arguments(), out=out, impl=impl)
         assert got is out
         assert out.isfinite().all()
+
+
+def test_scratch_is_used_and_none_is_allocated(monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments = decode_arguments(sink_tokens=2)
+    expected = ops.decode_attention(**arguments, impl="triton")
+    size = ops.decode_scratch_size(
+        2, num_heads=4, num_kv_heads=2, head_dim=16, sink_tokens=2, device=torch.device("cpu")
+    )
+    scratch = torch.full((size,), float("nan"))
+    with monkeypatch.context() as patch:
+        patch.delattr(torch, "empty")
+        got = ops.decode_attention(**arguments, impl="triton", scratch=scratch)
+    assert torch.equal(got, expected)
+    assert not scratch.isnan().all()
+    with pytest.raises(
+        ValueError, match=r"scratch has 3 elements, this batch needs \d+; decode_sc"
+    ):
+        ops.decode_attention(**arguments, impl="triton", scratch=scratch[:3])
 
 
 @pytest.mark.parametrize("impl", ["torch", "triton"])
@@ -293,6 +319,23 @@ def test_splits_fill_the_device_and_none_is_empty(
     assert got == splits
     span = -(-num_tiles // got)
     assert (got - 1) * span < num_tiles <= got * span
+
+
+@pytest.mark.parametrize("group", [1, 2, 4, 5, 16])
+@pytest.mark.parametrize("is_ragged", [False, True])
+def test_no_plan_splits_more_than_scratch_is_made_for(group: int, is_ragged: bool) -> None:
+    for num_tokens, window in product((*range(1, 70), 512, 4096), (1, 16, 1024, 10**6)):
+        made = plan(
+            H100,
+            NumberFormat.FLOAT32,
+            NumberFormat.FLOAT32,
+            num_tokens=num_tokens,
+            num_reqs=num_tokens,
+            group=group,
+            window=window,
+            is_ragged=is_ragged,
+        )
+        assert made.num_splits <= max_splits(H100, num_tokens, 8, group)
 
 
 def plan(

@@ -143,8 +143,8 @@ def _make_probe() -> Any:
             for point in entry_points(group="vllm.general_plugins")
             if point.value == "swa_vllm:register"
         ]
-        # Metadata alone says little: Ray adds the driver's directory to the path of its workers, and
-        # a source tree has metadata too.
+        # Metadata alone says little: Ray adds the driver's directory to the path of its workers,
+        # and a source tree has metadata too.
         if not ours or ours[0].dist is None or find_spec("swa_vllm") is None:
             return None, None
         allowed = os.environ.get("VLLM_PLUGINS")

@@ -9,7 +9,6 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -46,7 +45,7 @@ class Facts:
         load_bytes: narrowest asynchronous copy of keys and values; where there is none, narrowest
             vector load. None if every load is of 4 bytes.
         programs_per_processor: programs that fit on a multiprocessor; None on AMD.
-        product: the tensor cores' instruction; None where there is no matrix product.
+        product: the tensor cores' instruction in machine code; None without a matrix product.
     """
 
     registers: int
@@ -121,8 +120,8 @@ def _nvidia_facts(kernel: Any, target: Target) -> Facts:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
         file.flush()
-        command = [str(_cuobjdump()), "--dump-resource-usage", file.name]
-        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        text = _run_tool("cuobjdump", "--dump-resource-usage", file.name)
+        code = _run_tool("nvdisasm", "--print-code", file.name)
     used = {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", text)}
     arch, shared = int(target.arch), kernel.metadata.shared
     num_threads = 32 * kernel.metadata.num_warps
@@ -140,7 +139,7 @@ def _nvidia_facts(kernel: Any, target: Target) -> Facts:
             _REGISTERS // registers,
             _THREADS[arch] // num_threads,
         ),
-        product=_product(kernel.asm["ptx"]),
+        product=_product(code),
     )
 
 
@@ -163,10 +162,9 @@ def _amd_facts(kernel: Any) -> Facts:
 
 
 def _product(assembly: str) -> str | None:
-    names = ("wgmma", "tcgen05", "mma", "mfma")
-    starts = (r"wgmma\.mma_async", r"tcgen05\.mma", r"mma\.sync", "v_mfma")
-    found = (n for n, start in zip(names, starts, strict=True) if re.search(start, assembly))
-    return next(found, None)
+    # The first reach the full rate of sm_100 and sm_90; the last is AMD's.
+    names = ("UTCHMMA", "HGMMA", "HMMA", "v_mfma")
+    return next((name for name in names if re.search(rf"\b{name}", assembly)), None)
 
 
 def _kv_buffers(kernel: Any) -> int:
@@ -183,6 +181,8 @@ def _nvidia_load_bytes(ptx: str) -> int | None:
     return min((int(lanes) * int(bits) // 8 for lanes, bits in loads), default=None)
 
 
-@cache
-def _cuobjdump() -> Path:
-    return Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+def _run_tool(name: str, *arguments: str) -> str:
+    """Output of one of the NVIDIA tools that Triton brings."""
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
+    command = [str(tool), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout

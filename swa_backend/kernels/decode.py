@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from swa_backend.kernels.plans import DecodePlan, Target
-from swa_backend.kernels.tiles import as_operand, load_pages, load_rows, request_of, softmax_step
+from swa_backend.kernels.tiles import as_operand, attend, load_pages, load_rows, request_of
 
 
 @triton.jit(do_not_specialize=["num_reqs", "window", "sink_tokens"])
@@ -118,11 +118,9 @@ def decode_kernel(
         slots = pages.to(tl.int64) * stride_kv_page + (keys % PAGE) * stride_kv_slot
         k = as_operand(load_rows(key_ptr, slots, keys < stop, stride_kv_dim, HEAD_DIM), DOT)
         v = as_operand(load_rows(value_ptr, slots, keys < stop, stride_kv_dim, HEAD_DIM), DOT)
-        scores = tl.dot(q, tl.trans(k), input_precision="ieee") * score_scale  # [ROWS, TILE]
-        is_seen = (keys[None, :] >= row_start[:, None]) & (keys[None, :] < row_stop[:, None])
-        scores = tl.where(is_seen, scores, float("-inf"))
-        top, total, weights, factor = softmax_step(scores, top, total)
-        acc = tl.dot(weights.to(DOT), v, acc * factor[:, None], input_precision="ieee")
+        top, total, acc = attend(
+            q, k, v, keys, row_start, row_stop, score_scale, top, total, acc, DOT
+        )
         pages = next_pages
 
     NUM_PARTS: tl.constexpr = NUM_SPLITS + HAS_SINKS

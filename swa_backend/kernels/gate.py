@@ -27,8 +27,8 @@ TARGETS = (
 # Query heads to a KV head; all have 8 KV heads of 128 numbers.
 GROUPS = {"Qwen3-8B": 4, "Qwen3-0.6B": 2}
 _NAMES = {torch.bfloat16: "bf16", torch.float8_e4m3fn: "e4m3", torch.float8_e5m2: "e5m2"}
-# The instructions that reach the tensor cores' full rate (in machine code HGMMA and UTCHMMA).
-_PREFILL_PRODUCTS: dict[int | str, str] = {90: "wgmma", 100: "tcgen05"}
+# The instructions that reach the tensor cores' full rate, of wgmma and tcgen05 in PTX.
+_PREFILL_PRODUCTS: dict[int | str, str] = {90: "HGMMA", 100: "UTCHMMA"}
 _HEAD_DIM, _NUM_KV_HEADS, _PAGE, _WINDOW = 128, 8, 16, 1024
 
 

@@ -6,6 +6,7 @@ CUDA graph stays right. The ahead-of-time gate compiles what these plans say.
 
 from dataclasses import asdict, dataclass
 from enum import StrEnum
+from functools import lru_cache
 from typing import Any
 
 from swa_backend.pages import ceil_div
@@ -130,6 +131,7 @@ class DecodePlan(Plan):
         return num_tokens // self.rows_per_block + num_reqs if self.is_ragged else num_reqs
 
 
+@lru_cache(maxsize=4096)
 def plan_decode(
     target: Target,
     *,
@@ -147,7 +149,7 @@ def plan_decode(
 ) -> DecodePlan:
     """The plan of one call; ``window`` is the most keys that a query may see."""
     tile = 16 if kv_format.num_bytes == 4 else 32
-    rows = max(_MIN_ROWS, 1 << (group - 1).bit_length())
+    rows = _rows(group)
     rows_per_block = rows // group if is_ragged else 1
     num_blocks = num_tokens // rows_per_block if is_ragged else num_reqs
     num_programs = max(1, num_blocks) * num_kv_heads
@@ -175,6 +177,7 @@ class PrefillPlan(Plan):
         return num_tokens // self.rows_per_block + num_reqs + 1
 
 
+@lru_cache(maxsize=256)
 def plan_prefill(
     target: Target,
     *,
@@ -209,9 +212,23 @@ def choose_splits(num_tiles: int, num_programs: int, num_processors: int) -> int
     Args:
         num_programs: programs without a split.
     """
-    wanted = max(1, _PROGRAMS_PER_PROCESSOR * num_processors // num_programs)
-    span = ceil_div(num_tiles, min(wanted, num_tiles, _MAX_SPLITS))
+    span = ceil_div(num_tiles, min(num_tiles, _wanted_splits(num_programs, num_processors)))
     return ceil_div(num_tiles, span)
+
+
+def max_splits(target: Target, num_tokens: int, num_kv_heads: int, group: int) -> int:
+    """The most splits of a decode plan of ``num_tokens`` queries, whatever the window."""
+    num_blocks = max(1, num_tokens // (_rows(group) // group))
+    return _wanted_splits(num_blocks * num_kv_heads, target.num_processors)
+
+
+def _wanted_splits(num_programs: int, num_processors: int) -> int:
+    return min(_MAX_SPLITS, max(1, _PROGRAMS_PER_PROCESSOR * num_processors // num_programs))
+
+
+def _rows(group: int) -> int:
+    """Of a decode block: those of one query at least."""
+    return max(_MIN_ROWS, 1 << (group - 1).bit_length())
 
 
 def _dot_format(

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from swa_backend.kernels.plans import PrefillPlan, Target
-from swa_backend.kernels.tiles import as_operand, load_pages, load_rows, request_of, softmax_step
+from swa_backend.kernels.tiles import as_operand, attend, load_pages, load_rows, request_of
 
 
 @triton.jit(do_not_specialize=["num_tokens", "num_reqs", "window", "sink_tokens"])
@@ -112,6 +112,7 @@ def prefill_kernel(
         q = q.to(DOT)
 
         cached_stop = tl.minimum(stop, context)
+        cached_scale = score_scale * key_scale
         acc = acc / value_scale
         # Carried from tile to tile, as in the decode kernel.
         pages = load_pages(table_ptr, start + offsets, cached_stop, PAGE)
@@ -122,11 +123,11 @@ def prefill_kernel(
             is_read = keys < cached_stop
             k = as_operand(load_rows(key_ptr, slots, is_read, stride_kv_dim, HEAD_DIM), DOT)
             v = as_operand(load_rows(value_ptr, slots, is_read, stride_kv_dim, HEAD_DIM), DOT)
-            scores = tl.dot(q, tl.trans(k), input_precision="ieee") * (score_scale * key_scale)
-            is_seen = (keys[None, :] >= row_start[:, None]) & (keys[None, :] < row_stop[:, None])
-            scores = tl.where(is_seen & is_read[None, :], scores, float("-inf"))
-            top, total, weights, factor = softmax_step(scores, top, total)
-            acc = tl.dot(weights.to(DOT), v, acc * factor[:, None], input_precision="ieee")
+            # The chunk's own keys come from elsewhere, also those that a row sees.
+            keys = tl.where(is_read, keys, 2**31 - 1)
+            top, total, acc = attend(
+                q, k, v, keys, row_start, row_stop, cached_scale, top, total, acc, DOT
+            )
             pages = next_pages
         acc = acc * value_scale
 
@@ -136,11 +137,10 @@ def prefill_kernel(
             own = (token_start + keys - context).to(tl.int64)
             k = load_rows(own_key_ptr, own * stride_own_key_token, is_read, 1, HEAD_DIM)
             v = load_rows(own_value_ptr, own * stride_own_value_token, is_read, 1, HEAD_DIM)
-            scores = tl.dot(q, tl.trans(k.to(DOT)), input_precision="ieee") * score_scale
-            is_seen = (keys[None, :] >= row_start[:, None]) & (keys[None, :] < row_stop[:, None])
-            scores = tl.where(is_seen, scores, float("-inf"))
-            top, total, weights, factor = softmax_step(scores, top, total)
-            acc = tl.dot(weights.to(DOT), v.to(DOT), acc * factor[:, None], input_precision="ieee")
+            k, v = k.to(DOT), v.to(DOT)
+            top, total, acc = attend(
+                q, k, v, keys, row_start, row_stop, score_scale, top, total, acc, DOT
+            )
 
     acc = acc / tl.where(total == 0.0, 1.0, total)[:, None]
     out_offset = token * stride_out_token + head * stride_out_head

@@ -55,19 +55,26 @@ def as_operand(x, DOT: tl.constexpr):
 
 
 @triton.jit
-def softmax_step(scores, top, total):
-    """One step of the running softmax in base 2.
+def attend(q, k, v, keys, row_start, row_stop, score_scale, top, total, acc, DOT: tl.constexpr):
+    """One step of attention with a running softmax in base 2 (Dao et al., arXiv 2307.08691).
 
     Args:
-        scores: fp32 ``[ROWS, TILE]``, -inf where a row does not see a key.
+        q, k, v: ``[ROWS, HEAD_DIM]``, ``[TILE, HEAD_DIM]`` twice, in the dtype of the products.
+        keys: positions ``[TILE]``; a row sees those from ``row_start`` to ``row_stop`` ``[ROWS]``.
         top, total: fp32 ``[ROWS]``: largest score so far, sum of ``2 ** (score - top)``.
+        acc: fp32 ``[ROWS, HEAD_DIM]``, values by these weights.
 
     Returns:
-        New top and total, weights ``[ROWS, TILE]``, and the factor of what was summed before.
+        New top, total and acc.
     """
+    scores = tl.dot(q, tl.trans(k), input_precision="ieee") * score_scale  # [ROWS, TILE]
+    is_seen = (keys[None, :] >= row_start[:, None]) & (keys[None, :] < row_stop[:, None])
+    scores = tl.where(is_seen, scores, float("-inf"))
     new_top = tl.maximum(top, tl.max(scores, axis=1))
     # A row that has seen nothing yet would compute inf - inf.
     finite_top = tl.where(new_top == float("-inf"), 0.0, new_top)
     weights = tl.exp2(scores - finite_top[:, None])
     factor = tl.exp2(top - finite_top)
-    return new_top, total * factor + tl.sum(weights, axis=1), weights, factor
+    total = total * factor + tl.sum(weights, axis=1)
+    acc = tl.dot(weights.to(DOT), v, acc * factor[:, None], input_precision="ieee")
+    return new_top, total, acc
