@@ -222,7 +222,10 @@ PREFILL_MUTANTS = (
     Mutant("future visible", PREFILL, "row_stop = position + 1", "row_stop = position + 2"),
     Mutant("own key hidden", PREFILL, "row_stop = position + 1", "row_stop = position"),
     Mutant(
-        "own keys counted with the cached", PREFILL, "tl.minimum(row_stop, context)", "row_stop"
+        "own keys counted with the cached",
+        PREFILL,
+        "tl.where(is_read, keys, 2**31 - 1)",
+        "keys",
     ),
     Mutant(
         "own keys read from pages",
