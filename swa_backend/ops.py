@@ -23,7 +23,7 @@ from swa_backend.checks import (
     check_scratch,
 )
 from swa_backend.dispatch import FORMATS, readable, resolve
-from swa_backend.kernels.device import target_of
+from swa_backend.kernels.device import on_device_of, target_of
 from swa_backend.kernels.plans import DecodePlan, max_splits, plan_decode
 from swa_backend.prefill import prefill_attention
 
@@ -74,7 +74,7 @@ def write_pages(
     from swa_backend.kernels.cache_write import launch_write
 
     mantissa = _MANTISSA_BITS.get(kv_cache.dtype, 0)
-    with torch.cuda.device_of(kv_cache):
+    with on_device_of(kv_cache):
         launch_write(
             key,
             value,
@@ -233,7 +233,7 @@ def _decode(
     )
     from swa_backend.kernels.decode import launch_decode
 
-    with torch.cuda.device_of(kv_cache):
+    with on_device_of(kv_cache):
         launch_decode(
             out,
             *_divide(query, plan, scratch),
@@ -256,7 +256,7 @@ def _decode(
 def _divide(
     query: torch.Tensor, plan: DecodePlan, scratch: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Outputs of the parts ``[num_tokens, Hq, num_parts, D]`` and their log-sum-exps."""
+    """For outputs of the parts ``[num_tokens, Hq, num_parts, D]``, and for their log-sum-exps."""
     num_tokens, num_heads, head_dim = query.shape
     num_rows = num_tokens * num_heads * plan.num_parts
     num_needed = num_rows * (head_dim + 1)
@@ -267,5 +267,5 @@ def _divide(
             f"scratch has {scratch.shape[0]} elements, this batch needs {num_needed}; "
             "decode_scratch_size says what is enough"
         )
-    outputs, lse = scratch[:num_needed].split([num_rows * head_dim, num_rows])
-    return outputs, lse
+    num_outputs = num_rows * head_dim
+    return scratch[:num_outputs], scratch[num_outputs:num_needed]

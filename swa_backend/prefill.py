@@ -7,6 +7,7 @@ import torch
 from swa_backend import reference, xformers_prefill
 from swa_backend.checks import check_for_kernels, check_like, check_requests, describe
 from swa_backend.dispatch import FORMATS, readable, resolve
+from swa_backend.kernels.device import on_device_of
 from swa_backend.kernels.plans import plan_prefill
 
 
@@ -139,7 +140,7 @@ def _prefill(
     )
     from swa_backend.kernels.prefill import launch_prefill
 
-    with torch.cuda.device_of(kv_cache):
+    with on_device_of(kv_cache):
         launch_prefill(
             out,
             query,

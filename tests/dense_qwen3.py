@@ -17,11 +17,21 @@ from tiny_models import OracleScores
 
 @dataclass(frozen=True)
 class Sight:
-    """What the layers see: a window or None for each, sinks, and whether these are shifted."""
+    """What the layers see.
+
+    Attributes:
+        windows: of each layer; None for full attention.
+        sinks: leading tokens that every query sees.
+        shift: whether these lie just before the window, wherever it is.
+        cached_from: the first position whose query reads all keys and values from a cache, of
+            ``cache_dtype``; those before read none. None where a cache rounds nothing.
+    """
 
     windows: tuple[int | None, ...]
     sinks: int = 0
     shift: bool = False
+    cached_from: int | None = None
+    cache_dtype: torch.dtype = torch.float8_e4m3fn
 
 
 class DenseQwen3:
@@ -72,9 +82,14 @@ class DenseQwen3:
         for position in range(len(hidden)):
             seen, seats, seat = self._seats(position, window, sight)
             turned_query = self._rotate(model, query[:, position : position + 1], [seat])
-            turned_key = self._rotate(model, key[:, seen], seats)
+            turned_key, seen_value = self._rotate(model, key[:, seen], seats), value[:, seen]
+            if sight.cached_from is not None and position >= sight.cached_from:
+                turned_key, seen_value = (
+                    stored.to(sight.cache_dtype).to(stored.dtype)
+                    for stored in (turned_key, seen_value)
+                )
             scores = (turned_query @ turned_key.transpose(1, 2))[:, 0] * own.scaling
-            outputs.append(torch.einsum("hk,hkd->hd", scores.softmax(-1), value[:, seen]))
+            outputs.append(torch.einsum("hk,hkd->hd", scores.softmax(-1), seen_value))
         return own.o_proj(torch.stack(outputs).flatten(1))
 
     @staticmethod

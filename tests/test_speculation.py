@@ -1,66 +1,17 @@
 """Models that draft for a windowed Qwen3: served with the same tokens, or refused by name."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from safetensors.torch import save_file
 
 from conftest import EngineFactory, ModelFactory
+from eagle3 import save_draft, save_eagle3
 from engine_tools import generate, resolve_here, scheduler
 from swa_backend.config import SWAConfigError
-from tiny_models import FULL, MIXED, SLIDING, VOCAB_SIZE, WINDOW, random_prompts, tiny_config
+from tiny_models import FULL, MIXED, SLIDING, WINDOW, random_prompts
 
 LENGTHS = (5, WINDOW + 1, 4 * WINDOW)
-HIDDEN, HEAD, QUERIES, KEYS, MLP = 64, 32, 128, 64, 128
-EAGLE3_SHAPES = {
-    "midlayer.self_attn.q_proj": (QUERIES, 2 * HIDDEN),
-    "midlayer.self_attn.k_proj": (KEYS, 2 * HIDDEN),
-    "midlayer.self_attn.v_proj": (KEYS, 2 * HIDDEN),
-    "midlayer.self_attn.o_proj": (HIDDEN, QUERIES),
-    "midlayer.self_attn.q_norm": (HEAD,),
-    "midlayer.self_attn.k_norm": (HEAD,),
-    "midlayer.mlp.gate_proj": (MLP, HIDDEN),
-    "midlayer.mlp.up_proj": (MLP, HIDDEN),
-    "midlayer.mlp.down_proj": (HIDDEN, MLP),
-    "midlayer.hidden_norm": (HIDDEN,),
-    "midlayer.input_layernorm": (HIDDEN,),
-    "midlayer.post_attention_layernorm": (HIDDEN,),
-    "fc": (HIDDEN, 3 * HIDDEN),
-    "norm": (HIDDEN,),
-    "lm_head": (VOCAB_SIZE, HIDDEN),
-    "embed_tokens": (VOCAB_SIZE, HIDDEN),
-}
-
-
-def _save_draft(directory: Path, architecture: str, **overrides: Any) -> Path:
-    """Write the config of a one-layer draft."""
-    config = tiny_config(**{**FULL, "num_hidden_layers": 1, **overrides}).to_dict()
-    config |= {
-        "architectures": [architecture],
-        "draft_vocab_size": VOCAB_SIZE,
-        "eagle_aux_hidden_state_layer_ids": [1, 2, 3],
-        "dflash_config": {"target_layer_ids": [1, 2, 3], "mask_token_id": 0},
-        "block_size": 4,
-        "tie_word_embeddings": False,
-    }
-    (directory / "config.json").write_text(json.dumps(config))
-    return directory
-
-
-def _save_eagle3(directory: Path, **overrides: Any) -> Path:
-    """Write a random EAGLE-3 draft."""
-    generator = torch.Generator().manual_seed(5)
-    weights = {
-        f"{name}.weight": torch.ones(shape)
-        if len(shape) == 1
-        else torch.randn(shape, generator=generator) * 0.3
-        for name, shape in EAGLE3_SHAPES.items()
-    }
-    save_file(weights, directory / "model.safetensors")
-    return _save_draft(directory, "Eagle3Qwen3ForCausalLM", **overrides)
 
 
 @pytest.mark.parametrize("sinks", [{}, {"sink_tokens": 33}], ids=["plain", "sinks"])
@@ -85,7 +36,7 @@ def test_eagle3_draft_changes_no_token(
         additional_config=options,
         speculative_config={
             "method": "eagle3",
-            "model": str(_save_eagle3(tmp_path, **draft)),
+            "model": str(save_eagle3(tmp_path, **draft)),
             "num_speculative_tokens": 3,
         },
     )
@@ -120,7 +71,7 @@ def test_other_drafts_are_refused_before_weights(
     resolve_here(architecture)
     speculation = {
         "method": method,
-        "model": str(_save_draft(tmp_path, architecture)),
+        "model": str(save_draft(tmp_path, architecture)),
         "num_speculative_tokens": 3,
     }
     with pytest.raises(ValueError, match=message):

@@ -13,6 +13,7 @@ import torch
 from vllm import EngineArgs
 from vllm.config import set_current_vllm_config
 from vllm.v1.attention.backend import AttentionCGSupport, CommonAttentionMetadata
+from vllm.v1.worker import workspace
 from vllm.v1.worker.gpu import attn_utils
 from vllm.v1.worker.utils import AttentionGroup
 
@@ -37,9 +38,11 @@ MIXED = ((70, 1), (5, 1), (40, 30), (0, 50))
 class Setup:
     """One windowed layer with its group, and a pool of pages."""
 
-    def __init__(self, model: Any, monkeypatch: pytest.MonkeyPatch, **kwargs: Any) -> None:
+    def __init__(
+        self, model: Any, monkeypatch: pytest.MonkeyPatch, window: int = WINDOW, **kwargs: Any
+    ) -> None:
         monkeypatch.setattr(report, "get_tensor_model_parallel_rank", lambda: 1)
-        options = {"window": WINDOW, "sink_tokens": SINKS, "impl": "triton"}
+        options = {"window": window, "sink_tokens": SINKS, "impl": "triton"}
         args = {"dtype": "float32", "block_size": PAGE, "max_num_batched_tokens": 128, **kwargs}
         self.config = EngineArgs(
             str(model),
@@ -56,7 +59,7 @@ class Setup:
                 SIZE**-0.5,
                 num_kv_heads=1,
                 cache_config=self.config.cache_config,
-                per_layer_sliding_window=WINDOW,
+                per_layer_sliding_window=window,
                 sink_tokens=SINKS,
                 prefix=name,
             )
@@ -194,14 +197,10 @@ def test_mixed_batch_is_split_once_and_what_is_not_stored_has_no_slot(
     assert starts == metadata.prefills.query_start_loc.data_ptr()  # persistent
 
 
-@pytest.mark.parametrize(
-    ("requests", "pad_to"),
-    [(DECODES, 3), (DECODES, 5), (MIXED, 4)],
-    ids=["decodes", "padded", "mixed"],
-)
-def test_layer_equals_the_oracle(
-    requests: Any, pad_to: int, setup: Setup, runner: Callable[[Setup, Any], SWATritonMetadata]
+def check_layer(
+    setup: Setup, runner: Callable[[Setup, Any], SWATritonMetadata], requests: Any, pad_to: int
 ) -> None:
+    """Assert that the layer writes what it must and gives the oracle's output."""
     batch = setup.batch(requests, pad_to, num_padding=pad_to - len(requests))
     generator = torch.Generator().manual_seed(0)
     cache = torch.randn(1 + 4 * pad_to, PAGE, 1, 2 * SIZE, generator=generator).transpose(1, 2)
@@ -228,6 +227,45 @@ def test_layer_equals_the_oracle(
     num_tokens = int(batch["query_start_loc"][-1])
     assert float((output - expected)[:num_tokens].abs().max()) < 2.0**-18
     assert torch.equal(cache, written)
+
+
+@pytest.mark.parametrize(
+    ("requests", "pad_to"),
+    [(DECODES, 3), (DECODES, 5), (MIXED, 4)],
+    ids=["decodes", "padded", "mixed"],
+)
+def test_layer_equals_the_oracle(
+    requests: Any, pad_to: int, setup: Setup, runner: Callable[[Setup, Any], SWATritonMetadata]
+) -> None:
+    check_layer(setup, runner, requests, pad_to)
+
+
+def test_drafts_are_verified_as_decodes_if_the_window_keeps_their_pages(
+    tiny_model: ModelFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a longer chunk a page may not be stored, which decodes would read."""
+    speculation = {"method": "ngram", "num_speculative_tokens": 3}
+    rows = [(30, 2), (31, 4), (40, 1)]
+    for window, num_decodes in ((2, 1), (3, 1), (4, 3), (20, 3)):
+        setup = Setup(tiny_model(**FULL), monkeypatch, window, speculative_config=speculation)
+        metadata = by_v1(setup, setup.batch(rows))
+        assert metadata.decodes is not None
+        assert len(metadata.decodes.seq_lens) == num_decodes
+
+
+def test_layers_share_the_scratch_that_vllm_keeps(
+    setup: Setup, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a GPU: reserved before vLLM forbids growth, enough for the largest batch."""
+    monkeypatch.setattr(torch.accelerator, "empty_cache", lambda: None)
+    workspace.init_workspace_manager(CPU)
+    try:
+        setup.group.create_metadata_builders(setup.config, CPU, kernel_block_size=PAGE)
+        workspace.lock_workspace()
+        for count in (1, 8):
+            check_layer(setup, by_v1, [(40, 1)] * count, pad_to=count)
+    finally:
+        workspace.reset_workspace_manager()
 
 
 def test_cuda_graphs_hold_uniform_decodes(setup: Setup) -> None:
@@ -269,7 +307,7 @@ def test_fp8_pages_are_read_with_the_layers_scales(
     impl = SWATritonImpl(2, 64, 1.0, 1, sliding_window=8, kv_cache_dtype=name)
     layer: Any = SimpleNamespace(_k_scale_float=0.5, _v_scale_float=2.0)
     rows = torch.zeros(1, 2, 64)
-    metadata = SWATritonMetadata(torch.zeros(1).long(), None, None)
+    metadata = SWATritonMetadata(torch.zeros(1).long(), None, None, scratch_size=0)
     impl.forward(layer, rows, rows, rows, torch.zeros(1, 1, 16, 128).byte(), metadata, rows)
     ((args, kwargs),) = calls
     wanted = torch.float8_e5m2 if name == "fp8_e5m2" else torch.float8_e4m3fn

@@ -2,14 +2,17 @@
 layers, short answers."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from vllm import EngineArgs
 
 from conftest import EngineFactory, ModelFactory
 from dense_qwen3 import DenseQwen3, Sight
-from engine_tools import attention_layers, generate, managers, num_free_pages
+from eagle3 import save_eagle3
+from engine_tools import attention_layers, generate, managers, num_free_pages, resolve_here
 from swa_backend.config import SWAConfigError
 from swa_backend.kernels import device, tiles
 from swa_vllm.backend_triton import SWATritonBackend
@@ -76,6 +79,52 @@ def test_engine_equals_hugging_face(engine: EngineFactory, tiny_model: ModelFact
     llm = engine(model, additional_config={"swa": {"impl": "triton"}})
     prompts = random_prompts([2 * WINDOW + 5])
     check_exact(prompts, generate(llm, prompts, num_tokens=4), Oracle(model))
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        ("fp8", torch.float8_e4m3fn),
+        pytest.param("fp8_e5m2", torch.float8_e5m2, marks=pytest.mark.full),
+    ],
+)
+def test_fp8_cache_holds_the_nearest_numbers(
+    name: str, dtype: torch.dtype, engine: EngineFactory, tiny_model: ModelFactory
+) -> None:
+    """One layer: in a second, noise would choose between neighbouring fp8 numbers."""
+    model = tiny_model(**FULL, num_hidden_layers=1)
+    llm = engine(
+        model,
+        additional_config={"swa": {"window": 20, "impl": "triton"}},
+        kv_cache_dtype=name,
+    )
+    for prompt in random_prompts([39, 60]):
+        sight = Sight((20,), cached_from=len(prompt), cache_dtype=dtype)
+        check_exact([prompt], generate(llm, [prompt], num_tokens=6), DenseQwen3(model, sight))
+
+
+@pytest.mark.parametrize("window", [20, 1])
+def test_drafts_change_no_token(
+    window: int, engine: EngineFactory, tiny_model: ModelFactory, tmp_path: Path
+) -> None:
+    """With a window of 1, a page of the tokens to verify may be one that nothing later sees."""
+    model = tiny_model(**FULL)
+    options = {"swa": {"window": window, "full_attention_layers": "0-2", "impl": "triton"}}
+    prompts = random_prompts([29, 60])
+    answers = generate(engine(model, additional_config=options), prompts, num_tokens=8)
+    check_exact(prompts, answers, DenseQwen3(model, Sight((None, None, None, window))))
+    resolve_here("Eagle3Qwen3ForCausalLM")
+    llm = engine(
+        model,
+        additional_config=options,
+        speculative_config={
+            "method": "eagle3",
+            "model": str(save_eagle3(tmp_path, **FULL)),
+            "num_speculative_tokens": 3,
+        },
+    )
+    drafted = generate(llm, prompts, num_tokens=8)
+    assert [a.tokens for a in drafted] == [a.tokens for a in answers]
 
 
 def test_kernels_on_a_cpu_without_the_interpreter_are_refused(

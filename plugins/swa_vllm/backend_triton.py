@@ -13,7 +13,12 @@ from vllm.v1.attention.backend import (
 from swa_backend import ops
 from swa_backend.checks import check_head_dim
 from swa_backend.window import last_unshifted
-from swa_vllm.builder_triton import Rows, SWATritonMetadata, SWATritonMetadataBuilder
+from swa_vllm.builder_triton import (
+    Rows,
+    SWATritonMetadata,
+    SWATritonMetadataBuilder,
+    borrow_scratch,
+)
 from swa_vllm.rotation import Rotation
 
 # vLLM's names of KV cache dtypes whose pages are bytes to it, and what the bytes are.
@@ -79,6 +84,7 @@ class SWATritonImpl(AttentionImpl[SWATritonMetadata]):
         self.shift_start: int | None = None
         if shifted_by is not None and sliding_window is not None:
             self.shift_start = last_unshifted(sliding_window, sink_tokens)
+        self.sink_tokens = sink_tokens
         self._sight = {"window": sliding_window, "sink_tokens": sink_tokens, "scale": self.scale}
 
     def forward(
@@ -113,6 +119,7 @@ class SWATritonImpl(AttentionImpl[SWATritonMetadata]):
                 rows.block_table,
                 rows.seq_lens,
                 query_start_loc=rows.query_start_loc,
+                scratch=borrow_scratch(attn_metadata.scratch_size),
                 **self._common(rows, shifted, scales, output),
             )
         if attn_metadata.prefills is not None:

@@ -1,7 +1,7 @@
 """A step's metadata for windowed layers on this project's kernels: no copy to the host, no loop."""
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from vllm.config import VllmConfig, get_layers_from_vllm_config
@@ -13,7 +13,9 @@ from vllm.v1.attention.backend import (
 )
 from vllm.v1.attention.backends.utils import split_decodes_and_prefills
 from vllm.v1.kv_cache_interface import AttentionSpec
+from vllm.v1.worker.workspace import current_workspace_manager, is_workspace_manager_initialized
 
+from swa_backend import ops
 from swa_vllm.poison import NaNCheck, PoisonWatch
 from swa_vllm.report import log_layers
 
@@ -43,6 +45,7 @@ class SWATritonMetadata:
         slots: int64 ``[num_tokens]``; -1 for a token that the KV cache need not keep.
         decodes: requests of few queries, whose keys are all stored; they come first.
         prefills: the others.
+        scratch_size: elements that suffice for any batch of decodes.
         distances: int64 ``[num_tokens]``, how far each query is beyond
             :func:`~swa_backend.window.last_unshifted`; None without shifted sinks.
         nan_check: what to check each layer's output with, if pages are poisoned.
@@ -51,8 +54,17 @@ class SWATritonMetadata:
     slots: torch.Tensor
     decodes: Rows | None
     prefills: Rows | None
+    scratch_size: int
     distances: torch.Tensor | None = None
     nan_check: NaNCheck | None = None
+
+
+def borrow_scratch(size: int) -> torch.Tensor | None:
+    """So many elements of the memory that vLLM's layers share; None where it keeps none (CPUs)."""
+    if not is_workspace_manager_initialized():
+        return None
+    (scratch,) = current_workspace_manager().get_simultaneous(((size,), torch.float32))
+    return scratch
 
 
 class SWATritonMetadataBuilder(AttentionMetadataBuilder[SWATritonMetadata]):
@@ -73,17 +85,37 @@ class SWATritonMetadataBuilder(AttentionMetadataBuilder[SWATritonMetadata]):
     ) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         self._init_reorder_batch_threshold(1, supports_spec_as_decode=True)
+        layer = get_layers_from_vllm_config(vllm_config, Attention)[layer_names[0]]
+        # Of a chunk not longer than the window every page is stored.
+        limit = layer.impl.sliding_window or self.reorder_batch_threshold
+        self._decode_threshold = min(self.reorder_batch_threshold, limit)
         scheduler = vllm_config.scheduler_config
+        self._scratch_size = self._reserve_scratch(layer.impl)
         max_tokens = scheduler.max_num_batched_tokens
         self._slots = torch.empty(max_tokens, dtype=torch.int64, device=device)
         self._starts = torch.empty(scheduler.max_num_seqs + 1, dtype=torch.int32, device=device)
-        layer = get_layers_from_vllm_config(vllm_config, Attention)[layer_names[0]]
         # The first position whose query is one beyond its place, if sinks are shifted.
         self._shift_start: int | None = layer.impl.shift_start
         self._tokens = torch.arange(max_tokens, device=device)
         self._distances = torch.empty(max_tokens, dtype=torch.int64, device=device)
         self._poison = PoisonWatch(kv_cache_spec, layer_names, vllm_config)
         log_layers(vllm_config, layer_names)
+
+    def _reserve_scratch(self, impl: Any) -> int:
+        """What the largest batch of decodes needs, which vLLM's shared memory then has."""
+        config = self.vllm_config
+        graphs = config.compilation_config.max_cudagraph_capture_size or 0
+        num_tokens = config.scheduler_config.max_num_seqs * self._decode_threshold
+        size = ops.decode_scratch_size(
+            max(num_tokens, graphs),
+            num_heads=impl.num_heads,
+            num_kv_heads=impl.num_kv_heads,
+            head_dim=impl.head_size,
+            sink_tokens=impl.sink_tokens,
+            device=self.device,
+        )
+        borrow_scratch(size)
+        return size
 
     def build(
         self,
@@ -94,7 +126,7 @@ class SWATritonMetadataBuilder(AttentionMetadataBuilder[SWATritonMetadata]):
         batch = common_attn_metadata
         num_tokens, slots = batch.num_actual_tokens, batch.slot_mapping
         num_decodes, num_prefills, split, _ = split_decodes_and_prefills(
-            batch, decode_threshold=self.reorder_batch_threshold or 1
+            batch, decode_threshold=self._decode_threshold
         )
         decodes = prefills = None
         if num_decodes:
@@ -122,6 +154,7 @@ class SWATritonMetadataBuilder(AttentionMetadataBuilder[SWATritonMetadata]):
             slots=slots[:num_tokens],
             decodes=decodes,
             prefills=prefills,
+            scratch_size=self._scratch_size,
             distances=self._find_distances(batch),
             nan_check=self._poison.step(batch),
         )

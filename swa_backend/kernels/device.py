@@ -1,5 +1,6 @@
 """The device that kernels are launched on."""
 
+from contextlib import AbstractContextManager
 from functools import cache
 
 import torch
@@ -28,3 +29,9 @@ def target_of(device: torch.device) -> Target:
             "the CPU, set TRITON_INTERPRET=1 before Triton is imported (slow, for debugging)"
         )
     return Target("cpu", 0, num_processors=1)
+
+
+def on_device_of(tensor: torch.Tensor) -> AbstractContextManager[object]:
+    """Launches inside go to the GPU that ``tensor`` is on; nothing for a CPU tensor."""
+    place: AbstractContextManager[object] = torch.cuda.device_of(tensor)  # type: ignore[no-untyped-call]
+    return place
