@@ -13,16 +13,17 @@ from typing import Any
 import pytest
 import torch
 
-from swa_backend.kernels import timing
+from swa_backend.kernels import aot, timing
 from swa_backend.kernels.plans import Target
 from swa_vllm.kv_manager import SWAManager
 from swa_vllm.tools import kernel_rivals
-from swa_vllm.tools.bench_kernels import report, work_of
+from swa_vllm.tools.bench_kernels import measure_all, work_of
 from swa_vllm.tools.cli import main
 from swa_vllm.tools.kernel_rivals import OURS, Batch, Call
-from swa_vllm.tools.kernel_times import Case, Result, copy_bandwidth, make_batch, measure, targets
+from swa_vllm.tools.kernel_times import Case, Result, make_batch, measure, targets
 from swa_vllm.tools.prefill_work import prefill_work
 from swa_vllm.tools.simulate import Arm, Engine, simulate
+from swa_vllm.tools.stock_kernel import real_triton
 
 
 def _swa(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -178,7 +179,7 @@ def test_kernels_cannot_be_compiled_under_the_interpreter(
     assert "unset TRITON_INTERPRET" in capsys.readouterr().err
 
 
-SMALL = Case(64, 150, 2, torch.bfloat16, num_kv_heads=1, group=2)
+SMALL = Case(64, 150, 2, torch.float16, num_kv_heads=1, group=2, dtype=torch.float16)
 
 
 def _each_takes(microseconds: float) -> Callable[[Sequence[Call]], float]:
@@ -194,33 +195,30 @@ def _zeros(batch: Batch) -> list[Call]:
     return [lambda: torch.zeros_like(batch.query)]
 
 
-@pytest.mark.parametrize("kv_dtype", [torch.bfloat16, torch.float8_e4m3fn], ids=str)
-def test_gpu_benchmark_runs_through(
-    kv_dtype: torch.dtype, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """With Triton's interpreter for the GPU, and a clock that stands still."""
-    case = replace(SMALL, kv_dtype=kv_dtype)
-    device = torch.device("cpu")
-    batch = make_batch(case, device, cold_bytes=2 * case.num_bytes)
-    assert len(batch.tables) == 2
-    rivals = {
-        OURS: kernel_rivals.ours,
-        "the oracle": partial(kernel_rivals.ours, impl="torch"),
-        "wrong": _zeros,
-        "FlashInfer": kernel_rivals.flashinfer,
-    }
-    result = measure(case, batch, rivals, _each_takes(3.0))
-    assert result.times == {OURS: 3.0, "the oracle": 3.0}
-    assert result.refused["wrong"].startswith("wrong: off by")
-    assert "flashinfer" in result.refused["FlashInfer"]
-    copied = copy_bandwidth(device, _each_takes(1.0), num_bytes=4096)
-    assert copied == pytest.approx(2 * 4096 / 1e3)
-    figures = report("Qwen3-8B", "no GPU", [result], copied)
+def test_gpu_benchmark_runs_through(capsys: pytest.CaptureFixture[str]) -> None:
+    """With Triton's interpreter for the GPU, also under vLLM's kernel, and a clock that stands."""
+    cases = [SMALL, replace(SMALL, num_queries=70)]
+    with real_triton(aot.triton_modules()):
+        figures = measure_all(
+            "Qwen3-8B", cases, torch.device("cpu"), _each_takes(3.0), num_bytes=1 << 16
+        )
     json.dumps(figures)
-    assert figures["cases"][0]["us"] == result.times
+    for case in figures["cases"]:
+        assert case["us"] == {OURS: 3.0, "TRITON_ATTN": 3.0}
+        assert "flashinfer" in case["not_timed"]["FlashInfer"]
+    assert [case["num_queries"] for case in figures["cases"]] == [1, 1, 70, 70]
+    assert figures["copy_gb_per_s"] == pytest.approx(2 * (1 << 16) / 3.0 / 1e3)
     printed = capsys.readouterr().out
-    assert "not timed: wrong: wrong: off by" in printed
-    assert "not measured" in printed
+    for text in ("decodes, cache", "chunks, cache", "TFLOP/s", "not measured"):
+        assert text in printed
+
+
+def test_wrong_output_is_not_timed() -> None:
+    batch = make_batch(SMALL, torch.device("cpu"), cold_bytes=2 * SMALL.num_bytes)
+    assert len(batch.tables) == 2
+    result = measure(SMALL, batch, {OURS: kernel_rivals.ours, "wrong": _zeros}, _each_takes(3.0))
+    assert result.times == {OURS: 3.0}
+    assert result.refused["wrong"].startswith("wrong: off by")
 
 
 def test_own_kernel_must_be_right_before_it_is_timed() -> None:

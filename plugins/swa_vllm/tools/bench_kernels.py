@@ -1,12 +1,13 @@
-"""Decode kernels on a GPU, beside vLLM's own, FlashInfer's and xformers'; what they do without one.
+"""Attention kernels on a GPU, beside vLLM's own, FlashInfer's and xformers'; or what they do.
 
 On a GPU each must first give the oracle's output; then the median of CUDA graph replays is taken,
-merge included, with keys that no cache holds. Without a GPU nothing is timed: the figures are what
-a launch on an H100 reads and starts, and what the kernels compile to.
+decode's merge included, with keys that no cache holds. Without a GPU nothing is timed: the figures
+are what a launch on an H100 reads and starts, and what the kernels compile to.
 """
 
 import argparse
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from itertools import product
 from typing import Any
@@ -19,6 +20,7 @@ from swa_vllm.tools.kernel_times import (
     HEAD_DIM,
     PAGE,
     Case,
+    Clock,
     Result,
     copy_bandwidth,
     make_batch,
@@ -34,6 +36,8 @@ EXAMPLE = "--shape Qwen3-8B --json kernels.json"
 _SHAPES = {"Qwen3-8B": (8, 4), "Qwen3-0.6B": (8, 2)}
 _H100 = Target("cuda", 90, num_processors=132)
 _WINDOWS, _LENGTHS, _BATCHES = (512, 1024, 4096), (8192, 32768, 131072), (1, 8, 64)
+# Of a prefill chunk, which is this long.
+_CONTEXTS, _CHUNK = (0, 8192, 122880), 8192
 _WORK_HEADER = (
     "W, length, batch",
     "MB seen",
@@ -60,7 +64,14 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     )
     cases = [Case(*size, torch.bfloat16, num_kv_heads=num_kv_heads, group=group) for size in sizes]
     if torch.cuda.is_available():
-        return _measured(args.shape, cases)
+        windows = sorted({case.window for case in cases})
+        chunks = [
+            replace(cases[0], window=window, seq_len=context + _CHUNK, batch=1, num_queries=_CHUNK)
+            for window, context in product(windows, _CONTEXTS)
+        ]
+        from swa_backend.kernels.timing import median_us
+
+        return measure_all(args.shape, [*cases, *chunks], torch.device("cuda"), median_us)
     print(
         "No GPU here: nothing is timed. What a launch on an H100 does, and what compiles to what:"
     )
@@ -160,31 +171,33 @@ def _print_compiled(shape: str, case: Case) -> dict[str, Any]:
     return {"here": vars(here), "stock": vars(stock)}
 
 
-def _measured(shape: str, cases: list[Case]) -> dict[str, Any]:
-    from swa_backend.kernels.timing import median_us
+def measure_all(
+    shape: str,
+    cases: list[Case],
+    device: torch.device,
+    clock: Clock,
+    num_bytes: int = 512 << 20,
+) -> dict[str, Any]:
+    """Time every case with a cache of its dtype and with an fp8 cache, and print the result.
 
-    device = torch.device("cuda")
-    copied = copy_bandwidth(device, median_us)
+    Args:
+        num_bytes: of the keys that are cycled through, and of what is copied for comparison.
+    """
+    copied = copy_bandwidth(device, clock, num_bytes)
     results = []
-    for case, dtype in product(cases, (torch.bfloat16, torch.float8_e4m3fn)):
-        typed = replace(case, kv_dtype=dtype)
+    for case, is_fp8 in product(cases, (False, True)):
+        typed = replace(case, kv_dtype=torch.float8_e4m3fn if is_fp8 else case.dtype)
         print(f"{typed} ...", file=sys.stderr, flush=True)
-        results.append(measure(typed, make_batch(typed, device), RIVALS, median_us))
-    return report(shape, torch.cuda.get_device_name(device), results, copied)
+        results.append(measure(typed, make_batch(typed, device, num_bytes), RIVALS, clock))
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
+    return report(shape, name, results, copied)
 
 
 def report(shape: str, device: str, results: list[Result], copied: float) -> dict[str, Any]:
     """Print times and targets; returns them."""
-    rows = []
-    for result in results:
-        case = result.case
-        name = str(case.kv_dtype).removeprefix("torch.")
-        share = result.bandwidth(OURS) / copied
-        times = (result.times.get(rival) for rival in RIVALS)
-        rows.append((f"{case.window}, {case.seq_len}, {case.batch}, {name}", *times, share))
-    header = ("W, length, batch, cache", *(f"{rival} us" for rival in RIVALS), "of copy")
     print(f"\n{shape} on {device}, copy {copied:.0f} GB/s")
-    print(format_table(header, rows))
+    _print_times("decodes", results, "of copy", lambda r: r.bandwidth(OURS) / copied)
+    _print_times("chunks", results, "TFLOP/s", lambda r: r.speed(OURS))
     for reason in sorted({f"{k}: {v}" for result in results for k, v in result.refused.items()}):
         print(f"not timed: {reason}")
     reached = targets(results, copied)
@@ -202,7 +215,7 @@ def report(shape: str, device: str, results: list[Result], copied: float) -> dic
         "copy_gb_per_s": copied,
         "cases": [
             {
-                **{k: str(v) if k == "kv_dtype" else v for k, v in vars(result.case).items()},
+                **{k: str(v) if "dtype" in k else v for k, v in vars(result.case).items()},
                 "num_bytes": result.case.num_bytes,
                 "us": result.times,
                 "gb_per_s": {name: result.bandwidth(name) for name in result.times},
@@ -212,6 +225,23 @@ def report(shape: str, device: str, results: list[Result], copied: float) -> dic
         ],
         "targets": reached,
     }
+
+
+def _print_times(
+    kind: str, results: list[Result], unit: str, share: Callable[[Result], float]
+) -> None:
+    rows = []
+    for result in results:
+        case = result.case
+        if (case.num_queries > 1) != (kind == "chunks"):
+            continue
+        size = case.num_queries if kind == "chunks" else case.batch
+        name = str(case.kv_dtype).removeprefix("torch.")
+        times = (result.times.get(rival) for rival in RIVALS)
+        rows.append((f"{case.window}, {case.seq_len}, {size}, {name}", *times, share(result)))
+    if rows:
+        header = (f"W, length, {kind}, cache", *(f"{rival} us" for rival in RIVALS), unit)
+        print("\n" + format_table(header, rows))
 
 
 def _versions() -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""Decode attention by this project and by others, called alike.
+"""Attention by this project and by others, called alike.
 
 Each function prepares a batch and returns one call for each of its block tables. What a rival
 cannot do, or is not installed, raises ValueError or ImportError with the reason.
@@ -11,24 +11,28 @@ from functools import partial
 import torch
 
 from swa_backend import ops
-from swa_backend.window import flash_attention_window, flashinfer_window_left
+from swa_backend.window import first_visible, flash_attention_window, flashinfer_window_left
 
 Call = Callable[[], torch.Tensor]
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Decoding requests of equal length.
+    """Requests of equal length and as many queries each: one that decodes, or a chunk.
 
     Attributes:
-        query: bf16 ``[B, Hq, D]``.
-        kv_cache: bf16 or e4m3 ``[num_pages, Hkv, page, 2 * D]``.
+        query: ``[num_tokens, Hq, D]``.
+        key, value: as query, ``[num_tokens, Hkv, D]``, the same tokens'; the pages of the first
+            table hold them too.
+        kv_cache: as query or e4m3, ``[num_pages, Hkv, page, 2 * D]``.
         tables: int32 ``[B, max_pages]``, several with different pages; entries below the window
             are page 0, as vLLM's null page.
         seq_lens: int32 ``[B]``, all ``seq_len``.
     """
 
     query: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
     kv_cache: torch.Tensor
     tables: Sequence[torch.Tensor]
     seq_lens: torch.Tensor
@@ -42,8 +46,14 @@ class Batch:
         return key, value
 
     @property
+    def num_queries(self) -> int:
+        """Of each request."""
+        return len(self.query) // len(self.seq_lens)
+
+    @property
     def start_loc(self) -> torch.Tensor:
-        return torch.arange(len(self.seq_lens) + 1, dtype=torch.int32, device=self.seq_lens.device)
+        starts = torch.arange(len(self.seq_lens) + 1, device=self.seq_lens.device)
+        return (starts * self.num_queries).int()
 
     def refuse_fp8(self, reason: str) -> None:
         if self.kv_cache.element_size() == 1:
@@ -51,25 +61,38 @@ class Batch:
 
 
 def ours(batch: Batch, impl: str = "triton") -> list[Call]:
-    """:func:`swa_backend.ops.decode_attention`."""
-    out = torch.empty_like(batch.query)
+    """:func:`swa_backend.ops.decode_attention` or :func:`swa_backend.ops.prefill_attention`."""
+    out, start_loc = torch.empty_like(batch.query), batch.start_loc
 
-    def call(table: torch.Tensor) -> Call:
-        return lambda: ops.decode_attention(
+    def run(table: torch.Tensor) -> torch.Tensor:
+        if batch.num_queries == 1:
+            return ops.decode_attention(
+                batch.query,
+                batch.kv_cache,
+                table,
+                batch.seq_lens,
+                window=batch.window,
+                out=out,
+                impl=impl,
+            )
+        return ops.prefill_attention(
             batch.query,
+            batch.key,
+            batch.value,
             batch.kv_cache,
             table,
+            start_loc,
             batch.seq_lens,
             window=batch.window,
             out=out,
             impl=impl,
         )
 
-    return [call(table) for table in batch.tables]
+    return [partial(run, table) for table in batch.tables]
 
 
 def vllm_triton(batch: Batch) -> list[Call]:
-    """TRITON_ATTN: its split kernel up to 16 requests of 8 KV heads, its plain one beyond."""
+    """TRITON_ATTN: its split kernel for up to 16 decodes of 8 KV heads, its plain one otherwise."""
     from vllm.v1.attention.backends.triton_attn import (
         MIN_LAUNCH_GRID_SIZE_2D,
         NUM_PAR_SOFTMAX_SEGMENTS,
@@ -80,7 +103,9 @@ def vllm_triton(batch: Batch) -> list[Call]:
     key, value = (half.transpose(1, 2) for half in batch.halves)
     is_fp8 = batch.kv_cache.element_size() == 1
     num_kv_heads = batch.kv_cache.shape[1]
-    lse_shape = (*batch.query.shape[:2], NUM_PAR_SOFTMAX_SEGMENTS)
+    # The plain kernel has no use for scratch, which would be gigabytes for a chunk.
+    num_rows = len(batch.query) if batch.num_queries == 1 else 1
+    lse_shape = (num_rows, batch.query.shape[1], NUM_PAR_SOFTMAX_SEGMENTS)
     scratch = torch.empty(*lse_shape, batch.query.shape[2], device=batch.query.device)
     tops, sums = torch.empty(2, *lse_shape, device=batch.query.device)
     ones = torch.ones(len(batch.seq_lens), num_kv_heads, device=batch.query.device)
@@ -93,7 +118,7 @@ def vllm_triton(batch: Batch) -> list[Call]:
             v=value,
             out=out,
             cu_seqlens_q=start_loc,
-            max_seqlen_q=1,
+            max_seqlen_q=batch.num_queries,
             seqused_k=batch.seq_lens,
             max_seqlen_k=batch.seq_len,
             softmax_scale=batch.query.shape[2] ** -0.5,
@@ -133,7 +158,7 @@ def flash_attn(batch: Batch) -> list[Call]:
             v=value,
             out=out,
             cu_seqlens_q=start_loc,
-            max_seqlen_q=1,
+            max_seqlen_q=batch.num_queries,
             seqused_k=batch.seq_lens,
             max_seqlen_k=batch.seq_len,
             causal=True,
@@ -147,45 +172,52 @@ def flash_attn(batch: Batch) -> list[Call]:
 
 
 def flashinfer(batch: Batch) -> list[Call]:
-    """FlashInfer's paged decode, planned beforehand as vLLM does once a step."""
-    from flashinfer import BatchDecodeWithPagedKVCacheWrapper
+    """FlashInfer's paged attention, planned beforehand as vLLM does once a step."""
+    from flashinfer import BatchDecodeWithPagedKVCacheWrapper, BatchPrefillWithPagedKVCacheWrapper
 
     num_reqs, num_pages = batch.tables[0].shape
     page, device = batch.kv_cache.shape[2], batch.query.device
     workspace = torch.empty(128 << 20, dtype=torch.uint8, device=device)
     out = torch.empty_like(batch.query)
+    page_starts = torch.arange(num_reqs + 1, dtype=torch.int32) * num_pages
+    last_page_len = torch.full((num_reqs,), (batch.seq_len - 1) % page + 1, dtype=torch.int32)
+    shape = {
+        "num_qo_heads": batch.query.shape[1],
+        "num_kv_heads": batch.kv_cache.shape[1],
+        "page_size": page,
+        "window_left": flashinfer_window_left(batch.window),
+        "q_data_type": batch.query.dtype,
+        "kv_data_type": batch.kv_cache.dtype,
+    }
+    head_dim = batch.query.shape[2]
 
     def call(table: torch.Tensor) -> Call:
-        wrapper = BatchDecodeWithPagedKVCacheWrapper(workspace, "HND", use_tensor_cores=True)
-        wrapper.plan(
-            torch.arange(num_reqs + 1, dtype=torch.int32) * num_pages,
-            table.flatten(),
-            torch.full((num_reqs,), (batch.seq_len - 1) % page + 1, dtype=torch.int32),
-            num_qo_heads=batch.query.shape[1],
-            num_kv_heads=batch.kv_cache.shape[1],
-            head_dim=batch.query.shape[2],
-            page_size=page,
-            window_left=flashinfer_window_left(batch.window),
-            q_data_type=batch.query.dtype,
-            kv_data_type=batch.kv_cache.dtype,
-        )
+        pages = page_starts, table.flatten(), last_page_len
+        if batch.num_queries == 1:
+            wrapper = BatchDecodeWithPagedKVCacheWrapper(workspace, "HND", use_tensor_cores=True)
+            wrapper.plan(*pages, head_dim=head_dim, **shape)
+        else:
+            wrapper = BatchPrefillWithPagedKVCacheWrapper(workspace, "HND")
+            starts = batch.start_loc.cpu()
+            wrapper.plan(starts, *pages, head_dim_qk=head_dim, causal=True, **shape)
         return lambda: wrapper.run(batch.query, batch.halves, out=out)
 
     return [call(table) for table in batch.tables]
 
 
 def xformers(batch: Batch) -> list[Call]:
-    """xformers' local mask, which is not paged: the window is gathered beforehand, uncounted."""
+    """xformers' local mask, which is not paged: what is seen is gathered beforehand, uncounted."""
     batch.refuse_fp8("has no fp8 cache")
     from xformers.ops import fmha
 
-    num_reqs, num_heads, head_dim = batch.query.shape
+    num_reqs, num_queries = len(batch.seq_lens), batch.num_queries
+    num_heads, head_dim = batch.query.shape[1:]
     num_kv_heads, page = batch.kv_cache.shape[1:3]
     grouped = (num_kv_heads, num_heads // num_kv_heads, head_dim)
-    first = batch.seq_len - batch.window
+    first = first_visible(batch.seq_len - num_queries, batch.window)
     positions = torch.arange(first, batch.seq_len, device=batch.query.device)
     mask = fmha.attn_bias.BlockDiagonalMask.from_seqlens(
-        [1] * num_reqs, [batch.window] * num_reqs, device=batch.query.device
+        [num_queries] * num_reqs, [len(positions)] * num_reqs, device=batch.query.device
     ).make_local_attention_from_bottomright(batch.window)
 
     def call(table: torch.Tensor) -> Call:
@@ -194,7 +226,7 @@ def xformers(batch: Batch) -> list[Call]:
             half.reshape(1, -1, num_kv_heads, 1, head_dim).expand(1, -1, *grouped)
             for half in rows.chunk(2, dim=-1)
         )
-        query = batch.query.view(1, num_reqs, *grouped)
+        query = batch.query.view(1, -1, *grouped)
         return lambda: fmha.memory_efficient_attention_forward(
             query, key, value, attn_bias=mask
         ).view_as(batch.query)

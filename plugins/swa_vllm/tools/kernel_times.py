@@ -1,4 +1,4 @@
-"""Decode attention timed against others on the same batches, and the targets that decide."""
+"""Attention timed against others on the same batches, and the targets that decide."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -7,22 +7,26 @@ from typing import Any
 
 import torch
 
-from swa_backend import ops
 from swa_backend.pages import ceil_div
-from swa_vllm.tools.kernel_rivals import OURS, Batch, Call
+from swa_backend.window import first_visible, num_visible
+from swa_vllm.tools.kernel_rivals import OURS, Batch, Call, ours
 
 Clock = Callable[[Sequence[Call]], float]
 PAGE = 16
 HEAD_DIM = 128
-# Several times any L2 cache: a layer finds its keys cold, for the other layers ran in between.
-_COLD_BYTES = 512 << 20
 # Of an output, relative to the largest value: bfloat16 weights and bfloat16 output.
 _TOLERANCE = 2.0**-7
 
 
 @dataclass(frozen=True)
 class Case:
-    """Decoding requests of equal length in one layer of Qwen3."""
+    """Requests of equal length in one layer of Qwen3: decoding ones, or prefill chunks.
+
+    Attributes:
+        seq_len: tokens, including the queries.
+        num_queries: of each request; 1 decodes.
+        dtype: of queries and of a chunk's own keys and values.
+    """
 
     window: int
     seq_len: int
@@ -30,12 +34,26 @@ class Case:
     kv_dtype: torch.dtype
     num_kv_heads: int = 8
     group: int = 4
+    num_queries: int = 1
+    dtype: torch.dtype = torch.bfloat16
+
+    @property
+    def first_key(self) -> int:
+        """The first that a query sees."""
+        return first_visible(self.seq_len - self.num_queries, self.window)
 
     @property
     def num_bytes(self) -> int:
         """Of the keys and values that the queries see: the least that can be read."""
-        rows = self.batch * min(self.window, self.seq_len) * self.num_kv_heads
+        rows = self.batch * (self.seq_len - self.first_key) * self.num_kv_heads
         return rows * 2 * HEAD_DIM * self.kv_dtype.itemsize
+
+    @property
+    def num_flops(self) -> int:
+        """Of both products of the queries with what they see."""
+        positions = range(self.seq_len - self.num_queries, self.seq_len)
+        visible = sum(num_visible(position, self.window) for position in positions)
+        return 4 * HEAD_DIM * self.batch * self.num_kv_heads * self.group * visible
 
 
 @dataclass(frozen=True)
@@ -50,28 +68,43 @@ class Result:
         """GB/s of the least that can be read."""
         return self.case.num_bytes / self.times[name] / 1e3
 
+    def speed(self, name: str) -> float:
+        """TFLOP/s of the least that can be computed."""
+        return self.case.num_flops / self.times[name] / 1e6
 
-def make_batch(case: Case, device: torch.device, cold_bytes: int = _COLD_BYTES) -> Batch:
-    """Random tensors; block tables with so many different pages that no cache holds them."""
+
+def make_batch(case: Case, device: torch.device, cold_bytes: int) -> Batch:
+    """Random tensors; block tables whose different pages hold at least ``cold_bytes``.
+
+    Several times what a GPU's caches hold, a layer finds its keys cold, as after other layers.
+    """
     generator = torch.Generator(device).manual_seed(0)
-    first_page = max(0, case.seq_len - case.window) // PAGE
+    first_page = case.first_key // PAGE
     max_pages = ceil_div(case.seq_len, PAGE)
     num_live = case.batch * (max_pages - first_page)
     num_tables = max(1, ceil_div(cold_bytes, case.num_bytes))
     num_pages = 1 + num_tables * num_live
     shape = (num_pages, case.num_kv_heads, PAGE, 2 * HEAD_DIM)
-    cache = torch.empty(shape, dtype=torch.bfloat16, device=device)
+    cache = torch.empty(shape, dtype=case.dtype, device=device)
     cache.normal_(generator=generator)
     order = 1 + torch.randperm(num_pages - 1, generator=generator, device=device).int()
     tables = []
     for pages in order.view(num_tables, case.batch, -1):
         tables.append(torch.zeros(case.batch, max_pages, dtype=torch.int32, device=device))
         tables[-1][:, first_page:] = pages
-    query = torch.empty(case.batch, case.num_kv_heads * case.group, HEAD_DIM, device=device)
+    num_tokens = case.batch * case.num_queries
+    query = torch.empty(num_tokens, case.num_kv_heads * case.group, HEAD_DIM, device=device)
     query.normal_(generator=generator)
+    cache = cache.to(case.kv_dtype)
+    own = torch.arange(case.seq_len - case.num_queries, case.seq_len, device=device)
+    # What the cache holds: here a chunk's own keys are not read from it, elsewhere they are.
+    rows = cache[tables[0][:, own // PAGE].long(), :, own % PAGE].to(case.dtype)
+    key, value = rows.view(num_tokens, case.num_kv_heads, 2 * HEAD_DIM).chunk(2, dim=-1)
     return Batch(
-        query=query.bfloat16(),
-        kv_cache=cache.to(case.kv_dtype),
+        query=query.to(case.dtype),
+        key=key,
+        value=value,
+        kv_cache=cache,
         tables=tables,
         seq_lens=torch.full((case.batch,), case.seq_len, dtype=torch.int32, device=device),
         seq_len=case.seq_len,
@@ -87,14 +120,7 @@ def measure(
     Raises:
         RuntimeError: this project's own output is wrong.
     """
-    expected = ops.decode_attention(
-        batch.query,
-        batch.kv_cache,
-        batch.tables[0],
-        batch.seq_lens,
-        window=batch.window,
-        impl="torch",
-    ).float()
+    expected = ours(batch, impl="torch")[0]().float()
     bound = _TOLERANCE * float(batch.kv_cache.float().abs().max())
     result = Result(case)
     for name, prepare in rivals.items():
@@ -115,7 +141,7 @@ def measure(
     return result
 
 
-def copy_bandwidth(device: torch.device, clock: Clock, num_bytes: int = 1 << 30) -> float:
+def copy_bandwidth(device: torch.device, clock: Clock, num_bytes: int) -> float:
     """GB/s that a copy reads and writes."""
     source = torch.zeros(num_bytes, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
@@ -125,8 +151,9 @@ def copy_bandwidth(device: torch.device, clock: Clock, num_bytes: int = 1 << 30)
 def targets(results: Sequence[Result], copied: float) -> list[dict[str, Any]]:
     """The figures that decide: what is wanted, the worst measured, whether it was met.
 
-    ``worst`` and ``met`` are None where nothing was measured.
+    ``worst`` and ``met`` are None where nothing was measured. All are of decoding.
     """
+    results = [r for r in results if r.case.num_queries == 1]
     times = {r.case: r.times for r in results}
     single = [r for r in results if r.case.batch == 1]
 

@@ -65,14 +65,14 @@ def compile_stock(case: Case, target: Target) -> Any:
     from swa_backend.kernels import aot
 
     batch = make_batch(case, torch.device("cpu"), cold_bytes=1)
-    with aot.compiling(target) as kernels, _real_triton(aot.triton_modules()):
+    with aot.compiling(target) as kernels, real_triton(aot.triton_modules()):
         for call in vllm_triton(batch):
             call()
     return aot.read_facts(kernels["kernel_unified_attention"], target)
 
 
 @contextmanager
-def _real_triton(modules: dict[str, Any]) -> Iterator[None]:
+def real_triton(modules: dict[str, Any]) -> Iterator[None]:
     """vLLM's kernels are Triton functions inside, also in a build that has a placeholder for it."""
     stand_in = ModuleType("vllm.triton_utils")
     vars(stand_in).update(modules, HAS_TRITON=True)
