@@ -11,13 +11,33 @@ def describe(tensor: torch.Tensor) -> str:
     return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
 
 
-def check_cache(kv_cache: torch.Tensor, rows: torch.Tensor, name: str) -> None:
-    """Raise where ``rows [num_tokens, heads, D]`` and the cache do not go together."""
+def check_rows(name: str, rows: torch.Tensor) -> None:
+    """Raise unless ``rows`` is ``[num_tokens, heads, D]`` of a dtype that queries have."""
     if rows.dim() != 3 or rows.dtype not in QUERY_DTYPES:
         raise TypeError(
             f"{name} must be float32, float16 or bfloat16 [num_tokens, heads, head_dim]; "
             f"got {describe(rows)}"
         )
+
+
+def check_table(table: torch.Tensor, states: torch.Tensor) -> None:
+    """Raise unless ``table [num_positions, R]`` can rotate ``states [num_tokens, heads, D]``."""
+    if table.dim() != 2 or table.dtype not in QUERY_DTYPES:
+        raise TypeError(
+            "table must be float32, float16 or bfloat16 [num_positions, rotary_dim]; "
+            f"got {describe(table)}"
+        )
+    num_positions, size = table.shape
+    if not num_positions or not 0 < size <= states.shape[2] or size % 2 or table.stride(1) != 1:
+        raise ValueError(
+            "table must have a position, rows that are contiguous, and an even number of columns "
+            f"up to states' head_dim {states.shape[2]}; got {describe(table)}"
+        )
+
+
+def check_cache(kv_cache: torch.Tensor, rows: torch.Tensor, name: str) -> None:
+    """Raise where ``rows [num_tokens, heads, D]`` and the cache do not go together."""
+    check_rows(name, rows)
     if kv_cache.dtype != rows.dtype and kv_cache.dtype not in FP8_DTYPES:
         raise TypeError(
             f"kv_cache must have {name}'s dtype, float8_e4m3fn or float8_e5m2; {name} is "
@@ -65,7 +85,7 @@ def check_scratch(scratch: torch.Tensor, kv_cache: torch.Tensor) -> None:
     """Raise unless ``scratch`` is a contiguous vector of fp32 on the cache's device."""
     if scratch.dim() != 1 or scratch.dtype != torch.float32 or not scratch.is_contiguous():
         raise TypeError(f"scratch must be contiguous float32 [any]; got {describe(scratch)}")
-    check_same_device(kv_cache, scratch=scratch)
+    check_same_device(kv_cache, "kv_cache", scratch=scratch)
 
 
 def check_requests(
@@ -96,6 +116,7 @@ def check_requests(
     check_scales(k_scale=k_scale, v_scale=v_scale)
     check_same_device(
         kv_cache,
+        "kv_cache",
         query=query,
         block_table=block_table,
         seq_lens=seq_lens,
@@ -129,12 +150,12 @@ def check_scales(**scales: float) -> None:
             raise ValueError(f"{name} must be positive, got {scale}")
 
 
-def check_same_device(kv_cache: torch.Tensor, **others: torch.Tensor | None) -> None:
-    """Raise for a tensor on another device than the cache."""
+def check_same_device(like: torch.Tensor, like_name: str, **others: torch.Tensor | None) -> None:
+    """Raise for a tensor on another device than ``like``."""
     for name, tensor in others.items():
-        if tensor is not None and tensor.device != kv_cache.device:
+        if tensor is not None and tensor.device != like.device:
             raise ValueError(
-                f"{name} is on {tensor.device}, kv_cache on {kv_cache.device}; move it there"
+                f"{name} is on {tensor.device}, {like_name} on {like.device}; move it there"
             )
 
 

@@ -26,8 +26,15 @@ from swa_backend.dispatch import FORMATS, readable, resolve
 from swa_backend.kernels.device import on_device_of, target_of
 from swa_backend.kernels.plans import DecodePlan, max_splits, plan_decode
 from swa_backend.prefill import prefill_attention
+from swa_backend.rotation import rotate_back
 
-__all__ = ["decode_attention", "decode_scratch_size", "prefill_attention", "write_pages"]
+__all__ = [
+    "decode_attention",
+    "decode_scratch_size",
+    "prefill_attention",
+    "rotate_back",
+    "write_pages",
+]
 
 _MANTISSA_BITS = {torch.float8_e4m3fn: 3, torch.float8_e5m2: 2}
 
@@ -63,7 +70,7 @@ def write_pages(
             f"and a cache of {kv_cache.shape[1]}; give at most one slot a token, and equal heads"
         )
     check_scales(k_scale=k_scale, v_scale=v_scale)
-    check_same_device(kv_cache, key=key, value=value, slot_mapping=slot_mapping)
+    check_same_device(kv_cache, "kv_cache", key=key, value=value, slot_mapping=slot_mapping)
     if resolve(impl, kv_cache.device) == "torch":
         reference.write_pages(key, value, kv_cache, slot_mapping, k_scale=k_scale, v_scale=v_scale)
         return

@@ -243,3 +243,28 @@ def _attend(
     plain, shifted = (torch.einsum("hd,hkd->hk", q.double(), key) for q in (query, shifted_query))
     scores = torch.where(is_shifted.to(query.device), shifted, plain) * scale
     return torch.einsum("hk,hkd->hd", scores.softmax(dim=-1), value)
+
+
+def rotate_back(
+    states: torch.Tensor,
+    distances: torch.Tensor,
+    table: torch.Tensor,
+    *,
+    is_neox: bool = True,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """What :func:`swa_backend.ops.rotate_back` computes, in complex fp64 numbers."""
+    size = table.shape[1]
+    cos, sin = (table[distances.abs()].double() / table[0, 0].double()).chunk(2, dim=-1)
+    turns = torch.complex(cos, -sin * distances.sign()[:, None])[:, None]
+    rotated = states[..., :size].double()
+    shape = (2, size // 2) if is_neox else (size // 2, 2)
+    pairs = rotated.view(*rotated.shape[:2], *shape)
+    axis = -2 if is_neox else -1
+    first, second = pairs.unbind(axis)
+    turned = torch.complex(first, second) * turns
+    both = torch.stack((turned.real, turned.imag), dim=axis).flatten(-2)
+    out = torch.empty_like(states) if out is None else out
+    out[..., :size] = both.to(states.dtype)
+    out[..., size:] = states[..., size:]
+    return out

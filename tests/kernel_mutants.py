@@ -19,8 +19,10 @@ MODULES = (
     "kernels.decode",
     "kernels.prefill",
     "kernels.cache_write",
+    "kernels.rotate",
     "dispatch",
     "prefill",
+    "rotation",
     "ops",
 )
 
@@ -77,6 +79,7 @@ def assert_caught(
 
 DECODE, TILES, WRITE, OPS = "kernels.decode", "kernels.tiles", "kernels.cache_write", "ops"
 PREFILL, DISPATCH, PREFILL_OP = "kernels.prefill", "dispatch", "prefill"
+ROTATE = "kernels.rotate"
 MUTANTS = (
     Mutant(
         "window too wide",
@@ -276,4 +279,15 @@ PREFILL_MUTANTS = (
     Mutant(
         "sinks taken for absent", PREFILL_OP, "sink_tokens > 0 and size", "sink_tokens > 9 and size"
     ),
+)
+ROTATE_MUTANTS = (
+    Mutant("other direction", ROTATE, "is_first == (distance >= 0)", "is_first == (distance < 0)"),
+    Mutant("direction of all alike", ROTATE, "is_first == (distance >= 0)", "is_first"),
+    Mutant(
+        "factor of the table kept", ROTATE, "tl.load(table_ptr)", "1.0 + 0.0 * tl.load(table_ptr)"
+    ),
+    Mutant("sines taken for cosines", ROTATE, "row_ptr + HALF + pair", "row_ptr + pair"),
+    Mutant("neighbours taken for halves", ROTATE, "partner = dims ^ 1", "partner = dims ^ HALF"),
+    Mutant("rest not kept", ROTATE, "tl.where(is_rotated, cos, 1.0)", "cos"),
+    Mutant("next token's distance", ROTATE, "distances_ptr + token", "distances_ptr + token + 1"),
 )

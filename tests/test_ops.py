@@ -213,7 +213,9 @@ def test_prefill_refuses(changes: dict[str, Any], error: type[Exception], messag
         ops.prefill_attention(**prefill_arguments(**changes))
 
 
-@pytest.mark.parametrize("name", ["decode_attention", "prefill_attention", "write_pages"])
+@pytest.mark.parametrize(
+    "name", ["decode_attention", "prefill_attention", "rotate_back", "write_pages"]
+)
 def test_oracle_has_the_same_signature(name: str) -> None:
     signature = inspect.signature(getattr(ops, name))
     parameters = [p for p in signature.parameters.values() if p.name not in ("impl", "scratch")]

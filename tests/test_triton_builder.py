@@ -4,7 +4,9 @@ The V2 runner's ``build_attn_metadata`` itself makes the batches; 0.33's is take
 """
 
 import ast
+import inspect
 from collections.abc import Callable, Iterator
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -23,7 +25,7 @@ from swa_backend.config import SWAConfigError
 from swa_vllm import report
 from swa_vllm.attention import WindowedAttention
 from swa_vllm.backend_triton import SWATritonBackend, SWATritonImpl
-from swa_vllm.builder_triton import SWATritonMetadata
+from swa_vllm.builder_triton import Scratch, SWATritonMetadata
 from swa_vllm.refusals import check_servable
 from tiny_models import FULL
 from wheel_sources import official_sources
@@ -39,7 +41,12 @@ class Setup:
     """One windowed layer with its group, and a pool of pages."""
 
     def __init__(
-        self, model: Any, monkeypatch: pytest.MonkeyPatch, window: int = WINDOW, **kwargs: Any
+        self,
+        model: Any,
+        monkeypatch: pytest.MonkeyPatch,
+        window: int = WINDOW,
+        rotary: Any = None,
+        **kwargs: Any,
     ) -> None:
         monkeypatch.setattr(report, "get_tensor_model_parallel_rank", lambda: 1)
         options = {"window": window, "sink_tokens": SINKS, "impl": "triton"}
@@ -61,12 +68,25 @@ class Setup:
                 cache_config=self.config.cache_config,
                 per_layer_sliding_window=window,
                 sink_tokens=SINKS,
+                shifted_by=rotary,
                 prefix=name,
             )
             self.spec = self.layer.get_kv_cache_spec(self.config)
             self.group = AttentionGroup(self.layer.get_attn_backend(), [name], self.spec, 0)
             self.group.create_metadata_builders(self.config, CPU, kernel_block_size=PAGE)
         self.name = name
+        self.rotary = rotary
+
+    def shifted(self, query: torch.Tensor, batch: dict[str, Any]) -> torch.Tensor | None:
+        """Queries as the sinks shall meet them: no further away than just before the window."""
+        if self.rotary is None:
+            return None
+        starts, seq_lens = batch["query_start_loc"].tolist(), batch["seq_lens"].tolist()
+        distances = torch.zeros(len(query), dtype=torch.int64)
+        for start, stop, seq_len in zip(starts, starts[1:], seq_lens, strict=False):
+            positions = torch.arange(seq_len - (stop - start), seq_len)
+            distances[start:stop] = (positions - (WINDOW + SINKS - 1)).clamp(min=0)
+        return reference.rotate_back(query, distances, self.rotary.cos_sin_cache)
 
     def batch(self, requests: Any, pad_to: int = 0, num_padding: int = 0) -> dict[str, Any]:
         """Tensors of a step as vLLM keeps them: padded rows have no tokens, padded slots are -1."""
@@ -218,6 +238,7 @@ def check_layer(
         batch["seq_lens"],
         window=WINDOW,
         sink_tokens=SINKS,
+        sink_query=setup.shifted(query.double(), batch),
     )
     written = cache.clone()
     reference.write_pages(key, value, written, batch["slots"])
@@ -253,19 +274,35 @@ def test_drafts_are_verified_as_decodes_if_the_window_keeps_their_pages(
         assert len(metadata.decodes.seq_lens) == num_decodes
 
 
-def test_layers_share_the_scratch_that_vllm_keeps(
-    setup: Setup, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("is_shifted", [False, True], ids=["plain", "shifted"])
+def test_layers_allocate_nothing(
+    is_shifted: bool, tiny_model: ModelFactory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As on a GPU: reserved before vLLM forbids growth, enough for the largest batch."""
+    """As on a GPU: vLLM's workspace has all that is needed before it may grow no more."""
+    angles = torch.arange(128)[:, None] * 10.0 ** -torch.linspace(0, 3, SIZE // 2)
+    table = torch.cat((angles.cos(), angles.sin()), dim=-1)
+    rotary = SimpleNamespace(cos_sin_cache=table, rotary_dim=SIZE, is_neox_style=True)
+    setup = Setup(tiny_model(**FULL), monkeypatch, rotary=rotary if is_shifted else None)
     monkeypatch.setattr(torch.accelerator, "empty_cache", lambda: None)
     workspace.init_workspace_manager(CPU)
+    for name in ("empty", "empty_like"):
+        monkeypatch.setattr(ops.torch, name, partial(_refuse_inside_a_layer, getattr(torch, name)))
     try:
         setup.group.create_metadata_builders(setup.config, CPU, kernel_block_size=PAGE)
         workspace.lock_workspace()
         for count in (1, 8):
             check_layer(setup, by_v1, [(40, 1)] * count, pad_to=count)
+        check_layer(setup, by_v1, MIXED, pad_to=len(MIXED))
     finally:
         workspace.reset_workspace_manager()
+
+
+def _refuse_inside_a_layer(allocate: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    frames = inspect.stack()
+    called_by = [frame.function for frame in frames]
+    allowed = "_ensure_workspace_size" in called_by or "reference.py" in frames[1].filename
+    assert allowed or SWATritonImpl.forward.__name__ not in called_by
+    return allocate(*args, **kwargs)
 
 
 def test_cuda_graphs_hold_uniform_decodes(setup: Setup) -> None:
@@ -307,7 +344,7 @@ def test_fp8_pages_are_read_with_the_layers_scales(
     impl = SWATritonImpl(2, 64, 1.0, 1, sliding_window=8, kv_cache_dtype=name)
     layer: Any = SimpleNamespace(_k_scale_float=0.5, _v_scale_float=2.0)
     rows = torch.zeros(1, 2, 64)
-    metadata = SWATritonMetadata(torch.zeros(1).long(), None, None, scratch_size=0)
+    metadata = SWATritonMetadata(torch.zeros(1).long(), None, None, Scratch(0))
     impl.forward(layer, rows, rows, rows, torch.zeros(1, 1, 16, 128).byte(), metadata, rows)
     ((args, kwargs),) = calls
     wanted = torch.float8_e5m2 if name == "fp8_e5m2" else torch.float8_e4m3fn

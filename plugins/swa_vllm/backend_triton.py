@@ -17,7 +17,6 @@ from swa_vllm.builder_triton import (
     Rows,
     SWATritonMetadata,
     SWATritonMetadataBuilder,
-    borrow_scratch,
 )
 from swa_vllm.rotation import Rotation
 
@@ -80,7 +79,7 @@ class SWATritonImpl(AttentionImpl[SWATritonMetadata]):
         self.kv_cache_dtype = kv_cache_dtype
         self.sliding_window = sliding_window
         self._fp8 = FP8_DTYPES.get(kv_cache_dtype)
-        self._rotate = None if shifted_by is None else Rotation(shifted_by)
+        self._rotation = None if shifted_by is None else Rotation(shifted_by)
         self.shift_start: int | None = None
         if shifted_by is not None and sliding_window is not None:
             self.shift_start = last_unshifted(sliding_window, sink_tokens)
@@ -107,10 +106,9 @@ class SWATritonImpl(AttentionImpl[SWATritonMetadata]):
             scales = {"k_scale": layer._k_scale_float, "v_scale": layer._v_scale_float}
         # Before attention: a request may hit a page that another one writes in this step.
         ops.write_pages(key, value, kv_cache, attn_metadata.slots, **scales, impl="triton")
-        shifted = None
-        if self._rotate is not None:
-            assert attn_metadata.distances is not None
-            shifted = self._rotate(query[: len(attn_metadata.distances)], -attn_metadata.distances)
+        scratch, shifted = attn_metadata.scratch.borrow()
+        if self._rotation is not None:
+            shifted = self._shift(query, attn_metadata, shifted)
         if attn_metadata.decodes is not None:
             rows = attn_metadata.decodes
             ops.decode_attention(
@@ -119,7 +117,7 @@ class SWATritonImpl(AttentionImpl[SWATritonMetadata]):
                 rows.block_table,
                 rows.seq_lens,
                 query_start_loc=rows.query_start_loc,
-                scratch=borrow_scratch(attn_metadata.scratch_size),
+                scratch=scratch,
                 **self._common(rows, shifted, scales, output),
             )
         if attn_metadata.prefills is not None:
@@ -138,6 +136,22 @@ class SWATritonImpl(AttentionImpl[SWATritonMetadata]):
         if attn_metadata.nan_check is not None:
             attn_metadata.nan_check.check(str(getattr(layer, "layer_name", layer)), output)
         return output
+
+    def _shift(
+        self, query: torch.Tensor, attn_metadata: SWATritonMetadata, out: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Queries with cache-relative distances to the sinks."""
+        assert self._rotation is not None
+        assert attn_metadata.distances is not None
+        num_tokens = len(attn_metadata.distances)
+        return ops.rotate_back(
+            query[:num_tokens],
+            attn_metadata.distances,
+            self._rotation.table,
+            is_neox=self._rotation.is_neox,
+            out=None if out is None else out[:num_tokens],
+            impl="triton",
+        )
 
     def _common(
         self,

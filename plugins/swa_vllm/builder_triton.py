@@ -38,6 +38,29 @@ class Rows:
 
 
 @dataclass(frozen=True)
+class Scratch:
+    """Memory that layers use one after the other; vLLM's workspace, where it keeps one (GPUs).
+
+    Attributes:
+        num_elements: fp32, for the largest batch of decodes.
+        shifted: shape and dtype of shifted queries of the largest batch; None where there are none.
+    """
+
+    num_elements: int
+    shifted: tuple[tuple[int, ...], torch.dtype] | None = None
+
+    def borrow(self) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """Scratch and shifted queries; None where PyTorch has to allocate them."""
+        if not is_workspace_manager_initialized():
+            return None, None
+        wanted: list[tuple[tuple[int, ...], torch.dtype]] = [((self.num_elements,), torch.float32)]
+        if self.shifted is not None:
+            wanted.append(self.shifted)
+        decodes, *shifted = current_workspace_manager().get_simultaneous(*wanted)
+        return decodes, shifted[0] if shifted else None
+
+
+@dataclass(frozen=True)
 class SWATritonMetadata:
     """A step's batch for the layers of one group.
 
@@ -45,7 +68,7 @@ class SWATritonMetadata:
         slots: int64 ``[num_tokens]``; -1 for a token that the KV cache need not keep.
         decodes: requests of few queries, whose keys are all stored; they come first.
         prefills: the others.
-        scratch_size: elements that suffice for any batch of decodes.
+        scratch: for any batch.
         distances: int64 ``[num_tokens]``, how far each query is beyond
             :func:`~swa_backend.window.last_unshifted`; None without shifted sinks.
         nan_check: what to check each layer's output with, if pages are poisoned.
@@ -54,17 +77,9 @@ class SWATritonMetadata:
     slots: torch.Tensor
     decodes: Rows | None
     prefills: Rows | None
-    scratch_size: int
+    scratch: Scratch
     distances: torch.Tensor | None = None
     nan_check: NaNCheck | None = None
-
-
-def borrow_scratch(size: int) -> torch.Tensor | None:
-    """So many elements of the memory that vLLM's layers share; None where it keeps none (CPUs)."""
-    if not is_workspace_manager_initialized():
-        return None
-    (scratch,) = current_workspace_manager().get_simultaneous(((size,), torch.float32))
-    return scratch
 
 
 class SWATritonMetadataBuilder(AttentionMetadataBuilder[SWATritonMetadata]):
@@ -90,7 +105,7 @@ class SWATritonMetadataBuilder(AttentionMetadataBuilder[SWATritonMetadata]):
         limit = layer.impl.sliding_window or self.reorder_batch_threshold
         self._decode_threshold = min(self.reorder_batch_threshold, limit)
         scheduler = vllm_config.scheduler_config
-        self._scratch_size = self._reserve_scratch(layer.impl)
+        self._scratch = self._reserve_scratch(layer.impl)
         max_tokens = scheduler.max_num_batched_tokens
         self._slots = torch.empty(max_tokens, dtype=torch.int64, device=device)
         self._starts = torch.empty(scheduler.max_num_seqs + 1, dtype=torch.int32, device=device)
@@ -101,21 +116,24 @@ class SWATritonMetadataBuilder(AttentionMetadataBuilder[SWATritonMetadata]):
         self._poison = PoisonWatch(kv_cache_spec, layer_names, vllm_config)
         log_layers(vllm_config, layer_names)
 
-    def _reserve_scratch(self, impl: Any) -> int:
-        """What the largest batch of decodes needs, which vLLM's shared memory then has."""
+    def _reserve_scratch(self, impl: Any) -> Scratch:
+        """For the largest batches; vLLM's workspace has the room then, before its graphs are."""
         config = self.vllm_config
+        scheduler = config.scheduler_config
         graphs = config.compilation_config.max_cudagraph_capture_size or 0
-        num_tokens = config.scheduler_config.max_num_seqs * self._decode_threshold
-        size = ops.decode_scratch_size(
-            max(num_tokens, graphs),
+        num_elements = ops.decode_scratch_size(
+            max(scheduler.max_num_seqs * self._decode_threshold, graphs),
             num_heads=impl.num_heads,
             num_kv_heads=impl.num_kv_heads,
             head_dim=impl.head_size,
             sink_tokens=impl.sink_tokens,
             device=self.device,
         )
-        borrow_scratch(size)
-        return size
+        shape = (scheduler.max_num_batched_tokens, impl.num_heads, impl.head_size)
+        is_shifted = impl.shift_start is not None
+        scratch = Scratch(num_elements, (shape, config.model_config.dtype) if is_shifted else None)
+        scratch.borrow()
+        return scratch
 
     def build(
         self,
@@ -154,7 +172,7 @@ class SWATritonMetadataBuilder(AttentionMetadataBuilder[SWATritonMetadata]):
             slots=slots[:num_tokens],
             decodes=decodes,
             prefills=prefills,
-            scratch_size=self._scratch_size,
+            scratch=self._scratch,
             distances=self._find_distances(batch),
             nan_check=self._poison.step(batch),
         )

@@ -24,6 +24,17 @@ class Rotation:
             )
         self._rotary = rotary
 
+    @property
+    def table(self) -> torch.Tensor:
+        """``[num_positions, R]``: cosines, then sines."""
+        table: torch.Tensor = self._rotary.cos_sin_cache
+        return table
+
+    @property
+    def is_neox(self) -> bool:
+        """Whether pairs are halves apart, not neighbours."""
+        return bool(self._rotary.is_neox_style)
+
     def __call__(self, states: torch.Tensor, distances: torch.Tensor) -> torch.Tensor:
         """Queries or keys as if each stood ``distances`` positions further on.
 
@@ -31,12 +42,12 @@ class Rotation:
             states: ``[n, num_heads, head_size]``, rotated at their positions.
             distances: int64 ``[n]``, of either sign.
         """
-        table = self._rotary.cos_sin_cache
+        table = self.table
         # YaRN's attention factor is in the table, and in the states already.
         cos, sin = (table[distances.abs()].float() / table[0, 0].float()).chunk(2, dim=-1)
         sin = sin * distances.sign()[:, None]
         size = self._rotary.rotary_dim
         turned = ApplyRotaryEmb.forward_static(
-            states[..., :size], cos, sin, self._rotary.is_neox_style, enable_fp32_compute=True
+            states[..., :size], cos, sin, self.is_neox, enable_fp32_compute=True
         )
         return torch.cat((turned, states[..., size:]), dim=-1)

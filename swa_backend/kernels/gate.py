@@ -52,9 +52,12 @@ class Case:
         with (
             compiling(self.target) as kernels,
             patch("swa_backend.dispatch.target_of", lambda _: self.target),
+            patch("swa_backend.rotation.target_of", lambda _: self.target),
         ):
             if self.kernel == "write":
                 _launch_write(self.kv_dtype)
+            elif self.kernel == "rotate":
+                _launch_rotate(GROUPS[self.shape])
             elif self.kernel.startswith("prefill"):
                 _launch_prefill(self)
             else:
@@ -66,6 +69,12 @@ class Case:
 def _launch_write(kv_dtype: torch.dtype) -> None:
     rows = torch.zeros(1, _NUM_KV_HEADS, _HEAD_DIM, dtype=torch.bfloat16)
     ops.write_pages(rows, rows, _cache(kv_dtype), torch.zeros(1).long(), impl="triton")
+
+
+def _launch_rotate(group: int) -> None:
+    states = torch.zeros(1, _NUM_KV_HEADS * group, _HEAD_DIM, dtype=torch.bfloat16)
+    table = torch.zeros(1, _HEAD_DIM, dtype=torch.bfloat16)
+    ops.rotate_back(states, torch.zeros(1).long(), table, impl="triton")
 
 
 def _launch_decode(case: Case) -> None:
@@ -127,6 +136,7 @@ def cases() -> Iterator[Case]:
         yield Case("prefill", "Qwen3-0.6B", wide, target)
         yield Case("write", "Qwen3-8B", wide, target)
         yield Case("write", "Qwen3-8B", e4m3, target)
+        yield Case("rotate", "Qwen3-8B", wide, target)
 
 
 def compile_all() -> Iterator[tuple[Case, Facts]]:
