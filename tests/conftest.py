@@ -26,6 +26,7 @@ os.environ.update(
 )
 
 import pytest
+from filelock import FileLock
 from vllm import LLM, ModelRegistry
 from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 
@@ -46,10 +47,22 @@ ModelFactory = Callable[..., Path]
 EngineFactory = Callable[..., LLM]
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """With several processes, each file's tests stay together, and those that need one probe."""
+    for item in items:
+        needs_probe = "stock_results" in getattr(item, "fixturenames", ())
+        name = "stock" if needs_probe else item.path.name
+        item.add_marker(pytest.mark.xdist_group(name))
+
+
 @pytest.fixture(scope="session")
 def demo_model() -> dict[str, Path]:
     """Real weights: directories of the variants ``full``, ``sliding`` and ``mixed``."""
-    return ensure_demo_model(Path(os.environ.get("SWA_DEMO_CACHE", ".cache/demo")))
+    directory = Path(os.environ.get("SWA_DEMO_CACHE", ".cache/demo"))
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{directory}.lock"):  # tests may run in several processes
+        return ensure_demo_model(directory)
 
 
 @pytest.fixture(scope="session")

@@ -19,6 +19,8 @@ import pytest
 
 from swa_backend.config import SWAOptions
 
+pytestmark = pytest.mark.alone
+
 ROOT = Path(__file__).parents[1]
 TIMEOUT_S = 300
 QUICKSTART = [sys.executable, "examples/quickstart.py"]

@@ -24,6 +24,8 @@ from swa_backend import __version__
 from test_exactness import LENGTHS, check_exact
 from tiny_models import FULL, MIXED, NUM_LAYERS, PAGE_SIZE, SLIDING, WINDOW, Oracle, random_prompts
 
+pytestmark = pytest.mark.alone
+
 TP2 = {"tensor_parallel_size": 2}
 WITH_SINKS = {
     "window": WINDOW,

@@ -13,6 +13,8 @@ from transformers import AutoTokenizer
 
 from quickstart import PAGE_SIZE, SERVE_ARGS, Server
 
+pytestmark = pytest.mark.alone
+
 # Parsers of Qwen3 look these up; the demo's tokenizer has none.
 QWEN3_TOKENS = ["<think>", "</think>", "<tool_call>", "</tool_call>"]
 PARSERS = [

@@ -3,10 +3,12 @@
 import subprocess
 import sys
 import zipfile
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 SOURCES = Path(".cache/wheel-sources")
 
@@ -20,8 +22,14 @@ def official_sources(version: str) -> Path:
 def wheel_sources(requirement: str, *options: str) -> Path:
     """Directory of a wheel's Python files and metadata; skips where it cannot be downloaded."""
     target = (SOURCES / requirement).resolve()
+    target.mkdir(parents=True, exist_ok=True)
+    with FileLock(target / "lock"):  # tests may run in several processes
+        _ensure_sources(target, requirement, options)
+    return target
+
+
+def _ensure_sources(target: Path, requirement: str, options: Sequence[str]) -> None:
     if not (target / "complete").exists():
-        target.mkdir(parents=True, exist_ok=True)
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
         done = subprocess.run(
             [*command, "--only-binary=:all:", *options, "--dest", str(target), requirement],
@@ -37,4 +45,3 @@ def wheel_sources(requirement: str, *options: str) -> Path:
             archive.extractall(target, names)
         wheel.unlink()
         (target / "complete").touch()
-    return target
