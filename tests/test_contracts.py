@@ -21,6 +21,7 @@ from swa_vllm.attention import WindowedAttention
 from swa_vllm.backend_cpu import SWACPUBackend, SWACPUImpl, SWACPUMetadataBuilder
 from swa_vllm.backend_triton import SWATritonBackend, SWATritonImpl
 from swa_vllm.builder_triton import SWATritonMetadataBuilder
+from swa_vllm.config_hook import ConfigHook
 from swa_vllm.kv_manager import SWAManager
 from swa_vllm.kv_spec import SWASpec
 from swa_vllm.models.qwen3 import SWAQwen3ForCausalLM
@@ -29,7 +30,6 @@ from swa_vllm.models.stock import STOCK
 from swa_vllm.models.windowed import WindowedModel
 from swa_vllm.platform import RayCpuPlatform
 from swa_vllm.ray_executor import NodeCheckingRayExecutor
-from swa_vllm.ray_nodes import RayAwareConfig
 from wheel_sources import official_sources
 
 INSTALLED = Path(vllm.__file__).parent
@@ -129,7 +129,7 @@ OVERRIDES: dict[Callable[..., Any], tuple[str, str]] = {
     ),
     WindowedModel.__init__: (QWEN3, "Qwen3ForCausalLM.__init__"),
     NodeCheckingRayExecutor._build_runtime_env: (RAY, "RayExecutorV2._build_runtime_env"),
-    RayAwareConfig.verify_and_update_config: (
+    ConfigHook.verify_and_update_config: (
         MODEL_CONFIG,
         "VerifyAndUpdateConfig.verify_and_update_config",
     ),
@@ -269,7 +269,7 @@ def test_every_override_is_held() -> None:
         *(SWACPUMetadataBuilder, SWACPUImpl, SWACPUBackend),
         *(SWATritonMetadataBuilder, SWATritonImpl, SWATritonBackend),
         *(WindowedModel, SWAQwen3ForCausalLM, SWAQwen3MoeForCausalLM),
-        *(NodeCheckingRayExecutor, RayAwareConfig, RayCpuPlatform),
+        *(NodeCheckingRayExecutor, ConfigHook, RayCpuPlatform),
     )
     dunders = ("init", "eq", "hash", "repr", "replace", "setattr", "delattr")
     generated = {f"__{name}__" for name in dunders}  # by dataclass
