@@ -21,6 +21,7 @@ from swa_backend.config import SWAConfigError
 from swa_backend.metrics import METRICS, PageCounts
 from swa_vllm.options import layer_plan
 from swa_vllm.page_board import DIRECTORY, board_files, read_counts
+from swa_vllm.registration import PLAIN, WINDOWED
 
 _SHARED_DIRECTORY = "PROMETHEUS_MULTIPROC_DIR"
 _RAY_COPIES = "VLLM_RAY_EXTRA_ENV_VARS_TO_COPY"
@@ -54,7 +55,7 @@ def serve_counts(vllm_config: VllmConfig) -> None:
     if vllm_config.parallel_config.data_parallel_backend == "ray":
         # Engines are actors then, which inherit only what vLLM copies.
         copied = os.environ.get(_RAY_COPIES, "").split(",")
-        os.environ[_RAY_COPIES] = ",".join({*filter(None, copied), DIRECTORY})
+        os.environ[_RAY_COPIES] = ",".join(sorted({*filter(None, copied), DIRECTORY}))
 
 
 @cache
@@ -72,6 +73,12 @@ def _slides(vllm_config: VllmConfig) -> bool:
         return False
 
 
+def _has_managers(vllm_config: VllmConfig) -> bool:
+    is_ours = vllm_config.model_config.architecture in {*PLAIN, *WINDOWED}
+    keeps_groups = not vllm_config.scheduler_config.disable_hybrid_kv_cache_manager
+    return is_ours and keeps_groups and _slides(vllm_config)
+
+
 def _is_alive(pid: int) -> bool:
     try:
         os.kill(pid, 0)
@@ -85,8 +92,7 @@ def engine_stats(llm: Any) -> dict[tuple[int, int], PageCounts]:
     config = getattr(llm, "llm_engine", llm).vllm_config
     directory = os.environ.get(DIRECTORY)
     counts = read_counts(board_files(directory, config.instance_id)) if directory else {}
-    keeps_groups = not config.scheduler_config.disable_hybrid_kv_cache_manager
-    if not counts and keeps_groups and _slides(config):
+    if not counts and _has_managers(config):
         raise RuntimeError(
             "the counts of this engine cannot be read here: it runs on another machine, or was "
             "started by another process; ask there"
