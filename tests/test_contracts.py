@@ -46,7 +46,11 @@ MANAGER = "v1/core/single_type_kv_cache_manager.py"
 MODEL_REGISTRY = "model_executor/models/registry.py"
 OMNI = "model_executor/models/qwen3_omni_moe_thinker.py"
 MODEL_CONFIG = "model_executor/models/config.py"
+PARALLEL = "config/parallel.py"
 PLATFORM = "platforms/cpu.py"
+PROMETHEUS = "v1/metrics/prometheus.py"
+RAY_ENV = "ray/ray_env.py"
+SERVE = "entrypoints/cli/serve.py"
 POOL = "v1/core/block_pool.py"
 RAY = "v1/executor/ray_executor_v2.py"
 REQUEST = "v1/request.py"
@@ -185,6 +189,7 @@ FIELDS = {
     (SPEC, "SlidingWindowSpec"): {"sliding_window", "extra_retained_tokens"},
     (BACKEND, "AttentionBackend"): {"forward_includes_kv_cache_update"},
     (VLLM_CONFIG, "VllmConfig"): {"instance_id", "kv_transfer_config", "speculative_config"},
+    (PARALLEL, "ParallelConfig"): {"data_parallel_index", "data_parallel_backend"},
     (SPECULATION, "SpeculativeConfig"): {"method"},
     (ENUM, "AttentionBackendEnum"): {"CUSTOM"},
 }
@@ -384,6 +389,18 @@ def test_vllm_consults_its_config_hooks_and_has_none_for_our_models(tree: Path) 
     assert isinstance(hooks, ast.Dict)
     theirs = {ast.literal_eval(key) for key in hooks.keys if key is not None}
     assert not theirs & {*registration.PLAIN, *registration.WINDOWED}
+
+
+def test_vllm_serves_the_metrics_of_the_places_we_count_in(tree: Path) -> None:
+    registry = ast.unparse(_find(tree, PROMETHEUS, "get_prometheus_registry"))
+    assert "os.getenv('PROMETHEUS_MULTIPROC_DIR') is not None" in registry
+    assert registry.endswith("return REGISTRY")
+    several = ast.unparse(_find(tree, SERVE, "run_multi_api_server"))
+    set_up = several.index("setup_multiprocess_prometheus()")
+    assert set_up < several.index("create_engine_config(") < several.index("launch_core_engines(")
+    assert "envs.VLLM_RAY_EXTRA_ENV_VARS_TO_COPY" in ast.unparse(
+        _find(tree, RAY_ENV, "get_env_vars_to_copy")
+    )
 
 
 def test_cpu_build_is_the_official_release() -> None:

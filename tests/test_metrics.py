@@ -1,29 +1,23 @@
-"""Counts of the page managers, exactly, and their way to whoever reads them."""
+"""Counts of the page managers, exactly, their metrics, and ``swa_vllm.stats``."""
 
 import dataclasses
 import json
 import logging
-import os
 import re
-import stat
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-from prometheus_client import CollectorRegistry, generate_latest
-from vllm import LLM, EngineArgs
+from vllm import LLM
 
 import swa_vllm
 from conftest import EngineFactory, ModelFactory
-from engine_tools import generate, managers
-from metric_tools import gained, samples
+from engine_tools import generate, managers, start_engine
+from metric_tools import gained
 from swa_backend.metrics import METRICS, PageCounts
 from swa_backend.pages import WindowPages
-from swa_vllm import scrape
-from swa_vllm.page_board import DIRECTORY, Owner, PageBoard, board_files, read_counts
+from swa_vllm.page_board import DIRECTORY, PageBoard
 from swa_vllm.tools.simulate import Arm, Engine, Simulation
-from tiny_models import FULL, MIXED, SLIDING, WINDOW, random_prompts
+from tiny_models import MIXED, WINDOW, random_prompts
 
 DASHBOARD = Path(__file__).parents[1] / "examples" / "grafana_dashboard.json"
 EMPTY = PageCounts(window_tokens=64)
@@ -31,12 +25,6 @@ EMPTY = PageCounts(window_tokens=64)
 ENGINE = Engine(
     window=64, block_size=16, num_pages=200, max_num_batched_tokens=256, max_model_len=4096
 )
-
-
-@pytest.fixture
-def private_board(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv(DIRECTORY, str(tmp_path))
-    return tmp_path
 
 
 def test_every_count_has_a_metric_by_prometheus_conventions() -> None:
@@ -144,90 +132,6 @@ def test_counters_never_fall(monkeypatch: pytest.MonkeyPatch) -> None:
     assert {("skipped", True), ("live_prefill", False)} <= steps
 
 
-def test_files_are_the_owners_alone(private_board: Path) -> None:
-    mask = os.umask(0)
-    try:
-        board = PageBoard(Owner("17_dp1", 1, 3))
-    finally:
-        os.umask(mask)
-    board.add("skipped", 7)
-    files = [*private_board.iterdir()]
-    assert len(files) == 2
-    assert {stat.S_IMODE(file.stat().st_mode) for file in files} == {0o600}
-    assert stat.S_IMODE(os.stat(scrape.EngineCounts().path).st_mode) == 0o700
-    assert read_counts(map(str, files)) == {(1, 3): PageCounts(skipped=7)}
-
-
-def test_engines_in_one_directory_are_told_apart(private_board: Path) -> None:
-    for owner, amount in ((Owner("1", 0, 0), 5), (Owner("12", 0, 0), 7), (Owner("1", 1, 0), 9)):
-        PageBoard(owner).add("allocated", amount)
-    assert {k: c.allocated for k, c in read_counts(board_files(private_board, "1")).items()} == {
-        (0, 0): 5,
-        (1, 0): 9,
-    }
-
-
-def test_a_board_made_again_starts_anew(private_board: Path) -> None:
-    """As when vLLM makes an engine's managers again: the old one's counts are nobody's."""
-    old, new = PageBoard(Owner("1", 0, 0)), PageBoard(Owner("1", 0, 0))
-    old.add("allocated", 3)
-    new.add("allocated", 5)
-    (counts,) = read_counts(board_files(private_board)).values()
-    assert counts.allocated == 5
-
-
-def test_an_engine_on_another_machine_counts_for_itself(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    monkeypatch.setenv(DIRECTORY, str(tmp_path / "elsewhere"))
-    logger = logging.getLogger("vllm")
-    logger.addHandler(caplog.handler)
-    try:
-        board = PageBoard(Owner("1", 4, 0))
-    finally:
-        logger.removeHandler(caplog.handler)
-    board.add("allocated", 3)
-    assert board.snapshot().allocated == 3
-    (message,) = caplog.messages
-    assert message.startswith("SWA metrics of engine 4 are not served")
-
-
-# An engine core as far as files go.
-_ENGINE_PROCESS = """
-from swa_vllm.page_board import Owner, PageBoard
-board = PageBoard(Owner("7", 0, 1))
-board.add("allocated", 5)
-board.add("live_sink", 2)
-print("counted", flush=True)
-input()
-"""
-
-
-def test_a_killed_engine_leaves_the_scrape_and_its_successor_starts_at_zero() -> None:
-    collector = scrape.EngineCounts()
-    registry = CollectorRegistry()
-    registry.register(collector)
-    path = os.pathsep.join(sys.path)
-    for _ in range(2):
-        engine = subprocess.Popen(
-            [sys.executable, "-c", _ENGINE_PROCESS],
-            env={**os.environ, DIRECTORY: collector.path, "PYTHONPATH": path},
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        try:
-            assert engine.stdout is not None
-            assert "counted\n" in iter(engine.stdout.readline, "")
-            now = samples(generate_latest(registry).decode())
-            counted = {name: value for name, value in now.items() if value}
-            assert counted == {"swa_pages_allocated_total": 5, "swa_pages_live:sink": 2}
-        finally:
-            engine.kill()
-            engine.communicate()
-        assert samples(generate_latest(registry).decode()) == {}
-
-
 @pytest.fixture
 def llm(engine: EngineFactory, tiny_model: ModelFactory) -> LLM:
     return engine(tiny_model(**MIXED), max_num_batched_tokens=128, enable_prefix_caching=False)
@@ -282,20 +186,16 @@ def test_stats_of_an_engine_started_elsewhere_are_refused(
         swa_vllm.stats(llm)
 
 
-def _directory_for(model: Path, monkeypatch: pytest.MonkeyPatch, **kwargs: object) -> str | None:
-    monkeypatch.delenv(DIRECTORY, raising=False)
-    EngineArgs(str(model), skip_tokenizer_init=True, **kwargs).create_engine_config()
-    return os.environ.get(DIRECTORY)
-
-
-def test_engines_count_where_their_server_reads(
-    tiny_model: ModelFactory, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+@pytest.mark.full
+def test_stats_of_an_engine_in_a_process_of_its_own(
+    tiny_model: ModelFactory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert _directory_for(tiny_model(**FULL), monkeypatch) is None
-    own = _directory_for(tiny_model(**SLIDING), monkeypatch)
-    assert own == _directory_for(tiny_model(**SLIDING), monkeypatch)  # registered once
-    monkeypatch.setenv("PROMETHEUS_MULTIPROC_DIR", str(tmp_path))
-    assert _directory_for(tiny_model(**SLIDING), monkeypatch) == str(tmp_path)
+    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
+    llm = start_engine(tiny_model(**MIXED), max_num_batched_tokens=128, enable_prefix_caching=False)
+    assert set(swa_vllm.stats(llm)) == {(0, 1)}
+    generate(llm, random_prompts([300]), num_tokens=20)
+    counts = swa_vllm.stats(llm)[0, 1]
+    assert (counts.allocated, counts.skipped, counts.freed_by_window) == (8, 2, 6)
 
 
 def test_dashboard_shows_every_metric_and_no_other() -> None:
