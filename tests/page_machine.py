@@ -167,6 +167,7 @@ class PageMachine:
             share.sequence.request.num_in_flight_tokens += share.num_tokens
         for share in step:
             self._check_pages(share)
+        self.check_counts()
         if step:
             self.in_flight.append(step)
 
@@ -210,7 +211,7 @@ class PageMachine:
         for manager in self.managers:
             assert not manager.req_to_blocks
             if isinstance(manager, SWAManager):
-                assert manager.snapshot().live == 0
+                assert manager.snapshot().live == manager.snapshot().requests_live == 0
                 assert not manager._held
 
     # --- the scheduler's side --------------------------------------------------------------------
@@ -300,6 +301,28 @@ class PageMachine:
                 assert manager.max_admission_blocks_per_request is not None
                 assert len(held) <= manager.max_admission_blocks_per_request
             assert manager._held[request.request_id].live == len(held)
+
+    def check_counts(self) -> None:
+        """What a manager counts as held now is what its tables hold."""
+        for manager in self.managers:
+            if not isinstance(manager, SWAManager):
+                continue
+            held = [
+                [not block.is_null for block in blocks]
+                for blocks in manager.req_to_blocks.values()
+                if blocks
+            ]
+            num_sinks = ceil_div(self.setup.sink_tokens, self.setup.page_size)
+            ahead = self.setup.spare_tokens + self.setup.num_lookahead
+            decoding = manager._pages.max_survivors + ceil_div(ahead, self.setup.page_size)
+            behind = [sum(pages[num_sinks:]) for pages in held]
+            assert manager.max_admission_blocks_per_request is not None
+            counts = manager.snapshot()
+            assert counts.live_sink == sum(sum(pages[:num_sinks]) for pages in held)
+            assert counts.live_window == sum(min(n, decoding) for n in behind)
+            assert counts.live_prefill == sum(max(0, n - decoding) for n in behind)
+            assert counts.requests_live == len(held)
+            assert counts.reserved == len(held) * manager.max_admission_blocks_per_request
 
     # --- the worker's side -----------------------------------------------------------------------
 

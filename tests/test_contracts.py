@@ -21,6 +21,7 @@ from swa_vllm.attention import WindowedAttention
 from swa_vllm.backend_cpu import SWACPUBackend, SWACPUImpl, SWACPUMetadataBuilder
 from swa_vllm.backend_triton import SWATritonBackend, SWATritonImpl
 from swa_vllm.builder_triton import SWATritonMetadataBuilder
+from swa_vllm.config_hook import ConfigHook
 from swa_vllm.kv_manager import SWAManager
 from swa_vllm.kv_spec import SWASpec
 from swa_vllm.models.qwen3 import SWAQwen3ForCausalLM
@@ -29,7 +30,6 @@ from swa_vllm.models.stock import STOCK
 from swa_vllm.models.windowed import WindowedModel
 from swa_vllm.platform import RayCpuPlatform
 from swa_vllm.ray_executor import NodeCheckingRayExecutor
-from swa_vllm.ray_nodes import RayAwareConfig
 from wheel_sources import official_sources
 
 INSTALLED = Path(vllm.__file__).parent
@@ -46,7 +46,11 @@ MANAGER = "v1/core/single_type_kv_cache_manager.py"
 MODEL_REGISTRY = "model_executor/models/registry.py"
 OMNI = "model_executor/models/qwen3_omni_moe_thinker.py"
 MODEL_CONFIG = "model_executor/models/config.py"
+PARALLEL = "config/parallel.py"
 PLATFORM = "platforms/cpu.py"
+PROMETHEUS = "v1/metrics/prometheus.py"
+RAY_ENV = "ray/ray_env.py"
+SERVE = "entrypoints/cli/serve.py"
 POOL = "v1/core/block_pool.py"
 RAY = "v1/executor/ray_executor_v2.py"
 REQUEST = "v1/request.py"
@@ -129,7 +133,7 @@ OVERRIDES: dict[Callable[..., Any], tuple[str, str]] = {
     ),
     WindowedModel.__init__: (QWEN3, "Qwen3ForCausalLM.__init__"),
     NodeCheckingRayExecutor._build_runtime_env: (RAY, "RayExecutorV2._build_runtime_env"),
-    RayAwareConfig.verify_and_update_config: (
+    ConfigHook.verify_and_update_config: (
         MODEL_CONFIG,
         "VerifyAndUpdateConfig.verify_and_update_config",
     ),
@@ -185,6 +189,7 @@ FIELDS = {
     (SPEC, "SlidingWindowSpec"): {"sliding_window", "extra_retained_tokens"},
     (BACKEND, "AttentionBackend"): {"forward_includes_kv_cache_update"},
     (VLLM_CONFIG, "VllmConfig"): {"instance_id", "kv_transfer_config", "speculative_config"},
+    (PARALLEL, "ParallelConfig"): {"data_parallel_index", "data_parallel_backend"},
     (SPECULATION, "SpeculativeConfig"): {"method"},
     (ENUM, "AttentionBackendEnum"): {"CUSTOM"},
 }
@@ -269,7 +274,7 @@ def test_every_override_is_held() -> None:
         *(SWACPUMetadataBuilder, SWACPUImpl, SWACPUBackend),
         *(SWATritonMetadataBuilder, SWATritonImpl, SWATritonBackend),
         *(WindowedModel, SWAQwen3ForCausalLM, SWAQwen3MoeForCausalLM),
-        *(NodeCheckingRayExecutor, RayAwareConfig, RayCpuPlatform),
+        *(NodeCheckingRayExecutor, ConfigHook, RayCpuPlatform),
     )
     dunders = ("init", "eq", "hash", "repr", "replace", "setattr", "delattr")
     generated = {f"__{name}__" for name in dunders}  # by dataclass
@@ -384,6 +389,18 @@ def test_vllm_consults_its_config_hooks_and_has_none_for_our_models(tree: Path) 
     assert isinstance(hooks, ast.Dict)
     theirs = {ast.literal_eval(key) for key in hooks.keys if key is not None}
     assert not theirs & {*registration.PLAIN, *registration.WINDOWED}
+
+
+def test_vllm_serves_the_metrics_of_the_places_we_count_in(tree: Path) -> None:
+    registry = ast.unparse(_find(tree, PROMETHEUS, "get_prometheus_registry"))
+    assert "os.getenv('PROMETHEUS_MULTIPROC_DIR') is not None" in registry
+    assert registry.endswith("return REGISTRY")
+    several = ast.unparse(_find(tree, SERVE, "run_multi_api_server"))
+    set_up = several.index("setup_multiprocess_prometheus()")
+    assert set_up < several.index("create_engine_config(") < several.index("launch_core_engines(")
+    assert "envs.VLLM_RAY_EXTRA_ENV_VARS_TO_COPY" in ast.unparse(
+        _find(tree, RAY_ENV, "get_env_vars_to_copy")
+    )
 
 
 def test_cpu_build_is_the_official_release() -> None:

@@ -211,6 +211,15 @@ def test_source_imports_keep_to_their_room(package: str, forbidden: set[str]) ->
     assert not found
 
 
+@pytest.mark.parametrize("package", SOURCES)
+def test_nothing_opens_a_connection(package: str) -> None:
+    """No telemetry: what would send it is not even imported."""
+    senders = {"socket", "ssl", "http", "urllib", "ftplib", "smtplib", "asyncio"}
+    senders |= {"requests", "httpx", "aiohttp", "urllib3", "grpc", "zmq", "websockets"}
+    sources = sorted(SOURCES[package].rglob("*.py"))
+    assert not {s.name: names for s in sources if (names := imported_packages(s) & senders)}
+
+
 def test_missing_vllm_is_one_error_naming_both_extras() -> None:
     code = "import sys, swa_vllm; sys.modules['vllm'] = None; swa_vllm.register()"
     result = run_python(code)

@@ -3,6 +3,7 @@
 import pytest
 from vllm import LLM, SamplingParams
 
+import swa_vllm
 from conftest import EngineFactory, ModelFactory
 from engine_tools import attention_layers, generate, managers, num_free_pages, scheduler
 from swa_backend.pages import WindowPages, ceil_div
@@ -132,6 +133,7 @@ def test_one_group_for_all_layers_serves_the_same_tokens(
     expected = generate(engine(model), prompts)
     llm = engine(model, disable_hybrid_kv_cache_manager=True)
     assert not managers(llm)
+    assert swa_vllm.stats(llm) == {}
     assert [a.tokens for a in generate(llm, prompts)] == [a.tokens for a in expected]
 
 

@@ -185,6 +185,7 @@ def test_models_without_window_are_exactly_stock(
         k: there[k] for k in ("backends", "specs")
     }
     assert [list(a) for a in here["answers"]] == there["answers"]
+    assert swa_vllm.stats(llm) == {}
 
 
 def test_all_sliding_model_answers_as_stock(

@@ -17,6 +17,7 @@ import pytest
 from conftest import EngineFactory, ModelFactory
 from dense_qwen3 import DenseQwen3, Sight
 from engine_tools import Answer, generate
+from metric_tools import samples
 from quickstart import Server
 from ray_cluster.local_cluster import LocalRayCluster, local_ray_cluster
 from ray_tools import TIMEOUT_S, probe, python_with, workers
@@ -177,6 +178,8 @@ def test_data_parallel_engines_give_the_same_tokens(
     served = [line for line in metrics.splitlines() if line.startswith("vllm:prompt_tokens_total")]
     assert len(served) == 2
     assert all(float(line.split()[-1]) > 0 for line in served)
+    pages = [samples(metrics, engine)["swa_pages_allocated_total"] for engine in (0, 1)]
+    assert all(num_pages > 0 for num_pages in pages)
 
 
 def test_killed_worker_is_an_error_and_an_end(

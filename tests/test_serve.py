@@ -1,17 +1,25 @@
 """`vllm serve` with the plugin over HTTP, on real weights with mixed layers."""
 
+import contextlib
 import json
 import os
-from collections.abc import Iterator
+import stat
+import time
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import httpx
+import psutil
 import pytest
 from transformers import AutoTokenizer
 
+from conftest import ModelFactory
+from metric_tools import gained, samples
 from quickstart import PAGE_SIZE, SERVE_ARGS, Server
+from swa_backend.metrics import METRICS
+from tiny_models import MIXED, random_prompts
 
 pytestmark = pytest.mark.alone
 
@@ -35,7 +43,9 @@ WEATHER = {
 
 
 @pytest.fixture(scope="module")
-def url(demo_model: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def server(
+    demo_model: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Server]:
     directory = tmp_path_factory.mktemp("serve")
     model = directory / "model"
     model.mkdir()
@@ -51,9 +61,14 @@ def url(demo_model: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -
     )
     try:
         server.wait()
-        yield server.url
+        yield server
     finally:
         server.stop()
+
+
+@pytest.fixture(scope="module")
+def url(server: Server) -> str:
+    return server.url
 
 
 def _post(url: str, path: str, **request: Any) -> httpx.Response:
@@ -137,3 +152,126 @@ def test_prompt_beyond_max_model_len_is_refused(url: str) -> None:
     response = _post(url, "completions", prompt="word " * 5000, max_tokens=8)
     assert response.status_code == 400
     assert "maximum context length" in response.text
+
+
+def _scrape(url: str, engine: int = 0) -> dict[str, float]:
+    response = httpx.get(f"{url}/metrics", timeout=30)
+    assert response.status_code == 200
+    return samples(response.text, engine)
+
+
+def _complete(url: str, prompt: list[int], num_tokens: int, **headers: str) -> None:
+    request = {"model": "demo", "prompt": prompt, "max_tokens": num_tokens, "ignore_eos": True}
+    response = httpx.post(f"{url}/v1/completions", json=request, headers=headers, timeout=300)
+    assert response.status_code == 200, response.text
+
+
+def _await(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+
+
+def _engine_files(server: Server) -> list[Path]:
+    """The files that the server's engines map to count in."""
+    family = psutil.Process(server.process.pid).children(recursive=True)
+    mapped = {m.path for p in family if "EngineCore" in p.cmdline()[0] for m in p.memory_maps()}
+    return [Path(path) for path in mapped if path.endswith(".db") and "_swa-" in path]
+
+
+def test_metrics_are_what_the_requests_make_them(url: str) -> None:
+    """A prompt of 500 tokens and 30 of answer, with 128 of window in pages of 32; twice.
+
+    The chunk keeps 5 of its pages 0 to 15. The last token stored is 528, in page 16; it sees 401
+    and later, from page 12 on. The second time 480 tokens are hit, and pages 15 and 16 are new.
+    """
+    (prompt,) = random_prompts([500], seed=500)
+    start = _scrape(url)
+    _complete(url, prompt, 30)
+    first = _scrape(url)
+    assert gained(start, first) == {
+        "swa_pages_allocated_total": 6,
+        "swa_pages_skipped_total": 11,
+        "swa_pages_freed_total": 1,
+        "swa_pages_peak_per_request": 5,
+        "swa_window_tokens": 128,
+    }
+    _complete(url, prompt, 30)
+    assert gained(first, _scrape(url)) == {
+        "swa_pages_allocated_total": 2,
+        "swa_pages_freed_total": 1,
+        "swa_prefix_hit_tokens_total": 480,
+        "swa_pages_peak_per_request": 5,
+        "swa_window_tokens": 128,
+    }
+
+
+def test_metrics_of_a_request_that_runs_and_of_one_that_is_aborted(url: str) -> None:
+    request = {"model": "demo", "prompt": random_prompts([300], seed=300)[0], "stream": True}
+    body = {**request, "max_tokens": 3000, "ignore_eos": True}
+    with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=300) as response:
+        lines = response.iter_lines()  # dropped, it would end the request
+        next(lines)
+        now = _scrape(url)
+        assert (now["swa_requests_live"], now["swa_pages_reserved"]) == (1, 10)
+        assert now["swa_pages_live:window"] in (4, 5)
+        assert now["swa_pages_live:sink"] == now["swa_pages_live:prefill"] == 0
+    _await(lambda: _scrape(url)["swa_requests_live"] == 0)
+    after = _scrape(url)
+    assert after["swa_pages_reserved"] == after["swa_pages_live:window"] == 0
+
+
+def test_metrics_are_documented_in_the_scrape_and_private_on_the_way(server: Server) -> None:
+    text = httpx.get(f"{server.url}/metrics", timeout=30).text
+    for metric in METRICS.values():
+        assert f"# HELP {metric.sample} {metric.help}" in text
+        assert f"# TYPE {metric.sample} {metric.type}" in text
+    files = _engine_files(server)
+    assert len(files) == 2
+    assert {stat.S_IMODE(file.stat().st_mode) for file in files} == {0o600}
+    (directory,) = {file.parent for file in files}
+    assert stat.S_IMODE(directory.stat().st_mode) == 0o700
+
+
+def test_metrics_of_several_api_servers_and_engines_beside_another_server(
+    url: str, tiny_model: ModelFactory, tmp_path: Path
+) -> None:
+    """Two engines have two API servers; whichever answers says the same, until an engine is killed.
+
+    Prompts of 300 tokens and answers of 40 store 339, in 11 pages of 32. A window of 40 keeps the
+    last 3 pages of the chunk, 7 to 9, and frees those before page 9, the first that token 338 sees.
+    """
+    arguments = [
+        *("--served-model-name", "demo", "--max-model-len", "512", "--enforce-eager"),
+        *("--dtype", "float32", "--skip-tokenizer-init", "--block-size", str(PAGE_SIZE)),
+        *("--num-gpu-blocks-override", "256", "--data-parallel-size", "2"),
+        "--no-enable-prefix-caching",
+    ]
+    beside = _scrape(url)
+    server = Server(tiny_model(**MIXED), tmp_path / "log", arguments)
+    try:
+        server.wait()
+        (prompt,) = random_prompts([300])
+        for rank in (0, 1, 1):
+            _complete(server.url, prompt, 40, **{"X-data-parallel-rank": str(rank)})
+        for _ in range(10):
+            for engine, num_requests in ((0, 1), (1, 2)):
+                now = _scrape(server.url, engine)
+                assert {name: value for name, value in now.items() if value} == {
+                    "swa_pages_allocated_total": num_requests * 4,
+                    "swa_pages_skipped_total": num_requests * 7,
+                    "swa_pages_freed_total": num_requests * 2,
+                    "swa_pages_peak_per_request": 3,
+                    "swa_window_tokens": 40,
+                }
+        assert _scrape(url) == beside
+        family = psutil.Process(server.process.pid).children(recursive=True)
+        assert sum("APIServer" in process.cmdline()[0] for process in family) == 2
+        next(p for p in family if "EngineCore_DP1" in p.cmdline()[0]).kill()
+        while server.process.poll() is None:  # vLLM ends all once it notices
+            with contextlib.suppress(httpx.TransportError):
+                assert _scrape(server.url, 1)["swa_pages_allocated_total"] == 8
+    finally:
+        server.stop()
+    assert _scrape(url) == beside

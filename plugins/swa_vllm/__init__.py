@@ -6,6 +6,13 @@ package does no work.
 """
 
 import os
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from vllm import LLM
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+    from swa_backend.metrics import PageCounts
 
 RAY_ON_CPU = "SWA_RAY_ON_CPU"
 
@@ -42,3 +49,18 @@ def ray_cpu_platform() -> str | None:
     from vllm.platforms import cpu_platform_plugin
 
     return "swa_vllm.platform.RayCpuPlatform" if cpu_platform_plugin() else None
+
+
+def stats(llm: "LLM | AsyncLLM") -> "dict[tuple[int, int], PageCounts]":
+    """What the page managers of an engine that this process started hold and did.
+
+    Returns:
+        Counts by data parallel rank and KV group: what a server shows on ``/metrics``. Empty
+        without windows, and with ``--disable-hybrid-kv-cache-manager``.
+
+    Raises:
+        RuntimeError: the engine's counts cannot be read here.
+    """
+    from swa_vllm.scrape import engine_stats
+
+    return engine_stats(llm)

@@ -32,8 +32,12 @@ from swa_backend.metrics import PageCounts
 from swa_backend.pages import ceil_div
 from swa_vllm import poison
 from swa_vllm.kv_spec import SWASpec
+from swa_vllm.page_board import Owner, PageBoard
 
 logger = init_logger(f"vllm.{__name__}")
+
+# Fields of PageCounts, in the order of WindowPages.kinds().
+_LIVE = ("live_window", "live_sink", "live_prefill")
 
 
 @dataclass
@@ -62,21 +66,21 @@ class SWAManager(SlidingWindowManager):
         self._grants = self.enable_caching and kv_cache_spec.prefill_pages is PrefillPages.AUTO
         self._held: dict[str, _Held] = {}
         self._skipped_pages = SkippedPages(self.block_pool.num_gpu_blocks)
-        self._allocated = self._skipped = self._freed_by_window = self._peak_live = 0
-        self._prefix_lost_tokens = 0
+        self._board = PageBoard(
+            Owner(kv_cache_spec.instance_id, kv_cache_spec.engine_index, self.kv_cache_group_id)
+        )
+        self._board.add("window_tokens", kv_cache_spec.sliding_window)
+        self._board.add("sink_tokens", kv_cache_spec.sink_tokens)
+        self._num_ahead_tokens = kv_cache_spec.lookahead_tokens + self._spare_tokens
+        # Among these numbers of held pages only that of window pages differs.
+        most, num_sinks, _ = self._kinds(self.block_pool.num_gpu_blocks)
+        self._decoding = range(num_sinks, num_sinks + most + 1)
         if kv_cache_spec.poison_key is not None:
             poison.watch(kv_cache_spec.poison_key, self)
 
     def snapshot(self) -> PageCounts:
         """Counts since the engine started."""
-        return PageCounts(
-            allocated=self._allocated,
-            skipped=self._skipped,
-            freed_by_window=self._freed_by_window,
-            live=sum(held.live for held in self._held.values()),
-            peak_live_per_request=self._peak_live,
-            prefix_lost_tokens=self._prefix_lost_tokens,
-        )
+        return self._board.snapshot()
 
     def get_num_blocks_to_allocate(
         self,
@@ -162,9 +166,10 @@ class SWAManager(SlidingWindowManager):
         )
         self.block_pool.touch(sinks)
         blocks[: len(sinks)] = sinks
-        self._held[request_id] = _Held(
-            live=sum(not block.is_null for block in blocks), num_hit_blocks=len(blocks)
-        )
+        held = self._admit(request_id)
+        held.num_hit_blocks = len(blocks)
+        self._hold(held, sum(not block.is_null for block in blocks))
+        self._board.add("prefix_hit_tokens", num_local_computed_tokens)
 
     def allocate_new_blocks(
         self, request_id: str, num_tokens: int, num_tokens_main_model: int
@@ -173,7 +178,7 @@ class SWAManager(SlidingWindowManager):
         blocks = self.req_to_blocks[request_id]
         if len(blocks) * self.block_size >= num_tokens:
             return []
-        held = self._held.setdefault(request_id, _Held())
+        held = self._held.get(request_id) or self._admit(request_id)
         held.first_new = len(blocks)
         held.holes = self._holes(len(blocks), num_tokens_main_model)
         holes = [self._null_block] * len(held.holes)
@@ -186,13 +191,43 @@ class SWAManager(SlidingWindowManager):
         taken = super().allocate_new_blocks(request_id, num_tokens, num_tokens_main_model)
         held.new_blocks += taken
         self._count_taken(held, len(held.new_blocks) - len(holes))
-        self._skipped += len(holes)
+        if not self.enable_caching:  # else some of them may be filled yet
+            self._count_skipped(request_id, len(holes))
         return held.new_blocks
 
-    def _count_taken(self, held: _Held, num_blocks: int) -> None:
-        held.live += num_blocks
-        self._allocated += num_blocks
-        self._peak_live = max(self._peak_live, held.live)
+    def _admit(self, request_id: str) -> _Held:
+        held = self._held[request_id] = _Held()
+        self._board.add("requests_live", 1)
+        self._board.add("reserved", self.max_admission_blocks_per_request or 0)
+        return held
+
+    def _hold(self, held: _Held, num_pages: int) -> None:
+        """Note that a request holds ``num_pages`` more, or fewer."""
+        before, held.live = held.live, held.live + num_pages
+        if before in self._decoding and held.live in self._decoding:
+            self._board.add("live_window", num_pages)
+            return
+        kinds = zip(self._kinds(before), self._kinds(held.live), strict=True)
+        for name, (old, new) in zip(_LIVE, kinds, strict=True):
+            self._board.add(name, new - old)
+
+    def _kinds(self, num_held: int) -> tuple[int, int, int]:
+        return self._pages.kinds(num_held, self._num_ahead_tokens)
+
+    def _count_taken(self, held: _Held, num_pages: int) -> None:
+        self._hold(held, num_pages)
+        self._board.add("allocated", num_pages)
+        self._board.raise_to("peak_live_per_request", held.live)
+
+    def _count_skipped(self, request_id: str, num_pages: int) -> None:
+        self._board.add("skipped", num_pages)
+        if num_pages:
+            logger.debug(
+                "SWA group %d: %d pages of %s need not be stored",
+                self.kv_cache_group_id,
+                num_pages,
+                request_id,
+            )
 
     def cache_blocks(
         self,
@@ -250,7 +285,7 @@ class SWAManager(SlidingWindowManager):
         for index, block in zip(wanted[num_left:], new, strict=True):
             table[index] = held.new_blocks[index - held.first_new] = block
         self._count_taken(held, num_granted)
-        self._skipped -= num_granted
+        self._count_skipped(request.request_id, len(held.holes) - num_granted)
         held.holes = range(0)
         hashes = self._hashes(request)
         self._skipped_pages.add([hashes[i] for i in wanted[:num_left] if i < len(hashes)])
@@ -270,7 +305,7 @@ class SWAManager(SlidingWindowManager):
                 "SWA: prompts miss the prefix cache because prefill chunks skipped pages. With "
                 'swa.prefill_pages="auto" they do so when memory is short, with "all" never.'
             )
-        self._prefix_lost_tokens += num_lost * self.block_size
+        self._board.add("prefix_lost_tokens", num_lost * self.block_size)
 
     def _hashes(self, request: Request) -> Sequence[BlockHash]:
         return resolve_block_hashes(
@@ -361,9 +396,20 @@ class SWAManager(SlidingWindowManager):
         self.block_pool.free_blocks([blocks[index] for index in dead])
         for index in dead:
             blocks[index] = self._null_block
-        held.live -= len(dead)
-        self._freed_by_window += len(dead)
+        if dead:
+            self._hold(held, -len(dead))
+            self._board.add("freed_by_window", len(dead))
+            logger.debug(
+                "SWA group %d: %d pages of %s left its window",
+                self.kv_cache_group_id,
+                len(dead),
+                request_id,
+            )
 
     def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
-        self._held.pop(request_id, None)
+        held = self._held.pop(request_id, None)
+        if held is not None:
+            self._hold(held, -held.live)
+            self._board.add("requests_live", -1)
+            self._board.add("reserved", -(self.max_admission_blocks_per_request or 0))
         return list(super().pop_blocks_for_free(request_id))

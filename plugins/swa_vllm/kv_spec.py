@@ -22,6 +22,8 @@ class SWASpec(SlidingWindowSpec):
         lookahead_tokens: slots that a step takes beyond its own tokens.
         drops_last_hit: whether prefix cache hits give back their last page, as EAGLE's do.
         poison_key: names the engine whose free pages are to be poisoned; None for no poison.
+        instance_id: vLLM's name of the engine; empty if nobody reads the manager's counts.
+        engine_index: its data parallel rank.
     """
 
     sink_tokens: int = 0
@@ -32,6 +34,8 @@ class SWASpec(SlidingWindowSpec):
     lookahead_tokens: int = 0
     drops_last_hit: bool = False
     poison_key: str | None = None
+    instance_id: str = ""
+    engine_index: int = 0
 
     @classmethod
     def from_stock(
@@ -57,6 +61,8 @@ class SWASpec(SlidingWindowSpec):
             lookahead_tokens=vllm_config.num_lookahead_tokens,
             drops_last_hit=speculation is not None and speculation.use_eagle(),
             poison_key=vllm_config.instance_id if debug_poison else None,
+            instance_id=vllm_config.instance_id,
+            engine_index=vllm_config.parallel_config.data_parallel_index,
         )
 
     @property

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from vllm.config import VllmConfig
-from vllm.model_executor.models.config import VerifyAndUpdateConfig
 
 from swa_backend.config import SWAConfigError
 from swa_vllm.options import layer_plan
@@ -38,39 +37,35 @@ class Installation:
         return f"has {DISTRIBUTION} {self.version}"
 
 
-class RayAwareConfig(VerifyAndUpdateConfig):
-    """vLLM's hook on the complete config of a Qwen3, in the process that starts the engine."""
+def prepare_ray(vllm_config: VllmConfig) -> None:
+    """If a model on Ray slides: refuse here what its workers would, and have nodes checked.
 
-    @staticmethod
-    def verify_and_update_config(vllm_config: VllmConfig) -> None:
-        """If a model on Ray slides: refuse here what its workers would, and have nodes checked.
+    Raises:
+        SWAConfigError: contradictory options, or something that windows are not served with.
+    """
+    parallel = vllm_config.parallel_config
+    on_ray = "ray" in (parallel.distributed_executor_backend, parallel.data_parallel_backend)
+    if not on_ray or not layer_plan(vllm_config).slides:
+        return
+    if parallel.data_parallel_size > 1 and parallel.distributed_executor_backend != "ray":
+        raise SWAConfigError(
+            "data parallelism over Ray with "
+            f"--distributed-executor-backend {parallel.distributed_executor_backend} starts "
+            "workers on nodes that nobody asked for this package; leave that argument out"
+        )
+    from vllm.v1.executor import Executor
 
-        Raises:
-            SWAConfigError: contradictory options, or something that windows are not served with.
-        """
-        parallel = vllm_config.parallel_config
-        on_ray = "ray" in (parallel.distributed_executor_backend, parallel.data_parallel_backend)
-        if not on_ray or not layer_plan(vllm_config).slides:
-            return
-        if parallel.data_parallel_size > 1 and parallel.distributed_executor_backend != "ray":
-            raise SWAConfigError(
-                "data parallelism over Ray with "
-                f"--distributed-executor-backend {parallel.distributed_executor_backend} starts "
-                "workers on nodes that nobody asked for this package; leave that argument out"
-            )
-        from vllm.v1.executor import Executor
+    from swa_vllm.ray_executor import NodeCheckingRayExecutor
+    from swa_vllm.refusals import check_servable
 
-        from swa_vllm.ray_executor import NodeCheckingRayExecutor
-        from swa_vllm.refusals import check_servable
-
-        check_servable(vllm_config)
-        stock = Executor.get_class(vllm_config)
-        if not issubclass(NodeCheckingRayExecutor, stock):
-            raise SWAConfigError(
-                f"the Ray executor {stock.__name__} was not tested with windows; unset "
-                "VLLM_USE_RAY_V2_EXECUTOR_BACKEND, which selects it"
-            )
-        parallel.distributed_executor_backend = NodeCheckingRayExecutor
+    check_servable(vllm_config)
+    stock = Executor.get_class(vllm_config)
+    if not issubclass(NodeCheckingRayExecutor, stock):
+        raise SWAConfigError(
+            f"the Ray executor {stock.__name__} was not tested with windows; unset "
+            "VLLM_USE_RAY_V2_EXECUTOR_BACKEND, which selects it"
+        )
+    parallel.distributed_executor_backend = NodeCheckingRayExecutor
 
 
 def check_installations(here: Installation, nodes: Mapping[str, Installation]) -> None:

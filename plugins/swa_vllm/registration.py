@@ -144,10 +144,10 @@ def _register_backend() -> None:
 def _register_config_hook(architecture: str) -> None:
     from vllm.model_executor.models.config import MODELS_CONFIG_MAP
 
-    from swa_vllm.ray_nodes import RayAwareConfig
+    from swa_vllm.config_hook import ConfigHook
 
     # vLLM has none of its own for these; another plugin's stays.
-    MODELS_CONFIG_MAP.setdefault(architecture, RayAwareConfig)
+    MODELS_CONFIG_MAP.setdefault(architecture, ConfigHook)
 
 
 def _guard_foreign_model(architecture: str, owner: str) -> None:

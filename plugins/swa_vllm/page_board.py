@@ -1,0 +1,139 @@
+"""The counts of a page manager, kept where the process that serves ``/metrics`` can read them.
+
+Managers live in the engine core, scrapes are answered elsewhere. prometheus_client has files for
+that: each holds doubles that one process maps and writes, others read. A manager counts right in
+them, so a step costs an addition for each count that changes, and a scrape is never behind.
+"""
+
+import mmap
+import os
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, fields
+from glob import escape, glob
+from pathlib import Path
+
+from prometheus_client.mmap_dict import MmapedDict, mmap_key
+from prometheus_client.multiprocess import MultiProcessCollector
+from vllm.logger import init_logger
+
+from swa_backend.metrics import METRICS, Metric, PageCounts
+
+logger = init_logger(f"vllm.{__name__}")
+
+# Directory that an engine's managers count in, set by the process that starts the engine.
+DIRECTORY = "SWA_METRICS_DIR"
+# Part of a file's name: of several files with the same labels the newest is right.
+_GAUGE = "gauge_livemostrecent"
+_FIELDS = tuple(field.name for field in fields(PageCounts))
+_FIELD_OF = {(metric.sample, metric.kind): field for field, metric in METRICS.items()}
+
+
+@dataclass(frozen=True)
+class Owner:
+    """Whose counts a board has.
+
+    Attributes:
+        instance_id: vLLM's name of the engine; empty if nobody else may read its counts.
+        engine: data parallel rank.
+        group: KV group.
+    """
+
+    instance_id: str
+    engine: int
+    group: int
+
+    @property
+    def identifier(self) -> str:
+        """What its files are called; prometheus_client takes an underscore for a separator."""
+        instance = self.instance_id.replace("_", "-")
+        return f"swa-{instance}-{self.engine}-{self.group}-{os.getpid()}"
+
+    def key(self, metric: Metric) -> str:
+        """prometheus_client's key of a metric with this owner's labels."""
+        labels = {"engine": str(self.engine), "group": str(self.group)}
+        if metric.kind is not None:
+            labels["kind"] = metric.kind
+        return mmap_key(metric.name, metric.sample, [*labels], [*labels.values()], metric.help)
+
+
+class PageBoard:
+    """Counts of one manager, by the names of the fields of :class:`PageCounts`."""
+
+    def __init__(self, owner: Owner) -> None:
+        """Start at zero: in files of ``$SWA_METRICS_DIR``, or in memory where that is no place."""
+        own = memoryview(bytearray(8 * len(_FIELDS))).cast("d")
+        self._cells = {field: (own, index) for index, field in enumerate(_FIELDS)}
+        directory = os.environ.get(DIRECTORY)
+        if not owner.instance_id or directory is None:
+            return
+        if not os.path.isdir(directory):  # as on another node
+            logger.info_once(
+                "SWA metrics of engine %d are not served: %s, where its server reads them, is not "
+                "on this machine.",
+                owner.engine,
+                directory,
+            )
+            return
+        for prefix in ("counter", _GAUGE):
+            path = Path(directory, f"{prefix}_{owner.identifier}.db")
+            of_type = {f: m for f, m in METRICS.items() if m.type == prefix.partition("_")[0]}
+            self._cells |= _make_file(path, {f: owner.key(m) for f, m in of_type.items()})
+
+    def add(self, field: str, amount: int) -> None:
+        """Count ``amount`` more, or fewer."""
+        values, index = self._cells[field]
+        values[index] += amount
+
+    def raise_to(self, field: str, amount: int) -> None:
+        """Keep the greatest amount seen."""
+        values, index = self._cells[field]
+        if values[index] < amount:
+            values[index] = amount
+
+    def snapshot(self) -> PageCounts:
+        """All counts now."""
+        return PageCounts(**{f: int(values[i]) for f, (values, i) in self._cells.items()})
+
+
+def _make_file(path: Path, keys: dict[str, str]) -> "dict[str, tuple[memoryview[float], int]]":
+    """Make prometheus_client's file with zeros; returns where each field's value lies.
+
+    It appears at ``path`` once it is whole, readable by its owner alone.
+    """
+    new = path.with_suffix(".new")
+    os.close(os.open(new, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600))
+    values = MmapedDict(str(new))
+    now = time.time()
+    for key in keys.values():
+        values.write_value(key, 0.0, now)
+    values.close()
+    position = {key: pos for key, _, _, pos in MmapedDict.read_all_values_from_file(str(new))}
+    with new.open("r+b") as file:
+        view = memoryview(mmap.mmap(file.fileno(), 0)).cast("d")
+    new.rename(path)
+    return {field: (view, position[key] // view.itemsize) for field, key in keys.items()}
+
+
+def board_files(
+    directory: Path | str, instance_id: str = "", is_wanted: Callable[[int], bool] | None = None
+) -> list[str]:
+    """Files of all engines in ``directory``, or of one; ``is_wanted`` is asked by process id."""
+    pattern = f"*_swa-{instance_id.replace('_', '-')}{'-' if instance_id else ''}*.db"
+    found = sorted(glob(os.path.join(escape(str(directory)), pattern)))
+    if is_wanted is None:
+        return found
+    return [file for file in found if is_wanted(int(Path(file).stem.rpartition("-")[2]))]
+
+
+def read_counts(files: Iterable[str]) -> dict[tuple[int, int], PageCounts]:
+    """Counts by engine and KV group."""
+    counts = defaultdict[tuple[int, int], dict[str, int]](dict)
+    for metric in MultiProcessCollector.merge(files):
+        for sample in metric.samples:
+            labels = sample.labels
+            owner = int(labels["engine"]), int(labels["group"])
+            field = _FIELD_OF[sample.name, labels.get("kind")]
+            counts[owner][field] = int(sample.value)
+    return {owner: PageCounts(**counts[owner]) for owner in sorted(counts)}

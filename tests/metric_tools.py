@@ -1,0 +1,27 @@
+"""Metrics as a Prometheus server reads them."""
+
+from prometheus_client.parser import text_string_to_metric_families
+
+
+def samples(text: str, engine: int = 0) -> dict[str, float]:
+    """Samples of one engine with one windowed KV group, by name and the label ``kind``."""
+    found: dict[str, float] = {}
+    for family in text_string_to_metric_families(text):
+        for sample in family.samples:
+            if not sample.name.startswith("swa_") or sample.labels["engine"] != str(engine):
+                continue
+            kind = sample.labels.get("kind")
+            key = f"{sample.name}:{kind}" if kind else sample.name
+            assert key not in found, "one KV group, each label once"
+            found[key] = sample.value
+    return found
+
+
+def gained(before: dict[str, float], after: dict[str, float]) -> dict[str, float]:
+    """What counters gained, and the others now; zeros left out."""
+    assert before.keys() == after.keys()
+    changes = {
+        name: value - before[name] if name.endswith("_total") else value
+        for name, value in after.items()
+    }
+    return {name: value for name, value in changes.items() if value}
