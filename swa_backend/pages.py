@@ -12,6 +12,7 @@ Scheduler, planner, benchmarks and tests ask this module and do not derive it ag
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 
 from swa_backend.window import first_visible
 
@@ -55,7 +56,7 @@ class WindowPages:
         """Pages in a row that vLLM's prefix cache must have to serve a prompt up to their end."""
         return ceil_div(self.window - 1, self.page_size) + self.drops_last_hit
 
-    @property
+    @cached_property
     def max_survivors(self) -> int:
         """Window pages that a step leaves behind at most: ``ceil((W-1)/B) + 1`` without drafts.
 
@@ -63,6 +64,21 @@ class WindowPages:
         """
         seen = ceil_div(self.window - 1 + self.rollback_tokens, self.page_size)
         return max(seen, self.num_hit_pages) + 1
+
+    def kinds(self, num_held: int, num_ahead_tokens: int = 0) -> tuple[int, int, int]:
+        """What the pages that a request holds are for.
+
+        Args:
+            num_ahead_tokens: slots that a step takes beyond its own tokens.
+
+        Returns:
+            How many are window pages, no more than decoding needs; sink pages; and *prefill* pages
+            beyond both, held for a chunk, for steps in flight or for the prefix cache.
+        """
+        num_sinks = min(num_held, self.num_sink_pages)
+        decoding = self.max_survivors + ceil_div(num_ahead_tokens, self.page_size)
+        num_window = min(num_held - num_sinks, decoding)
+        return num_window, num_sinks, num_held - num_sinks - num_window
 
     def first_live(self, num_computed_tokens: int) -> int:
         """First page inside the window of the next query, at ``num_computed_tokens``."""
@@ -110,3 +126,13 @@ class WindowPages:
             + num_steps * per_step,
             max_span(self.window - 1 + num_in_flight_tokens + lookahead_tokens, self.page_size),
         )
+
+    def charge(
+        self, num_steps: int, num_in_flight_tokens: int, lookahead_tokens: int, longest: int
+    ) -> int:
+        """Pages that a request of at most ``longest`` tokens, slots ahead included, may ever hold.
+
+        Start-up sizing promises them, admission charges them; see :meth:`max_held`.
+        """
+        held = self.max_held(num_steps, num_in_flight_tokens, lookahead_tokens)
+        return min(held, ceil_div(longest, self.page_size))
