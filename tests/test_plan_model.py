@@ -1,20 +1,41 @@
 """The planner's arithmetic against vLLM's own scheduler and start-up, without any engine."""
 
+import os
 import random
+import subprocess
+import sys
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import pytest
 import torch
+from vllm import ModelRegistry
 from vllm.config import VllmConfig
-from vllm.v1.core.kv_cache_utils import get_kv_cache_capacity, get_kv_cache_configs
+from vllm.v1.core.kv_cache_utils import get_kv_cache_capacity
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheSpec, SlidingWindowSpec
 
+import swa_backend
+import swa_vllm
 from swa_backend.config import PrefillPages
 from swa_vllm.kv_spec import SWASpec
 from swa_vllm.planning import Model, plan_pool
 from swa_vllm.queueing import Queue, Workload
 from swa_vllm.sizing import Arm, KVGroups, Limits, groups_of
 from swa_vllm.tools.simulate import Engine, Simulation
+from wheel_sources import official_sources
+
+try:
+    from vllm.v1.core.kv_cache_planning import get_kv_cache_configs
+except ModuleNotFoundError:  # vLLM 0.32
+    from vllm.v1.core.kv_cache_utils import get_kv_cache_configs
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _known_model() -> None:
+    """vLLM inspects a class that it has not imported in a new process, which costs seconds."""
+    swa_vllm.register()
+    name = "Qwen3ForCausalLM"
+    ModelRegistry.register_model(name, ModelRegistry.models[name].load_model_cls())
 
 
 def _limits(engine: Engine) -> Limits:
@@ -171,3 +192,21 @@ def test_an_engine_starts_exactly_where_planned(arm: Arm, vllm_config: VllmConfi
     with pytest.raises(ValueError, match="estimated maximum model length is") as error:
         get_kv_cache_configs(vllm_config, [specs], [least - 1])
     assert f"maximum model length is {short.longest}." in str(error.value)
+
+
+@pytest.mark.full
+def test_all_of_this_holds_on_vllm_0_33(tmp_path: Path) -> None:
+    """Of the official wheel's Python files, which are made to take this machine for a CPU's."""
+    alias = tmp_path / "vllm-0.33.0+cpu.dist-info"
+    alias.mkdir()
+    (alias / "METADATA").write_text("Metadata-Version: 2.1\nName: vllm\nVersion: 0.33.0+cpu\n")
+    roots = (tmp_path, official_sources("0.33.0").parent.resolve())
+    packages = (Path(m.__path__[0]).parent for m in (swa_backend, swa_vllm))
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "--noconftest", "-p", "no:cacheprovider", __file__],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (*roots, *packages)))},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-3000:]

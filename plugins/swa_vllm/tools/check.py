@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from enum import StrEnum
 from typing import Any
 
-from swa_vllm.tools import check_steps
+from swa_vllm.tools import check_device, check_steps
 from swa_vllm.tools.plan import add_window_arguments, window_options
 from swa_vllm.tools.terminal import GREEN, RED, YELLOW, paint
 
@@ -76,9 +76,10 @@ def findings_of(model: str | None, options: dict[str, Any]) -> Iterator[Finding]
         ("models", check_steps.model_classes),
         ("attention backend", check_steps.backend_slot),
         ("page manager", check_steps.page_manager),
-        ("device", check_steps.device),
-        ("Triton", check_steps.triton_compiles),
-        ("kernels", check_steps.kernels_are_right),
+        ("device", check_device.device),
+        ("Triton", check_device.triton_compiles),
+        ("kernels", check_device.kernels_are_right),
+        ("CPU operators", check_device.cpu_operators_are_right),
     ]
     if model is not None:
         steps.append((model, lambda: check_steps.layers_of(model, options)))

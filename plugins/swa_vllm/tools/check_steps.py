@@ -1,18 +1,13 @@
-"""The steps of `swa check`: each says what is there, or raises what is wrong."""
+"""Steps of `swa check`: each says what is there, or raises what is wrong."""
 
 import os
 import platform
-import subprocess
-import sys
-from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import swa_backend
 from swa_backend.checkpoint import read_checkpoint
-
-_T = TypeVar("_T")
 
 
 class ProblemError(Exception):
@@ -154,87 +149,6 @@ def page_manager() -> str:
             "another plugin replaced it: set VLLM_PLUGINS to the names of those you want",
         )
     return "SWASpec is managed by SWAManager"
-
-
-def device() -> str:
-    """What serves, and with what."""
-    from vllm.platforms import current_platform
-
-    from swa_backend.kernels.device import target_of
-
-    if current_platform.is_cuda_alike():
-        target = _on_gpu(target_of)
-        return (
-            f"{current_platform.get_device_name()} ({target.backend} {target.arch}); windowed "
-            "layers run on this project's Triton kernels"
-        )
-    if current_platform.is_cpu():
-        return f"CPU ({platform.machine()}); windowed layers run on vLLM's CPU operators"
-    raise ProblemError(
-        f"{current_platform.device_type}, for which this plugin has no attention backend",
-        "serve windows on an NVIDIA or AMD GPU, or on a CPU",
-    )
-
-
-def triton_compiles() -> str:
-    """Whether Triton compiles; without a GPU the decode kernel for those that are in the gate."""
-    from vllm.platforms import current_platform
-
-    if current_platform.is_cuda_alike():
-        return "compiles for this GPU when the kernels run, which is next"
-    if os.environ.get("TRITON_INTERPRET") == "1":
-        raise NotCheckedError("TRITON_INTERPRET=1 makes Triton interpret; unset it to compile")
-    from swa_backend.kernels.gate import TARGETS, compile_decode
-
-    for target in TARGETS:
-        try:
-            compile_decode(target)
-        except Exception as error:  # compilers fail in any way
-            raise ProblemError(
-                f"the decode kernel does not compile for {target.backend} {target.arch}: {error!r}",
-                "install the Triton that this vLLM requires, and gcc",
-            ) from error
-    names = ", ".join(f"{'sm_' if t.backend == 'cuda' else ''}{t.arch}" for t in TARGETS)
-    return f"compiles the decode kernel for {names}; no GPU is here"
-
-
-def kernels_are_right() -> str:
-    """Whether kernels equal the oracle; on a CPU in a process whose Triton interprets."""
-    from vllm.platforms import current_platform
-
-    if current_platform.is_cuda_alike():
-        from swa_backend.kernels.smoke import smoke
-
-        error = _on_gpu(smoke)
-        where = "on this GPU"
-    else:
-        done = subprocess.run(
-            [sys.executable, "-m", "swa_backend.kernels.smoke"],
-            env={**os.environ, "TRITON_INTERPRET": "1"},
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        if done.returncode:
-            raise ProblemError(done.stderr.strip().splitlines()[-1], _REPORT)
-        error, where = float(done.stdout), "in Triton's interpreter"
-    return f"write, decode and prefill equal the oracle {where} (to {error:.2f} roundings)"
-
-
-_REPORT = "serve without windows here, and report this line with your versions"
-
-
-def _on_gpu(action: Callable[[Any], _T]) -> _T:
-    """What an action on the GPU gives."""
-    import torch
-
-    try:
-        return action(torch.device("cuda"))
-    except ValueError as error:
-        remedy = "serve windows on a newer GPU, or full attention here"
-        raise ProblemError(str(error), remedy) from error
-    except Exception as error:  # drivers and compilers fail in any way
-        raise ProblemError(repr(error), _REPORT) from error
 
 
 def layers_of(model: str, options: dict[str, Any]) -> str:

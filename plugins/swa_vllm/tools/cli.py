@@ -13,7 +13,7 @@ from typing import Any
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one sub-command; returns the exit status."""
-    arguments = sys.argv[1:] if arguments is None else arguments
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
     if "vllm" not in sys.modules:
         # vLLM's own start-up lines would bury a tool's output; set it to see them.
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
@@ -22,19 +22,32 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # Figures alone where a program reads them.
         with contextlib.redirect_stdout(sys.stderr if args.json == "-" else sys.stdout):
             result = args.run(args)
-    except (ValueError, RuntimeError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+        if args.json is not None:
+            _write(json.dumps(result, indent=2) + "\n", args.json)
+        sys.stdout.flush()
     except BrokenPipeError:  # whoever read has enough, as head does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    if args.json is not None:
-        text = json.dumps(result, indent=2) + "\n"
-        if args.json == "-":
-            sys.stdout.write(text)
-        else:
-            Path(args.json).write_text(text)
+    except (ValueError, RuntimeError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except ModuleNotFoundError as error:
+        if error.name != "vllm":
+            raise
+        print(
+            f"error: swa {arguments[0]} needs vLLM, which is not installed. On a machine with a "
+            "GPU: pip install 'swa-backend[gpu]'; without one: bash examples/setup_env.sh",
+            file=sys.stderr,
+        )
+        return 1
     return int(getattr(args, "status", 0))
+
+
+def _write(text: str, path: str) -> None:
+    if path == "-":
+        sys.stdout.write(text)
+    else:
+        Path(path).write_text(text)
 
 
 def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
@@ -43,14 +56,14 @@ def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(dest="command", required=True)
     _add_operators_tools(commands)
-    bench = commands.add_parser(
+    group = commands.add_parser(
         "bench",
         help="measure this plugin side by side with stock vLLM",
         description="Measure this plugin side by side with stock vLLM.",
         epilog="example: swa bench pages --quick",
     )
-    if "bench" in arguments[:1]:  # what they import needs vLLM
-        _add_benchmarks(bench.add_subparsers(dest="bench", required=True))
+    if arguments[:1] == ["bench"]:  # they import vLLM, which other commands do without
+        _add_benchmarks(group.add_subparsers(dest="bench", required=True))
     return parser
 
 
@@ -62,7 +75,7 @@ def _add_operators_tools(commands: Any) -> None:
 
 
 def _add_benchmarks(commands: Any) -> None:
-    # Here, because they import vLLM, which reads its environment then.
+    # Here, because vLLM reads its environment when it is imported.
     from swa_vllm.tools import (
         bench_kernels,
         bench_overhead,
