@@ -3,7 +3,8 @@
 Full attention, stock vLLM's sliding window and this plugin side by side, without weights, GPU or
 vLLM. "Estimate" is the "maximum concurrency" of vLLM's start-up line, which assumes requests of
 --max-model-len; "at once" is what runs while more requests wait, all of one size and none with a
-prefix in the cache. Speculative decoding is not planned.
+prefix in the cache. Pages that prefix caching keeps beyond these while memory is plentiful are not
+counted, and speculative decoding is not planned.
 """
 
 import argparse
