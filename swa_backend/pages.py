@@ -126,3 +126,13 @@ class WindowPages:
             + num_steps * per_step,
             max_span(self.window - 1 + num_in_flight_tokens + lookahead_tokens, self.page_size),
         )
+
+    def charge(
+        self, num_steps: int, num_in_flight_tokens: int, lookahead_tokens: int, longest: int
+    ) -> int:
+        """Pages that a request of at most ``longest`` tokens, slots ahead included, may ever hold.
+
+        Start-up sizing promises them, admission charges them; see :meth:`max_held`.
+        """
+        held = self.max_held(num_steps, num_in_flight_tokens, lookahead_tokens)
+        return min(held, ceil_div(longest, self.page_size))

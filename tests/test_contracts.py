@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import vllm
 
+import swa_vllm
 from swa_vllm import registration
 from swa_vllm.attention import WindowedAttention
 from swa_vllm.backend_cpu import SWACPUBackend, SWACPUImpl, SWACPUMetadataBuilder
@@ -421,3 +422,43 @@ def test_cpu_build_is_the_official_release() -> None:
     # GPU kernels that the official build vendors.
     missing = files(official) - files(INSTALLED)
     assert {path.split("/")[0] for path in missing} <= {"third_party", "vllm_flash_attn"}
+
+
+def _imported() -> set[tuple[str, str]]:
+    """Modules of vLLM, and names that the plugin imports from them anywhere."""
+    nodes = (
+        node
+        for source in Path(swa_vllm.__path__[0]).rglob("*.py")
+        for node in ast.walk(ast.parse(source.read_text()))
+        if isinstance(node, ast.ImportFrom) and str(node.module).split(".")[0] == "vllm"
+    )
+    return {(str(node.module), alias.name) for node in nodes for alias in node.names}
+
+
+@cache
+def _names(package: Path) -> frozenset[str]:
+    """What a module has once it is imported, or its ``__getattr__`` finds by a table of names."""
+    is_file = package.with_suffix(".py").exists()
+    file = package.with_suffix(".py") if is_file else package / "__init__.py"
+    names = {child.stem for child in package.glob("*")}
+    for node in ast.walk(_parsed(file)):
+        if isinstance(node, ast.ClassDef | ast.FunctionDef):
+            names.add(node.name)
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            names.add(node.id)
+        elif isinstance(node, ast.Constant):
+            names.add(str(node.value))
+        elif isinstance(node, ast.ImportFrom) and node.names[0].name == "*":
+            names |= _names(file.parents[node.level - 1].joinpath(*str(node.module).split(".")))
+        elif isinstance(node, ast.Import | ast.ImportFrom):
+            names |= {(alias.asname or alias.name).split(".")[0] for alias in node.names}
+    return frozenset(names)
+
+
+def test_what_is_imported_exists(tree: Path) -> None:
+    missing = {
+        f"{module}.{name}"
+        for module, name in _imported()
+        if name not in _names(tree.parent.joinpath(*module.split(".")))
+    }
+    assert not missing

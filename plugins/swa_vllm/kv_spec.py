@@ -94,12 +94,12 @@ class SWASpec(SlidingWindowSpec):
         for those that a draft model takes ahead, which vLLM forgets.
         """
         pages, num_ahead = self.pages, self.lookahead_tokens + self.spare_tokens
-        if self.prefill_pages is PrefillPages.ALL:
-            stock = super().max_admission_blocks_per_request(max_in_flight_tokens, max_model_len)
-            held = stock + pages.num_sink_pages + ceil_div(num_ahead, self.block_size)
-        else:
-            held = pages.max_held(self.num_steps_in_flight, max_in_flight_tokens, num_ahead)
-        return int(min(held, ceil_div(max_model_len + self.spare_tokens, self.block_size)))
+        longest = max_model_len + self.spare_tokens
+        if self.prefill_pages is not PrefillPages.ALL:
+            return pages.charge(self.num_steps_in_flight, max_in_flight_tokens, num_ahead, longest)
+        stock = super().max_admission_blocks_per_request(max_in_flight_tokens, max_model_len)
+        held = stock + pages.num_sink_pages + ceil_div(num_ahead, self.block_size)
+        return int(min(held, ceil_div(longest, self.block_size)))
 
     def is_uniform_with_collection(self, kv_cache_specs: dict[str, KVCacheSpec]) -> bool:
         return all(

@@ -3,7 +3,7 @@
 import torch
 from vllm.config import VllmConfig
 from vllm.platforms import current_platform
-from vllm.utils.torch_utils import is_quantized_kv_cache
+from vllm.v1.kv_cache_interface import is_quantized_kv_cache
 
 from swa_backend.config import SWAConfigError
 from swa_backend.kernels.device import target_of

@@ -139,6 +139,19 @@ def cases() -> Iterator[Case]:
         yield Case("rotate", "Qwen3-8B", wide, target)
 
 
+def compile_decode(target: Target) -> None:
+    """Compile what Qwen3-8B decodes with on a device.
+
+    Raises:
+        RuntimeError: under Triton's interpreter.
+    """
+    with (
+        compiling(target),
+        patch("swa_backend.dispatch.target_of", lambda _: target),
+    ):
+        _launch_decode(Case("decode", "Qwen3-8B", torch.bfloat16, target))
+
+
 def compile_all() -> Iterator[tuple[Case, Facts]]:
     """Every case with its facts, compiled by as many processes as there are processors."""
     with ProcessPoolExecutor() as pool:

@@ -7,8 +7,9 @@ import argparse
 import sys
 from typing import Any
 
+from swa_vllm.sizing import Arm
 from swa_vllm.tools.layer import BLOCK_SIZE, Layer, make_batch, make_layer
-from swa_vllm.tools.simulate import Arm, Engine, Simulation
+from swa_vllm.tools.simulate import Engine, Simulation
 from swa_vllm.tools.table import format_table
 from swa_vllm.tools.timing import at_least_two_rounds, interleave
 

@@ -13,7 +13,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from swa_backend.pages import WindowPages
-from swa_vllm.tools.simulate import Arm, Engine, Outcome, simulate
+from swa_vllm.sizing import Arm
+from swa_vllm.tools.simulate import Engine, Outcome, simulate
 from swa_vllm.tools.table import format_table
 
 EXAMPLE = "--window 1024 --block-size 16 --prompt 32000 --output 512 --num-requests 80"

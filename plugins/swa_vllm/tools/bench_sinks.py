@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 
-from swa_backend import reference
 from swa_vllm.tools.layer import BLOCK_SIZE, SHAPES, Layer, make_batch, make_layer
 from swa_vllm.tools.table import format_table
 from swa_vllm.tools.timing import at_least_two_rounds, interleave
@@ -88,32 +87,9 @@ def _time(
     plain, here = layer.stock_builder.build(0, batch), layer.builder.build(0, batch)
     output = layer.run(here, *qkv)
     if not args.shift:  # the tests of the engine hold shifted sinks against a dense model
-        _check(layer, args, batch, qkv, output)
+        layer.check(batch, qkv, output, args.window, args.sink_tokens)
     times = interleave(
         {"plain": lambda: layer.run_stock(plain, *qkv), "sinks": lambda: layer.run(here, *qkv)},
         rounds,
     )
     return times["plain"].median, times["sinks"].median
-
-
-def _check(
-    layer: Layer,
-    args: argparse.Namespace,
-    batch: Any,
-    qkv: tuple[torch.Tensor, ...],
-    output: torch.Tensor,
-) -> None:
-    """Raise RuntimeError unless the outputs of the last request are right: every 97th query's."""
-    length, num_queries = int(batch.seq_lens[-1]), int(batch.query_start_loc.diff()[-1])
-    positions = torch.arange(length)
-    asked = torch.arange(-1, -num_queries - 1, -97)
-    pages = batch.block_table_tensor[-1, positions // BLOCK_SIZE].long()
-    key, value = layer.builder.page_layout.read(
-        layer.attention.kv_cache, pages * BLOCK_SIZE + positions % BLOCK_SIZE
-    )
-    mask = reference.visible_mask(positions[asked], positions, args.window, args.sink_tokens)
-    query, key, value = (x.float().transpose(0, 1) for x in (qkv[0][asked], key, value))
-    expected = reference.attention(query, key, value, mask).transpose(0, 1)
-    error = float((output[asked].float() - expected).abs().max())
-    if error > 0.02 * float(expected.abs().max()):
-        raise RuntimeError(f"output differs from plain torch's by {error}")

@@ -7,42 +7,75 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one sub-command; returns the exit status."""
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
     if "vllm" not in sys.modules:
         # vLLM's own start-up lines would bury a tool's output; set it to see them.
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-    parser = argparse.ArgumentParser(prog="swa", description=__doc__)
+    try:
+        args = _parser(arguments).parse_args(arguments)
+        # Figures alone where a program reads them.
+        with contextlib.redirect_stdout(sys.stderr if args.json == "-" else sys.stdout):
+            result = args.run(args)
+        if args.json is not None:
+            _write(json.dumps(result, indent=2) + "\n", args.json)
+        sys.stdout.flush()
+    except BrokenPipeError:  # whoever read has enough, as head does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except (ValueError, RuntimeError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except ModuleNotFoundError as error:
+        if error.name != "vllm":
+            raise
+        print(
+            f"error: swa {arguments[0]} needs vLLM, which is not installed. On a machine with a "
+            "GPU: pip install 'swa-backend[gpu]'; without one: bash examples/setup_env.sh",
+            file=sys.stderr,
+        )
+        return 1
+    return int(getattr(args, "status", 0))
+
+
+def _write(text: str, path: str) -> None:
+    if path == "-":
+        sys.stdout.write(text)
+    else:
+        Path(path).write_text(text)
+
+
+def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="swa", description=__doc__, epilog="example: swa check Qwen3-8B --window 4096"
+    )
     commands = parser.add_subparsers(dest="command", required=True)
-    bench = commands.add_parser(
+    _add_operators_tools(commands)
+    group = commands.add_parser(
         "bench",
         help="measure this plugin side by side with stock vLLM",
         description="Measure this plugin side by side with stock vLLM.",
         epilog="example: swa bench pages --quick",
     )
-    _add_benchmarks(bench.add_subparsers(dest="bench", required=True))
-    args = parser.parse_args(arguments)
-    try:
-        # Figures alone where a program reads them.
-        with contextlib.redirect_stdout(sys.stderr if args.json == "-" else sys.stdout):
-            result = args.run(args)
-    except (ValueError, RuntimeError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    if args.json is not None:
-        text = json.dumps(result, indent=2) + "\n"
-        if args.json == "-":
-            sys.stdout.write(text)
-        else:
-            Path(args.json).write_text(text)
-    return 0
+    if arguments[:1] == ["bench"]:  # they import vLLM, which other commands do without
+        _add_benchmarks(group.add_subparsers(dest="bench", required=True))
+    return parser
+
+
+def _add_operators_tools(commands: Any) -> None:
+    from swa_vllm.tools import check, plan, trace  # none of them imports vLLM yet
+
+    for name, module in (("plan", plan), ("check", check), ("trace", trace)):
+        _add_command(commands, name, module)
 
 
 def _add_benchmarks(commands: Any) -> None:
-    # Here, because they import vLLM, which reads its environment then.
+    # Here, because vLLM reads its environment when it is imported.
     from swa_vllm.tools import (
         bench_kernels,
         bench_overhead,
@@ -53,18 +86,26 @@ def _add_benchmarks(commands: Any) -> None:
 
     for module in (bench_pages, bench_prefill, bench_sinks, bench_overhead, bench_kernels):
         name = module.__name__.rpartition("_")[2]
-        summary = str(module.__doc__).strip().splitlines()[0]
-        parser = commands.add_parser(
-            name,
-            help=summary[0].lower() + summary[1:].rstrip("."),
-            description=module.__doc__,
-            epilog=f"example: swa bench {name} {module.EXAMPLE}",
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-        )
-        parser.add_argument("--json", metavar="PATH", help='write the figures; "-" for stdout')
+        parser = _add_command(commands, name, module, "bench ")
         parser.add_argument("--quick", action="store_true", help="smaller sizes, for two cores")
-        module.add_arguments(parser)
-        parser.set_defaults(run=module.run)
+
+
+def _add_command(
+    commands: Any, name: str, module: ModuleType, group: str = ""
+) -> argparse.ArgumentParser:
+    """A sub-command: ``module`` has its arguments, its action, an example, and a docstring."""
+    summary = str(module.__doc__).strip().splitlines()[0]
+    parser: argparse.ArgumentParser = commands.add_parser(
+        name,
+        help=summary[0].lower() + summary[1:].rstrip("."),
+        description=module.__doc__,
+        epilog=f"example: swa {group}{name} {module.EXAMPLE}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--json", metavar="PATH", help='write the figures; "-" for stdout')
+    module.add_arguments(parser)
+    parser.set_defaults(run=module.run)
+    return parser
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from vllm.v1.attention.backends.cpu_attn import (
     CPUAttentionMetadataBuilder,
 )
 
+from swa_backend import reference
 from swa_backend.pages import WindowPages, ceil_div
 from swa_vllm.builder_cpu import SWACPUMetadata
 from swa_vllm.tools.timing import interleave
@@ -81,6 +82,37 @@ class Layer:
         return self.attention.impl.forward(
             self.attention, query, key, value, cache, metadata, output
         )
+
+    def check(
+        self,
+        batch: CommonAttentionMetadata,
+        qkv: tuple[torch.Tensor, ...],
+        output: torch.Tensor,
+        window: int,
+        sink_tokens: int,
+    ) -> float:
+        """Hold the outputs of the last request, every 97th query's, against plain torch.
+
+        Returns:
+            The largest error, relative to the largest output.
+
+        Raises:
+            RuntimeError: it is more than 0.02.
+        """
+        length, num_queries = int(batch.seq_lens[-1]), int(batch.query_start_loc.diff()[-1])
+        positions = torch.arange(length)
+        asked = torch.arange(-1, -num_queries - 1, -97)
+        pages = batch.block_table_tensor[-1, positions // BLOCK_SIZE].long()
+        key, value = self.builder.page_layout.read(
+            self.attention.kv_cache, pages * BLOCK_SIZE + positions % BLOCK_SIZE
+        )
+        mask = reference.visible_mask(positions[asked], positions, window, sink_tokens)
+        query, key, value = (x.float().transpose(0, 1) for x in (qkv[0][asked], key, value))
+        expected = reference.attention(query, key, value, mask).transpose(0, 1)
+        error = (output[asked].float() - expected).abs().max() / expected.abs().max()
+        if not error <= 0.02:
+            raise RuntimeError(f"output differs from plain torch's by {100 * error:.1f} %")
+        return float(error)
 
     def time_rest(self, num_tokens: int, rounds: int) -> float:
         """Seconds of the decoder layer's projections and MLP for so many tokens."""

@@ -5,7 +5,6 @@ import tempfile
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
-from enum import StrEnum
 from typing import Any
 
 import torch
@@ -30,6 +29,7 @@ from vllm.v1.structured_output import StructuredOutputManager
 import swa_vllm
 from swa_backend.config import PrefillPages
 from swa_vllm.kv_spec import SWASpec
+from swa_vllm.sizing import Arm
 
 # Of layers that do not exist; only their number of pages counts.
 _MODEL = {
@@ -47,22 +47,18 @@ _MODEL = {
 SAMPLED_TOKEN = 7
 
 
-class Arm(StrEnum):
-    """Who manages the pages."""
-
-    FULL = "full attention"
-    STOCK = "stock vLLM"
-    SWA = "this plugin"
-
-
 @dataclass(frozen=True)
 class Engine:
     """What an engine is set up with.
 
     Attributes:
-        num_pages: of the pool, one page for all layers.
+        num_pages: of the pool, a page for the layers of a group.
         num_steps_in_flight: 1, or 2 as with asynchronous scheduling.
         retention_interval: vLLM's ``prefix_cache_retention_interval``; None keeps every page.
+        sink_tokens: leading tokens that this plugin's sliding layers keep.
+        spare_tokens: slots behind the newest token, as this plugin's CPU backend needs for sinks.
+        num_sliding_groups: KV groups of sliding layers.
+        num_full_groups: KV groups of full layers beside them.
     """
 
     window: int
@@ -75,6 +71,10 @@ class Engine:
     prefix_caching: bool = False
     prefill_pages: PrefillPages = PrefillPages.AUTO
     retention_interval: int | None = 0
+    sink_tokens: int = 0
+    spare_tokens: int = 0
+    num_sliding_groups: int = 1
+    num_full_groups: int = 0
 
 
 @dataclass(frozen=True)
@@ -119,6 +119,7 @@ class Simulation:
 
     Attributes:
         num_cached_tokens: what the prefix cache served of each request's prompt.
+        num_running: requests in each step so far.
     """
 
     def __init__(self, arm: Arm, engine: Engine, *, count_pages: bool = True) -> None:
@@ -127,8 +128,10 @@ class Simulation:
         init_none_hash(sha256)
         self.engine = engine
         self.config = _vllm_config(engine)
-        spec = _spec(arm, engine, self.config)
-        self.cap = spec.max_memory_usage_bytes(self.config) // spec.page_size_bytes
+        specs = _specs(arm, engine, self.config)
+        self.cap = sum(
+            spec.max_memory_usage_bytes(self.config) // spec.page_size_bytes for spec in specs
+        )
         self.starts = engine.num_pages - 1 >= self.cap  # vLLM never gives out the first page
         kind = AsyncScheduler if engine.num_steps_in_flight > 1 else Scheduler
         self.scheduler = kind(
@@ -136,7 +139,9 @@ class Simulation:
             kv_cache_config=KVCacheConfig(
                 num_blocks=engine.num_pages,
                 kv_cache_tensors=[],
-                kv_cache_groups=[KVCacheGroupSpec(["layer"], spec)],
+                kv_cache_groups=[
+                    KVCacheGroupSpec([f"layer {index}"], spec) for index, spec in enumerate(specs)
+                ],
                 prefix_cache_retention_interval=None
                 if arm is Arm.FULL
                 else engine.retention_interval,
@@ -144,11 +149,11 @@ class Simulation:
             structured_output_manager=StructuredOutputManager(self.config),
             block_size=engine.block_size,
         )
-        (self.manager,) = self.scheduler.kv_cache_manager.coordinator.single_type_managers
+        self.managers = self.scheduler.kv_cache_manager.coordinator.single_type_managers
         self._hasher = get_request_block_hasher(engine.block_size, sha256)
         self.num_cached_tokens: dict[str, int] = {}
         self._queue: deque[Any] = deque()
-        self._running: list[int] = []
+        self.num_running: list[int] = []
         self._peak_pages = 0
         self._num_preemptions = 0
 
@@ -166,14 +171,13 @@ class Simulation:
     def step(self) -> bool:
         """Schedule a step and, where enough are in flight, settle the oldest; false at the end."""
         output = self.scheduler.schedule() if self.scheduler.has_requests() else None
+        if output is not None:
+            self._num_preemptions += len(output.preempted_req_ids or ())
         if output is not None and output.total_num_scheduled_tokens:
-            self._running.append(len(output.num_scheduled_tokens))
+            self.num_running.append(len(output.num_scheduled_tokens))
             for new in output.scheduled_new_reqs:
                 self.num_cached_tokens[new.req_id] = new.num_computed_tokens
-            self._num_preemptions += len(output.preempted_req_ids or ())
-            if self._count_pages:
-                most = self._most_pages(output.num_scheduled_tokens)
-                self._peak_pages = max(self._peak_pages, most)
+            self.note(output)
             self._queue.append((output, self._samples(output)))
             if len(self._queue) < self.engine.num_steps_in_flight:
                 return True
@@ -191,6 +195,12 @@ class Simulation:
         )
         return True
 
+    def note(self, output: Any) -> None:
+        """Called with every step that serves something, once its pages are taken."""
+        if self._count_pages:
+            most = max(map(self.num_pages_of, output.num_scheduled_tokens))
+            self._peak_pages = max(self._peak_pages, most)
+
     @property
     def all_decode(self) -> bool:
         """Whether every request has had its whole prompt computed."""
@@ -198,12 +208,12 @@ class Simulation:
 
     def outcome(self) -> Outcome:
         """What happened so far."""
-        num_steps = len(self._running)
+        num_steps = len(self.num_running)
         return Outcome(
             starts=self.starts,
             estimate=round(self.engine.num_pages / self.cap, 1),
             num_steps=num_steps,
-            mean_running=round(sum(self._running) / num_steps, 2) if num_steps else 0.0,
+            mean_running=round(sum(self.num_running) / num_steps, 2) if num_steps else 0.0,
             promised_pages=self.cap,
             peak_pages=self._peak_pages,
             num_preemptions=self._num_preemptions,
@@ -217,9 +227,10 @@ class Simulation:
             for name in output.num_scheduled_tokens
         ]
 
-    def _most_pages(self, names: Sequence[str]) -> int:
-        tables = self.manager.req_to_blocks
-        return max(sum(not block.is_null for block in tables[name]) for name in names)
+    def num_pages_of(self, name: str) -> int:
+        """Pages that a request holds now, in all groups."""
+        tables = (manager.req_to_blocks.get(name, ()) for manager in self.managers)
+        return sum(not block.is_null for table in tables for block in table)
 
 
 def _vllm_config(engine: Engine) -> VllmConfig:
@@ -247,16 +258,24 @@ def _vllm_config(engine: Engine) -> VllmConfig:
     return config
 
 
-def _spec(arm: Arm, engine: Engine, config: VllmConfig) -> KVCacheSpec:
+def _specs(arm: Arm, engine: Engine, config: VllmConfig) -> list[KVCacheSpec]:
+    """The spec of every group, full layers' first."""
     common: dict[str, Any] = {
         "block_size": engine.block_size,
         "num_kv_heads": 1,
         "head_size": 64,
         "dtype": torch.float32,
     }
+    full = FullAttentionSpec(**common)
+    sliding: KVCacheSpec = SlidingWindowSpec(**common, sliding_window=engine.window)
     if arm is Arm.FULL:
-        return FullAttentionSpec(**common)
-    stock = SlidingWindowSpec(**common, sliding_window=engine.window)
-    if arm is Arm.STOCK:
-        return stock
-    return SWASpec.from_stock(stock, config, engine.prefill_pages, debug_poison=False)
+        sliding = full
+    elif arm is Arm.SWA:
+        sliding = SWASpec.from_stock(
+            sliding,
+            config,
+            engine.prefill_pages,
+            sink_tokens=engine.sink_tokens,
+            spare_tokens=engine.spare_tokens,
+        )
+    return [full] * engine.num_full_groups + [sliding] * engine.num_sliding_groups

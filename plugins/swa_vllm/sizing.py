@@ -1,0 +1,178 @@
+"""What vLLM's start-up makes of a model's layers, as plain arithmetic: no vLLM is imported.
+
+vLLM 0.32 and 0.33: ``v1/core/kv_cache_utils.py``. ``tests/test_plan.py`` holds this against
+vLLM's own functions and against engines that were started.
+"""
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+from swa_backend.checkpoint import Checkpoint
+from swa_backend.pages import WindowPages, ceil_div
+from swa_backend.plan import PagePolicy
+
+DTYPE_BYTES = {
+    "bfloat16": 2,
+    "float16": 2,
+    "half": 2,
+    "float32": 4,
+    "float": 4,
+    "fp8": 1,
+    "fp8_e4m3": 1,
+    "fp8_e5m2": 1,
+}
+MODEL_DTYPES = ("auto", "bfloat16", "float16", "half", "float32", "float")
+CACHE_DTYPES = ("auto", "bfloat16", "float16", "fp8", "fp8_e4m3", "fp8_e5m2")
+# Rotary embeddings whose max_position_embeddings is the scaled length already.
+_SCALED_ROPE = ("default", "yarn", "longrope", "llama3", "su")
+
+
+class Arm(StrEnum):
+    """Who manages the pages."""
+
+    FULL = "full attention"
+    STOCK = "stock vLLM"
+    SWA = "this plugin"
+
+
+class Device(StrEnum):
+    """What serves: it decides defaults of vLLM, and whether sinks need slots of their own."""
+
+    GPU = "gpu"
+    CPU = "cpu"
+
+    @property
+    def block_size(self) -> int:
+        """vLLM's default page, in tokens."""
+        return 16 if self is Device.GPU else 128
+
+    @property
+    def num_steps_in_flight(self) -> int:
+        """Two with asynchronous scheduling, vLLM's default on GPUs."""
+        return 2 if self is Device.GPU else 1
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What the engine is started with.
+
+    Attributes:
+        max_num_batched_tokens: most tokens of a step, which a prefill is cut into.
+        spare_tokens: slots behind the newest token that the attention backend needs.
+    """
+
+    block_size: int
+    max_model_len: int
+    max_num_batched_tokens: int
+    max_num_seqs: int
+    num_steps_in_flight: int
+    spare_tokens: int = 0
+
+    @property
+    def max_in_flight_tokens(self) -> int:
+        """Most tokens that are scheduled and not yet settled."""
+        return self.num_steps_in_flight * self.max_num_batched_tokens
+
+
+@dataclass(frozen=True)
+class KVGroups:
+    """KV groups of one kind of layer; all manage their pages alike.
+
+    Attributes:
+        num_groups: groups, each with a table of its own.
+        num_layers: layers of all of them.
+        num_padding: layers that exist for no other reason than that groups must be of one size.
+    """
+
+    policy: PagePolicy
+    num_groups: int
+    num_layers: int
+    num_padding: int
+
+
+def split_layers(num_full: int, num_sliding: int) -> tuple[int, int, int]:
+    """Layers a group, groups of full layers and groups of sliding layers."""
+    fewest, most = sorted((num_full, num_sliding))
+    if fewest == 0:
+        return most, int(num_full > 0), int(num_sliding > 0)
+    size = most if most < 1.5 * fewest else fewest
+    return size, ceil_div(num_full, size), ceil_div(num_sliding, size)
+
+
+def groups_of(
+    arm: Arm, windows: tuple[int | None, ...], sinks: int, limits: Limits
+) -> list[KVGroups]:
+    """The KV groups of a model, full layers' first.
+
+    Stock vLLM refuses mixed layers and knows no sinks; its arm is what its page manager would do
+    with the same layers.
+
+    Args:
+        windows: a window a layer, None for full attention.
+        sinks: leading tokens that sliding layers keep.
+    """
+    sliding = [] if arm is Arm.FULL else [window for window in windows if window is not None]
+    num_full = len(windows) - len(sliding)
+    size, full_groups, sliding_groups = split_layers(num_full, len(sliding))
+    groups = []
+    if num_full:
+        full = PagePolicy(limits.block_size)
+        groups.append(KVGroups(full, full_groups, num_full, full_groups * size - num_full))
+    if sliding:
+        policy, num_layers = _sliding_policy(arm, sliding[0], sinks, limits), len(sliding)
+        num_padding = sliding_groups * size - num_layers
+        groups.append(KVGroups(policy, sliding_groups, num_layers, num_padding))
+    return groups
+
+
+def _sliding_policy(arm: Arm, window: int, sinks: int, limits: Limits) -> PagePolicy:
+    size, in_flight = limits.block_size, limits.max_in_flight_tokens
+    if arm is Arm.STOCK:
+        cap = ceil_div(min(window - 1 + in_flight, limits.max_model_len), size) + 1
+        return PagePolicy(size, WindowPages(window, size), cap=cap)
+    pages, spare = WindowPages(window, size, sinks), limits.spare_tokens
+    longest = limits.max_model_len + spare
+    cap = pages.charge(limits.num_steps_in_flight, in_flight, spare, longest)
+    return PagePolicy(size, pages, stores_all=False, spare_tokens=spare, cap=cap)
+
+
+def kv_heads_of_a_device(checkpoint: Checkpoint, tensor_parallel_size: int) -> int:
+    """KV heads that each of the devices stores; more devices than heads have copies.
+
+    Raises:
+        ValueError: a number of devices that heads cannot be divided among.
+    """
+    heads, num_queries = checkpoint.num_kv_heads, checkpoint.config.num_attention_heads
+    few, many = sorted((heads, tensor_parallel_size))
+    if num_queries % tensor_parallel_size or many % few:
+        raise ValueError(
+            f"--tensor-parallel-size {tensor_parallel_size} does not divide this model's "
+            f"{num_queries} attention heads and {heads} KV heads evenly; give one that does"
+        )
+    return max(1, heads // tensor_parallel_size)
+
+
+def bytes_of_a_number(checkpoint: Checkpoint, dtype: str, cache_dtype: str) -> int:
+    """Bytes of a number in the KV cache.
+
+    Raises:
+        ValueError: the checkpoint does not say its dtype, or one that is unknown.
+    """
+    if cache_dtype != "auto":
+        return DTYPE_BYTES[cache_dtype]
+    if dtype == "auto":
+        if checkpoint.dtype not in DTYPE_BYTES:
+            raise ValueError(
+                f"the checkpoint's config.json has dtype {checkpoint.dtype!r}; give --dtype, one "
+                f"of {', '.join(MODEL_DTYPES[1:])}"
+            )
+        # vLLM rounds weights of 32 bits unless it is asked not to.
+        dtype = "bfloat16" if checkpoint.dtype == "float32" else checkpoint.dtype
+    return DTYPE_BYTES[dtype]
+
+
+def longest_text(checkpoint: Checkpoint) -> int:
+    """vLLM's ``max_model_len`` of a checkpoint, unless the user gives another."""
+    rope = checkpoint.config.rope_parameters
+    factor = 1.0 if rope["rope_type"] in _SCALED_ROPE else rope.get("factor") or 1.0
+    return int(checkpoint.max_positions * factor)

@@ -1,0 +1,122 @@
+"""A checkpoint's ``config.json`` as far as planning needs it, read without transformers."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from swa_backend.layers import FULL, SLIDING
+
+# Text stacks that are a plain Qwen3, by transformers' model type.
+_TEXT_MODELS = (
+    "qwen3",
+    "qwen3_moe",
+    "qwen3_vl_text",
+    "qwen3_vl_moe_text",
+    "qwen3_omni_moe_text",
+)
+_NESTED = ("thinker_config", "text_config")
+# What transformers' Qwen3Config fills in.
+_DENSE_DEFAULTS = {"head_dim": 128, "sliding_window": 4096, "max_window_layers": 28}
+_MOE_DEFAULTS = {"sliding_window": 4096}
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What a plan needs to know of a model.
+
+    Attributes:
+        config: of the text layers, as :func:`swa_backend.layers.resolve_layers` reads it.
+        num_layers: text layers.
+        num_kv_heads: KV heads a layer, of all devices together.
+        head_dim: numbers of a key, and of a value.
+        dtype: of the weights by name; None where the config does not say.
+        max_positions: ``max_position_embeddings``.
+    """
+
+    config: Any
+    num_layers: int
+    num_kv_heads: int
+    head_dim: int
+    dtype: str | None
+    max_positions: int
+
+
+def read_checkpoint(path: Path) -> Checkpoint:
+    """Read a checkpoint's directory or its config.json.
+
+    Raises:
+        ValueError: nothing there, not JSON, not a Qwen3, or keys that are missing or nonsense.
+    """
+    file = path / "config.json" if path.is_dir() else path
+    raw = _load(file)
+    text = dict(raw)
+    for key in _NESTED:
+        if isinstance(text.get(key), dict):
+            text = text[key]
+    kind = text.get("model_type")
+    if kind not in _TEXT_MODELS:
+        raise ValueError(
+            f"{file}: model_type {raw.get('model_type')!r} is no Qwen3 that this plugin serves "
+            f"with windows; its text layers must be one of {', '.join(_TEXT_MODELS)}"
+        )
+    text = _with_defaults(text)
+    heads, hidden = _count(file, text, "num_attention_heads"), text.get("hidden_size")
+    if text.get("head_dim") is None and isinstance(hidden, int):
+        text["head_dim"] = hidden // heads
+    if text.get("num_key_value_heads") is None:
+        text["num_key_value_heads"] = heads
+    dtype = next((d for c in (raw, text) if (d := c.get("dtype") or c.get("torch_dtype"))), None)
+    return Checkpoint(
+        config=SimpleNamespace(**text),
+        num_layers=_count(file, text, "num_hidden_layers"),
+        num_kv_heads=_count(file, text, "num_key_value_heads"),
+        head_dim=_count(file, text, "head_dim"),
+        dtype=None if dtype is None else str(dtype),
+        max_positions=_count(file, text, "max_position_embeddings"),
+    )
+
+
+def _load(file: Path) -> dict[str, Any]:
+    if not file.is_file():
+        raise ValueError(
+            f"{file} does not exist. Give a local directory with a config.json, or that file; of a "
+            "model on the Hugging Face hub it is enough to download config.json"
+        )
+    try:
+        raw = json.loads(file.read_text())
+    except ValueError as error:  # JSON's and Unicode's errors
+        raise ValueError(f"{file} is not JSON: {error}") from error
+    if not isinstance(raw, dict):
+        raise ValueError(f"{file} holds a JSON {type(raw).__name__}, not an object: no config.json")
+    return raw
+
+
+def _with_defaults(text: dict[str, Any]) -> dict[str, Any]:
+    """The config as transformers completes it; that of derived models it leaves alone."""
+    rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
+    text = {**text, "rope_parameters": {**rope, "rope_type": rope.get("rope_type", "default")}}
+    if "type" in rope:  # the older name
+        text["rope_parameters"]["rope_type"] = rope["type"]
+    if text["model_type"] not in ("qwen3", "qwen3_moe"):
+        return text
+    is_dense = text["model_type"] == "qwen3"
+    text = {**(_DENSE_DEFAULTS if is_dense else _MOE_DEFAULTS), **text}
+    text["use_sliding_window"] = bool(text.get("use_sliding_window"))
+    if not text["use_sliding_window"]:
+        text["sliding_window"] = None
+    if is_dense and text.get("layer_types") is None:
+        first, slides = text["max_window_layers"], text["sliding_window"] is not None
+        text["layer_types"] = [
+            SLIDING if slides and index >= first else FULL
+            for index in range(text.get("num_hidden_layers") or 0)
+        ]
+    return text
+
+
+def _count(file: Path, text: dict[str, Any], key: str) -> int:
+    value = text.get(key)
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{file}: {key} must be an integer >= 1, got {value!r}")
+    return value

@@ -1,0 +1,102 @@
+"""What a request holds in the KV cache, step by step, from sizes alone: no engine, no torch.
+
+:class:`RequestPages` is the bookkeeping of a page manager without its pages; which ones are needed
+:mod:`swa_backend.pages` says, to the manager and here.
+"""
+
+from dataclasses import dataclass
+
+from swa_backend.pages import WindowPages, ceil_div
+
+
+@dataclass(frozen=True)
+class PagePolicy:
+    """How the pages of one layer are managed.
+
+    Attributes:
+        page_size: tokens a page.
+        window: arithmetic of a sliding layer; None for full attention, which keeps every page.
+        stores_all: whether a chunk's pages are all stored, as vLLM does, or survivors only.
+        spare_tokens: slots behind the newest token.
+        cap: most pages that admission charges a request for; None for no limit.
+    """
+
+    page_size: int
+    window: WindowPages | None = None
+    stores_all: bool = True
+    spare_tokens: int = 0
+    cap: int | None = None
+
+    def num_entries(self, num_tokens: int) -> int:
+        """Entries of the table of a request of ``num_tokens``, pages or holes."""
+        return ceil_div(num_tokens + self.spare_tokens, self.page_size)
+
+    def charge(self, num_tokens: int) -> int:
+        """Pages that must be free when a request of ``num_tokens`` is admitted."""
+        entries = self.num_entries(num_tokens)
+        return entries if self.cap is None else min(self.cap, entries)
+
+
+class RequestPages:
+    """One request's pages in one layer.
+
+    Attributes:
+        live: pages that it holds now.
+    """
+
+    __slots__ = ("_death", "_num_entries", "_policy", "_ranges", "live")
+
+    def __init__(self, policy: PagePolicy) -> None:
+        self._policy = policy
+        self._num_entries = 0
+        self._ranges: list[range] = []
+        self._death = 0  # tokens whose settling frees the next page
+        self.live = 0
+
+    def settle(self, num_settled: int) -> int:
+        """Free what no token from ``num_settled`` on sees; returns how many pages."""
+        window = self._policy.window
+        if window is None or num_settled < self._death:
+            return 0
+        dead = window.dead(num_settled)
+        kept = []
+        for pages in self._ranges:
+            kept.append(range(pages.start, min(pages.stop, dead.start)))
+            kept.append(range(max(pages.start, dead.stop), pages.stop))
+        self._ranges = [pages for pages in kept if pages]
+        first_left = max(dead.stop, window.first_live(num_settled))
+        self._death = (first_left + 1) * window.page_size + window.window - 1
+        before, self.live = self.live, sum(map(len, self._ranges))
+        return before - self.live
+
+    def missing(self, num_tokens: int) -> int:
+        """Pages that a step ending before ``num_tokens`` has to take."""
+        entries = self._policy.num_entries(num_tokens)
+        if entries <= self._num_entries:
+            return 0
+        return entries - self._num_entries - len(self._holes(num_tokens))
+
+    def take(self, num_tokens: int) -> None:
+        """Take them."""
+        entries = self._policy.num_entries(num_tokens)
+        if entries <= self._num_entries:
+            return
+        holes = self._holes(num_tokens)
+        stop = holes.start if holes else entries
+        self._add(range(self._num_entries, stop))
+        if holes:
+            self._add(range(holes.stop, entries))
+        self._num_entries = entries
+
+    def _add(self, pages: range) -> None:
+        self.live += len(pages)
+        if self._ranges and self._ranges[-1].stop == pages.start:
+            self._ranges[-1] = range(self._ranges[-1].start, pages.stop)
+        elif pages:
+            self._ranges.append(pages)
+
+    def _holes(self, num_tokens: int) -> range:
+        window = self._policy.window
+        if window is None or self._policy.stores_all:
+            return range(0)
+        return window.holes(self._num_entries, num_tokens)

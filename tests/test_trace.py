@@ -1,0 +1,85 @@
+"""`swa trace`: the map adds up, in text, in colour, as a picture and as JSON."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from swa_backend.pages import WindowPages, ceil_div
+from swa_vllm.tools.cli import main
+
+SIZES = ["--window", "64", "--block-size", "16", "--pool-tokens", "2048", "--output", "30"]
+SIZES += ["--max-num-batched-tokens", "256", "--prompt", "900,100,400", "--sink-tokens", "4"]
+
+
+@pytest.fixture
+def trace(tmp_path: Path) -> dict[str, Any]:
+    path = tmp_path / "trace.json"
+    assert main(["trace", *SIZES, "--json", str(path)]) == 0
+    return dict(json.loads(path.read_text()))
+
+
+def test_rows_add_up_to_the_pool_and_to_full_attention(trace: dict[str, Any]) -> None:
+    rows, used, full = trace["rows"], trace["used"], trace["full"]
+    assert [row["num_prompt"] for row in rows] == [900, 100, 400]
+    for step, (held, would_hold) in enumerate(zip(used, full, strict=True)):
+        live = [sum(row[kind][step] for kind in ("window", "sink", "prefill")) for row in rows]
+        assert sum(live) == held <= trace["num_pages"]
+        assert sum(live) + sum(row["gone"][step] for row in rows) == would_hold
+
+
+def test_rows_end_with_the_window_and_the_sinks(trace: dict[str, Any]) -> None:
+    pages = WindowPages(64, 16, 4)
+    for row in trace["rows"]:
+        last = max(step for step, held in enumerate(row["window"]) if held)
+        assert (row["sink"][last], row["prefill"][last]) == (1, 0)
+        assert row["window"][last] <= pages.max_survivors
+        held = row["window"][last] + 1
+        assert held + row["gone"][last] == ceil_div(row["num_prompt"] + 29, 16)
+    assert max(trace["rows"][0]["prefill"]) > 0
+
+
+def test_text_has_no_colour_in_a_pipe(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["trace", *SIZES]) == 0
+    printed = capsys.readouterr().out
+    assert "\033" not in printed
+    assert "full attention  " in printed
+    assert printed.splitlines()[-1].split()[:2] == ["2", "400"]
+
+
+def test_text_has_colour_on_a_terminal(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    assert main(["trace", *SIZES]) == 0
+    assert "\033[34m" in capsys.readouterr().out
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert main(["trace", *SIZES]) == 0
+    assert "\033" not in capsys.readouterr().out
+
+
+def test_a_trace_is_drawn(tmp_path: Path) -> None:
+    path = tmp_path / "trace.png"
+    assert main(["trace", *SIZES, "--plot", str(path)]) == 0
+    assert path.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--window", "0"], "--window must be at least 1, got 0"),
+        (["--sink-tokens", "-1"], "--sink-tokens must be at least 0, got -1"),
+        (["--prompt", "10,x"], "--prompt '10,x': write numbers of tokens"),
+        (["--prompt", "0"], "--prompt '0': write numbers of tokens"),
+        (["--pool-tokens", "160"], "the longest request may take"),
+        (["--steps-in-flight", "3"], "steps in flight must be 1 or 2"),
+    ],
+)
+def test_nonsense_is_refused(
+    flags: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["trace", *flags]) == 1
+    assert message in capsys.readouterr().err
