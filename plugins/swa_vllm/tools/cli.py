@@ -5,7 +5,7 @@ import contextlib
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         epilog="example: swa bench pages --quick",
     )
     _add_benchmarks(bench.add_subparsers(dest="bench", required=True))
+    evaluate = commands.add_parser(
+        "eval",
+        help="measure what a window costs on a model and text of yours",
+        description="Measure what a window costs on a model and text of yours.",
+        epilog="example: swa eval ppl MODEL --text FILE --windows full,256,128 --sinks 0,4",
+    )
+    _add_evaluations(evaluate.add_subparsers(dest="eval", required=True))
     args = parser.parse_args(arguments)
     try:
         # Figures alone where a program reads them.
@@ -51,18 +58,29 @@ def _add_benchmarks(commands: Any) -> None:
         bench_sinks,
     )
 
-    for module in (bench_pages, bench_prefill, bench_sinks, bench_overhead, bench_kernels):
+    modules = (bench_pages, bench_prefill, bench_sinks, bench_overhead, bench_kernels)
+    _add_modules(commands, "bench", modules, "smaller sizes, for two cores")
+
+
+def _add_evaluations(commands: Any) -> None:
+    from swa_vllm.tools import eval_ppl
+
+    _add_modules(commands, "eval", (eval_ppl,), "a fraction of the work, for a first look")
+
+
+def _add_modules(commands: Any, group: str, modules: Iterable[Any], quick: str) -> None:
+    for module in modules:
         name = module.__name__.rpartition("_")[2]
         summary = str(module.__doc__).strip().splitlines()[0]
         parser = commands.add_parser(
             name,
             help=summary[0].lower() + summary[1:].rstrip("."),
             description=module.__doc__,
-            epilog=f"example: swa bench {name} {module.EXAMPLE}",
+            epilog=f"example: swa {group} {name} {module.EXAMPLE}",
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         parser.add_argument("--json", metavar="PATH", help='write the figures; "-" for stdout')
-        parser.add_argument("--quick", action="store_true", help="smaller sizes, for two cores")
+        parser.add_argument("--quick", action="store_true", help=quick)
         module.add_arguments(parser)
         parser.set_defaults(run=module.run)
 
