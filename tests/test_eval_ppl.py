@@ -269,7 +269,7 @@ def test_pictures_are_pngs(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     line, heat = tmp_path / "line.png", tmp_path / "heat.png"
     plots.lines(line, {"a": [(2, 1), (1, 3)], "b": [(1, 1)]}, "x", "y", log_y=True)
-    plots.heat_maps(heat, {"a": [[0, None]], "b": [[1, 0.5]]}, ["0", "1"], ["r"], "x", "y")
+    plots.heat_maps(heat, [plots.HeatMap("a", [[0, None, 0.5]], ["0", "1", "2"], ["r"], "x", "y")])
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in (line, heat))
 
 

@@ -63,9 +63,10 @@ def _add_benchmarks(commands: Any) -> None:
 
 
 def _add_evaluations(commands: Any) -> None:
-    from swa_vllm.tools import eval_ppl
+    from swa_vllm.tools import eval_layers, eval_needle, eval_ppl, eval_stream
 
-    _add_modules(commands, "eval", (eval_ppl,), "a fraction of the work, for a first look")
+    modules = (eval_ppl, eval_needle, eval_stream, eval_layers)
+    _add_modules(commands, "eval", modules, "a fraction of the work, for a first look")
 
 
 def _add_modules(commands: Any, group: str, modules: Iterable[Any], quick: str) -> None:

@@ -3,8 +3,21 @@
 import argparse
 import importlib.util
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+
+@dataclass(frozen=True)
+class HeatMap:
+    """Values from 0 to 1, or None where there is none, by row and column."""
+
+    title: str
+    values: Sequence[Sequence[float | None]]
+    columns: Sequence[str]
+    rows: Sequence[str]
+    x_label: str
+    y_label: str
 
 
 def add_argument(parser: argparse.ArgumentParser) -> None:
@@ -50,23 +63,16 @@ def lines(
     figure.savefig(path)
 
 
-def heat_maps(
-    path: Path,
-    maps: Mapping[str, Sequence[Sequence[float | None]]],
-    columns: Sequence[str],
-    rows: Sequence[str],
-    x_label: str,
-    y_label: str,
-) -> None:
-    """A map for each title: values from 0 to 1, or None where there is none."""
+def heat_maps(path: Path, maps: Sequence[HeatMap]) -> None:
+    """The maps side by side."""
     figure, axes = _figure(len(maps))
-    for axis, (title, values) in zip(axes, maps.items(), strict=True):
-        filled = [[float("nan") if v is None else v for v in row] for row in values]
+    for axis, heat_map in zip(axes, maps, strict=True):
+        filled = [[float("nan") if v is None else v for v in row] for row in heat_map.values]
         image = axis.imshow(filled, vmin=0, vmax=1, cmap="RdYlGn", aspect="auto")
-        axis.set(title=title, xlabel=x_label, ylabel=y_label)
-        axis.set_xticks(range(len(columns)), columns)
-        axis.set_yticks(range(len(rows)), rows)
-        for y, row in enumerate(values):
+        axis.set(title=heat_map.title, xlabel=heat_map.x_label, ylabel=heat_map.y_label)
+        axis.set_xticks(range(len(heat_map.columns)), heat_map.columns)
+        axis.set_yticks(range(len(heat_map.rows)), heat_map.rows)
+        for y, row in enumerate(heat_map.values):
             for x, value in enumerate(row):
                 if value is not None:
                     axis.text(x, y, f"{value:.2f}", ha="center", va="center")

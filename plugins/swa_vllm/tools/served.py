@@ -47,10 +47,12 @@ class Scored:
     Attributes:
         logprobs: of every token of the text but the first, the model's own, in nats.
         pages: pool pages that the request held after each step but the last, which frees them.
+        computed: tokens that were computed by then.
     """
 
     logprobs: list[float]
     pages: list[int]
+    computed: list[int]
 
 
 def add_setup_arguments(parser: argparse.ArgumentParser) -> None:
@@ -112,14 +114,13 @@ class Served:
     def __init__(self, llm: LLM) -> None:
         """Take an in-process engine without prefix caching, whose pool nobody else uses."""
         self.llm: LLM | None = llm
-        core = llm.llm_engine.engine_core.engine_core
-        config = core.scheduler.kv_cache_config
-        self._pool = core.scheduler.kv_cache_manager.block_pool
+        self._scheduler = llm.llm_engine.engine_core.engine_core.scheduler
+        config = self._scheduler.kv_cache_config
+        self._pool = self._scheduler.kv_cache_manager.block_pool
         self._num_free = self._pool.get_num_free_blocks()
         # Tensors are views of one allocation, of this size each.
         self.bytes_per_page = config.kv_cache_tensors[0].size // config.num_blocks
         self.num_groups = len(config.kv_cache_groups)
-        self.num_pages = config.num_blocks
 
     @classmethod
     def start(cls, setup: Setup, options: Mapping[str, Any]) -> "Served":
@@ -146,7 +147,7 @@ class Served:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.llm = self._pool = None
+        self.llm = self._pool = self._scheduler = None
         gc.collect()
         cleanup_dist_env_and_memory()
 
@@ -154,7 +155,7 @@ class Served:
         self,
         tokens: Sequence[int],
         num_decoded: int = 0,
-        on_step: Callable[[int], object] = lambda num_pages: None,
+        on_step: Callable[[int], object] = lambda num_computed: None,
     ) -> Scored:
         """Serve a text of two tokens or more.
 
@@ -162,7 +163,7 @@ class Served:
             num_decoded: how many of its last tokens are decoded one by one, each forced whatever
                 the model would say; the others are the prompt. The engine needs
                 :class:`~swa_vllm.tools.forced.ForcedTokens`.
-            on_step: called with the number of pages held after each step.
+            on_step: called after each step but the last with the number of tokens computed.
         """
         assert self.llm is not None
         engine, num_prompt = self.llm.llm_engine, len(tokens) - num_decoded
@@ -177,15 +178,17 @@ class Served:
             output_kind=RequestOutputKind.FINAL_ONLY,
         )
         engine.add_request("text", {"prompt_token_ids": list(tokens[:num_prompt])}, params)
-        outputs, pages = [], []
+        outputs, pages, computed = [], list[int](), list[int]()
         while engine.has_unfinished_requests():
             outputs += engine.step()
-            pages.append(self._num_free - self._pool.get_num_free_blocks())
-            on_step(pages[-1])
+            for request in self._scheduler.requests.values():
+                pages.append(self._num_free - self._pool.get_num_free_blocks())
+                computed.append(request.num_computed_tokens)
+                on_step(computed[-1])
         (output,) = outputs
         steps = [*output.prompt_logprobs[1:], *output.outputs[0].logprobs[:num_decoded]]
         logprobs = [step[token].logprob for token, step in zip(tokens[1:], steps, strict=True)]
-        return Scored(logprobs, pages[:-1])
+        return Scored(logprobs, pages, computed)
 
 
 def perplexity(logprobs: Sequence[float]) -> float:

@@ -1,7 +1,8 @@
 """Texts of the evaluations: tokens of a file, pieces of them."""
 
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -56,3 +57,10 @@ def cut(tokens: Sequence[int], length: int, max_pieces: int | None = None) -> li
 def progress(items: Sequence[Any], unit: str) -> Iterable[Any]:
     """``items``, with a bar on stderr."""
     return tqdm(items, unit=f" {unit}", file=sys.stderr, leave=False)
+
+
+@contextmanager
+def token_bar(num_tokens: int) -> Iterator[Callable[[int], None]]:
+    """A bar on stderr, moved by calls with the number of tokens done so far."""
+    with tqdm(total=num_tokens, unit=" tokens", file=sys.stderr, leave=False) as bar:
+        yield lambda num_done: bar.update(num_done - bar.n)
