@@ -21,7 +21,7 @@ from swa_backend.pages import WindowPages, ceil_div
 from swa_vllm.tools import plots
 from swa_vllm.tools.cli import main
 from swa_vllm.tools.forced import FORCED_TOKENS, ForcedTokens
-from swa_vllm.tools.served import FULL_ATTENTION, NUM_EXTRA_TOKENS, Served, perplexity
+from swa_vllm.tools.served import FULL_ATTENTION, NUM_EXTRA_TOKENS, Served, Setup, perplexity
 from swa_vllm.tools.texts import tokens_of
 from tiny_models import PAGE_SIZE
 
@@ -245,6 +245,15 @@ def test_nonsense_is_refused_before_an_engine_starts(
 def test_a_model_that_is_none_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["eval", "ppl", "./nowhere", "--text", str(TEXT)]) == 1
     assert "error: ./nowhere: " in capsys.readouterr().err
+
+
+def test_a_model_that_ignores_windows_is_refused(
+    tiny_llama: Path, no_engine: Callable[[], None]
+) -> None:
+    no_engine()
+    with pytest.raises(ValueError, match="has no window although one was asked for"):
+        Served.start(Setup(str(tiny_llama), 64), {"window": 8})
+    no_engine()
 
 
 def test_rope_that_cannot_grow_is_refused(

@@ -10,6 +10,7 @@ where they are, "window" has none, "full" is full attention.
 """
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -101,6 +102,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     arms = arms_of(args, hf_config)
     stream = _stream_of(args, trained_len(hf_config))
     setup = setup_of(args, hf_config, len(stream.tokens) + 1, logits_processors=[ForcedTokens])
+    # The V2 runner, vLLM's choice on GPUs, takes logits processors of another kind.
+    os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", "0")
     outcomes = {name: _serve(name, setup, options, stream) for name, options in arms.items()}
     _print(stream, outcomes)
     if args.plot:

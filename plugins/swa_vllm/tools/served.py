@@ -15,6 +15,7 @@ from vllm.sampling_params import RequestOutputKind
 
 from swa_backend.config import SWAOptions
 from swa_backend.layers import LayerPlan, resolve_layers
+from swa_vllm.kv_spec import SWASpec
 from swa_vllm.tools.forced import FORCED_TOKENS
 
 FULL_ATTENTION: Mapping[str, Any] = {"enabled": False}
@@ -120,14 +121,20 @@ class Served:
         self._num_free = self._pool.get_num_free_blocks()
         # Tensors are views of one allocation, of this size each.
         self.bytes_per_page = config.kv_cache_tensors[0].size // config.num_blocks
-        self.num_groups = len(config.kv_cache_groups)
+        specs = [group.kv_cache_spec for group in config.kv_cache_groups]
+        self.num_groups = len(specs)
+        self.has_windows = any(isinstance(spec, SWASpec) for spec in specs)
 
     @classmethod
     def start(cls, setup: Setup, options: Mapping[str, Any]) -> "Served":
-        """A new engine with these ``swa`` options."""
+        """A new engine with these ``swa`` options.
+
+        Raises:
+            ValueError: the model does not know of windows.
+        """
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # its pages are to be counted
         os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB; ignored on GPUs
-        return cls(
+        served = cls(
             LLM(
                 setup.model,
                 dtype=setup.dtype,
@@ -138,10 +145,18 @@ class Served:
                 enforce_eager=True,
                 enable_prefix_caching=False,
                 max_num_seqs=8,
+                logprobs_mode="raw_logprobs",
                 additional_config={"swa": dict(options)},
                 **setup.arguments,
             )
         )
+        if "window" in options and not served.has_windows:
+            served.__exit__()
+            raise ValueError(
+                f"{setup.model} has no window although one was asked for: only Qwen3 models take "
+                "the swa options, others ignore them"
+            )
+        return served
 
     def __enter__(self) -> "Served":
         return self
