@@ -15,7 +15,7 @@ from vllm import LLM, SamplingParams
 from conftest import EngineFactory
 from dense_qwen3 import DenseQwen3, Sight
 from dense_text import DenseText
-from engine_tools import managers
+from engine_tools import managers, resolve_here
 from pairwise import pairwise
 from swa_backend.pages import WindowPages, ceil_div
 from swa_vllm.tools import plots
@@ -143,15 +143,15 @@ def test_perplexity_after_preemption_is_a_dense_models(engine: EngineFactory) ->
         enable_prefix_caching=False,
         logits_processors=[ForcedTokens],
         additional_config={"swa": {**options(40, 4), "full_attention_layers": "0,1"}},
-        num_gpu_blocks_override=40,
+        num_gpu_blocks_override=46,
     )
-    got = _forced(llm, pieces, 200)
-    # In all 4 requests of 10 pages, and some of them more than once: they started over.
-    needed = 4 * ceil_div(300 + 4, PAGE_SIZE)
-    assert managers(llm)[0].snapshot().allocated > needed
+    got = _forced(llm, pieces, 120)
+    counts = managers(llm)[0].snapshot()
+    # Each page of a request once, stored or passed over; more means that some started over.
+    assert counts.allocated + counts.skipped > 4 * ceil_div(300 + 4, PAGE_SIZE)
     seen = Sight((None, None, 40, 40), 4)
     for piece, logprobs in zip(pieces, got, strict=True):
-        expected = dense().logprobs(piece, range(300), seen)[-200:]
+        expected = dense().logprobs(piece, range(300), seen)[-120:]
         assert perplexity(logprobs) == pytest.approx(perplexity(expected.tolist()), rel=1e-4)
 
 
@@ -251,6 +251,7 @@ def test_a_model_that_ignores_windows_is_refused(
     tiny_llama: Path, no_engine: Callable[[], None]
 ) -> None:
     no_engine()
+    resolve_here("LlamaForCausalLM")
     with pytest.raises(ValueError, match="has no window although one was asked for"):
         Served.start(Setup(str(tiny_llama), 64), {"window": 8})
     no_engine()
