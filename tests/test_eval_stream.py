@@ -1,6 +1,8 @@
 """`swa eval stream`: many trained lengths in one request, half of them decoded."""
 
 import argparse
+import json
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
@@ -138,6 +140,27 @@ def test_arms_are_options() -> None:
         "window": window,
         "full": {"enabled": False},
     }
+
+
+def test_command_streams_made_up_prose(
+    no_engine: Callable[[], None], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    no_engine()
+    path = tmp_path / "stream.json"
+    command = ["eval", "stream", str(MODEL), "--tokens", "1024", "--window", "64", "--json"]
+    sizes = ["--arms", "window", "--dtype", "float32", "--block-size", "32"]
+    assert main([*command, str(path), *sizes]) == 0
+    result = json.loads(path.read_text())
+    assert (result["tokens"], result["decoded"], result["trained_length"]) == (1024, 512, 512)
+    window = result["arms"]["window"]
+    assert window["options"] == {"window": 64}
+    # The text comes again as it was, and nothing is seen of what lies before it.
+    near, far = window["passages"]
+    assert far == pytest.approx(near, rel=1e-3)
+    assert window["decode_pages"] == [2, 3]
+    printed = capsys.readouterr().out
+    assert "1024 tokens, 2.0 times the trained length of 512; decoded from 512 on" in printed
+    assert "the same passage at 0.5x and 1.5x the trained length" in printed
 
 
 @pytest.mark.parametrize(
