@@ -121,11 +121,11 @@ def test_rows_are_no_more_than_a_page() -> None:
 
 
 def test_pages_of_a_bucket_without_a_step_are_the_next_steps() -> None:
-    stream = Stream(list(range(12)), trained=4, bucket=2, num_decoded=3)
-    scored = Scored([-1.0] * 11, pages=[5, 4, 3], computed=[9, 10, 11])
+    stream = Stream(list(range(13)), trained=4, bucket=2, num_decoded=4)
+    scored = Scored([-1.0] * 12, pages=[5, 4, 3], computed=[9, 10, 11])
     outcome = look_at(stream, scored)
-    assert outcome.most_pages == [5, 5, 5, 5, 5, 3]
-    assert outcome.least_pages == [5, 5, 5, 5, 4, 3]
+    assert outcome.most_pages == [5, 5, 5, 5, 5, 3, 3]
+    assert outcome.least_pages == [5, 5, 5, 5, 4, 3, 3]
     assert outcome.decode_pages == (3, 4)
 
 
@@ -167,6 +167,7 @@ def test_command_streams_made_up_prose(
     ("arguments", "message"),
     [
         (["--tokens", "1000"], "must be at least twice the trained length of 512, got 1000"),
+        (["--tokens", "0"], "must be at least twice the trained length of 512, got 0"),
         (["--arms", "shifted,half"], "--arms are shifted, sinks, window, full; got half"),
         (["--sinks", "0"], "--arms shifted needs sinks, got --sinks 0"),
         (["--window", "0"], "swa.window must be an integer >= 1"),

@@ -144,7 +144,7 @@ def arms_of(args: argparse.Namespace, hf_config: Any) -> dict[str, dict[str, Any
 
 def _stream_of(args: argparse.Namespace, trained: int) -> Stream:
     times = _QUICK_TIMES if args.quick else _TIMES
-    num_tokens = args.tokens or times * trained
+    num_tokens = times * trained if args.tokens is None else args.tokens
     if num_tokens < 2 * trained:
         raise ValueError(
             f"--tokens must be at least twice the trained length of {trained}, got {num_tokens}"
@@ -212,7 +212,9 @@ def _held_in(stretch: range, scored: Scored) -> list[int]:
     """Pages after each step that ended in a stretch; where none did, after the next one."""
     steps = list(zip(scored.computed, scored.pages, strict=True))
     within = [pages for computed, pages in steps if computed - 1 in stretch]
-    return within or [pages for computed, pages in steps if computed > stretch.start][:1]
+    # The request's last step left nothing to count.
+    after = (pages for computed, pages in steps if computed > stretch.start)
+    return within or [next(after, scored.pages[-1])]
 
 
 def _print(stream: Stream, outcomes: dict[str, Outcome]) -> None:
