@@ -135,7 +135,7 @@ def _warnings(
         kept = f"window {window}" + (f" with {sinks} sink tokens" if sinks else "")
         yield f"{kept} is not below max_model_len {max_model_len}: nothing will ever slide"
     elif sinks and not options.position_shift:
-        trained, may_be_shorter = _trained_len(hf_config), "max_position_embeddings" in hf_overrides
+        trained, may_be_shorter = trained_len(hf_config), "max_position_embeddings" in hf_overrides
         if max_model_len > trained or may_be_shorter:
             yield (
                 f"sink tokens keep their positions, and max_model_len {max_model_len} goes beyond "
@@ -145,7 +145,7 @@ def _warnings(
             )
 
 
-def _trained_len(hf_config: Any) -> int:
+def trained_len(hf_config: Any) -> int:
     """Longest text in tokens that the model was trained on, before any RoPE scaling."""
     rope: Mapping[str, Any] = getattr(hf_config, "rope_parameters", None) or {}
     trained = rope.get("original_max_position_embeddings") or hf_config.max_position_embeddings

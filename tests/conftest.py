@@ -144,9 +144,19 @@ def engine() -> Iterator[EngineFactory]:
             alive[key] = start_engine(model, **kwargs)
         return alive[key]
 
+    def stop() -> None:
+        alive.clear()
+        stop_engine()
+
+    start.stop = stop  # type: ignore[attr-defined]
     yield start
-    alive.clear()
-    stop_engine()
+    stop()
+
+
+@pytest.fixture(scope="session")
+def no_engine(engine: EngineFactory) -> Callable[[], None]:
+    """Stops the engine that :func:`engine` has alive, for code that starts its own."""
+    return engine.stop  # type: ignore[attr-defined,no-any-return]
 
 
 @pytest.fixture

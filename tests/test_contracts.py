@@ -31,6 +31,7 @@ from swa_vllm.models.stock import STOCK
 from swa_vllm.models.windowed import WindowedModel
 from swa_vllm.platform import RayCpuPlatform
 from swa_vllm.ray_executor import NodeCheckingRayExecutor
+from swa_vllm.tools.forced import ForcedTokens
 from wheel_sources import official_sources
 
 INSTALLED = Path(vllm.__file__).parent
@@ -42,6 +43,8 @@ BACKEND = "v1/attention/backend.py"
 CPU = "v1/attention/backends/cpu_attn.py"
 UTILS = "v1/attention/backends/utils.py"
 ENUM = "v1/attention/backends/registry.py"
+LOGITS = "v1/sample/logits_processor/__init__.py"
+LOGITS_INTERFACE = "v1/sample/logits_processor/interface.py"
 INTERFACES = "model_executor/models/interfaces.py"
 MANAGER = "v1/core/single_type_kv_cache_manager.py"
 MODEL_REGISTRY = "model_executor/models/registry.py"
@@ -70,6 +73,12 @@ VL_MOE = "model_executor/models/qwen3_vl_moe.py"
 
 # Each override, and where vLLM defines what it overrides.
 OVERRIDES: dict[Callable[..., Any], tuple[str, str]] = {
+    ForcedTokens.validate_params.__func__: (LOGITS_INTERFACE, "LogitsProcessor.validate_params"),
+    ForcedTokens.is_argmax_invariant: (LOGITS_INTERFACE, "LogitsProcessor.is_argmax_invariant"),
+    ForcedTokens.new_req_logits_processor: (
+        LOGITS,
+        "AdapterLogitsProcessor.new_req_logits_processor",
+    ),
     WindowedAttention.__init__: (ATTENTION, "Attention.__init__"),
     WindowedAttention.get_kv_cache_spec: (ATTENTION, "Attention.get_kv_cache_spec"),
     SWAManager.__init__: (MANAGER, "SlidingWindowManager.__init__"),
@@ -275,7 +284,7 @@ def test_every_override_is_held() -> None:
         *(SWACPUMetadataBuilder, SWACPUImpl, SWACPUBackend),
         *(SWATritonMetadataBuilder, SWATritonImpl, SWATritonBackend),
         *(WindowedModel, SWAQwen3ForCausalLM, SWAQwen3MoeForCausalLM),
-        *(NodeCheckingRayExecutor, ConfigHook, RayCpuPlatform),
+        *(NodeCheckingRayExecutor, ConfigHook, RayCpuPlatform, ForcedTokens),
     )
     dunders = ("init", "eq", "hash", "repr", "replace", "setattr", "delattr")
     generated = {f"__{name}__" for name in dunders}  # by dataclass

@@ -5,7 +5,7 @@ import contextlib
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -56,14 +56,23 @@ def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(dest="command", required=True)
     _add_operators_tools(commands)
-    group = commands.add_parser(
+    bench = commands.add_parser(
         "bench",
         help="measure this plugin side by side with stock vLLM",
         description="Measure this plugin side by side with stock vLLM.",
         epilog="example: swa bench pages --quick",
     )
-    if arguments[:1] == ["bench"]:  # they import vLLM, which other commands do without
-        _add_benchmarks(group.add_subparsers(dest="bench", required=True))
+    evaluate = commands.add_parser(
+        "eval",
+        help="measure what a window costs on a model and text of yours",
+        description="Measure what a window costs on a model and text of yours.",
+        epilog="example: swa eval ppl MODEL --text FILE --windows full,256,128 --sinks 0,4",
+    )
+    # These import vLLM, which other commands do without.
+    if arguments[:1] == ["bench"]:
+        _add_benchmarks(bench.add_subparsers(dest="bench", required=True))
+    elif arguments[:1] == ["eval"]:
+        _add_evaluations(evaluate.add_subparsers(dest="eval", required=True))
     return parser
 
 
@@ -84,10 +93,22 @@ def _add_benchmarks(commands: Any) -> None:
         bench_sinks,
     )
 
-    for module in (bench_pages, bench_prefill, bench_sinks, bench_overhead, bench_kernels):
+    modules = (bench_pages, bench_prefill, bench_sinks, bench_overhead, bench_kernels)
+    _add_modules(commands, "bench", modules, "smaller sizes, for two cores")
+
+
+def _add_evaluations(commands: Any) -> None:
+    from swa_vllm.tools import eval_layers, eval_needle, eval_ppl, eval_stream
+
+    modules = (eval_ppl, eval_needle, eval_stream, eval_layers)
+    _add_modules(commands, "eval", modules, "a fraction of the work, for a first look")
+
+
+def _add_modules(commands: Any, group: str, modules: Iterable[ModuleType], quick: str) -> None:
+    for module in modules:
         name = module.__name__.rpartition("_")[2]
-        parser = _add_command(commands, name, module, "bench ")
-        parser.add_argument("--quick", action="store_true", help="smaller sizes, for two cores")
+        parser = _add_command(commands, name, module, f"{group} ")
+        parser.add_argument("--quick", action="store_true", help=quick)
 
 
 def _add_command(

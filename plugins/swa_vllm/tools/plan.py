@@ -27,8 +27,9 @@ from swa_vllm.sizing import (
     kv_heads_of_a_device,
     longest_text,
 )
+from swa_vllm.tools import plots
+from swa_vllm.tools.plan_plots import plot_plan
 from swa_vllm.tools.plan_report import describe, figures, need_rows, notes, pool_rows
-from swa_vllm.tools.plots import check_plot_path, plot_plan
 from swa_vllm.tools.table import format_table
 
 EXAMPLE = (
@@ -68,7 +69,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--prompt", metavar="N,N,...", help=f"lengths; default: {','.join(map(str, _PROMPTS))}"
     )
     parser.add_argument("--output", type=int, default=512, metavar="N", help="default: 512")
-    parser.add_argument("--plot", metavar="PATH", help="draw a picture, a PNG")
+    plots.add_argument(parser)
 
 
 def add_window_arguments(parser: argparse.ArgumentParser) -> None:
@@ -89,7 +90,7 @@ def window_options(args: argparse.Namespace) -> dict[str, Any]:
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Print the tables; returns the figures."""
-    check_plot_path(args.plot)
+    plots.check(args.plot)
     checkpoint = read_checkpoint(Path(args.model))
     limits = _limits(args, checkpoint)
     options = SWAOptions.from_dict(window_options(args))
@@ -118,7 +119,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     for note in (*layers.warnings, *notes(model, limits, pools)):
         print(f"note: {note}")
     if args.plot is not None:
-        plot_plan(Path(args.plot), Path(args.model).name, needs)
+        plot_plan(args.plot, Path(args.model).name, needs)
     return figures(args, model, limits, pools, needs)
 
 

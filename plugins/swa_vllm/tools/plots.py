@@ -1,108 +1,90 @@
-"""Pictures, drawn with matplotlib where that is installed."""
+"""Pictures, by matplotlib of the ``plot`` extra, imported when asked for."""
 
+import argparse
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-from swa_vllm.planning import Need
-from swa_vllm.queueing import Workload
-from swa_vllm.sizing import Arm
-
-if TYPE_CHECKING:
-    from swa_vllm.tools.trace import Trace
-
-_ARM_COLOURS = {Arm.FULL: "#555555", Arm.STOCK: "#d98c21", Arm.SWA: "#1f77b4"}
-
-_KIND_COLOURS = {"sink": "#2ca02c", "window": "#1f77b4", "prefill": "#ffbf00", "gone": "#dddddd"}
-_KIND_LABELS = ("sink", "window", "prefill", "freed or never stored")
+from typing import Any
 
 
-def check_plot_path(path: str | None) -> None:
-    """Raise ValueError, before anything is computed, if no picture could be written there."""
+@dataclass(frozen=True)
+class HeatMap:
+    """Values from 0 to 1, or None where there is none, by row and column."""
+
+    title: str
+    values: Sequence[Sequence[float | None]]
+    columns: Sequence[str]
+    rows: Sequence[str]
+    x_label: str
+    y_label: str
+
+
+def add_argument(parser: argparse.ArgumentParser) -> None:
+    """The option of every tool that draws."""
+    parser.add_argument("--plot", type=Path, metavar="PATH", help="draw a PNG; needs matplotlib")
+
+
+def check(path: Path | None) -> None:
+    """Refuse what could not be drawn, before anything is measured.
+
+    Raises:
+        ValueError: the name is no PNG's, or its directory does not exist.
+        RuntimeError: matplotlib is not installed.
+    """
     if path is None:
         return
-    if Path(path).suffix != ".png":
+    if path.suffix != ".png":
         raise ValueError(f"--plot {path}: the picture is a PNG, so give a name that ends in .png")
-    if not Path(path).absolute().parent.is_dir():
+    if not path.absolute().parent.is_dir():
         raise ValueError(f"--plot {path}: the directory does not exist; make it first")
-    _pyplot()
-
-
-def _pyplot() -> Any:
     try:
-        import matplotlib
+        import matplotlib  # noqa: F401
     except ImportError as error:
-        raise ValueError(
+        raise RuntimeError(
             "--plot needs matplotlib, which is not installed: pip install 'swa-backend[plot]', or "
             "leave --plot out"
         ) from error
-    matplotlib.use("agg")
-    from matplotlib import pyplot
-
-    return pyplot
 
 
-def plot_plan(path: Path, title: str, needs: Mapping[Workload, Mapping[Arm, Need]]) -> None:
-    """Memory of one request, and requests at once where the pool is known, by prompt length."""
-    lengths = [workload.num_prompt for workload in needs]
-    panels = {"MiB that one request holds at most": _series(needs, "peak_bytes", 2**-20)}
-    if any(need.running is not None for by_arm in needs.values() for need in by_arm.values()):
-        panels["requests that run at once"] = _series(needs, "running", 1.0)
-    pyplot = _pyplot()
-    figure, axes = pyplot.subplots(
-        1, len(panels), figsize=(5 * len(panels), 4), squeeze=False, layout="constrained"
-    )
-    for axis, (label, series) in zip(axes[0], panels.items(), strict=True):
-        for arm, values in series.items():
-            axis.plot(lengths, values, marker="o", label=arm.value, color=_ARM_COLOURS[arm])
-        axis.set(xlabel="prompt, tokens", ylabel=label, xscale="log", ylim=(0, None))
-        axis.set_xticks(lengths, [str(length) for length in lengths])
-        axis.minorticks_off()
-    axes[0][0].legend()
-    figure.suptitle(title)
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)
+def lines(
+    path: Path,
+    series: Mapping[str, Sequence[tuple[float, float]]],
+    x_label: str,
+    y_label: str,
+    *,
+    log_y: bool = False,
+) -> None:
+    """A line with marks for each series of (x, y)."""
+    figure = new_figure(6, 4)
+    axes = figure.subplots(1, 1, squeeze=False)[0]
+    for name, points in series.items():
+        ordered = sorted(points)
+        axes[0].plot(*zip(*ordered, strict=True), marker="o", markersize=3, label=name)
+    axes[0].set(xlabel=x_label, ylabel=y_label, yscale="log" if log_y else "linear")
+    axes[0].legend()
+    figure.savefig(path)
 
 
-def plot_trace(path: Path, title: str, trace: "Trace") -> None:
-    """A row a request: its pages by kind, stacked, up to full attention's; the pool beneath."""
-    pyplot = _pyplot()
-    num_rows, steps = len(trace.rows), range(len(trace.used))
-    figure, axes = pyplot.subplots(
-        num_rows + 1,
-        1,
-        sharex=True,
-        figsize=(10, 1.1 * num_rows + 2.6),
-        height_ratios=[1] * num_rows + [2],
-        layout="constrained",
-    )
-    for index, (axis, row) in enumerate(zip(axes, trace.rows, strict=False)):
-        stacks = [getattr(row, kind) for kind in _KIND_COLOURS]
-        colours = list(_KIND_COLOURS.values())
-        axis.stackplot(steps, *stacks, colors=colours, labels=_KIND_LABELS, step="post")
-        axis.step(steps, row.full, where="post", color="black", lw=1, label="full attention")
-        axis.set_ylabel(f"{index}: {row.num_prompt}", rotation=0, ha="right", va="center")
-        axis.set_ylim(0, None)
-    pool = axes[-1]
-    pool.fill_between(steps, trace.used, step="post", color=_KIND_COLOURS["window"], label="in use")
-    pool.step(steps, trace.full, where="post", color="black", lw=1, label="full attention")
-    pool.axhline(trace.num_pages, color="red", lw=1, ls="--", label="pages in the pool")
-    pool.set(xlabel="step", ylabel="pool, pages", ylim=(0, None), xlim=(0, len(trace.used)))
-    pool.legend(loc="upper right")
-    axes[0].legend(loc="upper right", ncols=5, fontsize="small")
-    figure.suptitle(f"pages of each request (request: prompt tokens)\n{title}", fontsize="medium")
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)
+def heat_maps(path: Path, maps: Sequence[HeatMap]) -> None:
+    """The maps side by side."""
+    figure = new_figure(6 * len(maps), 4)
+    axes = figure.subplots(1, len(maps), squeeze=False)[0]
+    for axis, heat_map in zip(axes, maps, strict=True):
+        filled = [[float("nan") if v is None else v for v in row] for row in heat_map.values]
+        image = axis.imshow(filled, vmin=0, vmax=1, cmap="RdYlGn", aspect="auto")
+        axis.set(title=heat_map.title, xlabel=heat_map.x_label, ylabel=heat_map.y_label)
+        axis.set_xticks(range(len(heat_map.columns)), heat_map.columns)
+        axis.set_yticks(range(len(heat_map.rows)), heat_map.rows)
+        for y, row in enumerate(heat_map.values):
+            for x, value in enumerate(row):
+                if value is not None:
+                    axis.text(x, y, f"{value:.2f}", ha="center", va="center")
+    figure.colorbar(image, ax=axes, label="recall")
+    figure.savefig(path)
 
 
-def _series(
-    needs: Mapping[Workload, Mapping[Arm, Need]], name: str, factor: float
-) -> dict[Arm, Sequence[float]]:
-    """Values by arm; not a number where an arm has none."""
-    return {
-        arm: [
-            float("nan") if (value := getattr(by_arm[arm], name)) is None else factor * value
-            for by_arm in needs.values()
-        ]
-        for arm in Arm
-    }
+def new_figure(width: float, height: float) -> Any:
+    """An empty picture of so many inches."""
+    from matplotlib.figure import Figure  # of no window system
+
+    return Figure(figsize=(width, height), layout="constrained", dpi=120)

@@ -8,11 +8,11 @@ same requests at the same time.
 
 import argparse
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from swa_backend.pages import WindowPages, ceil_div
-from swa_vllm.tools.plots import check_plot_path, plot_trace
+from swa_vllm.tools import plots
+from swa_vllm.tools.plan_plots import plot_trace
 from swa_vllm.tools.trace_text import print_trace
 
 EXAMPLE = "--window 1024 --sink-tokens 4 --prompt 12000,3000,6000 --output 300 --plot pages.png"
@@ -84,12 +84,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--prompt", default="12000,3000,6000,1000", metavar="N,N,...", help="default: %(default)s"
     )
-    parser.add_argument("--plot", metavar="PATH", help="draw a picture, a PNG")
+    plots.add_argument(parser)
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Print the map; returns the figures."""
-    check_plot_path(args.plot)
+    plots.check(args.plot)
     for name in (*_NUMBERS, "sink_tokens"):
         least = 0 if name == "sink_tokens" else 1
         if getattr(args, name) < least:
@@ -105,7 +105,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     )
     print_trace(title, trace)
     if args.plot is not None:
-        plot_trace(Path(args.plot), title, trace)
+        plot_trace(args.plot, title, trace)
     return trace.to_json()
 
 
