@@ -1,5 +1,6 @@
 """Prefill chunks in the real engine that store only what a later token can see."""
 
+import sys
 from typing import Any
 
 import pytest
@@ -207,6 +208,17 @@ def test_untested_parallelism_is_refused(kind: str, tiny_model: ModelFactory) ->
     check_servable(config)
     setattr(config.parallel_config, f"{kind}_size", 2)
     with pytest.raises(SWAConfigError, match=f"{kind}_size=2 was not tested with windows"):
+        check_servable(config)
+
+
+def test_other_systems_are_refused(
+    tiny_model: ModelFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = EngineArgs(
+        str(tiny_model(**SLIDING)), skip_tokenizer_init=True, dtype="float32"
+    ).create_engine_config()
+    monkeypatch.setattr(sys, "platform", "darwin")
+    with pytest.raises(SWAConfigError, match="served on Linux only, this is darwin; serve there"):
         check_servable(config)
 
 

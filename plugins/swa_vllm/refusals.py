@@ -1,5 +1,7 @@
 """What windowed layers refuse, by name and before weights are loaded."""
 
+import sys
+
 import torch
 from vllm.config import VllmConfig
 from vllm.platforms import current_platform
@@ -23,6 +25,11 @@ def check_servable(vllm_config: VllmConfig) -> None:
     Raises:
         RuntimeError: another plugin holds the attention backend slot.
     """
+    if sys.platform != "linux":
+        raise SWAConfigError(
+            f"sliding windows are served on Linux only, this is {sys.platform}; serve there, or "
+            "remove the window"
+        )
     check_backend_slot()
     _check_model(vllm_config)
     _check_engine(vllm_config)
