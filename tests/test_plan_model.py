@@ -6,13 +6,19 @@ import subprocess
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from vllm import ModelRegistry
 from vllm.config import VllmConfig
 from vllm.v1.core.kv_cache_utils import get_kv_cache_capacity
-from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheSpec, SlidingWindowSpec
+from vllm.v1.kv_cache_interface import (
+    FullAttentionSpec,
+    KVCacheConfig,
+    KVCacheSpec,
+    SlidingWindowSpec,
+)
 
 import swa_backend
 import swa_vllm
@@ -25,9 +31,17 @@ from swa_vllm.tools.simulate import Engine, Simulation
 from wheel_sources import official_sources
 
 try:
-    from vllm.v1.core.kv_cache_planning import get_kv_cache_configs
-except ModuleNotFoundError:  # vLLM 0.32
+    from vllm.v1.core import kv_cache_planning
+except ImportError:  # vLLM 0.32
     from vllm.v1.core.kv_cache_utils import get_kv_cache_configs
+
+    _start_up = get_kv_cache_configs
+else:
+
+    def _start_up(config: VllmConfig, specs: list[Any], memory: list[int]) -> list[KVCacheConfig]:
+        groups = kv_cache_planning.get_global_kv_cache_groups(config, specs)
+        configs = kv_cache_planning.get_kv_cache_configs(config, specs, memory, groups)
+        return list(configs)
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -156,7 +170,7 @@ def test_pools_are_what_vllm_makes_of_the_layers(
     for num_sliding in range(num_full == 0, 14):
         windows = (None,) * num_full + (64,) * num_sliding
         specs = {f"layer.{i}": _spec(arm, w, sinks, vllm_config) for i, w in enumerate(windows)}
-        (config,) = get_kv_cache_configs(vllm_config, [specs], [memory])
+        (config,) = _start_up(vllm_config, [specs], [memory])
         pool = plan_pool(arm, Model(windows, sinks, 2, 64, 2), limits, memory)
         planned = sorted(
             (group.policy.window is not None, group.num_layers, group.num_groups)
@@ -186,11 +200,11 @@ def test_an_engine_starts_exactly_where_planned(arm: Arm, vllm_config: VllmConfi
     pool = plan_pool(arm, model, limits, 1 << 30)
     least = (pool.promised_pages + 1) * pool.page_bytes
     assert plan_pool(arm, model, limits, least).starts(limits)
-    get_kv_cache_configs(vllm_config, [specs], [least])
+    _start_up(vllm_config, [specs], [least])
     short = plan_pool(arm, model, limits, least - 1)
     assert not short.starts(limits)
     with pytest.raises(ValueError, match="estimated maximum model length is") as error:
-        get_kv_cache_configs(vllm_config, [specs], [least - 1])
+        _start_up(vllm_config, [specs], [least - 1])
     assert f"maximum model length is {short.longest}." in str(error.value)
 
 
