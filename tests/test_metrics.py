@@ -108,6 +108,26 @@ def test_counts_of_prefix_hits_and_of_requests_together() -> None:
     assert (now.live_window, now.live_prefill, now.allocated - before) == (2 * 5, 0, 2)
 
 
+def test_counts_of_pages_that_are_stored_for_the_prefix_cache_alone() -> None:
+    caching = dataclasses.replace(
+        ENGINE, num_pages=32, prefix_caching=True, retention_interval=None
+    )
+    simulation = Simulation(Arm.SWA, caching)
+    simulation.add("a", range(512), 2)
+    simulation.step()
+    # The chunk's 5 leave 26 of the 31 pages free, 10 above half of 32: of 11 holes 10 are filled.
+    assert simulation.manager.snapshot() == dataclasses.replace(
+        EMPTY,
+        allocated=15,
+        skipped=1,
+        live_window=5,
+        live_prefill=10,
+        reserved=10,
+        requests_live=1,
+        peak_live_per_request=15,
+    )
+
+
 def test_counters_never_fall(monkeypatch: pytest.MonkeyPatch) -> None:
     """Not even between two calls of the scheduler, when a scrape may come."""
     steps = set()
