@@ -12,7 +12,6 @@ from vllm import LLM
 import swa_vllm
 from conftest import EngineFactory, ModelFactory
 from engine_tools import generate, managers, start_engine
-from metric_tools import gained
 from swa_backend.metrics import METRICS, PageCounts
 from swa_backend.pages import WindowPages
 from swa_vllm.page_board import DIRECTORY, PageBoard
@@ -231,8 +230,3 @@ def test_dashboard_shows_every_metric_and_no_other() -> None:
     used = set(re.findall(r"\$\{?(\w+)", json.dumps(dashboard["panels"])))
     assert used - {"__rate_interval"} == variables
     assert len({panel["id"] for panel in dashboard["panels"]}) == len(dashboard["panels"])
-
-
-def test_gained_leaves_gauges_as_they_are() -> None:
-    before, after = {"a_total": 3.0, "b": 5.0}, {"a_total": 4.0, "b": 5.0}
-    assert gained(before, after) == {"a_total": 1.0, "b": 5.0}
