@@ -18,10 +18,7 @@ def samples(text: str, engine: int = 0) -> dict[str, float]:
 
 
 def gained(before: dict[str, float], after: dict[str, float]) -> dict[str, float]:
-    """What counters gained, and the others now; zeros left out."""
+    """What counters gained; those that gained nothing are left out."""
     assert before.keys() == after.keys()
-    changes = {
-        name: value - before[name] if name.endswith("_total") else value
-        for name, value in after.items()
-    }
-    return {name: value for name, value in changes.items() if value}
+    gains = {n: after[n] - before[n] for n in after if n.endswith("_total")}
+    return {name: gain for name, gain in gains.items() if gain}

@@ -12,7 +12,6 @@ from vllm import LLM
 import swa_vllm
 from conftest import EngineFactory, ModelFactory
 from engine_tools import generate, managers, start_engine
-from metric_tools import gained
 from swa_backend.metrics import METRICS, PageCounts
 from swa_backend.pages import WindowPages
 from swa_vllm.page_board import DIRECTORY, PageBoard
@@ -106,6 +105,26 @@ def test_counts_of_prefix_hits_and_of_requests_together() -> None:
     now = manager.snapshot()
     assert (now.prefix_hit_tokens, now.requests_live, now.reserved) == (2 * 496, 2, 2 * 10)
     assert (now.live_window, now.live_prefill, now.allocated - before) == (2 * 5, 0, 2)
+
+
+def test_counts_of_pages_that_are_stored_for_the_prefix_cache_alone() -> None:
+    caching = dataclasses.replace(
+        ENGINE, num_pages=32, prefix_caching=True, retention_interval=None
+    )
+    simulation = Simulation(Arm.SWA, caching)
+    simulation.add("a", range(512), 2)
+    simulation.step()
+    # The chunk's 5 leave 26 of the 31 pages free, 10 above half of 32: of 11 holes 10 are filled.
+    assert simulation.manager.snapshot() == dataclasses.replace(
+        EMPTY,
+        allocated=15,
+        skipped=1,
+        live_window=5,
+        live_prefill=10,
+        reserved=10,
+        requests_live=1,
+        peak_live_per_request=15,
+    )
 
 
 def test_counters_never_fall(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -211,8 +230,3 @@ def test_dashboard_shows_every_metric_and_no_other() -> None:
     used = set(re.findall(r"\$\{?(\w+)", json.dumps(dashboard["panels"])))
     assert used - {"__rate_interval"} == variables
     assert len({panel["id"] for panel in dashboard["panels"]}) == len(dashboard["panels"])
-
-
-def test_gained_leaves_gauges_as_they_are() -> None:
-    before, after = {"a_total": 3.0, "b": 5.0}, {"a_total": 4.0, "b": 5.0}
-    assert gained(before, after) == {"a_total": 1.0, "b": 5.0}
