@@ -64,12 +64,13 @@ def test_an_engine_on_another_machine_counts_for_itself(
     logger = logging.getLogger("vllm")
     logger.addHandler(caplog.handler)
     try:
-        board = PageBoard(Owner("1", 4, 0))
+        with caplog.at_level(logging.INFO, logger="vllm"):
+            board = PageBoard(Owner("1", 4, 0))
     finally:
         logger.removeHandler(caplog.handler)
     board.add("allocated", 3)
     assert board.snapshot().allocated == 3
-    (message,) = caplog.messages
+    (message,) = set(caplog.messages)  # twice, where "vllm" still propagates
     assert message.startswith("SWA metrics of engine 4 are not served")
 
 

@@ -74,6 +74,7 @@ class PageBoard:
                 "on this machine.",
                 owner.engine,
                 directory,
+                scope="process",
             )
             return
         for prefix in ("counter", _GAUGE):
