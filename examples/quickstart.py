@@ -180,6 +180,12 @@ def blocks_held(url: str) -> int:
     return round(float(usage.group(1)) * (int(num_blocks.group(1)) - 1))  # one is never given out
 
 
+def window_metrics(url: str) -> list[str]:
+    """What the server's ``/metrics`` say of its windows."""
+    lines = httpx.get(f"{url}/metrics", timeout=30).text.splitlines()
+    return [line for line in lines if line.startswith("swa_")]
+
+
 def demonstrate(server: Server, num_layers: int) -> None:
     """Ask, show and check.
 
@@ -206,6 +212,7 @@ def demonstrate(server: Server, num_layers: int) -> None:
         f"{pages}; full attention in all {num_layers} layers: {full_pages} "
         f"({pages / full_pages:.0%})"
     )
+    print("\nThe window in the server's /metrics:\n  " + "\n  ".join(window_metrics(server.url)))
     if "Paris" not in answer:
         raise QuickstartError("the answer does not name Paris")
     if windows < 8 or not 0 < pages < full_pages:
@@ -247,6 +254,7 @@ def main() -> None:
             f"\nThe server keeps running. Ask it with\n"
             f"  curl {server.url}/v1/chat/completions -H 'Content-Type: application/json' "
             f"-d '{request}'\n"
+            f"see what its window does with\n  curl -s {server.url}/metrics | grep ^swa_\n"
             f"and stop it with\n  kill -INT {server.process.pid}"
         )
 

@@ -123,10 +123,12 @@ def test_quickstart_measures_the_pages_of_one_window(kept_quickstart: str) -> No
 
 
 @pytest.mark.skipif(shutil.which("curl") is None, reason="needs curl")
-def test_quickstart_keep_prints_a_request_that_works(kept_quickstart: str) -> None:
-    (line,) = re.findall(r"^ *(curl .*)$", kept_quickstart, re.MULTILINE)
-    reply = subprocess.run(line, shell=True, capture_output=True, check=True, timeout=TIMEOUT_S)
+def test_quickstart_keep_prints_requests_that_work(kept_quickstart: str) -> None:
+    ask, scrape = re.findall(r"^ *(curl .*)$", kept_quickstart, re.MULTILINE)
+    reply = subprocess.run(ask, shell=True, capture_output=True, check=True, timeout=TIMEOUT_S)
     assert json.loads(reply.stdout)["choices"][0]["message"]["content"].strip()
+    reply = subprocess.run(scrape, shell=True, capture_output=True, check=True, timeout=TIMEOUT_S)
+    assert re.search(rb'^swa_pages_freed_total\{engine="0",.*\} [1-9]', reply.stdout, re.MULTILINE)
 
 
 def test_quickstart_keep_prints_a_command_that_stops_the_server(kept_quickstart: str) -> None:
