@@ -15,7 +15,10 @@ _TEXT_MODELS = (
     "qwen3_vl_text",
     "qwen3_vl_moe_text",
     "qwen3_omni_moe_text",
+    "qwen3_asr_text",
 )
+# What a text config inside is that does not say it, by the type of the whole.
+_UNSAID = {"qwen3_asr": "qwen3"}
 _NESTED = ("thinker_config", "text_config")
 # What transformers' Qwen3Config fills in.
 _DENSE_DEFAULTS = {"head_dim": 128, "sliding_window": 4096, "max_window_layers": 28}
@@ -55,13 +58,13 @@ def read_checkpoint(path: Path) -> Checkpoint:
     for key in _NESTED:
         if isinstance(text.get(key), dict):
             text = text[key]
-    kind = text.get("model_type")
+    kind = text.get("model_type") or _UNSAID.get(str(raw.get("model_type")))
     if kind not in _TEXT_MODELS:
         raise ValueError(
             f"{file}: model_type {raw.get('model_type')!r} is no Qwen3 that this plugin serves "
             f"with windows; its text layers must be one of {', '.join(_TEXT_MODELS)}"
         )
-    text = _with_defaults(text)
+    text = _with_defaults({**text, "model_type": kind})
     heads, hidden = _count(file, text, "num_attention_heads"), text.get("hidden_size")
     if text.get("head_dim") is None and isinstance(hidden, int):
         text["head_dim"] = hidden // heads

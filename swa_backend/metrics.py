@@ -20,7 +20,7 @@ class PageCounts:
             requests counts for each.
         live_sink: pages held now for sink tokens.
         live_prefill: pages held now beyond both, for chunks, steps in flight and the prefix cache.
-        reserved: the most that the live requests may hold, as charged at admission.
+        reserved: the most that the live requests could hold, were each as long as can be.
         requests_live: requests that hold pages now.
         peak_live_per_request: most pages one request held after an allocation.
         window_tokens: tokens a query sees, itself included.
@@ -102,7 +102,7 @@ METRICS = {
     "reserved": Metric(
         "swa_pages_reserved",
         "gauge",
-        "Most KV pages that the live requests may need, as admission charges them.",
+        "Most KV pages that the live requests could hold, were each of max_model_len.",
     ),
     "requests_live": Metric("swa_requests_live", "gauge", "Requests that hold KV pages now."),
     "peak_live_per_request": Metric(

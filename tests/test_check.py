@@ -21,6 +21,7 @@ from swa_backend import ops
 from swa_backend.kernels import smoke as smoke_module
 from swa_vllm import registration
 from swa_vllm.tools import check_device
+from swa_vllm.tools.check_steps import ProblemError
 from swa_vllm.tools.cli import main
 from tiny_models import FULL, MIXED
 
@@ -194,3 +195,10 @@ def test_a_kernel_that_is_wrong_is_not_ok(monkeypatch: pytest.MonkeyPatch) -> No
 def test_options_without_a_model(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["check", "--window", "64"]) == 1
     assert "--window is about a model: give MODEL" in capsys.readouterr().err
+
+
+def test_a_process_that_dies_without_a_word_is_a_problem(tmp_path: Path) -> None:
+    """As by an instruction that the processor lacks."""
+    (tmp_path / "dies.py").write_text("import os\nos.kill(os.getpid(), 9)\n")
+    with pytest.raises(ProblemError, match="dies ended with status -9"):
+        check_device._in_a_process("dies", PYTHONPATH=str(tmp_path))

@@ -231,8 +231,8 @@ def test_command_reports_the_pool_bytes_of_all_groups(measured: dict[str, Any]) 
         (["--windows", "8", "--block-size", "0"], "--block-size must be at least 1, got 0"),
         (["--windows", "8", "--text", "nowhere"], "--text nowhere cannot be read: No such file"),
         (["--windows", "8", "--text", str(MODEL / "model.safetensors")], "is no UTF-8"),
-        (["--windows", "8", "--plot", "a.pdf"], "name a file that ends in .png"),
-        (["--windows", "8", "--plot", "nowhere/a.png"], "there is no directory nowhere"),
+        (["--windows", "8", "--plot", "a.pdf"], "ends in .png"),
+        (["--windows", "8", "--plot", "nowhere/a.png"], "the directory does not exist"),
     ],
 )
 def test_nonsense_is_refused_before_an_engine_starts(

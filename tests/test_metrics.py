@@ -51,7 +51,7 @@ def test_kinds_of_held_pages() -> None:
 def test_counts_of_a_prompt_in_two_chunks() -> None:
     """512 tokens of prompt, 40 of answer; every number worked out by hand."""
     simulation = Simulation(Arm.SWA, ENGINE)
-    manager = simulation.manager
+    (manager,) = simulation.managers
     assert manager.snapshot() == EMPTY
     simulation.add("a", range(512), 40)
     # Pages 11 to 15 of 0 to 15. It is charged 5 pages before a chunk and 5 that the chunk leaves.
@@ -92,7 +92,7 @@ def test_counts_of_a_prompt_in_two_chunks() -> None:
 
 def test_counts_of_prefix_hits_and_of_requests_together() -> None:
     simulation = Simulation(Arm.SWA, dataclasses.replace(ENGINE, prefix_caching=True))
-    manager = simulation.manager
+    (manager,) = simulation.managers
     simulation.add("a", range(512), 2)
     while simulation.step():
         pass
@@ -115,7 +115,8 @@ def test_counts_of_pages_that_are_stored_for_the_prefix_cache_alone() -> None:
     simulation.add("a", range(512), 2)
     simulation.step()
     # The chunk's 5 leave 26 of the 31 pages free, 10 above half of 32: of 11 holes 10 are filled.
-    assert simulation.manager.snapshot() == dataclasses.replace(
+    (manager,) = simulation.managers
+    assert manager.snapshot() == dataclasses.replace(
         EMPTY,
         allocated=15,
         skipped=1,
@@ -134,7 +135,7 @@ def test_counters_never_fall(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def watched(board: PageBoard, field: str, amount: int) -> None:
         assert amount >= 0 or METRICS[field].type == "gauge", field
-        steps.add((field, amount > 0))
+        steps.add((field, amount < 0))
         add(board, field, amount)
 
     monkeypatch.setattr(PageBoard, "add", watched)
@@ -148,7 +149,7 @@ def test_counters_never_fall(monkeypatch: pytest.MonkeyPatch) -> None:
         simulation.step()
     while simulation.step():
         pass
-    assert {("skipped", True), ("live_prefill", False)} <= steps
+    assert {("skipped", False), ("live_prefill", True)} <= steps
 
 
 @pytest.fixture

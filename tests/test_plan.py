@@ -172,6 +172,15 @@ def test_a_derived_models_text_layers_are_planned(
     assert _resolved(ours.config, options) == _resolved(theirs, options)
 
 
+@pytest.mark.parametrize("kind", [{}, {"model_type": "qwen3_asr_text"}], ids=["unsaid", "said"])
+def test_text_layers_of_a_speech_model_are_planned(kind: dict[str, str], tmp_path: Path) -> None:
+    text = tiny_config(**FULL).to_dict() | {"model_type": None} | kind
+    config = {"model_type": "qwen3_asr", "thinker_config": {"text_config": text}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    plan = _resolved(read_checkpoint(tmp_path).config, {"window": 100})
+    assert plan.windows == (100,) * text["num_hidden_layers"]
+
+
 @pytest.mark.parametrize("num_kv_heads", [1, 2, 8])
 @pytest.mark.parametrize("size", [1, 2, 4, 8])
 def test_devices_store_what_vllm_gives_them(num_kv_heads: int, size: int, tmp_path: Path) -> None:
@@ -303,6 +312,10 @@ def test_a_plan_is_drawn(qwen3_8b: Path, tmp_path: Path) -> None:
         (["--window", "64", "--tensor-parallel-size", "3"], "does not divide this model's 32"),
         (["--window", "64", "--max-num-batched-tokens", "100"], "is below --max-num-seqs 256"),
         (["--window", "64", "--plot", "plan.pdf"], "ends in .png"),
+        (
+            ["--window", "64", "--max-model-len", "400"],
+            "--output 512 tokens leave no room for a prompt",
+        ),
         (["--window", "64", "--plot", "/nowhere/plan.png"], "the directory does not exist"),
     ],
 )

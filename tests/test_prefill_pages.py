@@ -211,6 +211,15 @@ def test_untested_parallelism_is_refused(kind: str, tiny_model: ModelFactory) ->
         check_servable(config)
 
 
+def test_microbatches_are_refused(tiny_model: ModelFactory) -> None:
+    config = EngineArgs(
+        str(tiny_model(**SLIDING)), skip_tokenizer_init=True, dtype="float32"
+    ).create_engine_config()
+    config.parallel_config.enable_dbo = True
+    with pytest.raises(SWAConfigError, match="were not tested with windows; leave them"):
+        check_servable(config)
+
+
 def test_other_systems_are_refused(
     tiny_model: ModelFactory, monkeypatch: pytest.MonkeyPatch
 ) -> None:

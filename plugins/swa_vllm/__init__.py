@@ -30,7 +30,7 @@ def register() -> None:
             raise
         raise ImportError(
             "swa_vllm needs vLLM, which is not installed. On a machine with a GPU: "
-            "pip install 'swa-backend[gpu]'; without one: pip install 'swa-backend[cpu]'"
+            "pip install 'swa-backend[gpu]'; without one: bash examples/setup_env.sh"
         ) from error
     from swa_vllm.registration import register_all
 

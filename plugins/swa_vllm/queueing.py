@@ -42,7 +42,6 @@ class Queue:
 
     Attributes:
         num_running: requests in each step so far.
-        num_waiting: those that each step left waiting; without meaning for an endless supply.
         num_preemptions: requests that had to start over.
         num_finished: answers that are complete.
         first_finish: steps until the first was.
@@ -58,7 +57,6 @@ class Queue:
         self._num_new = workload.num_requests
         self._steps: deque[list[_Request]] = deque()
         self.num_running: list[int] = []
-        self.num_waiting: list[int] = []
         self.num_preemptions = self.num_finished = 0
         self.first_finish: int | None = None
 
@@ -72,7 +70,6 @@ class Queue:
         scheduled = self._schedule()
         if scheduled:
             self.num_running.append(len(scheduled))
-            self.num_waiting.append(len(self._preempted) + (self._num_new or 0))
             self._steps.append(scheduled)
             if len(self._steps) < self._limits.num_steps_in_flight:
                 return True

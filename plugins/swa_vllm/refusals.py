@@ -139,6 +139,11 @@ def _check_engine(vllm_config: VllmConfig) -> None:
                 f"{kind}_size={size} was not tested with windows; leave it at 1 (use "
                 "tensor parallelism), or remove the window"
             )
+    if vllm_config.parallel_config.use_ubatching:
+        raise SWAConfigError(
+            "microbatches (--enable-dbo, --ubatch-size) were not tested with windows; leave them "
+            "out, or remove the window"
+        )
     speculation = vllm_config.speculative_config
     if speculation is not None and speculation.method not in PROVEN_SPECULATION:
         raise SWAConfigError(

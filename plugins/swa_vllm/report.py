@@ -1,6 +1,6 @@
 """The table of effective windows, logged once at start-up."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import groupby
 
 from vllm.config import VllmConfig, get_layers_from_vllm_config
@@ -41,14 +41,20 @@ def _is_open(windowed: Sequence[WindowedAttention]) -> bool:
 def _table(vllm_config: VllmConfig, layers: dict[str, Attention]) -> str:
     ordered = sorted(layers.items(), key=lambda item: extract_layer_index(item[0]))
     described = [(extract_layer_index(n), _describe(vllm_config, a)) for n, a in ordered]
-    rows = [_HEADER]
+    return "\n".join(f"SWA {line}" for line in lines_of_layers(_HEADER, described))
+
+
+def lines_of_layers(
+    header: tuple[str, ...], described: Iterable[tuple[int, tuple[str, ...]]]
+) -> list[str]:
+    """A line for each run of layers that are described alike."""
+    rows = [header]
     for description, run in groupby(described, key=lambda item: item[1]):
         indices = [index for index, _ in run]
         span = f"{indices[0]}-{indices[-1]}" if len(indices) > 1 else str(indices[0])
         rows.append((span, *description))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = ("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
-    return "\n".join(f"SWA {line}" for line in lines)
+    return ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
 
 
 def _describe(vllm_config: VllmConfig, layer: Attention) -> tuple[str, ...]:

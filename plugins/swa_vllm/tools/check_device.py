@@ -90,7 +90,9 @@ def _in_a_process(module: str, **environment: str) -> float:
         check=False,
     )
     if done.returncode:
-        raise ProblemError(done.stderr.strip().splitlines()[-1], _REPORT)
+        lines = done.stderr.strip().splitlines()  # none, if a signal ended it
+        said = lines[-1] if lines else f"{module} ended with status {done.returncode}"
+        raise ProblemError(said, _REPORT)
     return float(done.stdout.split()[-1])
 
 

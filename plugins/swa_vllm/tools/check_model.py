@@ -1,6 +1,5 @@
 """What each layer of a model would do, from vLLM's own configuration of it."""
 
-from itertools import groupby
 from typing import Any
 
 from vllm import ModelRegistry
@@ -10,6 +9,7 @@ from swa_vllm.attention import windowed_backend
 from swa_vllm.options import layer_plan, swa_options
 from swa_vllm.refusals import check_servable
 from swa_vllm.registration import MODELS
+from swa_vllm.report import lines_of_layers
 
 _HEADER = ("layers", "kind", "window", "sinks", "backend", "KV spec")
 
@@ -39,12 +39,10 @@ def layer_table(model: str, options: dict[str, Any]) -> str:
         "chosen by vLLM" if backend is None else backend.get_name(),
         "SWASpec",
     )
-    rows: list[tuple[str, ...]] = [_HEADER]
-    for window, run in groupby(enumerate(plan.windows), key=lambda item: item[1]):
-        indices = [index for index, _ in run]
-        span = f"{indices[0]}-{indices[-1]}" if len(indices) > 1 else str(indices[0])
-        rest = ("full", "-", "-", "chosen by vLLM", "FullAttentionSpec")
-        rows.append((span, *(rest if window is None else ("sliding", str(window), *sliding))))
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
+    full = ("full", "-", "-", "chosen by vLLM", "FullAttentionSpec")
+    described = [
+        (index, full if window is None else ("sliding", str(window), *sliding))
+        for index, window in enumerate(plan.windows)
+    ]
+    lines = lines_of_layers(_HEADER, described)
     return "\n".join([path, *lines, *(f"warning: {text}" for text in plan.warnings)])

@@ -166,8 +166,13 @@ def _limits(args: argparse.Namespace, checkpoint: Checkpoint) -> Limits:
 
 def _prompts(args: argparse.Namespace, limits: Limits) -> list[int]:
     longest = limits.max_model_len - args.output
+    if longest < 1:
+        raise ValueError(
+            f"answers of --output {args.output} tokens leave no room for a prompt: --max-model-len "
+            f"is {limits.max_model_len}; lower the one or raise the other"
+        )
     if args.prompt is None:
-        return [n for n in _PROMPTS if n <= longest] or [max(1, longest)]
+        return [n for n in _PROMPTS if n <= longest] or [longest]
     try:
         prompts = [int(part) for part in args.prompt.split(",")]
     except ValueError:
