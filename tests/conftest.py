@@ -47,15 +47,6 @@ ModelFactory = Callable[..., Path]
 EngineFactory = Callable[..., LLM]
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """With several processes, each file's tests stay together, and those that need one probe."""
-    for item in items:
-        needs_probe = "stock_results" in getattr(item, "fixturenames", ())
-        name = "stock" if needs_probe else item.path.name
-        item.add_marker(pytest.mark.xdist_group(name))
-
-
 @pytest.fixture(scope="session")
 def demo_model() -> dict[str, Path]:
     """Real weights: directories of the variants ``full``, ``sliding`` and ``mixed``."""
@@ -101,9 +92,25 @@ def quantized_model(
 
 @pytest.fixture(scope="session")
 def stock_results(
-    tiny_model: ModelFactory, tiny_llama: Path, quantized_model: ModelFactory
+    tiny_model: ModelFactory,
+    tiny_llama: Path,
+    quantized_model: ModelFactory,
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> dict[str, Any]:
     """What vLLM serves without the plugin, by :func:`engine_tools.describe` in another process."""
+    # With several processes, one asks for all.
+    root = tmp_path_factory.getbasetemp()
+    file = (root.parent if "PYTEST_XDIST_WORKER" in os.environ else root) / "stock.json"
+    with FileLock(file.with_suffix(".lock")):
+        if not file.exists():
+            results = _ask_stock(tiny_model, tiny_llama, quantized_model)
+            file.write_text(json.dumps(results))
+    return dict(json.loads(file.read_text()))
+
+
+def _ask_stock(
+    tiny_model: ModelFactory, tiny_llama: Path, quantized_model: ModelFactory
+) -> dict[str, Any]:
     fp8 = {"kv_cache_dtype": "fp8"}
     cases: dict[str, tuple[Path, dict[str, Any]]] = {
         "full": (tiny_model(**FULL), {}),
