@@ -70,7 +70,7 @@ def check(case: Case, model: Path, length: int, engine: EngineFactory) -> None:
         model,
         dtype=dtype,
         max_model_len=length + NUM_EXTRA_TOKENS,
-        hf_overrides={"max_position_embeddings": 2048},
+        hf_overrides={"max_position_embeddings": 4096},
         max_num_batched_tokens=chunk,
         enable_prefix_caching=False,
         additional_config={"swa": options(window, sinks)},
@@ -100,7 +100,9 @@ def test_perplexity_is_a_dense_models_full_product(case: Case, engine: EngineFac
 def test_perplexity_of_real_weights_is_a_dense_models(
     case: Case, demo_model: dict[str, Path], engine: EngineFactory
 ) -> None:
-    check(case, demo_model["full"], 512, engine)
+    # The dense model's own noise in bfloat16 is 0.07 a token, 0.3 % in the mean over 512.
+    length = 2048 if case[3] == "bfloat16" else 512
+    check(case, demo_model["full"], length, engine)
 
 
 @pytest.mark.parametrize("shift", [False, True])
