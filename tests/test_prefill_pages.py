@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 from vllm import LLM, EngineArgs
+from vllm.config import VllmConfig
 
 from conftest import EngineFactory, ModelFactory
 from engine_tools import Answer, attention_layers, generate, managers, num_free_pages
@@ -198,13 +199,21 @@ def test_poison_refuses_an_engine_in_another_process(
     )
 
 
+def _config(tiny_model: ModelFactory, **options: Any) -> VllmConfig:
+    """Of an engine for the sliding checkpoint, with ``swa`` options."""
+    return EngineArgs(
+        str(tiny_model(**SLIDING)),
+        skip_tokenizer_init=True,
+        dtype="float32",
+        additional_config={"swa": options},
+    ).create_engine_config()
+
+
 @pytest.mark.parametrize(
     "kind", ["pipeline_parallel", "decode_context_parallel", "prefill_context_parallel"]
 )
 def test_untested_parallelism_is_refused(kind: str, tiny_model: ModelFactory) -> None:
-    config = EngineArgs(
-        str(tiny_model(**SLIDING)), skip_tokenizer_init=True, dtype="float32"
-    ).create_engine_config()
+    config = _config(tiny_model)
     check_servable(config)
     setattr(config.parallel_config, f"{kind}_size", 2)
     with pytest.raises(SWAConfigError, match=f"{kind}_size=2 was not tested with windows"):
@@ -212,9 +221,7 @@ def test_untested_parallelism_is_refused(kind: str, tiny_model: ModelFactory) ->
 
 
 def test_microbatches_are_refused(tiny_model: ModelFactory) -> None:
-    config = EngineArgs(
-        str(tiny_model(**SLIDING)), skip_tokenizer_init=True, dtype="float32"
-    ).create_engine_config()
+    config = _config(tiny_model)
     config.parallel_config.enable_dbo = True
     with pytest.raises(SWAConfigError, match="were not tested with windows; leave them"):
         check_servable(config)
@@ -223,9 +230,7 @@ def test_microbatches_are_refused(tiny_model: ModelFactory) -> None:
 def test_other_systems_are_refused(
     tiny_model: ModelFactory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = EngineArgs(
-        str(tiny_model(**SLIDING)), skip_tokenizer_init=True, dtype="float32"
-    ).create_engine_config()
+    config = _config(tiny_model)
     monkeypatch.setattr(sys, "platform", "darwin")
     with pytest.raises(SWAConfigError, match="served on Linux only, this is darwin; serve there"):
         check_servable(config)
@@ -235,13 +240,7 @@ def test_no_gpu_backend_stores_every_page(
     tiny_model: ModelFactory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def pages(policy: str) -> str:
-        config = EngineArgs(
-            str(tiny_model(**SLIDING)),
-            skip_tokenizer_init=True,
-            dtype="float32",
-            additional_config={"swa": {"prefill_pages": policy}},
-        ).create_engine_config()
-        return attention.prefill_pages(config).value
+        return attention.prefill_pages(_config(tiny_model, prefill_pages=policy)).value
 
     assert [pages(policy) for policy in ("auto", "survivors", "all")] == [
         "auto",
