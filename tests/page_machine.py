@@ -212,7 +212,7 @@ class PageMachine:
             assert not manager.req_to_blocks
             if isinstance(manager, SWAManager):
                 assert manager.snapshot().live == manager.snapshot().requests_live == 0
-                assert not manager._held
+                assert len(manager._held) == 0
 
     # --- the scheduler's side --------------------------------------------------------------------
 

@@ -30,6 +30,7 @@ from swa_vllm.models.qwen3_moe import SWAQwen3MoeForCausalLM
 from swa_vllm.models.stock import STOCK
 from swa_vllm.models.windowed import WindowedModel
 from swa_vllm.platform import RayCpuPlatform
+from swa_vllm.prefix_hits import SinkPrefixHits
 from swa_vllm.ray_executor import NodeCheckingRayExecutor
 from swa_vllm.tools.forced import ForcedTokens
 from wheel_sources import official_sources
@@ -92,11 +93,11 @@ OVERRIDES: dict[Callable[..., Any], tuple[str, str]] = {
         "SingleTypeKVCacheManager.add_local_computed_blocks",
     ),
     SWAManager.cache_blocks: (MANAGER, "SingleTypeKVCacheManager.cache_blocks"),
-    SWAManager.find_longest_cache_hit.__func__: (
+    SinkPrefixHits.find_longest_cache_hit.__func__: (
         MANAGER,
         "SlidingWindowManager.find_longest_cache_hit",
     ),
-    SWAManager.reachable_block_mask.__func__: (
+    SinkPrefixHits.reachable_block_mask.__func__: (
         MANAGER,
         "SlidingWindowManager.reachable_block_mask",
     ),
@@ -280,7 +281,7 @@ def test_override_takes_what_vllm_passes(override: Callable[..., Any], tree: Pat
 
 def test_every_override_is_held() -> None:
     classes = (
-        *(WindowedAttention, SWASpec, SWAManager),
+        *(WindowedAttention, SWASpec, SWAManager, SinkPrefixHits),
         *(SWACPUMetadataBuilder, SWACPUImpl, SWACPUBackend),
         *(SWATritonMetadataBuilder, SWATritonImpl, SWATritonBackend),
         *(WindowedModel, SWAQwen3ForCausalLM, SWAQwen3MoeForCausalLM),

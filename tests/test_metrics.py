@@ -4,6 +4,7 @@ import dataclasses
 import json
 import logging
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,10 @@ from swa_vllm.tools.simulate import Arm, Engine, Simulation
 from tiny_models import MIXED, WINDOW, random_prompts
 
 DASHBOARD = Path(__file__).parents[1] / "examples" / "grafana_dashboard.json"
+EVENTS = (
+    *("need not be stored", "are stored for the prefix cache"),
+    *("left its window", "were held by"),
+)
 EMPTY = PageCounts(window_tokens=64)
 # 64 tokens see 5 pages of 16 at most.
 ENGINE = Engine(
@@ -174,28 +179,57 @@ def test_stats_of_an_engine_are_what_its_managers_count(llm: LLM) -> None:
     assert (after.window_tokens, after.sink_tokens) == (WINDOW, 0)
 
 
-def test_page_events_are_logged_at_debug_level_only(
-    llm: LLM, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def _page_events(
+    level: int, work: Callable[[], object], caplog: pytest.LogCaptureFixture
+) -> dict[str, int]:
+    """Pages in the events that ``work`` logs at a level of vLLM's logger, by kind of event."""
     logger = logging.getLogger("vllm")
+    caplog.clear()
+    logger.addHandler(caplog.handler)
+    pages: dict[str, int] = {}
+    try:
+        with caplog.at_level(level, logger="vllm"):
+            work()
+    finally:
+        logger.removeHandler(caplog.handler)
+    for event in (r.getMessage() for r in caplog.records if r.getMessage().startswith("SWA")):
+        matched = re.fullmatch(r"SWA group \d: (\d+) pages (.+)", event)
+        assert matched, event
+        (kind,) = [kind for kind in EVENTS if kind in matched[2]]
+        pages[kind] = pages.get(kind, 0) + int(matched[1])
+    return pages
 
-    def serve(level: int) -> list[str]:
-        caplog.clear()
-        logger.addHandler(caplog.handler)
-        monkeypatch.setattr(logger, "level", level)
-        logger.manager._clear_cache()  # type: ignore[attr-defined]
-        try:
-            generate(llm, random_prompts([300]), num_tokens=20)
-        finally:
-            logger.removeHandler(caplog.handler)
-            monkeypatch.undo()
-            logger.manager._clear_cache()  # type: ignore[attr-defined]
-        return [r.getMessage() for r in caplog.records if r.getMessage().startswith("SWA")]
 
-    assert serve(logging.INFO) == []
-    events = serve(logging.DEBUG)
-    assert any("need not be stored" in event for event in events)
-    assert any("left its window" in event for event in events)
+def test_page_events_are_logged_at_debug_level_only(
+    llm: LLM, caplog: pytest.LogCaptureFixture
+) -> None:
+    def serve() -> None:
+        generate(llm, random_prompts([300]), num_tokens=20)
+
+    assert _page_events(logging.INFO, serve, caplog) == {}
+    # As counted above.
+    skipped, left, ended = "need not be stored", "left its window", "were held by"
+    assert _page_events(logging.DEBUG, serve, caplog) == {skipped: 2, left: 6, ended: 2}
+
+
+def test_every_page_of_the_counts_is_in_the_debug_log(caplog: pytest.LogCaptureFixture) -> None:
+    """Grants for the prefix cache included: nothing goes or comes unseen."""
+    caching = dataclasses.replace(ENGINE, prefix_caching=True, retention_interval=None)
+    simulation = Simulation(Arm.SWA, caching)
+    (manager,) = simulation.managers
+
+    def run() -> None:
+        simulation.add("a", range(512), 40)
+        while simulation.step():
+            pass
+
+    pages = _page_events(logging.DEBUG, run, caplog)
+    counts = manager.snapshot()
+    # All 16 pages of the first chunk, 11 of them granted, and so with the second.
+    assert pages["are stored for the prefix cache"] == 22
+    assert pages.get("need not be stored", 0) == counts.skipped == 0
+    assert pages["left its window"] == counts.freed_by_window
+    assert pages["left its window"] + pages["were held by"] == counts.allocated
 
 
 def test_stats_of_an_engine_started_elsewhere_are_refused(

@@ -10,20 +10,9 @@ stay in the prefix cache until the pool reuses them.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from itertools import compress, takewhile
-from typing import Any
 
 from vllm.logger import init_logger
-from vllm.v1.core.block_pool import BlockPool
-from vllm.v1.core.kv_cache_utils import (
-    BlockHash,
-    BlockHashList,
-    KVCacheBlock,
-    resolve_block_hashes,
-)
-from vllm.v1.core.single_type_kv_cache_manager import SlidingWindowManager
-from vllm.v1.kv_cache_interface import KVCacheSpec
+from vllm.v1.core.kv_cache_utils import KVCacheBlock
 from vllm.v1.request import Request
 
 from swa_backend.config import PrefillPages
@@ -32,30 +21,13 @@ from swa_backend.metrics import PageCounts
 from swa_backend.pages import ceil_div
 from swa_vllm import poison
 from swa_vllm.kv_spec import SWASpec
-from swa_vllm.page_board import Owner, PageBoard
+from swa_vllm.page_ledger import Held, PageLedger
+from swa_vllm.prefix_hits import SinkPrefixHits
 
 logger = init_logger(f"vllm.{__name__}")
 
-# Fields of PageCounts, in the order of WindowPages.kinds().
-_LIVE = ("live_window", "live_sink", "live_prefill")
 
-
-@dataclass
-class _Held:
-    """A request's pages: how many are real, and below which index all are dead already."""
-
-    live: int = 0
-    first_kept: int = 0
-    # Of the step being scheduled: its holes, the first of its places in the table, and the list
-    # that the scheduler sends to the workers.
-    holes: range = field(default=range(0))
-    first_new: int = 0
-    new_blocks: list[KVCacheBlock] = field(default_factory=list)
-    # Pages that the prefix cache gave; None once what it lost has been counted.
-    num_hit_blocks: int | None = 0
-
-
-class SWAManager(SlidingWindowManager):
+class SWAManager(SinkPrefixHits):
     """vLLM's sliding window manager, holding what the window needs and not the prefill chunk."""
 
     def __init__(self, kv_cache_spec: SWASpec, **kwargs: object) -> None:
@@ -64,23 +36,19 @@ class SWAManager(SlidingWindowManager):
         self._spare_tokens = kv_cache_spec.spare_tokens
         self._stores_all = kv_cache_spec.prefill_pages is PrefillPages.ALL
         self._grants = self.enable_caching and kv_cache_spec.prefill_pages is PrefillPages.AUTO
-        self._held: dict[str, _Held] = {}
-        self._skipped_pages = SkippedPages(self.block_pool.num_gpu_blocks)
-        self._board = PageBoard(
-            Owner(kv_cache_spec.instance_id, kv_cache_spec.engine_index, self.kv_cache_group_id)
+        self._held = PageLedger(
+            kv_cache_spec,
+            self.kv_cache_group_id,
+            self.block_pool.num_gpu_blocks,
+            self.max_admission_blocks_per_request or 0,
         )
-        self._board.add("window_tokens", kv_cache_spec.sliding_window)
-        self._board.add("sink_tokens", kv_cache_spec.sink_tokens)
-        self._num_ahead_tokens = kv_cache_spec.lookahead_tokens + self._spare_tokens
-        # Among these numbers of held pages only that of window pages differs.
-        most, num_sinks, _ = self._kinds(self.block_pool.num_gpu_blocks)
-        self._decoding = range(num_sinks, num_sinks + most + 1)
+        self._skipped_pages = SkippedPages(self.block_pool.num_gpu_blocks)
         if kv_cache_spec.poison_key is not None:
             poison.watch(kv_cache_spec.poison_key, self)
 
     def snapshot(self) -> PageCounts:
         """Counts since the engine started."""
-        return self._board.snapshot()
+        return self._held.snapshot()
 
     def get_num_blocks_to_allocate(
         self,
@@ -166,10 +134,9 @@ class SWAManager(SlidingWindowManager):
         )
         self.block_pool.touch(sinks)
         blocks[: len(sinks)] = sinks
-        held = self._admit(request_id)
-        held.num_hit_blocks = len(blocks)
-        self._hold(held, sum(not block.is_null for block in blocks))
-        self._board.add("prefix_hit_tokens", num_local_computed_tokens)
+        self._held.admit(request_id).num_hit_blocks = len(blocks)
+        num_real = sum(not block.is_null for block in blocks)
+        self._held.hit(request_id, num_real, num_local_computed_tokens)
 
     def allocate_new_blocks(
         self, request_id: str, num_tokens: int, num_tokens_main_model: int
@@ -178,7 +145,7 @@ class SWAManager(SlidingWindowManager):
         blocks = self.req_to_blocks[request_id]
         if len(blocks) * self.block_size >= num_tokens:
             return []
-        held = self._held.get(request_id) or self._admit(request_id)
+        held = self._held.get(request_id) or self._held.admit(request_id)
         held.first_new = len(blocks)
         held.holes = self._holes(len(blocks), num_tokens_main_model)
         holes = [self._null_block] * len(held.holes)
@@ -190,44 +157,10 @@ class SWAManager(SlidingWindowManager):
         held.new_blocks = [*taken, *holes]
         taken = super().allocate_new_blocks(request_id, num_tokens, num_tokens_main_model)
         held.new_blocks += taken
-        self._count_taken(held, len(held.new_blocks) - len(holes))
+        self._held.take(held, len(held.new_blocks) - len(holes))
         if not self.enable_caching:  # else some of them may be filled yet
-            self._count_skipped(request_id, len(holes))
+            self._held.skip(request_id, len(holes))
         return held.new_blocks
-
-    def _admit(self, request_id: str) -> _Held:
-        held = self._held[request_id] = _Held()
-        self._board.add("requests_live", 1)
-        self._board.add("reserved", self.max_admission_blocks_per_request or 0)
-        return held
-
-    def _hold(self, held: _Held, num_pages: int) -> None:
-        """Note that a request holds ``num_pages`` more, or fewer."""
-        before, held.live = held.live, held.live + num_pages
-        if before in self._decoding and held.live in self._decoding:
-            self._board.add("live_window", num_pages)
-            return
-        kinds = zip(self._kinds(before), self._kinds(held.live), strict=True)
-        for name, (old, new) in zip(_LIVE, kinds, strict=True):
-            self._board.add(name, new - old)
-
-    def _kinds(self, num_held: int) -> tuple[int, int, int]:
-        return self._pages.kinds(num_held, self._num_ahead_tokens)
-
-    def _count_taken(self, held: _Held, num_pages: int) -> None:
-        self._hold(held, num_pages)
-        self._board.add("allocated", num_pages)
-        self._board.raise_to("peak_live_per_request", held.live)
-
-    def _count_skipped(self, request_id: str, num_pages: int) -> None:
-        self._board.add("skipped", num_pages)
-        if num_pages:
-            logger.debug(
-                "SWA group %d: %d pages of %s need not be stored",
-                self.kv_cache_group_id,
-                num_pages,
-                request_id,
-            )
 
     def cache_blocks(
         self,
@@ -250,30 +183,7 @@ class SWAManager(SlidingWindowManager):
             request, num_tokens, retention_interval, replay_boundaries=replay_boundaries
         )
 
-    def _cacheable(
-        self,
-        request: Request,
-        holes: range,
-        retention_interval: int | None,
-        replay_boundaries: Sequence[int],
-    ) -> list[int]:
-        """Holes that vLLM would put into the prefix cache: mostly just those below a junction."""
-        junction = request.shared_prefix_boundary
-        boundaries = [*replay_boundaries, *([junction] if junction else [])]
-        if junction and self.use_eagle:
-            boundaries.append(junction - self.block_size)  # vLLM 0.33
-        mask = self.reachable_block_mask(
-            start_block=holes.start,
-            end_block=holes.stop,
-            alignment_tokens=self.cache_hit_alignment_tokens,
-            kv_cache_spec=self.kv_cache_spec,
-            use_eagle=self.use_eagle,
-            retention_interval=retention_interval,
-            reachable_boundaries=boundaries,
-        )
-        return list(holes if mask is None else compress(holes, mask))
-
-    def _fill_holes(self, request: Request, held: _Held, wanted: list[int]) -> None:
+    def _fill_holes(self, request: Request, held: Held, wanted: list[int]) -> None:
         """Grant the last of the ``wanted`` holes while more than half of the pool stays free."""
         spare = self.block_pool.get_num_free_blocks() - self.block_pool.num_gpu_blocks // 2
         # A session may rest between turns for any time, with all that it holds.
@@ -284,8 +194,8 @@ class SWAManager(SlidingWindowManager):
         new = self.block_pool.get_new_blocks(num_granted)
         for index, block in zip(wanted[num_left:], new, strict=True):
             table[index] = held.new_blocks[index - held.first_new] = block
-        self._count_taken(held, num_granted)
-        self._count_skipped(request.request_id, len(held.holes) - num_granted)
+        self._held.grant(request.request_id, num_granted)
+        self._held.skip(request.request_id, len(held.holes) - num_granted)
         held.holes = range(0)
         hashes = self._hashes(request)
         self._skipped_pages.add([hashes[i] for i in wanted[:num_left] if i < len(hashes)])
@@ -305,79 +215,7 @@ class SWAManager(SlidingWindowManager):
                 "SWA: prompts miss the prefix cache because prefill chunks skipped pages. With "
                 'swa.prefill_pages="auto" they do so when memory is short, with "all" never.'
             )
-        self._board.add("prefix_lost_tokens", num_lost * self.block_size)
-
-    def _hashes(self, request: Request) -> Sequence[BlockHash]:
-        return resolve_block_hashes(
-            request.block_hashes, self.block_pool.hash_block_size, self.block_size
-        )
-
-    def _is_cached(self, block_hash: BlockHash) -> bool:
-        return self.block_pool.get_cached_block(block_hash, [self.kv_cache_group_id]) is not None
-
-    @classmethod
-    def find_longest_cache_hit(
-        cls,
-        block_hashes: BlockHashList,
-        max_length: int,
-        kv_cache_group_ids: list[int],
-        block_pool: BlockPool,
-        kv_cache_spec: KVCacheSpec,
-        drop_eagle_block: bool,
-        alignment_tokens: int,
-        dcp_world_size: int = 1,
-        pcp_world_size: int = 1,
-    ) -> tuple[tuple[list[KVCacheBlock], ...], int]:
-        assert isinstance(kv_cache_spec, SWASpec)
-        hashes = resolve_block_hashes(
-            block_hashes, block_pool.hash_block_size, kv_cache_spec.block_size
-        )
-        num_sink_pages = kv_cache_spec.pages.num_sink_pages
-        sinks = list(
-            takewhile(
-                lambda cached: cached is not None,
-                (
-                    block_pool.get_cached_block(block_hash, kv_cache_group_ids)
-                    for block_hash in hashes[:num_sink_pages]
-                ),
-            )
-        )
-        if len(sinks) < num_sink_pages:  # nothing behind a missing sink can be hit
-            max_length = min(max_length, len(sinks) * kv_cache_spec.block_size)
-        hit, hit_length = super().find_longest_cache_hit(
-            block_hashes,
-            max_length,
-            kv_cache_group_ids,
-            block_pool,
-            kv_cache_spec,
-            drop_eagle_block,
-            alignment_tokens,
-            dcp_world_size,
-            pcp_world_size,
-        )
-        for index, cached in enumerate(sinks[: len(hit[0])]):
-            for blocks, block in zip(hit, cached, strict=True):
-                blocks[index] = block
-        return hit, hit_length
-
-    @classmethod
-    def reachable_block_mask(
-        cls,
-        start_block: int,
-        end_block: int,
-        alignment_tokens: int | None,
-        kv_cache_spec: KVCacheSpec,
-        *args: Any,
-        **kwargs: Any,
-    ) -> list[bool] | None:
-        mask = super().reachable_block_mask(
-            start_block, end_block, alignment_tokens, kv_cache_spec, *args, **kwargs
-        )
-        if mask is None:
-            return None
-        assert isinstance(kv_cache_spec, SWASpec)
-        num_sinks = kv_cache_spec.pages.num_sink_pages
-        return [i < num_sinks or mask[i - start_block] for i in range(start_block, end_block)]
+        self._held.lose_prefix(num_lost * self.block_size)
 
     def _remove_blocks_in_range(self, request_id: str, first_block: int, last_block: int) -> None:
         # The base class walks back from last_block to the first null block, which a hole would be.
@@ -397,19 +235,8 @@ class SWAManager(SlidingWindowManager):
         for index in dead:
             blocks[index] = self._null_block
         if dead:
-            self._hold(held, -len(dead))
-            self._board.add("freed_by_window", len(dead))
-            logger.debug(
-                "SWA group %d: %d pages of %s left its window",
-                self.kv_cache_group_id,
-                len(dead),
-                request_id,
-            )
+            self._held.leave_window(request_id, len(dead))
 
     def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
-        held = self._held.pop(request_id, None)
-        if held is not None:
-            self._hold(held, -held.live)
-            self._board.add("requests_live", -1)
-            self._board.add("reserved", -(self.max_admission_blocks_per_request or 0))
+        self._held.end(request_id)
         return list(super().pop_blocks_for_free(request_id))
