@@ -1,10 +1,13 @@
 """The real engine over a real Ray cluster: two nodes at loopback addresses, one device each."""
 
+import contextlib
 import json
 import os
 import re
+import socket
 import subprocess
 import sys
+import warnings
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -17,6 +20,7 @@ import pytest
 from conftest import EngineFactory, ModelFactory
 from dense_qwen3 import DenseQwen3, Sight
 from engine_tools import Answer, generate
+from loopback import loopback_only, namespace
 from metric_tools import samples
 from quickstart import Server
 from ray_cluster.local_cluster import LocalRayCluster, local_ray_cluster
@@ -50,8 +54,25 @@ NUM_TOKENS = 24
 END_TIMEOUT_S = 60  # a second is enough on an idle machine
 
 
+@pytest.fixture(scope="module", autouse=True)
+def only_loopback() -> Iterator[bool]:
+    """Whether all that this module starts has no other network, which only root can arrange."""
+    with pytest.MonkeyPatch.context() as environment, contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(loopback_only())
+        except PermissionError:
+            message = (
+                "Ray's servers listen on all addresses, behind a token: no right to prevent it"
+            )
+            warnings.warn(message, stacklevel=1)
+            yield False
+        else:
+            environment.setenv("VLLM_HOST_IP", "127.0.0.1")  # else it looks for a way out
+            yield True
+
+
 @pytest.fixture(scope="module")
-def cluster() -> Iterator[LocalRayCluster]:
+def cluster(only_loopback: bool) -> Iterator[LocalRayCluster]:
     with local_ray_cluster(2) as cluster:
         yield cluster
 
@@ -118,6 +139,14 @@ class TestTwoWorkersOnTwoNodes:
 def _served(on_ray: dict[str, Any], name: str) -> list[tuple[list[int], list[float]]]:
     assert "error" not in on_ray[name], on_ray[name]["error"]
     return list(on_ray[name]["answers"])
+
+
+def test_nobody_else_can_reach_the_cluster(only_loopback: bool, cluster: LocalRayCluster) -> None:
+    if not only_loopback:
+        pytest.skip("only root can make a network namespace")
+    assert [name for _, name in socket.if_nameindex()] == ["lo"]
+    assert namespace() != namespace(1)
+    assert {namespace(process.pid) for process in cluster.processes()} == {namespace()}
 
 
 def test_too_few_devices_is_an_error_that_says_so(on_ray: dict[str, Any]) -> None:
