@@ -9,8 +9,10 @@ import json
 import os
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import cache
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -26,14 +28,16 @@ os.environ.update(
 )
 
 import pytest
+import torch
 from filelock import FileLock
 from vllm import LLM, ModelRegistry
 from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 
 import swa_vllm
-from engine_tools import start_engine, stop_engine
+from engine_tools import num_held_pages, start_engine, stop_engine
 from make_demo_model import ensure_demo_model
 from quantized_models import RUNNABLE, save_quantized
+from swa_vllm.poison import PoisonedPages
 from tiny_models import (
     BY_LAYER_TYPES,
     FULL,
@@ -43,6 +47,7 @@ from tiny_models import (
     save_tiny_model,
 )
 
+SUMMARY = "summary: "  # begins names that tests give to record_property, with numbers to add up
 ModelFactory = Callable[..., Path]
 EngineFactory = Callable[..., LLM]
 
@@ -155,9 +160,50 @@ def engine() -> Iterator[EngineFactory]:
         alive.clear()
         stop_engine()
 
-    start.stop = stop  # type: ignore[attr-defined]
+    start.alive, start.stop = alive, stop  # type: ignore[attr-defined]
     yield start
     stop()
+
+
+@pytest.fixture(autouse=True)
+def _nothing_leaks(
+    request: pytest.FixtureRequest,
+    monkeypatch: pytest.MonkeyPatch,
+    record_property: Callable[[str, object], None],
+) -> Iterator[None]:
+    """The engine of a test holds no page at its end; free pages that were poisoned are counted."""
+    if "engine" not in request.fixturenames:
+        yield
+        return
+    num_poisoned, update = 0, PoisonedPages.update
+
+    def counted(self: PoisonedPages, kv_caches: list[torch.Tensor]) -> None:
+        nonlocal num_poisoned
+        before = self._poisoned
+        update(self, kv_caches)
+        num_poisoned += len(self._poisoned - before)
+
+    monkeypatch.setattr(PoisonedPages, "update", counted)
+    yield
+    engines = request.getfixturevalue("engine").alive.values()
+    num_leaked = sum(map(num_held_pages, engines))
+    record_property("summary: pages poisoned", num_poisoned)
+    record_property("summary: pages leaked", num_leaked)
+    assert num_leaked == 0
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Print the sums of what tests recorded as ``summary: <name>``, of all processes."""
+    sums = Counter[str]()
+    for report in chain.from_iterable(terminalreporter.stats.values()):
+        if getattr(report, "when", None) == "teardown":  # which has all that its test recorded
+            for name, value in report.user_properties:
+                if name.startswith(SUMMARY):
+                    sums[name.removeprefix(SUMMARY)] += value
+    if sums:
+        terminalreporter.section("what was tried")
+        for name in sorted(sums):
+            terminalreporter.write_line(f"{name}: {sums[name]:,}")
 
 
 @pytest.fixture(scope="session")

@@ -30,19 +30,23 @@ class DenseText:
         logprobs = self.logprobs(tokens, range(len(tokens)), sight)
         return float(logprobs.mean().neg().exp())
 
-    @torch.inference_mode()
     def logprobs(
         self, tokens: Sequence[int], positions: Sequence[int], sight: Sight
     ) -> torch.Tensor:
         """Of every token but the first, float64."""
+        scores = self.scores(tokens, positions, sight)[:-1]
+        return scores.gather(1, torch.tensor(tokens[1:])[:, None])[:, 0]
+
+    @torch.inference_mode()
+    def scores(self, tokens: Sequence[int], positions: Sequence[int], sight: Sight) -> torch.Tensor:
+        """Log-probabilities of what follows each token, float64 ``[num_tokens, vocab]``."""
         at, model = torch.tensor(positions), self._model.model
         hidden = model.embed_tokens(torch.tensor(tokens))
         for layer, window in zip(model.layers, sight.windows, strict=True):
             normed = layer.input_layernorm(hidden)
             hidden = hidden + self._attention(layer.self_attn, normed, at, window, sight)
             hidden = hidden + layer.mlp(layer.post_attention_layernorm(hidden))
-        logits = self._model.lm_head(model.norm(hidden))[:-1].double()
-        return logits.log_softmax(-1).gather(1, torch.tensor(tokens[1:])[:, None])[:, 0]
+        return self._model.lm_head(model.norm(hidden)).double().log_softmax(-1)
 
     def _attention(
         self, own: Any, hidden: torch.Tensor, at: torch.Tensor, window: int | None, sight: Sight

@@ -12,7 +12,9 @@ from vllm import LLM, ModelRegistry, SamplingParams
 from vllm.distributed import cleanup_dist_env_and_memory
 from vllm.lora.request import LoRARequest
 from vllm.outputs import CompletionOutput
+from vllm.v1.engine.core_client import InprocClient
 
+from page_checks import held_pages
 from swa_backend.config import SWAConfigError, SWAOptions
 from swa_backend.layers import resolve_layers
 from swa_vllm.kv_manager import SWAManager
@@ -118,6 +120,13 @@ def managers(llm: LLM) -> list[SWAManager]:
 def num_free_pages(llm: LLM) -> int:
     """Free pages of the pool."""
     return int(scheduler(llm).kv_cache_manager.block_pool.get_num_free_blocks())
+
+
+def num_held_pages(llm: LLM) -> int:
+    """Pages of the pool that requests hold; none are seen of an engine in another process."""
+    if not isinstance(llm.llm_engine.engine_core, InprocClient):
+        return 0
+    return len(held_pages(scheduler(llm).kv_cache_manager.block_pool))
 
 
 def attention_layers(llm: LLM) -> list[Any]:

@@ -19,8 +19,8 @@ from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
 from vllm.v1.request import Request, RequestStatus
 
+from page_checks import check_counts, check_held, check_nothing_held
 from swa_backend.config import PrefillPages
-from swa_backend.pages import ceil_div
 from swa_backend.window import first_visible
 from swa_vllm.kv_manager import SWAManager
 from swa_vllm.kv_spec import SWASpec
@@ -122,6 +122,7 @@ class PageMachine:
         self.running: list[Sequence] = []
         self.in_flight: deque[list[Scheduled]] = deque()
         self.num_made = self.num_hits = self.num_preempted = self.num_rejected = self.num_rests = 0
+        self.num_steps = 0
 
     # --- what may happen -------------------------------------------------------------------------
 
@@ -169,6 +170,7 @@ class PageMachine:
             self._check_pages(share)
         self.check_counts()
         if step:
+            self.num_steps += 1
             self.in_flight.append(step)
 
     def settle(self, rejects: int) -> None:
@@ -208,11 +210,7 @@ class PageMachine:
         while self.running or self.waiting:
             self.abort(0)
         assert self.pool.get_num_free_blocks() == self.num_free_at_start
-        for manager in self.managers:
-            assert not manager.req_to_blocks
-            if isinstance(manager, SWAManager):
-                assert manager.snapshot().live == manager.snapshot().requests_live == 0
-                assert len(manager._held) == 0
+        check_nothing_held(self.pool, self.managers)
 
     # --- the scheduler's side --------------------------------------------------------------------
 
@@ -292,37 +290,13 @@ class PageMachine:
             if not isinstance(manager, SWAManager):
                 assert len(held) == len(blocks)
                 continue
-            first = first_visible(max(0, settled), self.setup.window) // self.setup.page_size
-            sinks = range(ceil_div(self.setup.sink_tokens, self.setup.page_size))
-            assert all(i in sinks or i >= first for i in held)
-            assert held[: len(sinks)] == list(sinks)[: len(blocks)]
-            # Grants may go beyond; they are given back at the next step.
-            if self.setup.prefill_pages is not PrefillPages.AUTO or not self.setup.caching:
-                assert manager.max_admission_blocks_per_request is not None
-                assert len(held) <= manager.max_admission_blocks_per_request
-            assert manager._held[request.request_id].live == len(held)
+            check_held(manager, request.request_id, settled)
 
     def check_counts(self) -> None:
         """What a manager counts as held now is what its tables hold."""
         for manager in self.managers:
-            if not isinstance(manager, SWAManager):
-                continue
-            held = [
-                [not block.is_null for block in blocks]
-                for blocks in manager.req_to_blocks.values()
-                if blocks
-            ]
-            num_sinks = ceil_div(self.setup.sink_tokens, self.setup.page_size)
-            ahead = self.setup.spare_tokens + self.setup.num_lookahead
-            decoding = manager._pages.max_survivors + ceil_div(ahead, self.setup.page_size)
-            behind = [sum(pages[num_sinks:]) for pages in held]
-            assert manager.max_admission_blocks_per_request is not None
-            counts = manager.snapshot()
-            assert counts.live_sink == sum(sum(pages[:num_sinks]) for pages in held)
-            assert counts.live_window == sum(min(n, decoding) for n in behind)
-            assert counts.live_prefill == sum(max(0, n - decoding) for n in behind)
-            assert counts.requests_live == len(held)
-            assert counts.reserved == len(held) * manager.max_admission_blocks_per_request
+            if isinstance(manager, SWAManager):
+                check_counts(manager)
 
     # --- the worker's side -----------------------------------------------------------------------
 

@@ -8,6 +8,7 @@ import os
 import random
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -26,6 +27,8 @@ from swa_backend.config import PrefillPages
 from swa_backend.pages import WindowPages
 from swa_vllm.kv_manager import SWAManager
 from wheel_sources import official_sources
+
+Record = Callable[[str, object], None]
 
 STEPS = 50
 NUM_WALKS = int(os.environ.get("SWA_TEST_WALKS", "2000"))
@@ -90,7 +93,9 @@ def _registered() -> None:
 actions = st.binary(min_size=3 * STEPS, max_size=3 * STEPS)
 
 
-def _check_walks(num_walks: int) -> None:
+def _check_walks(num_walks: int, record: Record) -> None:
+    happened = Counter[str]()
+
     @settings(
         max_examples=num_walks,
         deadline=None,
@@ -99,18 +104,23 @@ def _check_walks(num_walks: int) -> None:
     )
     @given(setups, actions)
     def check(setup: Setup, choices: bytes) -> None:
-        walk(setup, choices)
+        happened["steps"] += walk(setup, choices).num_steps
+        happened["walks"] += 1
 
     check()
+    for name, number in happened.items():
+        record(f"summary: state machine, {name}", number)
 
 
-def test_no_visible_page_is_lost_and_no_dead_one_kept() -> None:
-    _check_walks(NUM_WALKS)
+def test_no_visible_page_is_lost_and_no_dead_one_kept(record_property: Record) -> None:
+    _check_walks(NUM_WALKS, record_property)
 
 
 @pytest.mark.full
-def test_no_visible_page_is_lost_and_no_dead_one_kept_in_many_walks() -> None:
-    _check_walks(20_000)
+def test_no_visible_page_is_lost_and_no_dead_one_kept_in_many_walks(
+    record_property: Record,
+) -> None:
+    _check_walks(20_000, record_property)
 
 
 def test_walks_pass_on_vllm_0_33() -> None:

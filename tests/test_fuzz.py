@@ -1,0 +1,142 @@
+"""Random configurations and requests: the real engine against a dense model.
+
+One case takes about a second. ``SWA_TEST_SEED`` is the first seed, for cases that nobody ran yet.
+"""
+
+import gc
+import os
+import traceback
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+from vllm.platforms.cpu import CpuPlatform
+
+from conftest import EngineFactory, ModelFactory
+from engine_tools import generate
+from fuzz_cases import Case, random_case
+from fuzz_run import Run, measure
+from swa_vllm.backend_cpu import SWACPUImpl
+from swa_vllm.kv_manager import SWAManager
+from swa_vllm.sinks import SinkCopies
+from tiny_models import SLIDING, random_prompts, save_tiny_model
+
+FIRST_SEED = int(os.environ.get("SWA_TEST_SEED", "0"))
+SEEDS = [range(FIRST_SEED + first, FIRST_SEED + first + 20) for first in (0, 20)]
+MANY_SEEDS = [range(FIRST_SEED + first, FIRST_SEED + first + 50) for first in range(40, 2040, 50)]
+EVENTS = ("aborts", "preemptions", "prefix hits", "pages freed by a window", "skipped pages")
+MIN_TOKENS = 30  # that make an average
+# Cases that failed once, as they were printed.
+REGRESSIONS: dict[str, dict[str, Any]] = {}
+
+Record = Callable[[str, object], None]
+
+
+@pytest.fixture(scope="module")
+def quick_engine(engine: EngineFactory, tiny_model: ModelFactory) -> Iterator[EngineFactory]:
+    """Engines that start in a third of a second.
+
+    Otherwise each start and stop lets the garbage collector look at all that was ever imported,
+    several times, and vLLM look for kernels in all modules.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        search = CpuPlatform.register_triton_kernel_overrides
+        patch.setattr(CpuPlatform, "register_triton_kernel_overrides", staticmethod(cache(search)))
+        generate(engine(tiny_model(**SLIDING)), random_prompts([8]), num_tokens=2)
+        engine.stop()  # type: ignore[attr-defined]
+        gc.freeze()
+        patch.setattr(gc, "freeze", lambda: None)
+        patch.setattr(gc, "unfreeze", lambda: None)
+        yield engine
+        engine.stop()  # type: ignore[attr-defined]
+    gc.unfreeze()
+
+
+def _check(case: Case, engine: EngineFactory, directory: Path) -> Counter[str]:
+    model = save_tiny_model(directory, **case.checkpoint)
+    run = Run(case, engine(model, **case.engine))
+    errors = measure(case, model, run.serve())
+    # The engine is no further from the exact result than another sound implementation.
+    assert max(errors.largest, errors.choice) <= errors.largest_noise, errors
+    if errors.num_tokens >= MIN_TOKENS:
+        assert errors.usual <= 2 * errors.usual_noise, errors
+    return run.happened
+
+
+def _check_all(
+    cases: Iterable[tuple[object, Case]], engine: EngineFactory, tmp_path: Path, record: Record
+) -> Counter[str]:
+    """Run all cases, whether or not some fail; returns what happened in them."""
+    happened, failures = Counter[str](), []
+    for name, case in cases:
+        try:
+            happened += _check(case, engine, tmp_path / str(name))
+        except Exception:
+            failures.append(f"{traceback.format_exc()}case {name}: {case!r}\n")
+            engine.stop()  # type: ignore[attr-defined]
+        happened["configurations"] += 1
+    for event in ("configurations", "requests", "steps", "preemptions"):
+        record(f"summary: fuzz, {event}", happened[event])
+    assert not failures, f"{len(failures)} failed\n" + "\n".join(failures)
+    return happened
+
+
+def _check_seeds(
+    seeds: range, engine: EngineFactory, tmp_path: Path, record_property: Record
+) -> None:
+    cases = ((seed, random_case(seed)) for seed in seeds)
+    happened = _check_all(cases, engine, tmp_path, record_property)
+    assert all(happened[event] > 0 for event in EVENTS), happened
+
+
+@pytest.mark.parametrize("seeds", SEEDS, ids=str)
+def test_engine_equals_a_dense_model(
+    seeds: range, quick_engine: EngineFactory, tmp_path: Path, record_property: Record
+) -> None:
+    _check_seeds(seeds, quick_engine, tmp_path, record_property)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("seeds", MANY_SEEDS, ids=str)
+def test_engine_equals_a_dense_model_in_many_cases(
+    seeds: range, quick_engine: EngineFactory, tmp_path: Path, record_property: Record
+) -> None:
+    _check_seeds(seeds, quick_engine, tmp_path, record_property)
+
+
+def _see_one_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    init = SWACPUImpl.__init__
+
+    def init_wrongly(self: SWACPUImpl, *args: Any, **kwargs: Any) -> None:
+        init(self, *args, **kwargs)
+        self.sliding_window += 1
+
+    monkeypatch.setattr(SWACPUImpl, "__init__", init_wrongly)
+
+
+def _free_one_token_early(monkeypatch: pytest.MonkeyPatch) -> None:
+    skipped = SWAManager.get_num_skipped_tokens
+    monkeypatch.setattr(SWAManager, "get_num_skipped_tokens", lambda s, n: skipped(s, n + 1))
+
+
+def _see_no_sinks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(SinkCopies, "copy", lambda self, kv_cache, pages: None)
+
+
+@pytest.mark.parametrize(
+    ("break_it", "seed"), [(_see_one_more, 3), (_free_one_token_early, 7), (_see_no_sinks, 3)]
+)
+def test_mistakes_are_caught(
+    break_it: Callable[[pytest.MonkeyPatch], None],
+    seed: int,
+    quick_engine: EngineFactory,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    break_it(monkeypatch)
+    with pytest.raises((AssertionError, RuntimeError)):
+        _check(random_case(seed), quick_engine, tmp_path)
+    quick_engine.stop()  # type: ignore[attr-defined]
