@@ -11,7 +11,7 @@ import json
 import random
 import time
 from collections import Counter
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from dataclasses import dataclass, field
 from statistics import median
 from typing import Any
@@ -136,8 +136,10 @@ async def _run(url: str, server_pid: int, seconds: float) -> Soak:
                 await _send(http, make_ask(index), soak)
 
         watch = asyncio.create_task(_watch(http, server_pid, soak.samples))
-        await asyncio.gather(*(client() for _ in range(NUM_CLIENTS)))
-        watch.cancel()
+        try:
+            await asyncio.gather(*(client() for _ in range(NUM_CLIENTS)))
+        finally:
+            watch.cancel()
         with contextlib.suppress(asyncio.CancelledError):
             await watch
     return soak
@@ -155,18 +157,19 @@ async def _send(http: httpx.AsyncClient, ask: Ask, soak: Soak) -> None:
         tokens = response.json()["choices"][0]["token_ids"]
     else:
         tokens = []
-        async for new in _stream(http, ask):
-            tokens += new
-            if ask.leaves_after is not None and len(tokens) >= ask.leaves_after:
-                soak.ends["disconnected"] += 1
-                return
+        async with contextlib.aclosing(_stream(http, ask)) as stream:
+            async for new in stream:
+                tokens += new
+                if ask.leaves_after is not None and len(tokens) >= ask.leaves_after:
+                    soak.ends["disconnected"] += 1
+                    return
     assert len(tokens) == ask.num_tokens
     soak.ends["finished"] += 1
     soak.finished.append((ask, tokens))
 
 
-async def _stream(http: httpx.AsyncClient, ask: Ask) -> AsyncIterator[list[int]]:
-    """New tokens as they come; the connection ends with the iteration."""
+async def _stream(http: httpx.AsyncClient, ask: Ask) -> AsyncGenerator[list[int], None]:
+    """New tokens as they come; closed, it closes the connection."""
     async with http.stream("POST", "/v1/completions", json=ask.body) as response:
         response.raise_for_status()
         async for line in response.aiter_lines():

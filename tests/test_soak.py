@@ -79,14 +79,14 @@ class Verdict:
 
     Attributes:
         replayed: asked for again on the quiet server.
-        scored: compared with the dense oracle: those that differed, and some of the others.
-        ties: differed where the oracle's best tokens are as likely, within fp32 noise.
-        wrong: are not the oracle's.
+        differed: had other tokens than the first time.
+        scored: compared with the dense oracle: both answers of those, and some of the others.
+        wrong: have a token that is not the oracle's best, ties within its fp32 noise aside.
     """
 
     replayed: int
+    differed: int
     scored: int
-    ties: int
     wrong: int
 
 
@@ -102,7 +102,7 @@ def _judge(url: str, model: Path, soak: Soak, num_replayed: int, num_scored: int
         expected = score.logprobs[len(ask.prompt) - 1 : -1]
         given = expected.gather(1, torch.tensor(tokens)[:, None])[:, 0]
         wrong += bool((expected.max(dim=-1).values - given).max() > score.noise)
-    return Verdict(len(replayed), len(chosen), len(differ) // 2, wrong)
+    return Verdict(len(replayed), len(differ) // 2, len(chosen), wrong)
 
 
 def _is_idle(url: str) -> bool:
