@@ -22,3 +22,10 @@ def gained(before: dict[str, float], after: dict[str, float]) -> dict[str, float
     assert before.keys() == after.keys()
     gains = {n: after[n] - before[n] for n in after if n.endswith("_total")}
     return {name: gain for name, gain in gains.items() if gain}
+
+
+def value(text: str, name: str) -> float:
+    """The only sample of that name."""
+    families = text_string_to_metric_families(text)
+    (found,) = (s.value for family in families for s in family.samples if s.name == name)
+    return float(found)

@@ -19,7 +19,7 @@ if (($#)); then
 else
     # Most tests keep one core busy; those of a file share engines, and so a process.
     status=0
-    stage "$bin/pytest" -n 2 --dist loadfile -m "not full and not alone" --durations=20 || status=$?
-    stage "$bin/pytest" -m "alone and not full" --durations=20 || status=$?
+    stage "$bin/pytest" -n 2 --dist loadfile -m "not full and not soak and not alone" --durations=20 || status=$?
+    stage "$bin/pytest" -m "alone and not full and not soak" --durations=20 || status=$?
     exit "$status"
 fi

@@ -114,6 +114,20 @@ def test_a_pool_too_small_for_stock_vllm_serves(
     assert [a.tokens for a in tight] == [a.tokens for a in roomy]
 
 
+def test_a_pool_too_small_names_the_length_that_fits_and_serves_it(
+    engine: EngineFactory, tiny_model: ModelFactory
+) -> None:
+    """7 pages: 96 tokens take 3 of each kind of layer, one token more takes 4."""
+    model, small = tiny_model(**MIXED), {"num_gpu_blocks_override": 8}
+    with pytest.raises(ValueError, match="estimated maximum model length is 96"):
+        engine(model, **small)
+    longest = random_prompts([66])
+    roomy = generate(engine(model), longest, num_tokens=30)
+    llm = engine(model, **small, max_model_len=-1)  # as much as fits
+    assert llm.llm_engine.vllm_config.model_config.max_model_len == 96
+    assert generate(llm, longest, num_tokens=30)[0].tokens == roomy[0].tokens
+
+
 def test_preempted_requests_start_over(engine: EngineFactory, tiny_model: ModelFactory) -> None:
     model, prompts = tiny_model(**MIXED), random_prompts([6 * WINDOW] * 4)
     common = {"max_model_len": 400, "enable_prefix_caching": False, **_options("survivors")}

@@ -1,7 +1,6 @@
 """The real engine over a real Ray cluster: two nodes at loopback addresses, one device each."""
 
 import contextlib
-import json
 import os
 import re
 import socket
@@ -25,6 +24,7 @@ from metric_tools import samples
 from quickstart import Server
 from ray_cluster.local_cluster import LocalRayCluster, local_ray_cluster
 from ray_tools import TIMEOUT_S, probe, python_with, workers
+from serve_tools import END_TIMEOUT_S, family, stream_and_kill, wait_for_end
 from swa_backend import __version__
 from test_exactness import LENGTHS, check_exact
 from tiny_models import FULL, MIXED, NUM_LAYERS, PAGE_SIZE, SLIDING, WINDOW, Oracle, random_prompts
@@ -51,7 +51,6 @@ SERVE_ARGS = [
     *("--skip-tokenizer-init", "--block-size", str(PAGE_SIZE), "--max-model-len", "512"),
 ]
 NUM_TOKENS = 24
-END_TIMEOUT_S = 60  # a second is enough on an idle machine
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -225,37 +224,16 @@ def test_killed_worker_is_an_error_and_an_end(
     )
     try:
         server.wait()
-        family = psutil.Process(server.process.pid).children(recursive=True)
-        events = _stream_and_kill(server.url, cluster)
+        processes = family(server)
+        events = stream_and_kill(server.url, lambda: workers(cluster)[1].kill())
         assert "EngineCore encountered an issue" in events[-1]["error"]["message"]
-        server.process.wait(END_TIMEOUT_S)
+        wait_for_end(server, processes)
         # Whoever notices first: the other worker, whose connection broke, or the engine's monitor.
         causes = r"Worker failed with error|RayWorkerProc rank=\S+ died unexpectedly"
         assert re.search(causes, log.read_text())
-        assert not psutil.wait_procs(family, END_TIMEOUT_S)[1]
         assert not psutil.wait_procs(workers(cluster), END_TIMEOUT_S)[1]
     finally:
         server.stop()
-
-
-def _stream_and_kill(url: str, cluster: LocalRayCluster) -> list[dict[str, Any]]:
-    """Events of a request whose second worker is killed after its third token."""
-    request = {
-        "model": "tiny",
-        "prompt": random_prompts([2 * WINDOW])[0],
-        "max_tokens": 400,
-        "ignore_eos": True,
-        "return_token_ids": True,
-        "stream": True,
-    }
-    events: list[dict[str, Any]] = []
-    with httpx.stream("POST", f"{url}/v1/completions", json=request, timeout=TIMEOUT_S) as stream:
-        for line in stream.iter_lines():
-            if line.startswith("data: {"):
-                events.append(json.loads(line.removeprefix("data: ")))
-                if len(events) == 3:
-                    workers(cluster)[1].kill()
-    return events
 
 
 def test_nodes_that_lack_the_package_or_have_another_version_are_named(

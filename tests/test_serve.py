@@ -1,11 +1,11 @@
 """`vllm serve` with the plugin over HTTP, on real weights with mixed layers."""
 
+import asyncio
 import contextlib
 import json
 import os
 import stat
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from transformers import AutoTokenizer
 from conftest import ModelFactory
 from metric_tools import gained, samples
 from quickstart import PAGE_SIZE, SERVE_ARGS, Server
+from serve_tools import TIMEOUT_S, family, has_ended, member, wait_for_end, wait_until
 from swa_backend.metrics import METRICS
 from tiny_models import MIXED, random_prompts
 
@@ -43,8 +44,14 @@ WEATHER = {
 
 
 @pytest.fixture(scope="module")
+def temporary(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the server puts its temporary files."""
+    return tmp_path_factory.mktemp("tmp")
+
+
+@pytest.fixture(scope="module")
 def server(
-    demo_model: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
+    demo_model: dict[str, Path], temporary: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Server]:
     directory = tmp_path_factory.mktemp("serve")
     model = directory / "model"
@@ -57,7 +64,10 @@ def server(
         (model / name).unlink()
     tokenizer.save_pretrained(model)
     server = Server(
-        model, directory / "log", [*SERVE_ARGS, *PARSERS, "--block-size", str(PAGE_SIZE)]
+        model,
+        directory / "log",
+        [*SERVE_ARGS, *PARSERS, "--block-size", str(PAGE_SIZE)],
+        {"TMPDIR": str(temporary)},
     )
     try:
         server.wait()
@@ -166,17 +176,9 @@ def _complete(url: str, prompt: list[int], num_tokens: int, **headers: str) -> N
     assert response.status_code == 200, response.text
 
 
-def _await(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.2)
-
-
 def _engine_files(server: Server) -> list[Path]:
     """The files that the server's engines map to count in."""
-    family = psutil.Process(server.process.pid).children(recursive=True)
-    mapped = {m.path for p in family if "EngineCore" in p.cmdline()[0] for m in p.memory_maps()}
+    mapped = {map_.path for map_ in member(server, "EngineCore").memory_maps()}
     return [Path(path) for path in mapped if path.endswith(".db") and "_swa-" in path]
 
 
@@ -214,7 +216,7 @@ def test_metrics_of_a_request_that_runs_and_of_one_that_is_aborted(url: str) -> 
         assert (now["swa_requests_live"], now["swa_pages_reserved"]) == (1, 10)
         assert now["swa_pages_live:window"] in (4, 5)
         assert now["swa_pages_live:sink"] == now["swa_pages_live:prefill"] == 0
-    _await(lambda: _scrape(url)["swa_requests_live"] == 0)
+    wait_until(lambda: _scrape(url)["swa_requests_live"] == 0)
     after = _scrape(url)
     assert after["swa_pages_reserved"] == after["swa_pages_live:window"] == 0
 
@@ -272,3 +274,32 @@ def test_metrics_of_several_api_servers_and_engines_beside_another_server(
     finally:
         server.stop()
     assert _scrape(url) == beside
+
+
+def test_sigterm_in_prefill_ends_all_once_clients_let_go(server: Server, temporary: Path) -> None:
+    """The last test of this file: it takes the server.
+
+    The engine ends at once. The HTTP server, here as in stock vLLM, waits for its clients first.
+    """
+    assert [*temporary.glob("swa-metrics-*")]
+    processes, engine = family(server), member(server, "EngineCore")
+
+    async def terminate_while_asked() -> None:
+        async with httpx.AsyncClient(base_url=server.url, timeout=TIMEOUT_S) as http:
+            # Requests for one token are all prefill.
+            bodies = [
+                {"model": "demo", "prompt": prompt, "max_tokens": 1}
+                for prompt in random_prompts([4000] * 4, seed=4000)
+            ]
+            asked = [asyncio.create_task(http.post("/v1/completions", json=b)) for b in bodies]
+            await asyncio.to_thread(wait_until, lambda: _scrape(server.url)["swa_requests_live"])
+            server.process.terminate()
+            await asyncio.to_thread(wait_until, lambda: has_ended(engine))
+            for request in asked:
+                request.cancel()
+            answers = await asyncio.gather(*asked, return_exceptions=True)
+        assert not [a for a in answers if isinstance(a, httpx.Response) and a.is_success]
+
+    asyncio.run(terminate_while_asked())
+    wait_for_end(server, processes)
+    assert not [*temporary.glob("swa-*")]
