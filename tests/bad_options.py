@@ -7,7 +7,7 @@ from pydantic import ValidationError
 
 from bad_row import Bad
 from swa_backend.config import SWAConfigError
-from tiny_models import BY_LAYER_TYPES, FULL, MIXED, SLIDING
+from tiny_models import BY_LAYER_TYPES, FULL, MIXED, ROPE, SLIDING
 
 LAYERS = "swa.full_attention_layers"
 
@@ -286,6 +286,49 @@ ENGINES = [
         "debug_poison",
         "cannot be had with --disable-hybrid-kv-cache-manager",
         "remove either",
+    ),
+    _engine(
+        "context parallelism in decodes",
+        {"tensor_parallel_size": 2, "decode_context_parallel_size": 2},
+        "decode_context_parallel_size=2",
+        "was not tested with windows",
+        "leave it at 1",
+    ),
+    _engine(
+        "context parallelism in prefill",
+        {"prefill_context_parallel_size": 2},
+        "prefill_context_parallel_size=2",
+        "was not tested with windows",
+        "leave it at 1",
+    ),
+    _engine(
+        "microbatches",
+        {"enable_dbo": True},
+        "--enable-dbo",
+        "were not tested with windows",
+        "leave them out",
+    ),
+    _engine(
+        "sinks in an fp8 cache on CPUs",
+        {"kv_cache_dtype": "fp8", "additional_config": {"swa": {"sink_tokens": 4}}},
+        "kv_cache_dtype=fp8",
+        "not tested on CPUs",
+        "remove either",
+    ),
+    _engine(
+        "shifted sinks in time and space",
+        {"additional_config": {"swa": {"sink_tokens": 4, "position_shift": True}}},
+        "position_shift in a model",
+        "RoPE has positions in time and space",
+        "remove position_shift",
+        {**SLIDING, "rope_parameters": {**ROPE["default"], "mrope_section": [8, 4, 4]}},
+    ),
+    _engine(
+        "more shifted sinks than operators have room for",
+        {"additional_config": {"swa": {"sink_tokens": 241, "position_shift": True}}},
+        "got 241",
+        "allows at most 240 sink_tokens with a head size of 32",
+        "give fewer, or remove position_shift",
     ),
     _engine(
         "poison in workers",

@@ -53,14 +53,6 @@ def _slot(monkeypatch: pytest.MonkeyPatch, model: Path) -> None:
     EngineArgs(str(model), skip_tokenizer_init=True).create_engine_config()
 
 
-def _kernels(monkeypatch: pytest.MonkeyPatch, model: Path) -> None:
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    options = {"swa": {"impl": "triton"}}
-    EngineArgs(
-        str(model), skip_tokenizer_init=True, additional_config=options
-    ).create_engine_config()
-
-
 def _ray(variables: dict[str, str], **arguments: Any) -> Situation:
     def situation(monkeypatch: pytest.MonkeyPatch, model: Path) -> None:
         envs.disable_envs_cache()
@@ -133,13 +125,6 @@ SURROUNDINGS = [
         "swa_vllm.backend_cpu.SWACPUBackend",
         "set VLLM_PLUGINS to the names of those you want",
         RuntimeError,
-    ),
-    _config(
-        "kernels on a CPU without the interpreter",
-        _kernels,
-        "does not run on cpu",
-        'or swa.impl="auto"',
-        "set TRITON_INTERPRET=1",
     ),
     _config(
         "pipeline over Ray",

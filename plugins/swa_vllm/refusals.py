@@ -102,6 +102,10 @@ def _check_sinks(vllm_config: VllmConfig) -> None:
         remedy = "remove position_shift"
     if obstacle is not None:
         raise SWAConfigError(f"swa.sink_tokens cannot be had with {obstacle}; {remedy}")
+    if options.position_shift and not uses_kernels(vllm_config):
+        from swa_vllm.position_shift import wide_head_size  # of the CPU backend alone
+
+        wide_head_size(vllm_config.model_config.get_head_size(), options.sink_tokens)
 
 
 def _check_kernels(vllm_config: VllmConfig) -> None:
