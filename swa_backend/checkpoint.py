@@ -1,6 +1,7 @@
 """A checkpoint's ``config.json`` as far as planning needs it, read without transformers."""
 
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -54,7 +55,8 @@ def read_checkpoint(path: Path) -> Checkpoint:
     Raises:
         ValueError: nothing there, not JSON, not a Qwen3, or keys that are missing or nonsense.
     """
-    file = path if path.suffix == ".json" else path / "config.json"
+    # Unlike Path.is_dir it takes what may not be looked at for a file, which cannot be read then.
+    file = path / "config.json" if os.path.isdir(path) else path
     raw = _load(file)
     text = dict(raw)
     for key in _NESTED:

@@ -184,7 +184,7 @@ CONFIG_FILES = [
 
 # What is done with a directory that this user may not enter.
 UNREADABLE = [
-    Bad("config.json", read_checkpoint, "config.json", "cannot be read: Permission", "can read"),
+    Bad("config.json", read_checkpoint, "/test_places", "cannot be read: Permission", "can read"),
     Bad(
         "text",
         lambda path: tokens_of("model", path / "text"),

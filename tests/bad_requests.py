@@ -78,7 +78,7 @@ _COMPLETIONS = [
     _completion({"prompt": [2**70]}, f"Token id {2**70}", "is out of vocabulary"),
     _completion(
         {"prompt": "word " * 20000},
-        "your prompt contains 100000 characters",
+        "your prompt contains",
         "maximum context length",
         "Please reduce the length",
         name="a prompt that is too long",

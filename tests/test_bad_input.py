@@ -20,7 +20,7 @@ from bad_options import CONFIGS, ENGINES, OPTIONS
 from bad_requests import REQUESTS
 from bad_row import Bad
 from bad_surroundings import SURROUNDINGS
-from conftest import ModelFactory
+from conftest import EngineFactory, ModelFactory
 from engine_tools import resolve_here
 from swa_backend import ops
 from swa_backend.checkpoint import read_checkpoint
@@ -122,6 +122,17 @@ def test_checkpoints(row: Bad, tiny_model: ModelFactory, tmp_path: Path) -> None
     set_up(model)
     row.given(model)
     refused(row, lambda: set_up(model))
+
+
+def test_vllm_itself_serves_a_checkpoint_that_lacks_a_projection(
+    engine: EngineFactory, tiny_model: ModelFactory, tmp_path: Path
+) -> None:
+    """Why headers are read. If this fails, vLLM has learned to refuse it."""
+    model = tmp_path / "model"
+    shutil.copytree(tiny_model(**FULL), model)
+    (damage,) = (row.given for row in CHECKPOINTS if row.name == "a projection is missing")
+    damage(model)
+    assert engine(model)
 
 
 @rows(CONFIG_FILES)
