@@ -13,6 +13,11 @@ from typing import Any
 _INDEX = "model.safetensors.index.json"
 _REMEDY = "download or copy the checkpoint again"
 _MODULE = re.compile(r"(?:^|\.)layers\.(\d+)\.((?:self_attn|mlp)\.\w+)\.")
+# Some checkpoints have these in one, as vLLM does.
+_STACKS = {
+    "self_attn.qkv_proj": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    "mlp.gate_up_proj": ("mlp.gate_proj", "mlp.up_proj"),
+}
 _ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm")
 _MLP = ("gate_proj", "up_proj", "down_proj")
 _FLOATS = ("F64", "F32", "F16", "BF16")
@@ -89,6 +94,7 @@ def _files(directory: Path) -> list[Path]:
 
 def _check_names(directory: Path, config: Any, tensors: Tensors) -> None:
     found = {(int(m[1]), m[2]) for name in tensors if (m := _MODULE.search(name))}
+    found |= {(layer, part) for layer, stack in found for part in _STACKS.get(stack, ())}
     wanted = [f"self_attn.{name}" for name in _ATTENTION]
     if config.model_type == "qwen3":
         wanted += [f"mlp.{name}" for name in _MLP]

@@ -97,7 +97,7 @@ _TRACE = [
     _range("trace", "--sink-tokens", "-1", 0),
     *(
         _says("trace", ["--prompt", text], f"--prompt {text!r}", "write numbers", "commas between")
-        for text in ("10,x", "0", "", "-4", "1e3")
+        for text in ("10,x", "0", "", "-4", "1e3", "9" * 30)
     ),
     _says("trace", ["--pool-tokens", "31"], "--pool-tokens 31", "less than two pages", "give more"),
     _says("trace", ["--block-size", str(10**9)], "--block-size 1000", "two pages", "smaller pages"),

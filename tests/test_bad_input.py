@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 from vllm.engine.arg_utils import EngineArgs
 
 import swa_vllm
-from bad_checkpoints import CHECKPOINTS, CONFIG_FILES, UNREADABLE, no_rights
+from bad_checkpoints import CHECKPOINTS, CONFIG_FILES, UNREADABLE, WEIGHTS, no_rights
 from bad_commands import COMMANDS, HERE, MODEL
 from bad_operations import OPERATIONS, arguments_of
 from bad_options import CONFIGS, ENGINES, OPTIONS
@@ -25,7 +27,7 @@ from engine_tools import resolve_here
 from swa_backend import ops
 from swa_backend.checkpoint import read_checkpoint
 from swa_vllm.tools.cli import main
-from tiny_models import FULL, SLIDING
+from tiny_models import FULL, NUM_LAYERS, SLIDING
 
 Record = Callable[[str, object], None]
 KINDS = {
@@ -179,3 +181,17 @@ def test_commands(
 def test_operations(row: Bad) -> None:
     name, changes = row.given
     refused(row, lambda: getattr(ops, name)(**arguments_of(name) | changes))
+
+
+def test_stacked_projections_are_not_missing(tiny_model: ModelFactory, tmp_path: Path) -> None:
+    """A checkpoint may have them in one, which vLLM loads too."""
+    model = tmp_path / "model"
+    shutil.copytree(tiny_model(**SLIDING), model)
+    tensors = load_file(model / WEIGHTS)
+    for layer in range(NUM_LAYERS):
+        for stack, parts in (("self_attn.qkv", "qkv"), ("mlp.gate_up", ("gate", "up"))):
+            place = f"model.layers.{layer}.{stack.partition('.')[0]}"
+            taken = [tensors.pop(f"{place}.{part}_proj.weight") for part in parts]
+            tensors[f"model.layers.{layer}.{stack}_proj.weight"] = torch.cat(taken)
+    save_file(tensors, model / WEIGHTS, metadata={"format": "pt"})
+    set_up(model)

@@ -12,7 +12,7 @@ from typing import Any
 
 from swa_backend.pages import WindowPages, ceil_div
 from swa_vllm.tools import plots
-from swa_vllm.tools.arguments import check_number, check_numbers
+from swa_vllm.tools.arguments import check_number, check_numbers, is_number
 from swa_vllm.tools.plan_plots import plot_trace
 from swa_vllm.tools.trace_text import print_trace
 
@@ -112,13 +112,10 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _prompts(text: str) -> list[int]:
-    try:
-        prompts = [int(part) for part in text.split(",")]
-    except ValueError:
-        prompts = [0]
-    if min(prompts) < 1:
+    parts = text.split(",")
+    if not all(is_number(part, 1) for part in parts):
         raise ValueError(f"--prompt {text!r}: write numbers of tokens with commas between them")
-    return prompts
+    return [int(part) for part in parts]
 
 
 def record(args: argparse.Namespace, prompts: list[int]) -> Trace:
