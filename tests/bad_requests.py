@@ -138,7 +138,9 @@ _COMPLETIONS = [
         {"allowed_token_ids": [10**9]}, "[1000000000]", "out-of-vocab", "allowed_token_ids"
     ),
     _completion({"bad_words": [""]}, "bad_words=['']", "cannot contain an empty string"),
-    _completion({"stream_options": {}}, "Stream options", "when `stream=True`", "stream_options"),
+    _completion(
+        {"stream_options": {"include_usage": True}}, "Stream options", "`stream=True`", "be defined"
+    ),
     _completion(
         {"truncate_prompt_tokens": 10**6},
         "truncate_prompt_tokens=1000000",
