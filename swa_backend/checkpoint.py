@@ -1,11 +1,13 @@
 """A checkpoint's ``config.json`` as far as planning needs it, read without transformers."""
 
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+from swa_backend.config import is_count
 from swa_backend.layers import FULL, SLIDING
 
 # Text stacks that are a plain Qwen3, by transformers' model type.
@@ -19,6 +21,7 @@ _TEXT_MODELS = (
 )
 # What a text config inside is that does not say it, by the type of the whole.
 _UNSAID = {"qwen3_asr": "qwen3"}
+_REMEDY = "give the config.json of a Qwen3"
 _NESTED = ("thinker_config", "text_config")
 # What transformers' Qwen3Config fills in.
 _DENSE_DEFAULTS = {"head_dim": 128, "sliding_window": 4096, "max_window_layers": 28}
@@ -52,7 +55,8 @@ def read_checkpoint(path: Path) -> Checkpoint:
     Raises:
         ValueError: nothing there, not JSON, not a Qwen3, or keys that are missing or nonsense.
     """
-    file = path / "config.json" if path.is_dir() else path
+    # Unlike Path.is_dir it takes what may not be looked at for a file, which cannot be read then.
+    file = path / "config.json" if os.path.isdir(path) else path
     raw = _load(file)
     text = dict(raw)
     for key in _NESTED:
@@ -64,6 +68,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
             f"{file}: model_type {raw.get('model_type')!r} is no Qwen3 that this plugin serves "
             f"with windows; its text layers must be one of {', '.join(_TEXT_MODELS)}"
         )
+    _check_types(file, text)
     text = _with_defaults({**text, "model_type": kind})
     heads, hidden = _count(file, text, "num_attention_heads"), text.get("hidden_size")
     if text.get("head_dim") is None and isinstance(hidden, int):
@@ -82,18 +87,45 @@ def read_checkpoint(path: Path) -> Checkpoint:
 
 
 def _load(file: Path) -> dict[str, Any]:
-    if not file.is_file():
+    try:
+        raw = json.loads(file.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError) as error:
         raise ValueError(
             f"{file} does not exist. Give a local directory with a config.json, or that file; of a "
             "model on the Hugging Face hub it is enough to download config.json"
-        )
-    try:
-        raw = json.loads(file.read_text())
+        ) from error
+    except OSError as error:
+        raise ValueError(
+            f"{file} cannot be read: {error.strerror}; give a config.json that this user can read"
+        ) from error
     except ValueError as error:  # JSON's and Unicode's errors
-        raise ValueError(f"{file} is not JSON: {error}") from error
+        raise ValueError(f"{file} is not JSON: {error}; {_REMEDY}") from error
     if not isinstance(raw, dict):
-        raise ValueError(f"{file} holds a JSON {type(raw).__name__}, not an object: no config.json")
+        raise ValueError(f"{file} holds a JSON {type(raw).__name__}, not an object; {_REMEDY}")
     return raw
+
+
+def _check_types(file: Path, text: dict[str, Any]) -> None:
+    """Raise for what transformers would refuse of the keys that decide about layers."""
+    for keys, fits, allowed in (
+        (("rope_parameters", "rope_scaling"), dict, "an object"),
+        (("use_sliding_window",), bool, "true or false"),
+        (("max_window_layers", "sliding_window"), int, "an integer"),
+        (("layer_types",), list, "a list of names"),
+    ):
+        for key in keys:
+            value = text.get(key)
+            names = value if isinstance(value, list) else ()
+            if value is not None and (
+                not isinstance(value, fits)
+                or (fits is int and isinstance(value, bool))
+                or not all(isinstance(name, str) for name in names)
+            ):
+                raise ValueError(_wrong(file, key, allowed, value))
+
+
+def _wrong(file: Path, key: str, allowed: str, value: object) -> str:
+    return f"{file}: {key} must be {allowed}, got {value!r}; correct it, or download the file again"
 
 
 def _with_defaults(text: dict[str, Any]) -> dict[str, Any]:
@@ -120,6 +152,6 @@ def _with_defaults(text: dict[str, Any]) -> dict[str, Any]:
 
 def _count(file: Path, text: dict[str, Any], key: str) -> int:
     value = text.get(key)
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"{file}: {key} must be an integer >= 1, got {value!r}")
+    if not is_count(value):
+        raise ValueError(_wrong(file, key, "an integer >= 1 and below 2**31", value))
     return value

@@ -1,19 +1,29 @@
 """What the operations on pages accept; shapes and dtypes only, nothing that waits for a device."""
 
+import math
+
 import torch
+
+from swa_backend.config import is_count
 
 QUERY_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 FP8_DTYPES = (torch.float8_e4m3fn, torch.float8_e5m2)
 
 
-def describe(tensor: torch.Tensor) -> str:
-    """Dtype and shape, for messages."""
+def describe(tensor: object) -> str:
+    """Dtype and shape, for messages; of what is no tensor its type."""
+    if not isinstance(tensor, torch.Tensor):
+        return f"a {type(tensor).__name__}"
     return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
+
+
+def _is_tensor(value: object) -> bool:
+    return isinstance(value, torch.Tensor)
 
 
 def check_rows(name: str, rows: torch.Tensor) -> None:
     """Raise unless ``rows`` is ``[num_tokens, heads, D]`` of a dtype that queries have."""
-    if rows.dim() != 3 or rows.dtype not in QUERY_DTYPES:
+    if not _is_tensor(rows) or rows.dim() != 3 or rows.dtype not in QUERY_DTYPES:
         raise TypeError(
             f"{name} must be float32, float16 or bfloat16 [num_tokens, heads, head_dim]; "
             f"got {describe(rows)}"
@@ -22,7 +32,7 @@ def check_rows(name: str, rows: torch.Tensor) -> None:
 
 def check_table(table: torch.Tensor, states: torch.Tensor) -> None:
     """Raise unless ``table [num_positions, R]`` can rotate ``states [num_tokens, heads, D]``."""
-    if table.dim() != 2 or table.dtype not in QUERY_DTYPES:
+    if not _is_tensor(table) or table.dim() != 2 or table.dtype not in QUERY_DTYPES:
         raise TypeError(
             "table must be float32, float16 or bfloat16 [num_positions, rotary_dim]; "
             f"got {describe(table)}"
@@ -38,7 +48,7 @@ def check_table(table: torch.Tensor, states: torch.Tensor) -> None:
 def check_cache(kv_cache: torch.Tensor, rows: torch.Tensor, name: str) -> None:
     """Raise where ``rows [num_tokens, heads, D]`` and the cache do not go together."""
     check_rows(name, rows)
-    if kv_cache.dtype != rows.dtype and kv_cache.dtype not in FP8_DTYPES:
+    if not _is_tensor(kv_cache) or kv_cache.dtype not in (rows.dtype, *FP8_DTYPES):
         raise TypeError(
             f"kv_cache must have {name}'s dtype, float8_e4m3fn or float8_e5m2; {name} is "
             f"{describe(rows)}, kv_cache {describe(kv_cache)}"
@@ -51,7 +61,7 @@ def check_cache(kv_cache: torch.Tensor, rows: torch.Tensor, name: str) -> None:
     if not rows.shape[1] or rows.shape[1] % kv_cache.shape[1]:
         raise ValueError(
             f"{name} has {rows.shape[1]} heads, which is no multiple of the cache's "
-            f"{kv_cache.shape[1]}"
+            f"{kv_cache.shape[1]}; give as many, or a multiple for queries in groups"
         )
     _, _, stride_slot, stride_dim = kv_cache.stride()
     _, _, page, size = kv_cache.shape
@@ -66,10 +76,12 @@ def check_integers(
     name: str, tensor: torch.Tensor, dtype: torch.dtype, shape: tuple[int | None, ...]
 ) -> None:
     """Raise unless ``tensor`` has this dtype and shape, where None is any size, and dense rows."""
-    fits = tensor.dim() == len(shape) and all(
-        size in (None, got) for size, got in zip(shape, tensor.shape, strict=True)
+    fits = (
+        _is_tensor(tensor)
+        and tensor.dim() == len(shape)
+        and all(size in (None, got) for size, got in zip(shape, tensor.shape, strict=True))
     )
-    if tensor.dtype != dtype or not fits:
+    if not fits or tensor.dtype != dtype:
         wanted = ", ".join("any" if size is None else str(size) for size in shape)
         raise TypeError(
             f"{name} must be {str(dtype).removeprefix('torch.')} [{wanted}]; got {describe(tensor)}"
@@ -83,7 +95,12 @@ def check_integers(
 
 def check_scratch(scratch: torch.Tensor, kv_cache: torch.Tensor) -> None:
     """Raise unless ``scratch`` is a contiguous vector of fp32 on the cache's device."""
-    if scratch.dim() != 1 or scratch.dtype != torch.float32 or not scratch.is_contiguous():
+    if (
+        not _is_tensor(scratch)
+        or scratch.dim() != 1
+        or scratch.dtype != torch.float32
+        or not scratch.is_contiguous()
+    ):
         raise TypeError(f"scratch must be contiguous float32 [any]; got {describe(scratch)}")
     check_same_device(kv_cache, "kv_cache", scratch=scratch)
 
@@ -105,8 +122,8 @@ def check_requests(
 ) -> None:
     """Raise for what no attention over pages takes; ``others`` have to be on the cache's device."""
     check_cache(kv_cache, query, "query")
-    num_reqs = seq_lens.shape[0]
     check_integers("seq_lens", seq_lens, torch.int32, (None,))
+    num_reqs = seq_lens.shape[0]
     check_integers("block_table", block_table, torch.int32, (num_reqs, None))
     if query_start_loc is not None:
         check_integers("query_start_loc", query_start_loc, torch.int32, (num_reqs + 1,))
@@ -129,25 +146,32 @@ def check_requests(
 
 def check_like(name: str, tensor: torch.Tensor | None, like: torch.Tensor, like_name: str) -> None:
     """Raise unless ``tensor`` is None or has the dtype and shape of ``like``."""
-    if tensor is not None and (tensor.shape != like.shape or tensor.dtype != like.dtype):
+    if tensor is None:
+        return
+    if not _is_tensor(tensor) or tensor.shape != like.shape or tensor.dtype != like.dtype:
         raise TypeError(f"{name} must be as {like_name}, {describe(like)}; got {describe(tensor)}")
 
 
 def check_window(window: int | None, sink_tokens: int, has_sink_query: bool) -> None:
     """Raise for a window below 1, fewer than 0 sinks, or a sink query that nothing would meet."""
-    if window is not None and window < 1:
-        raise ValueError(f"window must be at least 1, or None for full attention; got {window}")
-    if sink_tokens < 0:
-        raise ValueError(f"sink_tokens must be at least 0; got {sink_tokens}")
+    if window is not None and not is_count(window):
+        raise ValueError(
+            f"window must be an integer >= 1 and below 2**31, or None for full attention; got "
+            f"{window!r}"
+        )
+    if not is_count(sink_tokens, least=0):
+        raise ValueError(
+            f"sink_tokens must be an integer >= 0 and below 2**31; got {sink_tokens!r}"
+        )
     if has_sink_query and (window is None or not sink_tokens):
         raise ValueError("sink_query needs sink_tokens and a window: without both no key meets it")
 
 
 def check_scales(**scales: float) -> None:
-    """Raise for a scale that is not positive."""
+    """Raise for a scale that is not a positive number."""
     for name, scale in scales.items():
-        if not scale > 0:
-            raise ValueError(f"{name} must be positive, got {scale}")
+        if not isinstance(scale, int | float) or not 0 < scale < math.inf:
+            raise ValueError(f"{name} must be a positive number, got {scale!r}")
 
 
 def check_same_device(like: torch.Tensor, like_name: str, **others: torch.Tensor | None) -> None:
@@ -174,5 +198,6 @@ def check_for_kernels(head_dim: int, **rows: torch.Tensor | None) -> None:
     for name, tensor in rows.items():
         if tensor is not None and tensor.stride(-1) != 1:
             raise ValueError(
-                f"{name} must be contiguous in its last dimension; call {name}.contiguous()"
+                f"{name} must be contiguous in its last dimension, got strides {tensor.stride()}; "
+                f"call {name}.contiguous()"
             )

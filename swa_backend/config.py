@@ -6,9 +6,10 @@ nothing falls back to full attention silently.
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from difflib import get_close_matches
 from enum import StrEnum
 from functools import partial
-from typing import Any
+from typing import Any, TypeGuard
 
 OPTION_KEYS = (
     "enabled",
@@ -20,6 +21,10 @@ OPTION_KEYS = (
     "impl",
     "debug_poison",
 )
+# Of these no other plugin is known: found beside "swa", they were meant to be in it.
+_OURS_ALONE = frozenset(OPTION_KEYS) - {"enabled", "impl"}
+# Positions are int32 in kernels and in vLLM's block tables.
+MOST_TOKENS = 2**31 - 1
 USE_OPTIONS = """--additional-config '{"swa": {"window": W}}'"""
 SERVE_FULL = """--additional-config '{"swa": {"enabled": false}}'"""
 
@@ -79,6 +84,23 @@ class SWAOptions:
     debug_poison: bool = False
 
     @classmethod
+    def from_additional_config(cls, additional: object) -> "SWAOptions":
+        """Validate what vLLM has as ``--additional-config``: its ``swa`` section, if any.
+
+        Raises:
+            SWAConfigError: as :meth:`from_dict`; options that are not inside ``swa``.
+        """
+        if not isinstance(additional, Mapping):
+            return cls()
+        for key in map(str, additional):
+            if key in _OURS_ALONE or (key.lower() == "swa" and key != "swa"):
+                raise SWAConfigError(
+                    f"--additional-config has {key!r} where nothing reads it; options of windows "
+                    f'belong into an object "swa". Write {USE_OPTIONS}'
+                )
+        return cls.from_dict(additional.get("swa", {}))
+
+    @classmethod
     def from_dict(cls, raw: object) -> "SWAOptions":
         """Validate the ``swa`` section as parsed from JSON.
 
@@ -93,7 +115,8 @@ class SWAOptions:
             )
         if unknown := sorted(map(str, set(raw) - set(OPTION_KEYS))):
             raise SWAConfigError(
-                f"swa: unknown key {', '.join(unknown)}; allowed are {', '.join(OPTION_KEYS)}"
+                f"swa: unknown key {', '.join(unknown)}{_meant(unknown[0])}; allowed are "
+                f"{', '.join(OPTION_KEYS)}"
             )
         checks: dict[str, Callable[[Any], Any]] = {
             "enabled": partial(_checked_bool, "enabled"),
@@ -126,9 +149,10 @@ def parse_layers(spec: str | Iterable[int], num_layers: int) -> frozenset[int]:
             layers |= _parse_part(part.strip(), spec, num_layers)
     else:
         layers = set(spec)
+    shown = spec if isinstance(spec, str) else sorted(layers)
     if outside := sorted(i for i in layers if not 0 <= i < num_layers):
         raise SWAConfigError(
-            f"swa.full_attention_layers={spec!r}: layer {outside[0]} is out of range; "
+            f"swa.full_attention_layers={shown!r}: layer {outside[0]} is out of range; "
             f"this model has layers 0..{num_layers - 1}"
         )
     return frozenset(layers)
@@ -149,11 +173,17 @@ def _checked_choice(key: str, choices: type[StrEnum], value: object) -> StrEnum:
 
 
 def _checked_tokens(key: str, least: int, meaning: str, value: object) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+    if not is_count(value, least):
         raise SWAConfigError(
-            f"swa.{key} must be an integer >= {least} (tokens {meaning}), got {value!r}"
+            f"swa.{key} must be an integer >= {least} and below 2**31 (tokens {meaning}), got "
+            f"{value!r}"
         )
     return value
+
+
+def is_count(value: object, least: int = 1) -> TypeGuard[int]:
+    """Whether a value from JSON is a number of tokens, layers or the like; true and 4.0 are not."""
+    return isinstance(value, int) and not isinstance(value, bool) and least <= value <= MOST_TOKENS
 
 
 def _checked_layers(value: object) -> str | tuple[int, ...]:
@@ -170,17 +200,32 @@ def _checked_layers(value: object) -> str | tuple[int, ...]:
 
 
 def _parse_part(part: str, spec: str, num_layers: int) -> set[int]:
-    first, dash, last = part.partition("-")
+    kind, _, step = part.partition("every:")
+    first, last = (_index(text) for text in part.partition("-")[::2])
     if part == "none" and spec.strip() == "none":
         return set()
-    if part.startswith("every:") and part[6:].isdecimal() and int(part[6:]) >= 1:
-        step = int(part[6:])
-        return set(range(step - 1, num_layers, step))
-    if part.isdecimal():
-        return {int(part)}
-    if dash and first.isdecimal() and last.isdecimal() and int(first) <= int(last):
-        return set(range(int(first), int(last) + 1))
+    if not kind and (stride := _index(step)):
+        if stride > num_layers:
+            raise SWAConfigError(
+                f"swa.full_attention_layers={spec!r}: every:{stride} names none of this model's "
+                f'{num_layers} layers; give a smaller number, or "none"'
+            )
+        return set(range(stride - 1, num_layers, stride))
+    if (index := _index(part)) is not None:
+        return {index}
+    if first is not None and last is not None and first <= last:
+        # Both ends, so that one outside of the model is seen; never a range as long as they say.
+        return {first, last, *range(first, min(last, num_layers))}
     raise SWAConfigError(
         f"swa.full_attention_layers={spec!r}: cannot read {part!r}; write indices and ranges "
         '("0-3,27"), "every:N" (N >= 1) or "none"'
     )
+
+
+def _index(text: str) -> int | None:
+    return int(text) if text.isdecimal() and len(text) < 10 else None
+
+
+def _meant(key: str) -> str:
+    close = get_close_matches(key.lower(), OPTION_KEYS, n=1)
+    return f" (did you mean {close[0]}?)" if close else ""

@@ -7,9 +7,11 @@ from typing import Any
 from swa_backend.config import (
     SERVE_FULL,
     USE_OPTIONS,
+    Impl,
     PrefillPages,
     SWAConfigError,
     SWAOptions,
+    is_count,
     parse_layers,
 )
 
@@ -65,6 +67,11 @@ def resolve_layers(
         SWAConfigError: contradictory or ineffective settings, with the remedy.
     """
     num_layers: int = hf_config.num_hidden_layers
+    if not is_count(num_layers):
+        raise SWAConfigError(
+            f"num_hidden_layers must be an integer >= 1, got {num_layers!r}; correct the "
+            "checkpoint's config.json"
+        )
     if not options.enabled:
         if options.window is not None or options.full_attention_layers is not None:
             raise SWAConfigError(
@@ -87,6 +94,12 @@ def resolve_layers(
             )
         return _full_attention(num_layers, options)
     window = options.window if options.window is not None else _checkpoint_window(hf_config)
+    if max_model_len is not None and options.sink_tokens >= max_model_len:
+        raise SWAConfigError(
+            f"swa.sink_tokens={options.sink_tokens} is not below max_model_len {max_model_len}: "
+            "every token of every text would stay. Give fewer (4 are usual), or a longer "
+            "--max-model-len"
+        )
     return LayerPlan(
         tuple(None if i in full else window for i in range(num_layers)),
         tuple(_warnings(hf_config, window, options, hf_overrides or {}, max_model_len)),
@@ -99,6 +112,7 @@ def _full_attention(num_layers: int, options: SWAOptions) -> LayerPlan:
         for key, is_set in (
             ("sink_tokens", options.sink_tokens > 0),
             ("prefill_pages", options.prefill_pages is not PrefillPages.AUTO),
+            ("impl", options.impl is not Impl.AUTO),
             ("debug_poison", options.debug_poison),
         )
         if is_set
@@ -191,8 +205,11 @@ def _checkpoint_window(hf_config: Any) -> int:
             "or --disable-sliding-window was given. Give one with "
             f"{USE_OPTIONS}, or ask for full attention with {SERVE_FULL}"
         )
-    if isinstance(window, bool) or not isinstance(window, int) or window < 1:
-        raise SWAConfigError(f"sliding_window must be an integer >= 1, got {window!r}")
+    if not is_count(window):
+        raise SWAConfigError(
+            f"sliding_window must be an integer >= 1 and below 2**31, got {window!r}; correct the "
+            f"checkpoint's config.json, or give a window with {USE_OPTIONS}"
+        )
     return window
 
 

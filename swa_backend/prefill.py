@@ -5,7 +5,13 @@ import math
 import torch
 
 from swa_backend import reference, xformers_prefill
-from swa_backend.checks import check_for_kernels, check_like, check_requests, describe
+from swa_backend.checks import (
+    check_for_kernels,
+    check_integers,
+    check_like,
+    check_requests,
+    describe,
+)
 from swa_backend.dispatch import FORMATS, readable, resolve
 from swa_backend.kernels.device import on_device_of
 from swa_backend.kernels.plans import plan_prefill
@@ -73,6 +79,8 @@ def prefill_attention(
         key=key,
         value=value,
     )
+    # Required here, as it is not where each request has one query.
+    check_integers("query_start_loc", query_start_loc, torch.int32, (seq_lens.shape[0] + 1,))
     own_shape = (query.shape[0], kv_cache.shape[1], query.shape[2])
     if key.shape != own_shape or key.dtype != query.dtype:
         raise TypeError(

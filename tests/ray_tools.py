@@ -11,10 +11,20 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+from vllm import EngineArgs
+from vllm.config import VllmConfig
 
+import swa_vllm
 from ray_cluster.local_cluster import LocalRayCluster
 
 TIMEOUT_S = 300
+
+
+def config_on_ray(model: Path, **kwargs: Any) -> VllmConfig:
+    """The config of an engine on Ray; of two workers, unless ``kwargs`` say otherwise."""
+    swa_vllm.register()
+    args: dict[str, Any] = {"tensor_parallel_size": 2, "distributed_executor_backend": "ray"}
+    return EngineArgs(model=str(model), **{**args, **kwargs}).create_engine_config()
 
 
 def probe(

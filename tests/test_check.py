@@ -192,11 +192,6 @@ def test_a_kernel_that_is_wrong_is_not_ok(monkeypatch: pytest.MonkeyPatch) -> No
         smoke_module.smoke(smoke_module.torch.device("cpu"))
 
 
-def test_options_without_a_model(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["check", "--window", "64"]) == 1
-    assert "--window is about a model: give MODEL" in capsys.readouterr().err
-
-
 def test_a_process_that_dies_without_a_word_is_a_problem(tmp_path: Path) -> None:
     """As by an instruction that the processor lacks."""
     (tmp_path / "dies.py").write_text("import os\nos.kill(os.getpid(), 9)\n")

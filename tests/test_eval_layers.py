@@ -109,22 +109,3 @@ def test_command_slides_the_layer_that_costs_less_alone(found: dict[str, Any]) -
     assert found["additional_config"] == {"swa": expected}
     measured = {tuple(arm["sliding"]): arm["perplexity"] for arm in found["curve"]}
     assert set(measured) == {(), (0, 1), (1 - int(dearest),)}
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--budget", "1.5"], "--budget is a part of full attention's pool bytes, between 0 and 1"),
-        (["--pieces", "0"], "--pieces must be at least 1, got 0"),
-        (["--rounds", "0"], "--rounds must be at least 1, got 0"),
-        (["--window", "256"], "a window of 256 with 4 sinks is not below --length 256"),
-        (["--window", "0"], "swa.window must be an integer >= 1"),
-        (["--pieces", "34"], "the text has 34 pieces of 256 tokens and --pieces takes 34: none"),
-    ],
-)
-def test_nonsense_is_refused(
-    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    common = ["eval", "layers", str(MODEL), "--text", str(TEXT), "--length", "256"]
-    assert main([*common, "--window", "64", *arguments]) == 1
-    assert message in capsys.readouterr().err

@@ -223,40 +223,6 @@ def test_command_reports_the_pool_bytes_of_all_groups(measured: dict[str, Any]) 
     assert mixed["peak_pages"] >= mixed["pages"]
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--windows", "0"], "--windows takes integers from 1 on, separated by commas (or full)"),
-        (["--windows", "64,many"], "got 'many'"),
-        (["--sinks", "-1"], "--sinks takes integers from 0 on, separated by commas; got '-1'"),
-        (["--windows", "full", "--sinks", "4"], "has no window: sinks and full layers would have"),
-        (["--windows", "full", "--sinks", "0", "--full-attention-layers", "0"], "has no window"),
-        (["--windows", "60", "--sinks", "0,4"], "60 with 4 sinks is not below --length 64"),
-        (["--windows", "8", "--sinks", "0", "--position-shift"], "--sinks has none"),
-        (["--windows", "8", "--full-attention-layers", "9"], "this model has layers 0..3"),
-        (["--windows", "8", "--length", "9000"], "the text has 8888 tokens, less than one piece"),
-        (["--windows", "full", "--sinks", "0", "--length", "1"], "must be at least 2 tokens"),
-        (["--windows", "8", "--chunk", "0"], "--chunk must be at least 1, got 0"),
-        (["--windows", "8", "--block-size", "0"], "--block-size must be at least 1, got 0"),
-        (["--windows", "8", "--text", "nowhere"], "--text nowhere cannot be read: No such file"),
-        (["--windows", "8", "--text", str(MODEL / "model.safetensors")], "is no UTF-8"),
-        (["--windows", "8", "--plot", "a.pdf"], "ends in .png"),
-        (["--windows", "8", "--plot", "nowhere/a.png"], "the directory does not exist"),
-    ],
-)
-def test_nonsense_is_refused_before_an_engine_starts(
-    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    common = ["eval", "ppl", str(MODEL), "--text", str(TEXT), "--length", "64"]
-    assert main([*common, *arguments]) == 1
-    assert message in capsys.readouterr().err
-
-
-def test_a_model_that_is_none_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["eval", "ppl", "./nowhere", "--text", str(TEXT)]) == 1
-    assert "error: ./nowhere: " in capsys.readouterr().err
-
-
 def test_a_model_that_ignores_windows_is_refused(
     tiny_llama: Path, no_engine: Callable[[], None]
 ) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from bad_operations import arguments_of
 from swa_backend import ops, reference
 from swa_backend.kernels.device import target_of
 from swa_backend.kernels.plans import (
@@ -26,191 +27,15 @@ H100 = Target("cuda", 90, num_processors=132)
 
 
 def decode_arguments(**changes: Any) -> dict[str, Any]:
-    """Arguments of a valid ``decode_attention``: two requests, two KV heads, groups of two."""
-    arguments = {
-        "query": torch.randn(2, 4, 16),
-        "kv_cache": torch.randn(3, 2, 16, 32),
-        "block_table": torch.tensor([[0, 1], [2, 0]]).int(),
-        "seq_lens": torch.tensor([20, 7]).int(),
-        "window": 8,
-    }
-    return arguments | changes
+    return arguments_of("decode_attention") | changes
 
 
 def write_arguments(**changes: Any) -> dict[str, Any]:
-    """Arguments of a valid ``write_pages``."""
-    arguments = {
-        "key": torch.randn(2, 2, 16),
-        "value": torch.randn(2, 2, 16),
-        "kv_cache": torch.zeros(3, 2, 16, 32),
-        "slot_mapping": torch.tensor([4, 40]),
-    }
-    return arguments | changes
+    return arguments_of("write_pages") | changes
 
 
 def prefill_arguments(**changes: Any) -> dict[str, Any]:
-    """Arguments of a valid ``prefill_attention``: chunks of two tokens and of one."""
-    arguments = {
-        **decode_arguments(query=torch.randn(3, 4, 16)),
-        "key": torch.randn(3, 2, 16),
-        "value": torch.randn(3, 2, 16),
-        "query_start_loc": torch.tensor([0, 2, 3]).int(),
-    }
-    return arguments | changes
-
-
-QUERY = torch.randn(2, 4, 16)
-
-
-@pytest.mark.parametrize(
-    ("changes", "error", "message"),
-    [
-        ({"query": QUERY.double()}, TypeError, "query must be float32, float16 or bfloat16"),
-        ({"query": QUERY[0]}, TypeError, r"got float32 \[4, 16\]"),
-        (
-            {"scratch": torch.zeros(9).half()},
-            TypeError,
-            r"scratch must be contiguous float32 \[any",
-        ),
-        ({"scratch": torch.zeros(9, device="meta")}, ValueError, "scratch is on meta, kv_cache on"),
-        ({"query": QUERY.half()}, TypeError, "kv_cache must have query's dtype, float8_e4m3fn or"),
-        ({"kv_cache": torch.randn(3, 2, 16, 16)}, ValueError, r"kv_cache must be \[num_pages, num"),
-        ({"query": torch.randn(2, 3, 16)}, ValueError, "3 heads, which is no multiple of the ca"),
-        (
-            {"seq_lens": torch.tensor([20, 7])},
-            TypeError,
-            r"seq_lens must be int32 \[any\]; got int64",
-        ),
-        (
-            {"block_table": torch.zeros(3, 2).int()},
-            TypeError,
-            r"must be int32 \[2, any\]; got int32",
-        ),
-        (
-            {"query_start_loc": torch.zeros(2).int()},
-            TypeError,
-            r"query_start_loc must be int32 \[3\]",
-        ),
-        (
-            {"query": torch.randn(3, 4, 16)},
-            ValueError,
-            "got 3 queries for 2 requests: give query_st",
-        ),
-        (
-            {"out": QUERY[:1]},
-            TypeError,
-            r"out must be as query, float32 \[2, 4, 16\]; got float32 \[1",
-        ),
-        ({"sink_query": QUERY.half(), "sink_tokens": 1}, TypeError, "sink_query must be as query"),
-        ({"sink_query": QUERY}, ValueError, "sink_query needs sink_tokens and a window"),
-        ({"window": 0}, ValueError, "window must be at least 1, or None for full attention; got 0"),
-        ({"sink_tokens": -1}, ValueError, "sink_tokens must be at least 0; got -1"),
-        ({"k_scale": 0.0}, ValueError, "k_scale must be positive, got 0.0"),
-        ({"v_scale": float("nan")}, ValueError, "v_scale must be positive, got nan"),
-        (
-            {"out": torch.empty(2, 4, 16, device="meta")},
-            ValueError,
-            "out is on meta, kv_cache on cpu",
-        ),
-        (
-            {"block_table": torch.zeros(2, 2).int().T},
-            ValueError,
-            r"block_table must be contiguous in its last dimension, got strides \(1, 2\)",
-        ),
-        ({"seq_lens": torch.ones(2, 2).int()[:, 0]}, ValueError, "seq_lens must be contiguous"),
-        (
-            {"query_start_loc": torch.zeros(3, 2).int()[:, 0]},
-            ValueError,
-            "query_start_loc must be contiguous",
-        ),
-        (
-            {"kv_cache": torch.empty_strided((3, 2, 16, 32), (1, 1, 2**28, 1), device="meta")},
-            ValueError,
-            "kv_cache must have each page in one place, within 2",
-        ),
-        ({"impl": "cuda"}, ValueError, "impl must be one of auto, triton, torch; got 'cuda'"),
-        (
-            {
-                "query": torch.randn(2, 4, 24),
-                "kv_cache": torch.randn(3, 2, 16, 48),
-                "impl": "triton",
-            },
-            ValueError,
-            "a head_dim that is a power of two and at least 16, got 24",
-        ),
-        (
-            {"query": torch.randn(2, 4, 32)[..., ::2], "impl": "triton"},
-            ValueError,
-            r"query must be contiguous in its last dimension; call query.contiguous\(\)",
-        ),
-    ],
-)
-def test_decode_refuses(changes: dict[str, Any], error: type[Exception], message: str) -> None:
-    with pytest.raises(error, match=message):
-        ops.decode_attention(**decode_arguments(**changes))
-
-
-@pytest.mark.parametrize(
-    ("changes", "error", "message"),
-    [
-        ({"key": torch.randn(2, 2, 16).half()}, TypeError, "kv_cache must have key's dtype"),
-        ({"value": torch.randn(2, 2, 8)}, TypeError, r"value must be as key, float32 \[2, 2, 16\]"),
-        ({"slot_mapping": torch.zeros(2).int()}, TypeError, r"slot_mapping must be int64 \[any\]"),
-        (
-            {"slot_mapping": torch.zeros(2, 2).long()[:, 0]},
-            ValueError,
-            "slot_mapping must be contiguous",
-        ),
-        ({"slot_mapping": torch.arange(3)}, ValueError, "got 3 slots for 2 tokens of 2 heads"),
-        (
-            {"key": torch.randn(2, 4, 16), "value": torch.randn(2, 4, 16)},
-            ValueError,
-            "give at most one slot a token, and equal heads",
-        ),
-        ({"v_scale": -1.0}, ValueError, "v_scale must be positive, got -1.0"),
-    ],
-)
-def test_write_refuses(changes: dict[str, Any], error: type[Exception], message: str) -> None:
-    with pytest.raises(error, match=message):
-        ops.write_pages(**write_arguments(**changes))
-
-
-@pytest.mark.parametrize(
-    ("changes", "error", "message"),
-    [
-        (
-            {"key": torch.randn(2, 2, 16)},
-            TypeError,
-            r"query's dtype and tokens and the cache's hea",
-        ),
-        (
-            {"key": torch.randn(3, 2, 16).half()},
-            TypeError,
-            r"\[3, 2, 16\]; query is float32 \[3, 4",
-        ),
-        (
-            {"value": torch.randn(3, 1, 16)},
-            TypeError,
-            r"value must be as key, float32 \[3, 2, 16\]",
-        ),
-        ({"seq_lens": torch.tensor([20, 7])}, TypeError, r"seq_lens must be int32 \[any\]"),
-        ({"query_start_loc": torch.zeros(2).int()}, TypeError, r"must be int32 \[3\]"),
-        ({"block_table": torch.zeros(3, 2).int()}, TypeError, r"must be int32 \[2, any\]"),
-        ({"sink_query": torch.randn(3, 4, 16)}, ValueError, "sink_query needs sink_tokens"),
-        ({"window": 0}, ValueError, "window must be at least 1"),
-        ({"v_scale": 0.0}, ValueError, "v_scale must be positive"),
-        ({"out": torch.empty(3, 4, 16, device="meta")}, ValueError, "out is on meta"),
-        ({"impl": "cuda"}, ValueError, "impl must be one of auto, triton, torch, xformers; got"),
-        (
-            {"key": torch.randn(3, 2, 32)[..., ::2], "impl": "triton"},
-            ValueError,
-            "key must be contiguous in its last dimension",
-        ),
-    ],
-)
-def test_prefill_refuses(changes: dict[str, Any], error: type[Exception], message: str) -> None:
-    with pytest.raises(error, match=message):
-        ops.prefill_attention(**prefill_arguments(**changes))
+    return arguments_of("prefill_attention") | changes
 
 
 @pytest.mark.parametrize(

@@ -296,56 +296,6 @@ def test_a_plan_is_drawn(qwen3_8b: Path, tmp_path: Path) -> None:
     assert path.read_bytes().startswith(b"\x89PNG")
 
 
-@pytest.mark.parametrize(
-    ("flags", "message"),
-    [
-        (["--window", "0"], "swa.window must be an integer >= 1"),
-        ([], "no layer of this model has a window"),
-        (["--window", "64", "--full-attention-layers", "36"], "layer 36 is out of range"),
-        (["--window", "64", "--sink-tokens", "-1"], "swa.sink_tokens must be an integer >= 0"),
-        (["--window", "64", "--block-size", "0"], "--block-size must be at least 1, got 0"),
-        (["--window", "64", "--kv-memory", "lots"], "--kv-memory 'lots': write a number and a"),
-        (["--window", "64", "--kv-memory", "16"], "such as 16GiB"),
-        (["--window", "64", "--kv-memory", "1MiB"], "does not hold a single page"),
-        (["--window", "64", "--prompt", "many"], "--prompt 'many': write numbers of tokens"),
-        (["--window", "64", "--prompt", "41000"], "at most 40448: --max-model-len is 40960"),
-        (["--window", "64", "--tensor-parallel-size", "3"], "does not divide this model's 32"),
-        (["--window", "64", "--max-num-batched-tokens", "100"], "is below --max-num-seqs 256"),
-        (["--window", "64", "--plot", "plan.pdf"], "ends in .png"),
-        (
-            ["--window", "64", "--max-model-len", "400"],
-            "--output 512 tokens leave no room for a prompt",
-        ),
-        (["--window", "64", "--plot", "/nowhere/plan.png"], "the directory does not exist"),
-    ],
-)
-def test_nonsense_is_refused(
-    flags: list[str], message: str, qwen3_8b: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert main(["plan", str(qwen3_8b), *flags]) == 1
-    assert message in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        (None, "does not exist. Give a local directory"),
-        ("{", "is not JSON"),
-        ("[]", "holds a JSON list, not an object"),
-        (json.dumps({"model_type": "llama"}), "model_type 'llama' is no Qwen3"),
-        (json.dumps({**QWEN3_8B, "num_hidden_layers": 0}), "num_hidden_layers must be an integer"),
-        (json.dumps({**QWEN3_8B, "torch_dtype": None}), "give --dtype"),
-    ],
-)
-def test_what_is_no_qwen3_is_refused(
-    text: str | None, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    if text is not None:
-        (tmp_path / "config.json").write_text(text)
-    assert main(["plan", str(tmp_path), "--window", "64"]) == 1
-    assert message in capsys.readouterr().err
-
-
 @pytest.mark.parametrize("name", ["plan", "check", "trace"])
 def test_help_has_an_example(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as status:

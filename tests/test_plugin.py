@@ -7,12 +7,11 @@ from typing import Any
 import pytest
 from vllm import ModelRegistry
 from vllm.model_executor.models import qwen3 as stock
-from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
+from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
 import swa_vllm
 from conftest import EngineFactory, ModelFactory
 from engine_tools import attention_layers, describe, generate
-from swa_backend.config import SWAConfigError
 from swa_vllm import registration
 from tiny_models import BY_LAYER_TYPES, FULL, MIXED, SLIDING, WINDOW, random_prompts
 
@@ -62,56 +61,6 @@ def test_start_up_logs_one_table(
     ]
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"swa": {"windows": 4}}, "unknown key windows"),
-        ({"swa": {"window": 0}}, "must be an integer >= 1"),
-        ({"swa": {"window": 64, "full_attention_layers": "9"}}, "out of range"),
-        ({"swa": {"impl": "cuda"}}, "impl must be one of"),
-    ],
-)
-def test_bad_options_stop_the_engine_before_weights(
-    engine: EngineFactory,
-    tiny_model: ModelFactory,
-    tmp_path: Path,
-    options: dict[str, Any],
-    message: str,
-) -> None:
-    no_weights = tmp_path / "no_weights"
-    no_weights.mkdir()
-    (no_weights / "config.json").write_bytes((tiny_model(**FULL) / "config.json").read_bytes())
-    with pytest.raises(SWAConfigError, match=message):
-        engine(no_weights, additional_config=options)
-
-
-@pytest.mark.parametrize(
-    ("kwargs", "message"),
-    [
-        ({"hf_overrides": {"use_sliding_window": True, "sliding_window": 8}}, "has no effect"),
-        ({"hf_overrides": {"is_causal": False}, "window": 8}, "is_causal=false"),
-        (
-            {"hf_overrides": {"dual_chunk_attention_config": {"chunk_size": 8}}, "window": 8},
-            "dual_chunk_attention_config",
-        ),
-    ],
-)
-def test_overrides_that_cannot_have_a_window_are_refused(
-    engine: EngineFactory, tiny_model: ModelFactory, kwargs: dict[str, Any], message: str
-) -> None:
-    window = kwargs.pop("window", None)
-    options = {"window": window} if window else {}
-    with pytest.raises((SWAConfigError, ValueError), match=message):
-        engine(tiny_model(**FULL), additional_config={"swa": options}, **kwargs)
-
-
-def test_disabled_sliding_window_asks_for_a_decision(
-    engine: EngineFactory, tiny_model: ModelFactory
-) -> None:
-    with pytest.raises(SWAConfigError, match="--disable-sliding-window was given"):
-        engine(tiny_model(**MIXED), disable_sliding_window=True, max_model_len=WINDOW)
-
-
 @pytest.mark.parametrize("checkpoint", [MIXED, SLIDING], ids=["mixed", "sliding"])
 def test_enabled_false_serves_full_attention(
     engine: EngineFactory, tiny_model: ModelFactory, checkpoint: dict[str, Any]
@@ -157,16 +106,6 @@ def test_another_plugins_qwen3_is_left_alone_but_for_windows(
     assert llm.apply_model(lambda model: isinstance(model, OtherQwen3)) == [True]
     with pytest.raises(RuntimeError, match=r"test_plugin:OtherQwen3.*swa_vllm.models.qwen3"):
         engine(tiny_model(**MIXED, made_for="guard"), seed=3)
-
-
-def test_another_plugins_backend_is_named(
-    clean_registries: pytest.MonkeyPatch, engine: EngineFactory, tiny_model: ModelFactory
-) -> None:
-    register_backend(AttentionBackendEnum.CUSTOM, "other_plugin.Backend")
-    swa_vllm.register()
-    assert AttentionBackendEnum.CUSTOM.get_path() == "other_plugin.Backend"
-    with pytest.raises(RuntimeError, match=r"other_plugin.Backend.*swa_vllm.backend_cpu"):
-        engine(tiny_model(**MIXED, made_for="slot"), seed=4)
 
 
 @pytest.mark.parametrize("name", ["full", "llama"])

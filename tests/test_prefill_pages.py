@@ -161,38 +161,10 @@ def test_null_page_is_poisoned(engine: EngineFactory, tiny_model: ModelFactory) 
     assert all(layer.kv_cache[0].isnan().all() for layer in attention_layers(llm))
 
 
-@pytest.mark.parametrize(
-    ("checkpoint", "kwargs", "message"),
-    [
-        (
-            MIXED,
-            {"disable_hybrid_kv_cache_manager": True, **_options("survivors")},
-            "survivors.*--disable-hybrid-kv-cache-manager leaves pages to vLLM",
-        ),
-        (
-            MIXED,
-            {"disable_hybrid_kv_cache_manager": True, **_options("auto", debug_poison=True)},
-            "debug_poison cannot be had with --disable-hybrid-kv-cache-manager",
-        ),
-        (
-            SLIDING,
-            {"kv_transfer_config": {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}},
-            "KV connectors and KV cache offloading",
-        ),
-        (SLIDING, {"kv_offloading_size": 1}, "KV connectors and KV cache offloading"),
-        (FULL, _options("survivors"), "prefill_pages would have no effect: no layer has a window"),
-        (FULL, _options("auto", debug_poison=True), "debug_poison would have no effect"),
-    ],
-)
-def test_refused_by_name(
-    engine: EngineFactory,
-    tiny_model: ModelFactory,
-    checkpoint: dict[str, Any],
-    kwargs: dict[str, Any],
-    message: str,
-) -> None:
-    with pytest.raises((SWAConfigError, ValueError), match=message):
-        engine(tiny_model(**checkpoint), **kwargs)
+def test_offloading_is_refused(engine: EngineFactory, tiny_model: ModelFactory) -> None:
+    """By the model: vLLM makes a connector of it only after the plugin has seen the config."""
+    with pytest.raises(SWAConfigError, match="KV connectors and KV cache offloading"):
+        engine(tiny_model(**SLIDING), kv_offloading_size=1)
 
 
 def test_poison_refuses_an_engine_in_another_process(
@@ -223,24 +195,6 @@ def _config(tiny_model: ModelFactory, **options: Any) -> VllmConfig:
     ).create_engine_config()
 
 
-@pytest.mark.parametrize(
-    "kind", ["pipeline_parallel", "decode_context_parallel", "prefill_context_parallel"]
-)
-def test_untested_parallelism_is_refused(kind: str, tiny_model: ModelFactory) -> None:
-    config = _config(tiny_model)
-    check_servable(config)
-    setattr(config.parallel_config, f"{kind}_size", 2)
-    with pytest.raises(SWAConfigError, match=f"{kind}_size=2 was not tested with windows"):
-        check_servable(config)
-
-
-def test_microbatches_are_refused(tiny_model: ModelFactory) -> None:
-    config = _config(tiny_model)
-    config.parallel_config.enable_dbo = True
-    with pytest.raises(SWAConfigError, match="were not tested with windows; leave them"):
-        check_servable(config)
-
-
 def test_other_systems_are_refused(
     tiny_model: ModelFactory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -263,5 +217,5 @@ def test_no_gpu_backend_stores_every_page(
     ]
     monkeypatch.setattr(attention, "windowed_backend", lambda _: None)
     assert pages("auto") == pages("all") == "all"
-    with pytest.raises(SWAConfigError, match="reads a chunk's keys from pages"):
+    with pytest.raises(ValueError, match="reads a chunk's keys from pages"):
         pages("survivors")

@@ -11,8 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from vllm import EngineArgs, envs, platforms
-from vllm.config import VllmConfig
+from vllm import platforms
 from vllm.utils.import_utils import resolve_obj_by_qualname
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
@@ -21,6 +20,7 @@ from conftest import EngineFactory, ModelFactory
 from engine_tools import generate
 from ray_cluster import run_local
 from ray_cluster.local_cluster import ClusterError, LocalRayCluster
+from ray_tools import config_on_ray
 from swa_backend import __version__
 from swa_vllm.backend_cpu import SWACPUBackend
 from swa_vllm.platform import RayCpuPlatform
@@ -32,12 +32,6 @@ from tiny_models import FULL, MIXED, SLIDING, Oracle, random_prompts
 ROOT = Path(__file__).parents[1]
 PLAIN_ATTENTION = SimpleNamespace(use_mla=False, use_sparse=False)
 HERE = Installation(__version__)
-
-
-def config_on_ray(model: Path, **kwargs: Any) -> VllmConfig:
-    swa_vllm.register()
-    args: dict[str, Any] = {"tensor_parallel_size": 2, "distributed_executor_backend": "ray"}
-    return EngineArgs(model=str(model), **{**args, **kwargs}).create_engine_config()
 
 
 @pytest.mark.parametrize("value", [None, "", "0", "true"])
@@ -136,33 +130,6 @@ def test_sliding_model_has_its_nodes_checked(by_options: bool, tiny_model: Model
     )
     assert config.parallel_config.distributed_executor_backend is NodeCheckingRayExecutor
     assert config.parallel_config.use_ray
-
-
-def test_pipeline_over_ray_is_refused_before_a_worker_starts(tiny_model: ModelFactory) -> None:
-    with pytest.raises(ValueError, match="pipeline_parallel_size=2 was not tested with windows"):
-        config_on_ray(tiny_model(**MIXED), tensor_parallel_size=1, pipeline_parallel_size=2)
-
-
-def test_old_executor_is_refused(tiny_model: ModelFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    envs.disable_envs_cache()  # an engine of another test may have filled it
-    monkeypatch.setenv("VLLM_USE_RAY_V2_EXECUTOR_BACKEND", "0")
-    with pytest.raises(
-        ValueError, match=r"RayDistributedExecutor was not tested .* unset VLLM_USE"
-    ):
-        config_on_ray(tiny_model(**MIXED))
-
-
-def test_data_parallel_over_ray_with_other_workers_is_refused(tiny_model: ModelFactory) -> None:
-    message = "over Ray with --distributed-executor-backend mp starts workers on nodes that nobody"
-    with pytest.raises(ValueError, match=message):
-        config_on_ray(
-            tiny_model(**SLIDING),
-            tensor_parallel_size=1,
-            data_parallel_size=2,
-            data_parallel_backend="ray",
-            data_parallel_address="127.0.0.1",
-            distributed_executor_backend="mp",
-        )
 
 
 def test_nodes_with_the_same_version_pass() -> None:

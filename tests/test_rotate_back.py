@@ -104,27 +104,6 @@ def test_mutant_is_caught(mutant: Mutant, monkeypatch: pytest.MonkeyPatch, tmp_p
 STATES, TABLE = torch.randn(2, 3, 16), Case().table
 
 
-@pytest.mark.parametrize(
-    ("changes", "error", "message"),
-    [
-        ({"states": STATES.double()}, TypeError, "states must be float32, float16 or bfloat16"),
-        ({"distances": torch.zeros(2)}, TypeError, r"distances must be int64 \[2\]; got float32"),
-        ({"distances": torch.zeros(3).long()}, TypeError, r"int64 \[2\]; got int64 \[3\]"),
-        ({"table": TABLE.long()}, TypeError, r"table must be float32, .* got int64 \[100, 16\]"),
-        ({"table": TABLE[:, :15]}, ValueError, "an even number of columns up to states' head_dim"),
-        ({"table": torch.ones(9, 18)}, ValueError, r"head_dim 16; got float32 \[9, 18\]"),
-        ({"table": TABLE.repeat(1, 2)[:, ::2]}, ValueError, "rows that are contiguous"),
-        ({"out": STATES[:1]}, TypeError, "out must be as states"),
-        ({"table": TABLE.to("meta")}, ValueError, "table is on meta, states on cpu; move it"),
-        ({"impl": "cuda"}, ValueError, "impl must be one of auto, triton, torch; got 'cuda'"),
-    ],
-)
-def test_refuses(changes: dict[str, Any], error: type[Exception], message: str) -> None:
-    arguments = {"states": STATES, "distances": torch.zeros(2).long(), "table": TABLE}
-    with pytest.raises(error, match=message):
-        ops.rotate_back(**{**arguments, **changes})
-
-
 @pytest.mark.parametrize("impl", ["auto", "triton"])
 def test_no_tokens(impl: str) -> None:
     none = torch.zeros(0, 3, 16)

@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import json
 import os
+import socket
 import stat
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -15,6 +16,8 @@ import psutil
 import pytest
 from transformers import AutoTokenizer
 
+from bad_requests import REQUESTS
+from bad_row import Bad
 from conftest import ModelFactory
 from metric_tools import gained, samples
 from quickstart import PAGE_SIZE, SERVE_ARGS, Server
@@ -158,12 +161,6 @@ def test_concurrent_clients_get_what_they_get_alone(url: str) -> None:
         assert list(pool.map(complete, prompts)) == alone
 
 
-def test_prompt_beyond_max_model_len_is_refused(url: str) -> None:
-    response = _post(url, "completions", prompt="word " * 5000, max_tokens=8)
-    assert response.status_code == 400
-    assert "maximum context length" in response.text
-
-
 def _scrape(url: str, engine: int = 0) -> dict[str, float]:
     response = httpx.get(f"{url}/metrics", timeout=30)
     assert response.status_code == 200
@@ -231,6 +228,66 @@ def test_metrics_are_documented_in_the_scrape_and_private_on_the_way(server: Ser
     assert {stat.S_IMODE(file.stat().st_mode) for file in files} == {0o600}
     (directory,) = {file.parent for file in files}
     assert stat.S_IMODE(directory.stat().st_mode) == 0o700
+
+
+GOOD = {"prompt": "The capital of France is", "temperature": 0, "max_tokens": 8, "logprobs": 1}
+
+
+@pytest.fixture(scope="module")
+def before(server: Server) -> tuple[Any, int]:
+    """The answer to a good request, and the length of the log, before any bad one."""
+    answer = _post(server.url, "completions", **GOOD).json()["choices"]
+    return answer, server.log_path.stat().st_size
+
+
+@pytest.mark.parametrize("row", REQUESTS, ids=[row.name for row in REQUESTS])
+def test_bad_request_is_refused(
+    row: Bad, url: str, before: Any, record_property: Callable[[str, object], None]
+) -> None:
+    record_property("summary: bad inputs", 1)
+    path, body, status = row.given
+    if isinstance(body, bytes):
+        headers = {"Content-Type": "application/json"}
+        response = httpx.post(f"{url}/v1/{path}", content=body, headers=headers, timeout=60)
+    elif path == "completions":
+        response = _post(url, path, **{**GOOD, **body})
+    else:
+        messages = [{"role": "user", "content": "Hello"}]
+        response = _post(url, path, **{"messages": messages, "max_tokens": 4, **body})
+    assert response.status_code == status, response.text
+    answer = response.json()
+    row.check_text(answer["error"]["message"] if "error" in answer else answer["detail"])
+
+
+@pytest.mark.parametrize(
+    "sent",
+    [
+        b"\x00\xff\x00\xff\r\n\r\n",
+        b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n\r\n{",
+        b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: -5\r\n\r\n",
+    ],
+    ids=["no HTTP", "half of a request", "a negative length"],
+)
+def test_client_that_sends_garbage_and_leaves(sent: bytes, url: str, before: Any) -> None:
+    port = int(url.rpartition(":")[2])
+    with socket.create_connection(("127.0.0.1", port), timeout=30) as client:
+        client.sendall(sent)
+    assert httpx.get(f"{url}/health", timeout=30).is_success
+
+
+def test_server_is_unhurt_by_all_of_them(server: Server, before: tuple[Any, int]) -> None:
+    body = {"model": "demo", "prompt": "Once", "max_tokens": 3000, "stream": True, "n": 3}
+    with httpx.stream("POST", f"{server.url}/v1/completions", json=body, timeout=300) as response:
+        lines = response.iter_lines()
+        next(lines)  # and leaves
+    _await(lambda: _scrape(server.url)["swa_requests_live"] == 0)
+    now = _scrape(server.url)
+    held = ("reserved", "live:window", "live:sink", "live:prefill")
+    assert not any(now[f"swa_pages_{kind}"] for kind in held)
+    answer, log_size = before
+    assert _post(server.url, "completions", **GOOD).json()["choices"] == answer
+    log = server.log_path.read_bytes()[log_size:].decode(errors="replace")
+    assert not [line for line in log.splitlines() if " ERROR " in line or "Traceback" in line]
 
 
 def test_metrics_of_several_api_servers_and_engines_beside_another_server(

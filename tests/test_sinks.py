@@ -179,52 +179,15 @@ def test_mask_and_pages_have_to_agree(
         check_exact(prompts, generate(llm, prompts), DenseQwen3(model, Sight((41,) * 4, 4)))
 
 
-@pytest.mark.parametrize(
-    ("options", "kwargs", "message"),
-    [
-        ({}, {"disable_hybrid_kv_cache_manager": True}, "--disable-hybrid-kv-cache-manager, which"),
-        ({}, {"kv_cache_dtype": "fp8"}, "kv_cache_dtype=fp8: not tested on CPUs"),
-        (
-            {"sink_tokens": 241, "position_shift": True},
-            {},
-            "at most 240 sink_tokens with a head size of 32, got 241",
-        ),
-        ({"full_attention_layers": "0-3"}, {}, "names all 4 layers"),
-        ({"window": None, "sink_tokens": 4}, {}, "sink_tokens would have no effect"),
-    ],
-)
-def test_refused_by_name(
-    options: dict[str, Any],
-    kwargs: dict[str, Any],
-    message: str,
-    engine: EngineFactory,
-    tiny_model: ModelFactory,
-) -> None:
-    wanted = {"window": 40, "sink_tokens": 4, **options}
-    wanted = {key: value for key, value in wanted.items() if value is not None}
-    with pytest.raises(SWAConfigError, match=message):
-        engine(tiny_model(**FULL), additional_config={"swa": wanted}, **kwargs)
-
-
 def test_refused_where_vllms_own_backend_serves(
     tiny_model: ModelFactory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(refusals, "windowed_backend", lambda _: None)
-    monkeypatch.setattr(attention, "windowed_backend", lambda _: None)
     config = EngineArgs(
         str(tiny_model(**FULL)), additional_config={"swa": {"window": 40, "sink_tokens": 4}}
     ).create_engine_config()
+    monkeypatch.setattr(refusals, "windowed_backend", lambda _: None)
+    monkeypatch.setattr(attention, "windowed_backend", lambda _: None)
     with pytest.raises(SWAConfigError, match="sink_tokens cannot be had with this platform"):
-        check_servable(config)
-
-
-def test_shift_is_refused_where_positions_are_of_several_kinds(tiny_model: ModelFactory) -> None:
-    rope = {**ROPE["default"], "mrope_section": [8, 4, 4]}
-    options = {"window": 40, "sink_tokens": 4, "position_shift": True}
-    config = EngineArgs(
-        str(tiny_model(**FULL, rope_parameters=rope)), additional_config={"swa": options}
-    ).create_engine_config()
-    with pytest.raises(SWAConfigError, match="positions in time and space; remove position_shift"):
         check_servable(config)
 
 

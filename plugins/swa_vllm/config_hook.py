@@ -3,6 +3,7 @@
 from vllm.config import VllmConfig
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
 
+from swa_vllm.options import layer_plan
 from swa_vllm.ray_nodes import prepare_ray
 from swa_vllm.scrape import serve_counts
 
@@ -12,10 +13,21 @@ class ConfigHook(VerifyAndUpdateConfig):
 
     @staticmethod
     def verify_and_update_config(vllm_config: VllmConfig) -> None:
-        """Have the engine's metrics served, and nodes of a Ray cluster checked.
+        """Refuse here what the model would; have metrics served, and nodes of a cluster checked.
+
+        The model checks again, in its own process, what vLLM made of the config since.
 
         Raises:
-            SWAConfigError: on Ray, what workers would refuse.
+            SWAConfigError: contradictory options, or something that windows are not served with.
+            ValueError: a local checkpoint whose weights are not what its config says.
+            RuntimeError: another plugin holds the attention backend slot.
         """
+        if not layer_plan(vllm_config).slides:
+            return
+        # It imports attention layers, which a process without windows has no need of.
+        from swa_vllm.refusals import check_local_weights, check_servable
+
+        check_servable(vllm_config)
+        check_local_weights(vllm_config)
         prepare_ray(vllm_config)
         serve_counts(vllm_config)

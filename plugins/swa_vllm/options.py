@@ -15,10 +15,7 @@ def swa_options(vllm_config: VllmConfig) -> SWAOptions:
     Raises:
         SWAConfigError: unknown keys or wrong values, with the remedy.
     """
-    additional = vllm_config.additional_config
-    return SWAOptions.from_dict(
-        additional.get("swa", {}) if isinstance(additional, Mapping) else {}
-    )
+    return SWAOptions.from_additional_config(vllm_config.additional_config)
 
 
 def layer_plan(vllm_config: VllmConfig) -> LayerPlan:

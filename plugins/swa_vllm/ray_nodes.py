@@ -10,7 +10,6 @@ from typing import Any
 from vllm.config import VllmConfig
 
 from swa_backend.config import SWAConfigError
-from swa_vllm.options import layer_plan
 
 DISTRIBUTION = "swa-backend"
 # A node answers once Ray has started a worker on it.
@@ -38,14 +37,14 @@ class Installation:
 
 
 def prepare_ray(vllm_config: VllmConfig) -> None:
-    """If a model on Ray slides: refuse here what its workers would, and have nodes checked.
+    """If a model that slides is served by Ray: have its nodes checked.
 
     Raises:
-        SWAConfigError: contradictory options, or something that windows are not served with.
+        SWAConfigError: an executor whose nodes nobody would ask.
     """
     parallel = vllm_config.parallel_config
     on_ray = "ray" in (parallel.distributed_executor_backend, parallel.data_parallel_backend)
-    if not on_ray or not layer_plan(vllm_config).slides:
+    if not on_ray:
         return
     if parallel.data_parallel_size > 1 and parallel.distributed_executor_backend != "ray":
         raise SWAConfigError(
@@ -56,9 +55,7 @@ def prepare_ray(vllm_config: VllmConfig) -> None:
     from vllm.v1.executor import Executor
 
     from swa_vllm.ray_executor import NodeCheckingRayExecutor
-    from swa_vllm.refusals import check_servable
 
-    check_servable(vllm_config)
     stock = Executor.get_class(vllm_config)
     if not issubclass(NodeCheckingRayExecutor, stock):
         raise SWAConfigError(

@@ -1,6 +1,7 @@
 """What windowed layers refuse, by name and before weights are loaded."""
 
 import sys
+from pathlib import Path
 
 import torch
 from vllm.config import VllmConfig
@@ -10,6 +11,7 @@ from vllm.v1.kv_cache_interface import is_quantized_kv_cache
 from swa_backend.config import SWAConfigError
 from swa_backend.kernels.device import target_of
 from swa_backend.kernels.plans import Target
+from swa_backend.weights import check_weights
 from swa_vllm.attention import prefill_pages, uses_kernels, windowed_backend
 from swa_vllm.backend_triton import FP8_DTYPES
 from swa_vllm.options import swa_options, text_config, wants_windows_decided
@@ -45,6 +47,13 @@ def check_servable(vllm_config: VllmConfig) -> None:
         check_poison_possible(vllm_config)
 
 
+def check_local_weights(vllm_config: VllmConfig) -> None:
+    """Raise ValueError for a local checkpoint whose files are not what its config says."""
+    directory = Path(vllm_config.model_config.model)
+    if directory.is_dir() and vllm_config.load_config.load_format in ("auto", "safetensors"):
+        check_weights(directory, text_config(vllm_config))
+
+
 def check_part(vllm_config: VllmConfig, prefix: str) -> None:
     """Refuse windows in a Qwen3 that is the part ``prefix`` of a model, or drafts for one."""
     if wants_windows_decided(vllm_config):
@@ -56,6 +65,12 @@ def check_part(vllm_config: VllmConfig, prefix: str) -> None:
 
 def _check_model(vllm_config: VllmConfig) -> None:
     config = text_config(vllm_config)
+    if config.num_attention_heads % config.num_key_value_heads:
+        raise SWAConfigError(
+            f"num_attention_heads={config.num_attention_heads} is no multiple of "
+            f"num_key_value_heads={config.num_key_value_heads}; correct the checkpoint's "
+            "config.json"
+        )
     if not getattr(config, "is_causal", True):
         raise SWAConfigError(
             "is_causal=false (bidirectional attention) cannot have a window; remove the window "
@@ -87,6 +102,10 @@ def _check_sinks(vllm_config: VllmConfig) -> None:
         remedy = "remove position_shift"
     if obstacle is not None:
         raise SWAConfigError(f"swa.sink_tokens cannot be had with {obstacle}; {remedy}")
+    if options.position_shift and not uses_kernels(vllm_config):
+        from swa_vllm.position_shift import wide_head_size  # of the CPU backend alone
+
+        wide_head_size(vllm_config.model_config.get_head_size(), options.sink_tokens)
 
 
 def _check_kernels(vllm_config: VllmConfig) -> None:

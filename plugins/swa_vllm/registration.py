@@ -93,8 +93,15 @@ def untested_reason() -> str:
     """Why an untested vLLM refuses a windowed model, and what to do."""
     return (
         f"swa_vllm was tested with vLLM {' and '.join(TESTED_VERSIONS)}; this is "
-        f"{vllm_version()}. Install one of those, or set {ALLOW_UNTESTED}=1 to try this one"
+        f"{vllm_version()}. Install one of those, or {try_untested()}"
     )
+
+
+def try_untested() -> str:
+    """How to try an untested vLLM all the same."""
+    value = os.environ.get(ALLOW_UNTESTED)
+    here = "" if value is None else f" (here it is {value!r})"
+    return f"set {ALLOW_UNTESTED}=1{here} to try this one"
 
 
 def registered_class(architecture: str) -> str | None:

@@ -17,7 +17,6 @@ from prometheus_client.multiprocess import MultiProcessCollector
 from prometheus_client.registry import Collector
 from vllm.config import VllmConfig
 
-from swa_backend.config import SWAConfigError
 from swa_backend.metrics import METRICS, PageCounts
 from swa_vllm.options import layer_plan
 from swa_vllm.page_board import DIRECTORY, board_files, read_counts
@@ -47,9 +46,7 @@ class EngineCounts(Collector):
 
 
 def serve_counts(vllm_config: VllmConfig) -> None:
-    """Have the metrics of the engine that is about to be started served, if its model slides."""
-    if not _slides(vllm_config):
-        return
+    """Have the metrics of an engine that is about to be started, and whose model slides, served."""
     path = os.environ.get(_SHARED_DIRECTORY) or _collector().path
     os.environ[DIRECTORY] = path
     if vllm_config.parallel_config.data_parallel_backend == "ray":
@@ -66,17 +63,10 @@ def _collector() -> EngineCounts:
     return collector
 
 
-def _slides(vllm_config: VllmConfig) -> bool:
-    try:
-        return layer_plan(vllm_config).slides
-    except SWAConfigError:  # the model says so when it is loaded
-        return False
-
-
 def _has_managers(vllm_config: VllmConfig) -> bool:
     is_ours = vllm_config.model_config.architecture in {*PLAIN, *WINDOWED}
     keeps_groups = not vllm_config.scheduler_config.disable_hybrid_kv_cache_manager
-    return is_ours and keeps_groups and _slides(vllm_config)
+    return is_ours and keeps_groups and layer_plan(vllm_config).slides
 
 
 def _is_alive(pid: int) -> bool:

@@ -8,6 +8,7 @@ import sys
 from typing import Any
 
 from swa_vllm.sizing import Arm
+from swa_vllm.tools.arguments import check_numbers
 from swa_vllm.tools.layer import BLOCK_SIZE, Layer, make_batch, make_layer
 from swa_vllm.tools.simulate import Engine, Simulation
 from swa_vllm.tools.table import format_table
@@ -28,9 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> list[dict[str, Any]]:
     """Print a table; returns the figures."""
-    for name in ("window", "batch"):
-        if getattr(args, name) < 1:
-            raise ValueError(f"--{name} must be at least 1, got {getattr(args, name)}")
+    check_numbers(args, ("window", "batch"))
     rounds = at_least_two_rounds(args.rounds)
     contexts = (2000, 8000) if args.quick else (2000, 8000, 32000)
     cases = []

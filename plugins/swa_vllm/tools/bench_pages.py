@@ -14,6 +14,7 @@ from typing import Any
 
 from swa_backend.pages import WindowPages
 from swa_vllm.sizing import Arm
+from swa_vllm.tools.arguments import check_numbers
 from swa_vllm.tools.simulate import Engine, Outcome, simulate
 from swa_vllm.tools.table import format_table
 
@@ -90,9 +91,7 @@ def _workloads(args: argparse.Namespace) -> Iterable[Workload]:
         return _built_in(args.quick)
     if args.quick:
         raise ValueError("--quick is for the built-in workloads; remove it or --window")
-    for name in given:
-        if getattr(args, name) < 1:
-            raise ValueError(f"--{name.replace('_', '-')} must be at least 1")
+    check_numbers(args, given)
     return [_own(**{name: getattr(args, name) or _OWN[name] for name in _OWN}, args=args)]
 
 
@@ -100,11 +99,17 @@ def _own(args: argparse.Namespace, **sizes: Any) -> Workload:
     longest = sizes["prompt"] + sizes["output"]
     max_model_len = sizes["max_model_len"] or longest
     if max_model_len < longest:
-        raise ValueError(f"--max-model-len {max_model_len} is below prompt + output = {longest}")
+        raise ValueError(
+            f"--max-model-len {max_model_len} is below prompt + output = {longest}; raise it to "
+            "that, or leave it out"
+        )
     if sizes["steps_in_flight"] > 2:
         raise ValueError(f"--steps-in-flight must be 1 or 2, got {sizes['steps_in_flight']}")
     if sizes["pool_tokens"] < 2 * sizes["block_size"]:
-        raise ValueError("--pool-tokens must be at least two pages")
+        raise ValueError(
+            f"--pool-tokens {sizes['pool_tokens']} is less than two pages of --block-size "
+            f"{sizes['block_size']}; give more, or smaller pages"
+        )
     engine = Engine(
         window=sizes["window"],
         block_size=sizes["block_size"],

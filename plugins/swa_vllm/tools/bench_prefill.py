@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from swa_backend.pages import WindowPages
+from swa_vllm.tools.arguments import check_number
 from swa_vllm.tools.layer import BLOCK_SIZE, SHAPES, Layer, make_batch, make_layer
 from swa_vllm.tools.table import format_table
 from swa_vllm.tools.timing import at_least_two_rounds, interleave
@@ -31,9 +32,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Print a table; returns the figures."""
     chunk = (1024 if args.quick else 2048) if args.chunk is None else args.chunk
-    for name, value in (("window", args.window), ("chunk", chunk)):
-        if value < 1:
-            raise ValueError(f"--{name} must be at least 1, got {value}")
+    check_number("window", args.window)
+    check_number("chunk", chunk)
     rounds = at_least_two_rounds(args.rounds)
     shape = args.shape or ("Qwen3-0.6B" if args.quick else "Qwen3-8B")
     longest = 4 * chunk

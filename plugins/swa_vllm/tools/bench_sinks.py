@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from swa_vllm.tools.arguments import check_numbers
 from swa_vllm.tools.layer import BLOCK_SIZE, SHAPES, Layer, make_batch, make_layer
 from swa_vllm.tools.table import format_table
 from swa_vllm.tools.timing import at_least_two_rounds, interleave
@@ -30,10 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Print a table; returns the figures."""
-    for name in ("window", "sink_tokens"):
-        if getattr(args, name) < 1:
-            flag = name.replace("_", "-")
-            raise ValueError(f"--{flag} must be at least 1, got {getattr(args, name)}")
+    check_numbers(args, ("window", "sink_tokens"))
     rounds = at_least_two_rounds(args.rounds)
     shape = args.shape or ("Qwen3-0.6B" if args.quick else "Qwen3-8B")
     context = 2 * args.window + args.sink_tokens

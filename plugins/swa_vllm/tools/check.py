@@ -1,8 +1,8 @@
 """Whether windows would be served here: versions, what vLLM resolves, device, kernels, a model.
 
 Stops at the first thing that is wrong, says what to do about it, and exits with status 1. With
-MODEL, a local directory with a config.json, it ends with what each layer would do. No weights are
-read.
+MODEL, a local directory with a config.json, it ends with what each layer would do. Of weights only
+the headers are read, where there are any.
 """
 
 import argparse

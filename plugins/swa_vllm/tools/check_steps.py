@@ -8,6 +8,8 @@ from typing import Any
 
 import swa_backend
 from swa_backend.checkpoint import read_checkpoint
+from swa_backend.weights import check_weights
+from swa_vllm.tools.arguments import told_by
 
 
 class ProblemError(Exception):
@@ -52,7 +54,7 @@ def vllm_version() -> str:
         tested = " and ".join(registration.TESTED_VERSIONS)
         raise ProblemError(
             f"{here}, and this plugin was tested with {tested}",
-            f"install one of those, or set {registration.ALLOW_UNTESTED}=1 to try this one",
+            f"install one of those, or {registration.try_untested()}",
         )
     names = (("torch",), ("triton", "pytorch-triton-rocm"), ("transformers",))
     others = [found for name in names if (found := _version_of(*name))]
@@ -156,10 +158,12 @@ def layers_of(model: str, options: dict[str, Any]) -> str:
     from swa_vllm.tools.check_model import layer_table
 
     try:
-        read_checkpoint(Path(model))
+        checkpoint = read_checkpoint(Path(model))
+        if Path(model).is_dir():
+            check_weights(Path(model), checkpoint.config)
     except ValueError as error:
-        raise ProblemError(str(error), "give the directory of a Qwen3") from error
+        raise ProblemError(str(error), "give the directory of a whole Qwen3") from error
     try:
         return layer_table(model, options)
     except (ValueError, RuntimeError) as error:
-        raise ProblemError(str(error), "see above; nothing was loaded") from error
+        raise ProblemError(told_by(error), "see above; nothing was loaded") from error

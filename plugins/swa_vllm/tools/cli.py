@@ -10,6 +10,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from swa_vllm.tools.arguments import check_output, told_by
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one sub-command; returns the exit status."""
@@ -20,6 +22,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         args = _parser(arguments).parse_args(arguments)
         # Figures alone where a program reads them.
+        if args.json not in (None, "-"):
+            check_output("--json", Path(args.json))
         with contextlib.redirect_stdout(sys.stderr if args.json == "-" else sys.stdout):
             result = args.run(args)
         if args.json is not None:
@@ -29,7 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except (ValueError, RuntimeError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {told_by(error)}", file=sys.stderr)
         return 1
     except ModuleNotFoundError as error:
         if error.name != "vllm":

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from swa_vllm.tools import plots
+from swa_vllm.tools.arguments import check_numbers
 from swa_vllm.tools.eval_ppl import Measured, measure
 from swa_vllm.tools.served import (
     FULL_ATTENTION,
@@ -132,9 +133,7 @@ def _check(args: argparse.Namespace, hf_config: Any) -> None:
         raise ValueError(
             f"--budget is a part of full attention's pool bytes, between 0 and 1; got {args.budget}"
         )
-    for name in ("pieces", "rounds"):
-        if getattr(args, name) < 1:
-            raise ValueError(f"--{name} must be at least 1, got {getattr(args, name)}")
+    check_numbers(args, ("pieces", "rounds"))
     if args.window + args.sinks >= args.length:
         raise ValueError(
             f"a window of {args.window} with {args.sinks} sinks is not below --length "

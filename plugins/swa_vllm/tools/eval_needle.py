@@ -18,6 +18,7 @@ from typing import Any
 from vllm import SamplingParams
 
 from swa_vllm.tools import plots
+from swa_vllm.tools.arguments import check_number, is_number
 from swa_vllm.tools.filler import sentences
 from swa_vllm.tools.served import (
     FULL_ATTENTION,
@@ -110,18 +111,18 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _lengths(args: argparse.Namespace) -> list[int]:
-    for name, least in (("depths", 2), ("trials", 1)):
-        if getattr(args, name) < least:
-            raise ValueError(f"--{name} must be at least {least}, got {getattr(args, name)}")
+    check_number("depths", args.depths, least=2)
+    check_number("trials", args.trials)
     lengths = []
     for text in args.lengths.split(","):
-        if not text.strip().isdecimal() or int(text) < _SHORTEST:
+        if not is_number(text, _SHORTEST):
             raise ValueError(f"--lengths takes integers from {_SHORTEST} on, got {text.strip()!r}")
         lengths.append(int(text))
     if args.window + args.sinks >= max(lengths):
         raise ValueError(
             f"a window of {args.window} with {args.sinks} sinks is not below the longest of "
-            f"--lengths, {max(lengths)}: nothing would slide"
+            f"--lengths, {max(lengths)}: nothing would slide. Give "
+            "a longer one, or a smaller window"
         )
     return lengths
 

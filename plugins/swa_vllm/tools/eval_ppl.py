@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from swa_vllm.tools import plots
+from swa_vllm.tools.arguments import is_number
 from swa_vllm.tools.served import (
     FULL_ATTENTION,
     NUM_EXTRA_TOKENS,
@@ -108,10 +109,14 @@ def arms_of(args: argparse.Namespace, hf_config: Any) -> list[Arm]:
     sinks = [_number("--sinks", s, 0) for s in args.sinks.split(",")]
     if not any(windows) and (max(sinks) > 0 or args.full_attention_layers is not None):
         raise ValueError(
-            f"--windows {args.windows} has no window: sinks and full layers would have no effect"
+            f"--windows {args.windows} has no window: sinks and full layers would have no effect. "
+            "Give a number of tokens, or --sinks 0 and no --full-attention-layers"
         )
     if args.position_shift and not max(sinks):
-        raise ValueError("--position-shift moves sinks, and --sinks has none")
+        raise ValueError(
+            f"--position-shift moves sinks, and --sinks {args.sinks} has none: give some, or leave "
+            "it out"
+        )
     arms = []
     for window in windows:
         for count in sinks if window else [0]:
@@ -127,7 +132,7 @@ def arms_of(args: argparse.Namespace, hf_config: Any) -> list[Arm]:
 
 
 def _number(flag: str, text: str, least: int) -> int:
-    if not text.strip().isdecimal() or int(text) < least:
+    if not is_number(text, least):
         allowed = f"integers from {least} on, separated by commas"
         raise ValueError(
             f"{flag} takes {allowed}{' (or full)' if least else ''}; got {text.strip()!r}"

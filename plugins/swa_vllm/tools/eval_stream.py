@@ -147,7 +147,8 @@ def _stream_of(args: argparse.Namespace, trained: int) -> Stream:
     num_tokens = times * trained if args.tokens is None else args.tokens
     if num_tokens < 2 * trained:
         raise ValueError(
-            f"--tokens must be at least twice the trained length of {trained}, got {num_tokens}"
+            f"--tokens must be at least twice the trained length of {trained}, got {num_tokens}; "
+            "give more"
         )
     text = tokens_of(args.model, args.text) if args.text else _made_up(args.model, num_tokens)
     return make_stream(text, num_tokens, trained)

@@ -28,6 +28,7 @@ from swa_vllm.sizing import (
     longest_text,
 )
 from swa_vllm.tools import plots
+from swa_vllm.tools.arguments import check_number, check_numbers
 from swa_vllm.tools.plan_plots import plot_plan
 from swa_vllm.tools.plan_report import describe, figures, need_rows, notes, pool_rows
 from swa_vllm.tools.table import format_table
@@ -38,7 +39,13 @@ EXAMPLE = (
 )
 _PROMPTS = (2000, 8000, 32000, 128000)
 _UNITS = {"KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30, "KB": 10**3, "MB": 10**6, "GB": 10**9}
-_NUMBERS = ("block_size", "tensor_parallel_size", "max_num_batched_tokens", "max_num_seqs")
+_NUMBERS = (
+    "block_size",
+    "tensor_parallel_size",
+    "max_num_batched_tokens",
+    "max_num_seqs",
+    "output",
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -129,8 +136,9 @@ def parse_size(text: str) -> int:
     Raises:
         ValueError: no number with a unit.
     """
-    found = re.fullmatch(r"(\d+(?:\.\d+)?) ?([KMG]i?B)", text)
-    if found is None or not (size := int(float(found[1]) * _UNITS[found[2]])):
+    found = re.fullmatch(r"(\d{1,18}(?:\.\d{1,18})?) ?([KMG]i?B)", text)
+    size = 0 if found is None else int(float(found[1]) * _UNITS[found[2]])
+    if not 0 < size < 2**63:
         raise ValueError(
             f"--kv-memory {text!r}: write a number and a unit ({', '.join(_UNITS)}), such as 16GiB"
         )
@@ -142,13 +150,8 @@ def _limits(args: argparse.Namespace, checkpoint: Checkpoint) -> Limits:
     if args.block_size is None:
         args.block_size = device.block_size
     max_model_len = longest_text(checkpoint) if args.max_model_len is None else args.max_model_len
-    for name, value in (
-        *((name, getattr(args, name)) for name in _NUMBERS),
-        ("max_model_len", max_model_len),
-        ("output", args.output),
-    ):
-        if value < 1:
-            raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
+    check_numbers(args, _NUMBERS)
+    check_number("max_model_len", max_model_len)
     if args.max_num_batched_tokens < args.max_num_seqs:
         raise ValueError(
             f"--max-num-batched-tokens {args.max_num_batched_tokens} is below --max-num-seqs "

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from swa_vllm.tools.arguments import check_output
+
 
 @dataclass(frozen=True)
 class HeatMap:
@@ -28,15 +30,14 @@ def check(path: Path | None) -> None:
     """Refuse what could not be drawn, before anything is measured.
 
     Raises:
-        ValueError: the name is no PNG's, or its directory does not exist.
+        ValueError: the name is no PNG's, or it cannot be written.
         RuntimeError: matplotlib is not installed.
     """
     if path is None:
         return
     if path.suffix != ".png":
         raise ValueError(f"--plot {path}: the picture is a PNG, so give a name that ends in .png")
-    if not path.absolute().parent.is_dir():
-        raise ValueError(f"--plot {path}: the directory does not exist; make it first")
+    check_output("--plot", path)
     try:
         import matplotlib  # noqa: F401
     except ImportError as error:

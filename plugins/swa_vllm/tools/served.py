@@ -16,6 +16,8 @@ from vllm.sampling_params import RequestOutputKind
 from swa_backend.config import SWAOptions
 from swa_backend.layers import LayerPlan, resolve_layers
 from swa_vllm.kv_spec import SWASpec
+from swa_vllm.sizing import MODEL_DTYPES
+from swa_vllm.tools.arguments import check_numbers
 from swa_vllm.tools.forced import FORCED_TOKENS
 
 FULL_ATTENTION: Mapping[str, Any] = {"enabled": False}
@@ -59,7 +61,9 @@ class Scored:
 def add_setup_arguments(parser: argparse.ArgumentParser) -> None:
     """Options that :func:`setup_of` reads."""
     parser.add_argument("model", metavar="MODEL", help="checkpoint: a directory or a hub's name")
-    parser.add_argument("--dtype", default="auto", help="as vLLM's (default: auto)")
+    parser.add_argument(
+        "--dtype", choices=MODEL_DTYPES, default="auto", help="as vLLM's (default: auto)"
+    )
     parser.add_argument(
         "--chunk", type=int, default=512, help="tokens of a prefill chunk (default: 512)"
     )
@@ -70,10 +74,7 @@ def setup_of(
     args: argparse.Namespace, hf_config: Any, max_model_len: int, **arguments: Any
 ) -> Setup:
     """The engines that the command line asks for, whose RoPE table reaches ``max_model_len``."""
-    for name in ("chunk", "block_size"):
-        value = getattr(args, name)
-        if value is not None and value < 1:
-            raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
+    check_numbers(args, ("chunk", "block_size"))
     if max_model_len > hf_config.max_position_embeddings:
         _check_table_can_grow(hf_config, max_model_len)
         # vLLM sizes its RoPE table from it.
@@ -100,8 +101,11 @@ def text_config(model: str) -> Any:
     """
     try:
         return AutoConfig.from_pretrained(model).get_text_config()
-    except OSError as error:
-        raise ValueError(f"{model}: {error}") from error
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"{model}: no directory with the config.json of a model, and none of the hub's that "
+            f"can be had from here; give one ({error})"
+        ) from error
 
 
 def check_options(hf_config: Any, options: Mapping[str, Any]) -> LayerPlan:

@@ -12,6 +12,7 @@ from typing import Any
 
 from swa_backend.pages import WindowPages, ceil_div
 from swa_vllm.tools import plots
+from swa_vllm.tools.arguments import check_number, check_numbers, is_number
 from swa_vllm.tools.plan_plots import plot_trace
 from swa_vllm.tools.trace_text import print_trace
 
@@ -90,12 +91,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Print the map; returns the figures."""
     plots.check(args.plot)
-    for name in (*_NUMBERS, "sink_tokens"):
-        least = 0 if name == "sink_tokens" else 1
-        if getattr(args, name) < least:
-            raise ValueError(
-                f"--{name.replace('_', '-')} must be at least {least}, got {getattr(args, name)}"
-            )
+    check_numbers(args, _NUMBERS)
+    check_number("sink_tokens", args.sink_tokens, least=0)
+    if args.pool_tokens < 2 * args.block_size:
+        raise ValueError(
+            f"--pool-tokens {args.pool_tokens} is less than two pages of --block-size "
+            f"{args.block_size}; give more, or smaller pages"
+        )
     prompts = _prompts(args.prompt)
     trace = record(args, prompts)
     title = (
@@ -110,13 +112,10 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _prompts(text: str) -> list[int]:
-    try:
-        prompts = [int(part) for part in text.split(",")]
-    except ValueError:
-        prompts = [0]
-    if min(prompts) < 1:
+    parts = text.split(",")
+    if not all(is_number(part, 1) for part in parts):
         raise ValueError(f"--prompt {text!r}: write numbers of tokens with commas between them")
-    return prompts
+    return [int(part) for part in parts]
 
 
 def record(args: argparse.Namespace, prompts: list[int]) -> Trace:
