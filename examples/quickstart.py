@@ -53,7 +53,7 @@ class Server:
         vllm = Path(sys.executable).with_name("vllm")
         address = ("--host", "127.0.0.1", "--port", str(port))
         with log_path.open("wb") as log:
-            self.process = subprocess.Popen(
+            self.process = subprocess.Popen(  # noqa: S603 (no shell; the caller's own arguments)
                 [str(vllm), "serve", str(model), *address, *args],
                 stdout=log,
                 stderr=subprocess.STDOUT,

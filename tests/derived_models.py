@@ -107,9 +107,9 @@ def save_derived(
     save_file({k: v.contiguous() for k, v in weights.items()}, directory / "model.safetensors")
     vocabulary = {f"w{i}": i for i in range(VOCAB_SIZE - len(SPECIAL))} | IDS
     PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer(WordLevel(vocabulary, unk_token="w0")),
+        tokenizer_object=Tokenizer(WordLevel(vocabulary, unk_token="w0")),  # noqa: S106 (no password)
         additional_special_tokens=list(SPECIAL),
-        pad_token="w0",
+        pad_token="w0",  # noqa: S106
     ).save_pretrained(directory)
     (directory / "preprocessor_config.json").write_text(json.dumps(PREPROCESSOR))
     return directory

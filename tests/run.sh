@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# The test command: set-up, lint, types and the whole test-suite, or with arguments what pytest makes
-# of them.
+# The test command: set-up, lint with a scan for insecure code, types, dependency audit and the whole
+# test-suite, or with arguments what pytest makes of them.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 bash examples/setup_env.sh
@@ -11,6 +11,7 @@ stage() { printf '\n== %s\n' "$*"; "$@"; }
 stage "$bin/ruff" check
 stage "$bin/ruff" format --check
 stage "$bin/mypy"
+stage "$bin/python" tests/audit.py
 for script in examples/*.sh examples/*/*.sh tests/*.sh .ci/run; do
     bash -n "$script"
 done

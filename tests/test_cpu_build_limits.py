@@ -1,9 +1,11 @@
-"""What vLLM's CPU build itself refuses or dies of, so that the README may say so."""
+"""What vLLM's CPU build itself refuses, gets wrong or dies of, so that the README may say so."""
 
 from collections.abc import Callable
 
 import pytest
+import torch
 from vllm import SamplingParams
+from vllm.lora.ops.torch_ops import bgmv_shrink
 from vllm.platforms import current_platform
 
 from conftest import EngineFactory, ModelFactory
@@ -28,3 +30,11 @@ def test_seed_of_a_prompt_in_chunks(
             engine(tiny_model(**FULL), max_num_batched_tokens=16).generate(prompt, seeded)
     finally:
         no_engine()  # it did not survive
+
+
+def test_a_request_without_adapter_gets_the_one_of_its_batch() -> None:
+    """vLLM marks it by -1, which to its CPU operators is the last adapter."""
+    inputs, weights = torch.ones(2, 4), torch.ones(1, 3, 4)
+    output = torch.zeros(2, 3)
+    bgmv_shrink(inputs, weights, output, torch.tensor([0, -1]))
+    assert output.tolist() == [[4.0] * 3] * 2

@@ -1,17 +1,11 @@
 """vLLM's features on windowed models: the same results as without them, or Hugging Face's."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
-from transformers import (
-    Qwen3ForCausalLM,
-    Qwen3ForSequenceClassification,
-    Qwen3Model,
-)
+from transformers import Qwen3ForSequenceClassification, Qwen3Model
 from vllm import SamplingParams
 from vllm.lora.request import LoRARequest
 
@@ -20,11 +14,11 @@ from engine_tools import Answer, attention_layers, describe, generate, to_answer
 from tiny_models import (
     FULL,
     MIXED,
-    NUM_LAYERS,
     SLIDING,
     WINDOW,
     Oracle,
     random_prompts,
+    save_lora,
     tiny_config,
 )
 
@@ -176,43 +170,11 @@ def test_fp8_kv_cache_can_skip_the_sliding_layers(
     assert [list(a) for a in sliding["answers"]] == stock_results["sliding"]["answers"]
 
 
-def _save_lora(directory: Path, seed: int) -> dict[str, torch.Tensor]:
-    """Write a rank-4 adapter of q_proj and v_proj; return the merged weight differences."""
-    generator = torch.Generator().manual_seed(seed)
-    config = tiny_config(**MIXED)
-    tensors, merged = {}, {}
-    for layer in range(NUM_LAYERS):
-        for name, heads in (("q_proj", 4), ("v_proj", 2)):
-            a = torch.randn(4, config.hidden_size, generator=generator) * 0.3
-            b = torch.randn(heads * config.head_dim, 4, generator=generator) * 0.3
-            module = f"model.layers.{layer}.self_attn.{name}"
-            tensors[f"base_model.model.{module}.lora_A.weight"] = a
-            tensors[f"base_model.model.{module}.lora_B.weight"] = b
-            merged[f"{module}.weight"] = b @ a
-    directory.mkdir()
-    save_file(tensors, directory / "adapter_model.safetensors")
-    adapter = {
-        "peft_type": "LORA",
-        "r": 4,
-        "lora_alpha": 4,
-        "target_modules": ["q_proj", "v_proj"],
-        "base_model_name_or_path": "tiny",
-    }
-    (directory / "adapter_config.json").write_text(json.dumps(adapter))
-    return merged
-
-
 def test_lora_equals_merged_weights(
     engine: EngineFactory, tiny_model: ModelFactory, tmp_path: Path
 ) -> None:
     model = tiny_model(**MIXED)
-    merged = _save_lora(tmp_path / "adapter", seed=1)
-    reference = Qwen3ForCausalLM.from_pretrained(model, dtype=torch.float32)
-    state = reference.state_dict()
-    for name, difference in merged.items():
-        state[name] += difference
-    reference.save_pretrained(tmp_path / "merged")
-
+    save_lora(tmp_path / "adapter", model, tmp_path / "merged")
     llm = engine(model, enable_lora=True, max_lora_rank=8)
     prompts = random_prompts(LENGTHS)
     adapter = LoRARequest("adapter", 1, str(tmp_path / "adapter"))

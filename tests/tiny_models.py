@@ -1,11 +1,13 @@
 """Random tiny Qwen3 checkpoints and their Hugging Face oracle."""
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
@@ -114,6 +116,32 @@ def save_tiny_llama(directory: Path) -> Path:
     )
     LlamaForCausalLM(config).float().save_pretrained(directory)
     return directory
+
+
+def save_lora(directory: Path, model: Path, merged: Path) -> None:
+    """Write an adapter of q_proj and v_proj, and to ``merged`` the ``model`` with it."""
+    generator = torch.Generator().manual_seed(1)
+    whole = Qwen3ForCausalLM.from_pretrained(model, dtype=torch.float32)
+    config, weights, tensors = whole.config, whole.state_dict(), {}
+    for layer in range(NUM_LAYERS):
+        for name, heads in (("q_proj", 4), ("v_proj", 2)):
+            a = torch.randn(4, config.hidden_size, generator=generator) * 0.3
+            b = torch.randn(heads * config.head_dim, 4, generator=generator) * 0.3
+            module = f"model.layers.{layer}.self_attn.{name}"
+            tensors[f"base_model.model.{module}.lora_A.weight"] = a
+            tensors[f"base_model.model.{module}.lora_B.weight"] = b
+            weights[f"{module}.weight"] += b @ a
+    whole.save_pretrained(merged)
+    directory.mkdir()
+    save_file(tensors, directory / "adapter_model.safetensors")
+    adapter = {
+        "peft_type": "LORA",
+        "r": 4,
+        "lora_alpha": 4,
+        "target_modules": ["q_proj", "v_proj"],
+        "base_model_name_or_path": "tiny",
+    }
+    (directory / "adapter_config.json").write_text(json.dumps(adapter))
 
 
 def random_prompts(lengths: Sequence[int], seed: int = 0) -> list[list[int]]:
