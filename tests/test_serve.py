@@ -6,7 +6,7 @@ import json
 import os
 import socket
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -280,7 +280,7 @@ def test_server_is_unhurt_by_all_of_them(server: Server, before: tuple[Any, int]
     with httpx.stream("POST", f"{server.url}/v1/completions", json=body, timeout=300) as response:
         lines = response.iter_lines()
         next(lines)  # and leaves
-    _await(lambda: _scrape(server.url)["swa_requests_live"] == 0)
+    wait_until(lambda: _scrape(server.url)["swa_requests_live"] == 0)
     now = _scrape(server.url)
     held = ("reserved", "live:window", "live:sink", "live:prefill")
     assert not any(now[f"swa_pages_{kind}"] for kind in held)
