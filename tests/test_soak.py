@@ -56,7 +56,9 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 
 @pytest.fixture(scope="module")
-def server(model: Path, environment: dict[str, str], tmp_path_factory: Any) -> Iterator[Server]:
+def server(
+    model: Path, environment: dict[str, str], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Server]:
     with _served(model, tmp_path_factory.mktemp("soak"), environment) as server:
         yield server
 
@@ -187,7 +189,10 @@ def error_of_killed_engine(server: Server) -> str:
 
 @pytest.fixture(scope="module")
 def successor(
-    error_of_killed_engine: str, model: Path, environment: dict[str, str], tmp_path_factory: Any
+    error_of_killed_engine: str,
+    model: Path,
+    environment: dict[str, str],
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[Server]:
     """Started by the same command as the server whose engine was killed."""
     with _served(model, tmp_path_factory.mktemp("successor"), environment) as server:
@@ -236,8 +241,10 @@ def _counts(url: str) -> dict[str, float]:
 
 @pytest.mark.full  # tests/test_ray.py kills one of Ray's by default
 def test_killed_worker_is_an_error_and_an_end(
-    model: Path, environment: dict[str, str], tmp_path: Path
+    model: Path, environment: dict[str, str], tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    with _served(model, tmp_path, environment, "--tensor-parallel-size", "2") as server:
+    directory = tmp_path_factory.mktemp("worker")
+    environment = {**environment, "TMPDIR": str(directory)}
+    with _served(model, directory, environment, "--tensor-parallel-size", "2") as server:
         assert "EngineCore encountered an issue" in _error_when_killed(server, "Worker_TP1")
-    assert not [*Path(environment["TMPDIR"]).glob("swa-*")]
+        assert not [*directory.glob("swa-*")]
