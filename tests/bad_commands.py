@@ -316,10 +316,8 @@ _EVAL = [
 
 _NONE = "does not exist"
 _OTHERS = [
-    Bad(
-        "plan nowhere", ["plan", "/nowhere"], "/nowhere/config.json", _NONE, "download config.json"
-    ),
-    Bad("plan a device", ["plan", "/dev/null"], "/dev/null", _NONE, "Give a local directory"),
+    Bad("plan nowhere", ["plan", "/nowhere"], "/nowhere", _NONE, "download config.json"),
+    Bad("plan a device", ["plan", "/dev/null"], "/dev/null", "is not JSON", "give the config.json"),
     Bad(
         "no model",
         ["eval", "ppl", "./nowhere", "--text", TEXT],
