@@ -17,7 +17,7 @@ from vllm.platforms.cpu import CpuPlatform
 
 from conftest import EngineFactory, ModelFactory
 from engine_tools import generate
-from fuzz_cases import Case, random_case
+from fuzz_cases import Case, Job, random_case
 from fuzz_run import Run, measure
 from swa_vllm.backend_cpu import SWACPUImpl
 from swa_vllm.kv_manager import SWAManager
@@ -29,8 +29,34 @@ SEEDS = [range(FIRST_SEED + first, FIRST_SEED + first + 20) for first in (0, 20)
 MANY_SEEDS = [range(FIRST_SEED + first, FIRST_SEED + first + 50) for first in range(40, 2040, 50)]
 EVENTS = ("aborts", "preemptions", "prefix hits", "pages freed by a window", "skipped pages")
 MIN_TOKENS = 30  # that make an average
-# Cases that failed once, as they were printed.
-REGRESSIONS: dict[str, dict[str, Any]] = {}
+# Cases that stay, whatever is chosen at random: as printed, one that failed goes here.
+KEPT = {
+    "all at once in a pool for one": Case(
+        dtype="float32",
+        num_heads=4,
+        num_kv_heads=2,
+        head_dim=32,
+        rope="yarn",
+        tied=False,
+        windowed=(True, False, True),
+        by_checkpoint=False,
+        window=33,
+        sinks=33,
+        shift=True,
+        prefill_pages="auto",
+        page_size=32,
+        num_pages=22,
+        max_length=180,
+        chunk=160,
+        max_requests=4,
+        caching=True,
+        is_async=True,
+        batches=(
+            (Job(0, 120, 9, 40), Job(0, 120, 20, 40, 2), Job(1, 64, 30, 80, 1, 3, 20)),
+            (Job(0, 120, 9, 40), Job(0, 97, 0, 40, 3, 2), Job(1, 64, 1, 9, 1, 5, 0, True)),
+        ),
+    )
+}
 
 Record = Callable[[str, object], None]
 
@@ -97,6 +123,14 @@ def test_engine_equals_a_dense_model(
     seeds: range, quick_engine: EngineFactory, tmp_path: Path, record_property: Record
 ) -> None:
     _check_seeds(seeds, quick_engine, tmp_path, record_property)
+
+
+@pytest.mark.parametrize("name", KEPT)
+def test_kept_cases(
+    name: str, quick_engine: EngineFactory, tmp_path: Path, record_property: Record
+) -> None:
+    happened = _check_all([(name, KEPT[name])], quick_engine, tmp_path, record_property)
+    assert all(happened[event] > 0 for event in EVENTS), happened
 
 
 @pytest.mark.full
