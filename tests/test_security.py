@@ -94,17 +94,21 @@ def pip_audit_is_there(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     return monkeypatch
 
 
-def test_vulnerability_that_an_upgrade_avoids_fails_the_audit(
+def test_vulnerability_that_an_upgrade_avoids_is_printed_and_fails_a_strict_audit(
     pip_audit_is_there: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pip_audit_is_there.setattr(audit, "_ask_service", lambda: json.dumps(REPORT))
-    assert audit.main() == 1
-    assert capsys.readouterr().out.splitlines() == [
-        "held back by a pin: torch 2.13.0+cpu: A-2, fixed in 99",
-        "held back by a pin: httpx 0.28.1: A-3, not fixed yet",
-        "audited for vulnerabilities, but for vllm",
-        "error: pytest 8.0: A-1, fixed in 99",
+    avoidable = "pytest 8.0: A-1, fixed in 99"
+    others = [
+        "warning: torch 2.13.0+cpu: A-2, fixed in 99, held back by a pin",
+        "warning: httpx 0.28.1: A-3, not fixed yet",
     ]
+    audited = "audited for vulnerabilities, but for vllm"
+    assert audit.main() == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert sorted(lines) == sorted([f"warning: {avoidable}", *others, audited])
+    assert audit.main(is_strict=True) == 1
+    assert capsys.readouterr().out.splitlines() == [*others, audited, f"error: {avoidable}"]
 
 
 def test_service_that_cannot_be_reached_is_said(
@@ -112,7 +116,9 @@ def test_service_that_cannot_be_reached_is_said(
 ) -> None:
     pip_audit_is_there.setattr(audit, "SERVICE", "http://127.0.0.1:9")  # nobody listens
     assert audit.main() == 0
-    assert capsys.readouterr().out.startswith("NOT AUDITED for vulnerabilities: http://127.0.0.1:9")
+    said = "NOT AUDITED for vulnerabilities: no answer from http://127.0.0.1:9"
+    assert capsys.readouterr().out.startswith(said)
+    assert audit.main(is_strict=True) == 1
 
 
 def test_missing_auditor_fails_the_audit(
