@@ -25,6 +25,8 @@ from swa_vllm.tools.prefill_work import prefill_work
 from swa_vllm.tools.simulate import Arm, Engine, simulate
 from swa_vllm.tools.stock_kernel import real_triton
 
+BENCHMARKS = ["serve", "decode", "pages", "prefill", "sinks", "overhead", "kernels"]
+
 
 def _swa(*arguments: str) -> subprocess.CompletedProcess[str]:
     """In a process of its own: some benchmarks start an engine, or compile kernels."""
@@ -37,8 +39,13 @@ def _swa(*arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+def _files(path: Path) -> list[str]:
+    return ["--json", str(path), "--plot", str(path.with_suffix(".png"))]
+
+
 def _json(result: subprocess.CompletedProcess[str], path: Path) -> Any:
     assert result.returncode == 0, result.stderr[-3000:]
+    assert path.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
     return json.loads(path.read_text())
 
 
@@ -47,8 +54,8 @@ def test_pages_of_an_own_workload(tmp_path: Path) -> None:
     sizes = {"window": 64, "pool-tokens": 4480, "block-size": 32, "prompt": 2000, "output": 99}
     sizes |= {"num-requests": 64, "max-num-batched-tokens": 2048, "steps-in-flight": 1}
     flags = [text for name, value in sizes.items() for text in (f"--{name}", str(value))]
-    result = _swa("bench", "pages", *flags, "--json", str(path))
-    (workload,) = _json(result, path)
+    result = _swa("bench", "pages", *flags, *_files(path))
+    (workload,) = _json(result, path)["workloads"]
     assert [arm["starts"] for arm in workload["arms"].values()] == [True] * 3
     arms = workload["arms"]
     assert arms["this plugin"]["peak_pages"] <= 6
@@ -60,7 +67,7 @@ def test_pages_of_an_own_workload(tmp_path: Path) -> None:
 def test_prefill_gives_the_same_output_and_a_ratio(tmp_path: Path) -> None:
     path = tmp_path / "prefill.json"
     arguments = ("--shape", "Qwen3-0.6B", "--window", "48", "--chunk", "128", "--rounds", "3")
-    result = _json(_swa("bench", "prefill", *arguments, "--json", str(path)), path)
+    result = _json(_swa("bench", "prefill", *arguments, *_files(path)), path)
     assert [case["context"] for case in result["cases"]] == [0, 135, 368]
     assert all(case["attention_ratio"] > 0 for case in result["cases"])
 
@@ -68,7 +75,7 @@ def test_prefill_gives_the_same_output_and_a_ratio(tmp_path: Path) -> None:
 @pytest.mark.parametrize("shift", [[], ["--shift"]], ids=["plain", "shifted"])
 def test_sinks_are_right_and_get_a_ratio(shift: list[str], tmp_path: Path) -> None:
     path = tmp_path / "sinks.json"
-    arguments = ("--quick", "--window", "48", "--rounds", "3", *shift, "--json", str(path))
+    arguments = ("--quick", "--window", "48", "--rounds", "3", *shift, *_files(path))
     cases = _json(_swa("bench", "sinks", *arguments), path)["cases"]
     assert len(cases) == 4
     assert all(case["attention_ratio"] > 0 for case in cases)
@@ -76,21 +83,22 @@ def test_sinks_are_right_and_get_a_ratio(shift: list[str], tmp_path: Path) -> No
 
 def test_overhead_compares_scheduler_and_builder(tmp_path: Path) -> None:
     path = tmp_path / "overhead.json"
-    arguments = ("--quick", "--batch", "2", "--rounds", "6", "--json", str(path))
-    cases = _json(_swa("bench", "overhead", *arguments), path)
+    arguments = ("--quick", "--batch", "2", "--rounds", "6", *_files(path))
+    cases = _json(_swa("bench", "overhead", *arguments), path)["cases"]
     assert {case["name"].split(",")[0] for case in cases} == {
         "scheduler and manager",
         "metadata builder",
+        "attention of a layer",
         "together",
     }
 
 
-@pytest.mark.parametrize("name", ["pages", "prefill", "sinks", "overhead", "kernels"])
+@pytest.mark.parametrize("name", BENCHMARKS)
 def test_help_has_an_example(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as status:
         main(["bench", name, "--help"])
     assert status.value.code == 0
-    assert f"example: swa bench {name} --" in capsys.readouterr().out
+    assert f"example: swa bench {name} " in capsys.readouterr().out
 
 
 def test_more_run_in_a_tight_pool() -> None:
@@ -118,13 +126,13 @@ def test_a_run_that_stops_early_is_no_result(monkeypatch: pytest.MonkeyPatch) ->
 def test_json_alone_on_stdout() -> None:
     flags = ("--window", "64", "--prompt", "300", "--output", "4", "--num-requests", "2")
     result = _swa("bench", "pages", *flags, "--json", "-")
-    assert json.loads(result.stdout)[0]["workload"] == "requests"
+    assert json.loads(result.stdout)["workloads"][0]["workload"] == "requests"
     assert "a decoding request needs" in result.stderr
 
 
 def test_kernels_without_a_gpu_are_compared_by_what_they_do(tmp_path: Path) -> None:
     path = tmp_path / "kernels.json"
-    result = _swa("bench", "kernels", "--quick", "--json", str(path))
+    result = _swa("bench", "kernels", "--quick", *_files(path))
     figures = _json(result, path)
     assert figures["device"] is None
     assert "nothing is timed" in result.stdout

@@ -6,15 +6,17 @@ are what a launch on an H100 reads and starts, and what the kernels compile to.
 """
 
 import argparse
-import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from itertools import product
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from swa_backend.kernels.plans import NumberFormat, Target, plan_decode
+from swa_vllm.tools import plots
+from swa_vllm.tools.bench_form import say
 from swa_vllm.tools.kernel_rivals import OURS, RIVALS
 from swa_vllm.tools.kernel_times import (
     HEAD_DIM,
@@ -82,6 +84,22 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         "prefill": _print_prefill(sorted({case.window for case in cases}), num_kv_heads, group),
         "compiled": _print_compiled(args.shape, cases[0]),
     }
+
+
+def plot(path: Path, figures: Mapping[str, Any]) -> None:
+    """On a GPU the times of every case, elsewhere the bytes that a chunk loads."""
+    if figures["device"] is None:
+        cases = figures["prefill"]
+        groups = [f"W={c['window']}, {c['context']} tokens before" for c in cases]
+        keys = {"this plugin": "here_num_keys", "vLLM's kernel": "stock_num_keys"}
+        series = {name: [float(c[key]) for c in cases] for name, key in keys.items()}
+        plots.bars(path, groups, series, "keys loaded for a chunk and a KV head")
+        return
+    cases = figures["cases"]
+    groups = [f"W={c['window']}, {c['seq_len']}, {c['batch']} x {c['num_queries']}" for c in cases]
+    rivals = dict.fromkeys(rival for c in cases for rival in c["us"])
+    series = {rival: [c["us"].get(rival, 0.0) for c in cases] for rival in rivals}
+    plots.bars(path, groups, series, "us")
 
 
 def _print_work(cases: list[Case]) -> list[dict[str, Any]]:
@@ -187,7 +205,7 @@ def measure_all(
     results = []
     for case, is_fp8 in product(cases, (False, True)):
         typed = replace(case, kv_dtype=torch.float8_e4m3fn if is_fp8 else case.dtype)
-        print(f"{typed} ...", file=sys.stderr, flush=True)
+        say(str(typed))
         results.append(measure(typed, make_batch(typed, device, num_bytes), RIVALS, clock))
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
     return report(shape, name, results, copied)
@@ -211,7 +229,6 @@ def report(shape: str, device: str, results: list[Result], copied: float) -> dic
     return {
         "device": device,
         "shape": shape,
-        "versions": _versions(),
         "copy_gb_per_s": copied,
         "cases": [
             {
@@ -242,15 +259,3 @@ def _print_times(
     if rows:
         header = (f"W, length, {kind}, cache", *(f"{rival} us" for rival in RIVALS), unit)
         print("\n" + format_table(header, rows))
-
-
-def _versions() -> dict[str, str]:
-    from importlib.metadata import PackageNotFoundError, version
-
-    found = {}
-    for package in ("torch", "triton", "vllm", "flashinfer-python", "xformers"):
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = "not installed"
-    return found

@@ -1,15 +1,22 @@
 """Processor time of scheduler, page manager and metadata builder per step, beside stock vLLM's.
 
-Batches of decoding requests, at several context lengths: what a step costs on top of the model.
+Batches of decoding requests, at several context lengths: what a step costs on top of the model. The
+attention of one layer is beside it, whose outputs must be equal; it is no part of the sum. At a
+million tokens prefix caching is off only.
 """
 
 import argparse
-import sys
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
+import torch
+
 from swa_vllm.sizing import Arm
+from swa_vllm.tools import plots
 from swa_vllm.tools.arguments import check_numbers
-from swa_vllm.tools.layer import BLOCK_SIZE, Layer, make_batch, make_layer
+from swa_vllm.tools.bench_form import say
+from swa_vllm.tools.layer import BLOCK_SIZE, Layer, make_batch, make_layer, make_window_batch
 from swa_vllm.tools.simulate import Engine, Simulation
 from swa_vllm.tools.table import format_table
 from swa_vllm.tools.timing import at_least_two_rounds, interleave
@@ -17,7 +24,10 @@ from swa_vllm.tools.timing import at_least_two_rounds, interleave
 EXAMPLE = "--batch 32"
 _SCHEDULER = {c: f"scheduler and manager, prefix caching {'on' if c else 'off'}" for c in (0, 1)}
 _BUILDER = "metadata builder"
-_HEADER = ("", "context", "stock us", "here us", "ratio")
+_ATTENTION = "attention of a layer"
+_MILLION = 1_000_000
+_SHAPE = "Qwen3-0.6B"
+_HEADER = ("", "context", "stock us", "here us", "ratio", "stock, middle half", "here")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -27,33 +37,62 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rounds", type=int, default=100)
 
 
-def run(args: argparse.Namespace) -> list[dict[str, Any]]:
+def run(args: argparse.Namespace) -> dict[str, Any]:
     """Print a table; returns the figures."""
     check_numbers(args, ("window", "batch"))
     rounds = at_least_two_rounds(args.rounds)
-    contexts = (2000, 8000) if args.quick else (2000, 8000, 32000)
+    contexts = (2000, 8000) if args.quick else (2000, 8000, 32000, _MILLION)
     cases = []
     for context in contexts:
-        for caching in (False, True):
-            print(f"scheduler, context {context} ...", file=sys.stderr, flush=True)
+        for caching in _caching(context):
+            say(f"scheduler, context {context}")
             name = _SCHEDULER[caching]
             steps = {
                 arm.value: _decoding(arm, args, context, caching, rounds).step
                 for arm in (Arm.STOCK, Arm.SWA)
             }
             cases.append(_case(name, context, steps, rounds))
-    layer = make_layer("Qwen3-0.6B", args.window, 1024, 64)
+    pages_each = args.window // BLOCK_SIZE + 2
+    layer = make_layer(_SHAPE, args.window, 1024, args.batch * pages_each + 64)
     cases += [
         _case(_BUILDER, context, _builders(layer, args, context), rounds) for context in contexts
     ]
     cases += [
-        _together(cases, context, caching) for context in contexts for caching in (False, True)
+        _together(cases, context, caching) for context in contexts for caching in _caching(context)
     ]
-    columns = ("name", "context", "stock_us", "here_us", "ratio")
-    rows = [[case[column] for column in columns] for case in cases]
-    print(f"\n{args.batch} decoding requests, W={args.window}, page {BLOCK_SIZE}")
-    print(format_table(_HEADER, rows))
-    return cases
+    cases += [
+        _case(_ATTENTION, context, _attention(layer, args, context), rounds) for context in contexts
+    ]
+    print(
+        f"\n{args.batch} decoding requests, W={args.window}, page {BLOCK_SIZE}; layer of {_SHAPE}, "
+        f"{str(layer.attention.kv_cache.dtype).removeprefix('torch.')}"
+    )
+    print(format_table(_HEADER, map(_row, cases)))
+    return {"window": args.window, "batch": args.batch, "rounds": rounds, "cases": cases}
+
+
+def plot(path: Path, figures: Mapping[str, Any]) -> None:
+    """A step's parts by context."""
+    series: dict[str, list[tuple[float, float]]] = {}
+    for case in figures["cases"]:
+        if case["name"] in (_SCHEDULER[0], _BUILDER, _ATTENTION):
+            for arm, key in ((Arm.STOCK, "stock_us"), (Arm.SWA, "here_us")):
+                points = series.setdefault(f"{case['name'].partition(',')[0]}, {arm.value}", [])
+                points.append((case["context"], case[key]))
+    plots.lines(path, series, "tokens of context", "us of a step", log_x=True, log_y=True)
+
+
+def _caching(context: int) -> tuple[bool, ...]:
+    return (False,) if context == _MILLION else (False, True)  # hashing would take minutes
+
+
+def _row(case: Mapping[str, Any]) -> list[object]:
+    spread = case.get("spread", {})
+    halves = [
+        f"{1e6 * spread[arm]['low']:.0f} - {1e6 * spread[arm]['high']:.0f}" if spread else None
+        for arm in (Arm.STOCK, Arm.SWA)
+    ]
+    return [case[key] for key in ("name", "context", "stock_us", "here_us", "ratio")] + halves
 
 
 def _decoding(
@@ -79,6 +118,21 @@ def _builders(layer: Layer, args: argparse.Namespace, context: int) -> dict[str,
     return {
         Arm.STOCK.value: lambda: layer.stock_builder.build(0, batch),
         Arm.SWA.value: lambda: layer.builder.build(0, batch),
+    }
+
+
+def _attention(layer: Layer, args: argparse.Namespace, context: int) -> dict[str, Any]:
+    """Storing and attending to a token of each request, whose pages are its window's only."""
+    batch = make_window_batch(context, args.batch, args.window)
+    qkv = layer.random_inputs(args.batch)
+    torch.nn.init.normal_(layer.attention.kv_cache)
+    stock, here = layer.stock_builder.build(0, batch), layer.builder.build(0, batch)
+    expected, got = layer.run_stock(stock, *qkv), layer.run(here, *qkv)
+    if not torch.equal(expected, got):
+        raise RuntimeError(f"outputs differ by {float((expected - got).abs().max())}")
+    return {
+        Arm.STOCK.value: lambda: layer.run_stock(stock, *qkv),
+        Arm.SWA.value: lambda: layer.run(here, *qkv),
     }
 
 

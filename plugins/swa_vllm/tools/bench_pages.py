@@ -7,14 +7,16 @@ what admission reserves for a request of max_model_len, "held" the most that one
 """
 
 import argparse
-import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from swa_backend.pages import WindowPages
 from swa_vllm.sizing import Arm
+from swa_vllm.tools import plots
 from swa_vllm.tools.arguments import check_numbers
+from swa_vllm.tools.bench_form import say
 from swa_vllm.tools.simulate import Engine, Outcome, simulate
 from swa_vllm.tools.table import format_table
 
@@ -64,23 +66,32 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--prefix-caching", action="store_true")
 
 
-def run(args: argparse.Namespace) -> list[dict[str, Any]]:
+def run(args: argparse.Namespace) -> dict[str, Any]:
     """Print a table a workload; returns the figures."""
     results = []
     for workload in _workloads(args):
         outcomes = {}
         for arm in Arm:
-            print(f"{workload.name}: {arm.value} ...", file=sys.stderr, flush=True)
+            say(f"{workload.name}: {arm.value}")
             outcomes[arm] = _serve(arm, workload)
         _print(workload, outcomes)
         results.append(
             {
                 "workload": workload.name,
+                "num_prompt": workload.num_prompt,
                 "engine": vars(workload.engine),
                 "arms": {arm.value: outcome.to_json() for arm, outcome in outcomes.items()},
             }
         )
-    return results
+    return {"workloads": results}
+
+
+def plot(path: Path, figures: Mapping[str, Any]) -> None:
+    """Requests that ran at once."""
+    workloads = figures["workloads"]
+    groups = [f"{w['workload']}, {w['num_prompt']}, W={w['engine']['window']}" for w in workloads]
+    series = {arm.value: [w["arms"][arm.value]["mean_running"] for w in workloads] for arm in Arm}
+    plots.bars(path, groups, series, "requests that ran at once, mean")
 
 
 def _workloads(args: argparse.Namespace) -> Iterable[Workload]:

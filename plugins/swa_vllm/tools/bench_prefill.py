@@ -6,16 +6,19 @@ attending to them; "layer" adds the layer's projections and MLP, which are the s
 """
 
 import argparse
-import sys
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from swa_backend.pages import WindowPages
-from swa_vllm.tools.arguments import check_number
+from swa_vllm.tools import plots
+from swa_vllm.tools.arguments import check_numbers
+from swa_vllm.tools.bench_form import say
 from swa_vllm.tools.layer import BLOCK_SIZE, SHAPES, Layer, make_batch, make_layer
 from swa_vllm.tools.table import format_table
-from swa_vllm.tools.timing import at_least_two_rounds, interleave
+from swa_vllm.tools.timing import Times, at_least_two_rounds, interleave, milliseconds
 
 EXAMPLE = "--shape Qwen3-8B --window 1024 --chunk 2048"
 _HEADER = ("context + chunk", "stock ms", "here ms", "attention ratio", "layer ratio")
@@ -31,27 +34,29 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Print a table; returns the figures."""
-    chunk = (1024 if args.quick else 2048) if args.chunk is None else args.chunk
-    check_number("window", args.window)
-    check_number("chunk", chunk)
+    check_numbers(args, ("window", "chunk"))
+    chunk = args.chunk or (1024 if args.quick else 2048)
     rounds = at_least_two_rounds(args.rounds)
     shape = args.shape or ("Qwen3-0.6B" if args.quick else "Qwen3-8B")
     longest = 4 * chunk
-    print(f"starting a {shape} layer ...", file=sys.stderr, flush=True)
+    say(f"starting a {shape} layer")
     layer = make_layer(shape, args.window, longest, longest // BLOCK_SIZE + 2)
     pages = WindowPages(args.window, BLOCK_SIZE)
     rest = layer.time_rest(chunk, rounds)
     rows, cases = [], []
     for context in (0, chunk + 7, 3 * chunk - 16):
-        print(f"context {context} ...", file=sys.stderr, flush=True)
+        say(f"context {context}")
         stock, here = _time_chunk(layer, pages, context, chunk, rounds)
-        ratio, layer_ratio = here / stock, (rest + here) / (rest + stock)
-        rows.append((f"{context} + {chunk}", 1e3 * stock, 1e3 * here, ratio, layer_ratio))
+        ratio = here.median / stock.median
+        layer_ratio = (rest + here.median) / (rest + stock.median)
+        times = (milliseconds(stock), milliseconds(here))
+        rows.append((f"{context} + {chunk}", *times, ratio, layer_ratio))
         cases.append(
             {
                 "context": context,
-                "stock_ms": 1e3 * stock,
-                "here_ms": 1e3 * here,
+                "stock_ms": 1e3 * stock.median,
+                "here_ms": 1e3 * here.median,
+                "seconds": {"stock": stock.to_json(), "here": here.to_json()},
                 "attention_ratio": ratio,
                 "layer_ratio": layer_ratio,
             }
@@ -62,9 +67,18 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     return {"shape": shape, "window": args.window, "chunk": chunk, "dtype": dtype, "cases": cases}
 
 
+def plot(path: Path, figures: Mapping[str, Any]) -> None:
+    """Attention of a chunk."""
+    cases, chunk = figures["cases"], figures["chunk"]
+    names = {"stock vLLM": "stock_ms", "this plugin": "here_ms"}
+    series = {name: [case[key] for case in cases] for name, key in names.items()}
+    groups = [f"{case['context']} + {chunk}" for case in cases]
+    plots.bars(path, groups, series, "ms of attention to a chunk")
+
+
 def _time_chunk(
     layer: Layer, pages: WindowPages, context: int, chunk: int, rounds: int
-) -> tuple[float, float]:
+) -> tuple[Times, Times]:
     qkv = layer.random_inputs(chunk)
     torch.nn.init.normal_(layer.attention.kv_cache)
     stock = layer.stock_builder.build(0, make_batch([context], [chunk]))
@@ -76,4 +90,4 @@ def _time_chunk(
         {"stock": lambda: layer.run_stock(stock, *qkv), "here": lambda: layer.run(here, *qkv)},
         rounds,
     )
-    return times["stock"].median, times["here"].median
+    return times["stock"], times["here"]

@@ -6,15 +6,18 @@ values and attending to them; "layer" adds the layer's projections and MLP, the 
 """
 
 import argparse
-import sys
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from swa_vllm.tools import plots
 from swa_vllm.tools.arguments import check_numbers
+from swa_vllm.tools.bench_form import say
 from swa_vllm.tools.layer import BLOCK_SIZE, SHAPES, Layer, make_batch, make_layer
 from swa_vllm.tools.table import format_table
-from swa_vllm.tools.timing import at_least_two_rounds, interleave
+from swa_vllm.tools.timing import Times, at_least_two_rounds, interleave, milliseconds
 
 EXAMPLE = "--shape Qwen3-8B --window 1024 --sink-tokens 4"
 _HEADER = ("", "plain ms", "sinks ms", "attention ratio", "layer ratio")
@@ -46,39 +49,52 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     longest = max(
         sum(c) + sum(q) + len(c) * (BLOCK_SIZE + args.sink_tokens) for c, q in batches.values()
     )
-    print(f"starting a {shape} layer ...", file=sys.stderr, flush=True)
+    say(f"starting a {shape} layer")
     options = {"sink_tokens": args.sink_tokens, "position_shift": args.shift}
     layer = make_layer(shape, args.window, 8 * args.window, longest // BLOCK_SIZE + 2, options)
     # The rest of the layer does not know of context.
     rest = {n: layer.time_rest(n, rounds) for n in {sum(q) for _, q in batches.values()}}
     cases = []
     for name, (contexts, queries) in batches.items():
-        print(f"{name} ...", file=sys.stderr, flush=True)
-        plain_s, sinks_s = _time(layer, args, contexts, queries, rounds)
+        say(name)
+        plain, sinks = _time(layer, args, contexts, queries, rounds)
         others = rest[sum(queries)]
         cases.append(
             {
                 "name": name,
-                "plain_ms": 1e3 * plain_s,
-                "sinks_ms": 1e3 * sinks_s,
-                "attention_ratio": sinks_s / plain_s,
-                "layer_ratio": (others + sinks_s) / (others + plain_s),
+                "plain_ms": 1e3 * plain.median,
+                "sinks_ms": 1e3 * sinks.median,
+                "seconds": {"plain": plain.to_json(), "sinks": sinks.to_json()},
+                "attention_ratio": sinks.median / plain.median,
+                "layer_ratio": (others + sinks.median) / (others + plain.median),
             }
         )
-    columns = ("name", "plain_ms", "sinks_ms", "attention_ratio", "layer_ratio")
     dtype = str(layer.attention.kv_cache.dtype).removeprefix("torch.")
     how = "shifted sinks" if args.shift else "sinks"
     print(
         f"\n{shape}, W={args.window}, {args.sink_tokens} {how}, {dtype}, "
         f"{torch.get_num_threads()} threads, page {BLOCK_SIZE}"
     )
-    print(format_table(_HEADER, [[case[column] for column in columns] for case in cases]))
+    print(format_table(_HEADER, map(_row, cases)))
     return {"shape": shape, "window": args.window, "dtype": dtype, **options, "cases": cases}
+
+
+def _row(case: Mapping[str, Any]) -> list[object]:
+    times = [milliseconds(Times(**case["seconds"][name])) for name in ("plain", "sinks")]
+    return [case["name"], *times, case["attention_ratio"], case["layer_ratio"]]
+
+
+def plot(path: Path, figures: Mapping[str, Any]) -> None:
+    """What sinks cost."""
+    cases = figures["cases"]
+    names = {"in attention": "attention_ratio", "in the layer": "layer_ratio"}
+    series = {name: [case[key] for case in cases] for name, key in names.items()}
+    plots.bars(path, [case["name"] for case in cases], series, "time with sinks / without")
 
 
 def _time(
     layer: Layer, args: argparse.Namespace, contexts: list[int], queries: list[int], rounds: int
-) -> tuple[float, float]:
+) -> tuple[Times, Times]:
     qkv = layer.random_inputs(sum(queries))
     torch.nn.init.normal_(layer.attention.kv_cache)
     batch = make_batch(contexts, queries, spare_tokens=args.sink_tokens)
@@ -90,4 +106,4 @@ def _time(
         {"plain": lambda: layer.run_stock(plain, *qkv), "sinks": lambda: layer.run(here, *qkv)},
         rounds,
     )
-    return times["plain"].median, times["sinks"].median
+    return times["plain"], times["sinks"]

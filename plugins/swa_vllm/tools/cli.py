@@ -5,7 +5,8 @@ import contextlib
 import json
 import os
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -74,7 +75,7 @@ def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
     )
     # These import vLLM, which other commands do without.
     if arguments[:1] == ["bench"]:
-        _add_benchmarks(bench.add_subparsers(dest="bench", required=True))
+        _add_benchmarks(bench.add_subparsers(dest="bench", required=True), arguments)
     elif arguments[:1] == ["eval"]:
         _add_evaluations(evaluate.add_subparsers(dest="eval", required=True))
     return parser
@@ -87,32 +88,48 @@ def _add_operators_tools(commands: Any) -> None:
         _add_command(commands, name, module)
 
 
-def _add_benchmarks(commands: Any) -> None:
+def _add_benchmarks(commands: Any, arguments: Sequence[str]) -> None:
     # Here, because vLLM reads its environment when it is imported.
     from swa_vllm.tools import (
+        bench_decode,
+        bench_form,
         bench_kernels,
         bench_overhead,
         bench_pages,
         bench_prefill,
+        bench_serve,
         bench_sinks,
+        plots,
     )
 
-    modules = (bench_pages, bench_prefill, bench_sinks, bench_overhead, bench_kernels)
-    _add_modules(commands, "bench", modules, "smaller sizes, for two cores")
+    for module in (
+        bench_serve,
+        bench_decode,
+        bench_pages,
+        bench_prefill,
+        bench_sinks,
+        bench_overhead,
+        bench_kernels,
+    ):
+        parser = _add_module(commands, "bench", module, "smaller sizes, for two cores")
+        plots.add_argument(parser)
+        parser.set_defaults(run=partial(bench_form.run, module, arguments))
 
 
 def _add_evaluations(commands: Any) -> None:
     from swa_vllm.tools import eval_layers, eval_needle, eval_ppl, eval_stream
 
-    modules = (eval_ppl, eval_needle, eval_stream, eval_layers)
-    _add_modules(commands, "eval", modules, "a fraction of the work, for a first look")
+    for module in (eval_ppl, eval_needle, eval_stream, eval_layers):
+        _add_module(commands, "eval", module, "a fraction of the work, for a first look")
 
 
-def _add_modules(commands: Any, group: str, modules: Iterable[ModuleType], quick: str) -> None:
-    for module in modules:
-        name = module.__name__.rpartition("_")[2]
-        parser = _add_command(commands, name, module, f"{group} ")
-        parser.add_argument("--quick", action="store_true", help=quick)
+def _add_module(
+    commands: Any, group: str, module: ModuleType, quick: str
+) -> argparse.ArgumentParser:
+    name = module.__name__.rpartition("_")[2]
+    parser = _add_command(commands, name, module, f"{group} ")
+    parser.add_argument("--quick", action="store_true", help=quick)
+    return parser
 
 
 def _add_command(

@@ -18,6 +18,7 @@ from vllm.v1.attention.backends.cpu_attn import (
 
 from swa_backend import reference
 from swa_backend.pages import WindowPages, ceil_div
+from swa_backend.window import first_visible
 from swa_vllm.builder_cpu import SWACPUMetadata
 from swa_vllm.tools.timing import interleave
 
@@ -233,3 +234,14 @@ def make_batch(
         block_table_tensor=table,
         slot_mapping=torch.cat(slots),
     )
+
+
+def make_window_batch(context_len: int, num_reqs: int, window: int) -> CommonAttentionMetadata:
+    """A step of equal decoding requests, the pages of whose windows are numbered from 1 on."""
+    batch = make_batch([context_len] * num_reqs, [1] * num_reqs)
+    table, last = batch.block_table_tensor, context_len // BLOCK_SIZE
+    first = first_visible(context_len, window) // BLOCK_SIZE
+    table.zero_()
+    table[:, first : last + 1] = 1 + torch.arange(num_reqs * (last + 1 - first)).view(num_reqs, -1)
+    batch.slot_mapping = table[:, last].long() * BLOCK_SIZE + context_len % BLOCK_SIZE
+    return batch

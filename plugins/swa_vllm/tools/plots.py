@@ -53,16 +53,39 @@ def lines(
     x_label: str,
     y_label: str,
     *,
+    log_x: bool = False,
     log_y: bool = False,
+    marks: bool = True,
+    from_zero: bool = False,
 ) -> None:
-    """A line with marks for each series of (x, y)."""
+    """A line for each series of (x, y)."""
     figure = new_figure(6, 4)
     axes = figure.subplots(1, 1, squeeze=False)[0]
     for name, points in series.items():
         ordered = sorted(points)
-        axes[0].plot(*zip(*ordered, strict=True), marker="o", markersize=3, label=name)
-    axes[0].set(xlabel=x_label, ylabel=y_label, yscale="log" if log_y else "linear")
+        marker = "o" if marks else None
+        axes[0].plot(*zip(*ordered, strict=True), marker=marker, markersize=3, label=name)
+    axes[0].set(xlabel=x_label, ylabel=y_label)
+    axes[0].set(xscale="log" if log_x else "linear", yscale="log" if log_y else "linear")
+    if from_zero:
+        axes[0].set_ylim(0, None)
     axes[0].legend()
+    figure.savefig(path)
+
+
+def bars(
+    path: Path, groups: Sequence[str], series: Mapping[str, Sequence[float]], y_label: str
+) -> None:
+    """A bar for each series in each group, beside one another."""
+    figure = new_figure(max(6, 1.3 * len(groups) + 2), 4)
+    axis = figure.subplots(1, 1)
+    width = 0.8 / len(series)
+    for index, (name, values) in enumerate(series.items()):
+        offset = (index - (len(series) - 1) / 2) * width
+        axis.bar([place + offset for place in range(len(groups))], values, width, label=name)
+    axis.set_xticks(range(len(groups)), groups, rotation=20, ha="right", fontsize="small")
+    axis.set_ylabel(y_label)
+    axis.legend()
     figure.savefig(path)
 
 

@@ -76,13 +76,18 @@ def setup_of(
     """The engines that the command line asks for, whose RoPE table reaches ``max_model_len``."""
     check_numbers(args, ("chunk", "block_size"))
     if max_model_len > hf_config.max_position_embeddings:
-        _check_table_can_grow(hf_config, max_model_len)
+        check_table_can_grow(hf_config, max_model_len)
         # vLLM sizes its RoPE table from it.
         arguments["hf_overrides"] = {"max_position_embeddings": max_model_len}
     return Setup(args.model, max_model_len, args.dtype, args.chunk, args.block_size, arguments)
 
 
-def _check_table_can_grow(hf_config: Any, max_model_len: int) -> None:
+def check_table_can_grow(hf_config: Any, max_model_len: int) -> None:
+    """Refuse a RoPE whose table does not follow ``max_position_embeddings``.
+
+    Raises:
+        ValueError: it is of such a kind.
+    """
     rope: Mapping[str, Any] = getattr(hf_config, "rope_parameters", None) or {}
     kind = rope.get("rope_type", "default")
     if kind not in ("default", "linear"):

@@ -56,11 +56,11 @@ def cut(tokens: Sequence[int], length: int, max_pieces: int | None = None) -> li
 
 def progress(items: Sequence[Any], unit: str) -> Iterable[Any]:
     """``items``, with a bar on stderr."""
-    return tqdm(items, unit=f" {unit}", file=sys.stderr, leave=False)
+    return tqdm(items, unit=f" {unit}", file=sys.stderr, leave=False, disable=None)
 
 
 @contextmanager
 def token_bar(num_tokens: int) -> Iterator[Callable[[int], None]]:
     """A bar on stderr, moved by calls with the number of tokens done so far."""
-    with tqdm(total=num_tokens, unit=" tokens", file=sys.stderr, leave=False) as bar:
+    with tqdm(total=num_tokens, unit=" tokens", file=sys.stderr, leave=False, disable=None) as bar:
         yield lambda num_done: bar.update(num_done - bar.n)

@@ -38,6 +38,11 @@ def _times(seconds: list[float]) -> Times:
     return Times(median, low, high)
 
 
+def milliseconds(times: Times) -> str:
+    """Median, and the middle half in brackets."""
+    return f"{1e3 * times.median:.2f} ({1e3 * times.low:.2f} - {1e3 * times.high:.2f})"
+
+
 def at_least_two_rounds(rounds: int) -> int:
     """``rounds``, checked: a spread needs two."""
     if rounds < 2:

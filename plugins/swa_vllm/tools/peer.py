@@ -1,0 +1,119 @@
+"""Something to be compared with, in a process of its own that stays: JSON lines in and out.
+
+A peer loads once and works when told, so that peers can take turns; while it waits it takes no
+processor time.
+"""
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Mapping
+from types import TracebackType
+from typing import Any
+
+Progress = Callable[[int], None]
+Handler = Callable[..., Any]
+
+
+class Peer:
+    """The parent's side: a context manager that ends the process."""
+
+    def __init__(
+        self, name: str, module: str, arguments: Mapping[str, Any], env: Mapping[str, str]
+    ) -> None:
+        """Start ``python -m module``, which calls :func:`answer`; ``env`` is added to ours.
+
+        Attributes:
+            facts: what the peer says of itself.
+
+        Raises:
+            RuntimeError: it does not start.
+        """
+        self.name = name
+        self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", module, json.dumps(dict(arguments))],
+            env={**os.environ, **env},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._errors,
+            text=True,
+        )
+        try:
+            self.facts: dict[str, Any] = self._read(lambda _: None)
+        except BaseException:
+            self.__exit__(None, None, None)
+            raise
+
+    def __enter__(self) -> "Peer":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        assert self._process.stdin
+        assert self._process.stdout
+        with contextlib.suppress(BrokenPipeError):
+            self._process.stdin.close()  # which ends it
+        try:
+            self._process.wait(timeout=20 if kind is None else 1)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        self._process.stdout.close()
+        self._errors.close()
+
+    def ask(self, command: str, on_progress: Progress = lambda _: None, **arguments: Any) -> Any:
+        """The answer to a command; ``on_progress`` gets the number of tokens made so far.
+
+        Raises:
+            RuntimeError: the peer failed; what it said last is in the message.
+        """
+        assert self._process.stdin
+        with contextlib.suppress(BrokenPipeError):  # reading says why
+            print(json.dumps([command, arguments]), file=self._process.stdin, flush=True)
+        return self._read(on_progress)
+
+    def _read(self, on_progress: Progress) -> Any:
+        assert self._process.stdout
+        for line in self._process.stdout:
+            kind, value = json.loads(line)
+            if kind == "progress":
+                on_progress(value)
+            elif kind == "error":
+                raise RuntimeError(f"{self.name}: {value}")
+            else:
+                return value
+        self._errors.seek(0)
+        last = "".join(self._errors.readlines()[-15:])
+        raise RuntimeError(f"{self.name} ended with status {self._process.wait()}:\n{last}")
+
+
+def answer(start: Callable[..., tuple[dict[str, Any], Mapping[str, Handler]]]) -> None:
+    """The child's side: its ``main``.
+
+    Args:
+        start: gets the arguments; returns the facts, and what answers each command. A handler gets
+            the command's arguments and ``on_progress``.
+    """
+    channel = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what libraries print is no answer
+
+    def say(kind: str, value: Any) -> None:
+        print(json.dumps([kind, value]), file=channel, flush=True)
+
+    try:
+        facts, handlers = start(**json.loads(sys.argv[1]))
+        say("answer", facts)
+        for line in sys.stdin:
+            command, arguments = json.loads(line)
+            say("answer", handlers[command](**arguments, on_progress=lambda n: say("progress", n)))
+    except (ValueError, RuntimeError, OSError) as error:
+        say("error", str(error))
+        raise

@@ -1,0 +1,95 @@
+"""What a serving benchmark asks for: lengths and arrivals, built-in or from a trace."""
+
+import json
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+_KEYS = ("arrival", "prompt_tokens", "output_tokens")
+
+
+@dataclass(frozen=True)
+class Ask:
+    """A request.
+
+    Attributes:
+        arrival: seconds after the start.
+        prompt_tokens, output_tokens: both exact; the answer does not end by itself.
+    """
+
+    arrival: float
+    prompt_tokens: int
+    output_tokens: int
+
+    @property
+    def num_tokens(self) -> int:
+        """Prompt and answer together."""
+        return self.prompt_tokens + self.output_tokens
+
+
+def _same(num_prompt: int, num_output: int) -> Callable[[int, int], list[Ask]]:
+    return lambda count, seed: [Ask(0.0, num_prompt, num_output)] * count
+
+
+def _chat(count: int, seed: int) -> list[Ask]:
+    """One request a second on average; lengths of a median of 200 and 120 tokens, long tails."""
+    generator, now, asks = random.Random(seed), 0.0, []
+    for _ in range(count):
+        lengths = (
+            max(16, min(1500, round(generator.lognormvariate(mu, 0.9)))) for mu in (5.3, 4.8)
+        )
+        asks.append(Ask(round(now, 3), *lengths))
+        now += generator.expovariate(1.0)
+    return asks
+
+
+MIXES: dict[str, Callable[[int, int], list[Ask]]] = {
+    "decode": _same(256, 1024),
+    "even": _same(512, 128),
+    "prefill": _same(2048, 32),
+    "chat": _chat,
+}
+
+
+def read_trace(path: Path) -> list[Ask]:
+    """Requests of a JSON lines file, in the order of their arrival.
+
+    Raises:
+        ValueError: it cannot be read, or a line is no request.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"--trace {path} cannot be read: {error}") from error
+    asks = [_ask(path, n, line) for n, line in enumerate(lines, 1) if line.strip()]
+    if not asks:
+        raise ValueError(f"--trace {path} has no requests")
+    return sorted(asks, key=lambda ask: ask.arrival)
+
+
+def _ask(path: Path, number: int, line: str) -> Ask:
+    try:
+        values = json.loads(line)
+        arrival, *lengths = (values[key] for key in _KEYS)
+        if arrival >= 0 and all(isinstance(n, int) and n >= 1 for n in lengths):
+            return Ask(float(arrival), *lengths)
+    except (ValueError, KeyError, TypeError):
+        pass
+    raise ValueError(
+        f"--trace {path}, line {number}: each line is an object such as "
+        '{"arrival": 0.5, "prompt_tokens": 300, "output_tokens": 64}; seconds from 0 on, tokens '
+        f"from 1 on. Got {line[:80]!r}"
+    )
+
+
+def make_prompts(lengths: Sequence[int], vocab_size: int, seed: int) -> list[list[int]]:
+    """Random tokens, the same for the same seed."""
+    generator = random.Random(seed)
+    return [generator.choices(range(vocab_size), k=length) for length in lengths]
+
+
+def to_json(asks: Sequence[Ask]) -> list[dict[str, Any]]:
+    """As a trace has them."""
+    return [dict(vars(ask)) for ask in asks]
