@@ -34,7 +34,7 @@ class Peer:
         """
         self.name = name
         self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115
-        self._process = subprocess.Popen(
+        self._process = subprocess.Popen(  # noqa: S603 (a module of ours)
             [sys.executable, "-m", module, json.dumps(dict(arguments))],
             env={**os.environ, **env},
             stdin=subprocess.PIPE,

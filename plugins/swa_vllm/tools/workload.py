@@ -35,7 +35,7 @@ def _same(num_prompt: int, num_output: int) -> Callable[[int, int], list[Ask]]:
 
 def _chat(count: int, seed: int) -> list[Ask]:
     """One request a second on average; lengths of a median of 200 and 120 tokens, long tails."""
-    generator, now, asks = random.Random(seed), 0.0, []
+    generator, now, asks = random.Random(seed), 0.0, []  # noqa: S311 (no secret)
     for _ in range(count):
         lengths = (
             max(16, min(1500, round(generator.lognormvariate(mu, 0.9)))) for mu in (5.3, 4.8)
@@ -86,7 +86,7 @@ def _ask(path: Path, number: int, line: str) -> Ask:
 
 def make_prompts(lengths: Sequence[int], vocab_size: int, seed: int) -> list[list[int]]:
     """Random tokens, the same for the same seed."""
-    generator = random.Random(seed)
+    generator = random.Random(seed)  # noqa: S311 (no secret)
     return [generator.choices(range(vocab_size), k=length) for length in lengths]
 
 
