@@ -125,6 +125,7 @@ def _soak(
     last = sample(metrics, psutil.Process(server.process.pid))
     verdict = _judge(server.url, model, soak, num_replayed, num_scored)
     result = {
+        "command": "bash tests/run.sh -m soak",
         "vllm": vllm.__version__,
         "cores": os.cpu_count(),
         "seconds": seconds,
