@@ -16,11 +16,12 @@ Row = tuple[str, Mapping[str, str]]
 
 
 def table(directory: Path = RESULTS) -> str:
-    """Markdown; the cells of a file's rows were measured in one run."""
+    """Markdown of the files that are there; the cells of a file's rows were measured in one run."""
     lines = [f"| | {' | '.join(_PEERS)} |", f"|{' --- |' * (len(_PEERS) + 1)}"]
     for name, rows in _ROWS.items():
-        figures = json.loads((directory / f"{name}.json").read_text())
-        for label, cells in rows(figures):
+        path = directory / f"{name}.json"
+        figures = json.loads(path.read_text()) if path.exists() else None
+        for label, cells in rows(figures) if figures else ():
             lines.append(f"| {label} | {' | '.join(cells.get(peer, '-') for peer in _PEERS)} |")
     return "\n".join(lines)
 

@@ -59,7 +59,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         started = {}
         for name, kind in kinds.items():
             say(f"starting {kind.name}")
-            longest = max(_lengths_of(name, contexts, args.full_to)) + args.steps + 1
+            longest = _max_model_len(args, _lengths_of(name, contexts, args.full_to))
             started[name] = stack.enter_context(launcher.start(kind, max_model_len=longest))
         figures = _measure(args, started, contexts)
     told = ("window", "batch", "dtype", "block_size", "chunk", "rounds", "steps")
@@ -103,8 +103,13 @@ def _lengths_of(name: str, contexts: list[int], full_to: int) -> list[int]:
     return contexts if KINDS[name].windowed else [n for n in contexts if n <= full_to]
 
 
+def _max_model_len(args: argparse.Namespace, contexts: list[int]) -> int:
+    """For the steps to time, and those that the first request decodes while others prefill."""
+    return contexts[-1] + args.steps + 1 + ceil_div(args.batch * contexts[-1], args.chunk)
+
+
 def _launcher(args: argparse.Namespace, directory: Path, contexts: list[int]) -> Launcher:
-    longest = contexts[-1] + args.steps + 1
+    longest = _max_model_len(args, contexts)
     # The positions of random weights are few, so that its overriding is always at work.
     models = prepare_models(args.model, directory, args.window, contexts[0], args.seed)
     config = text_config(str(models[True]))
@@ -112,7 +117,7 @@ def _launcher(args: argparse.Namespace, directory: Path, contexts: list[int]) ->
     if longest > config.max_position_embeddings:
         check_table_can_grow(config, longest)
         engine["hf_overrides"] = {"max_position_embeddings": longest}
-    most = max(n for n in contexts if n <= args.full_to) + args.steps + 1
+    most = _max_model_len(args, _lengths_of("full", contexts, args.full_to))
     engine |= {
         "block_size": args.block_size,
         # What full attention needs, for all; one is vLLM's own.
@@ -150,9 +155,12 @@ def _measure(
 
 
 def _decode(args: argparse.Namespace, peer: Peer, context: int, seed: int) -> dict[str, Any]:
-    return dict(
-        peer.ask("decode", batch=args.batch, num_prompt=context, num_steps=args.steps, seed=seed)
+    answer: dict[str, Any] = peer.ask(
+        "decode", batch=args.batch, num_prompt=context, num_steps=args.steps, seed=seed
     )
+    if answer["batch"] != args.batch:
+        raise RuntimeError(f"{peer.name} decoded {answer['batch']} of {args.batch} at once")
+    return answer
 
 
 def _compare(args: argparse.Namespace, started: Mapping[str, Peer], context: int) -> None:

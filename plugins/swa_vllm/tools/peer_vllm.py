@@ -15,6 +15,7 @@ from vllm.sampling_params import RequestOutputKind
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
 
+from swa_backend.pages import ceil_div
 from swa_vllm.tools.peer import Progress, answer
 from swa_vllm.tools.serving import Step, Timed
 from swa_vllm.tools.workload import make_prompts
@@ -122,17 +123,24 @@ class Engine:
         """Prefill ``batch`` random prompts and decode behind all of them together.
 
         Returns:
-            ``prefill_s``: seconds of a prompt token; ``decode_s``: of a step, the median of
-            ``num_steps`` but the first; ``tokens`` of each answer.
+            ``prefill_s``: seconds of a prompt token; ``decode_s``: of a step, the median of those
+            with the most requests, but the first; ``batch``: how many these were, as a pool may
+            not hold all at once; ``tokens`` of each answer.
         """
         prompts = make_prompts([num_prompt] * batch, _VOCABULARY, seed)
-        served = self.serve(prompts, [num_steps + 1] * batch, [0.0] * batch, on_progress)
+        # The first go on until the last prompt is computed, where max_model_len lets them.
+        chunks = ceil_div(batch * num_prompt, self._scheduler.max_num_scheduled_tokens)
+        num_output = min(chunks + num_steps + 1, self._scheduler.max_model_len - num_prompt)
+        served = self.serve(prompts, [num_output] * batch, [0.0] * batch, on_progress)
         steps = [Step(**step) for step in served["steps"]]
         prefill = [step for step in steps if step.prefill]
-        alone = [step.seconds for step in steps if step.decode == batch and not step.prefill]
+        alone = [step for step in steps if not step.prefill]
+        most = max(step.decode for step in alone)
+        full = [step.seconds for step in alone if step.decode == most]
         return {
             "prefill_s": sum(s.seconds for s in prefill) / sum(s.prefill for s in prefill),
-            "decode_s": statistics.median(alone[1:]),
+            "decode_s": statistics.median(full[1:] or full),
+            "batch": most,
             "tokens": [request["tokens"] for request in served["requests"]],
         }
 

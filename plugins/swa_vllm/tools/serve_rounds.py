@@ -1,5 +1,6 @@
 """Rounds of a served workload: peers checked, then timed in turns, and what an ideal would take."""
 
+import sys
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -17,7 +18,7 @@ from swa_vllm.tools.workload import Ask, make_prompts
 
 _EXACT = "float32"
 _CHECKED_TOKENS = 16
-_CURVE_STEPS = 24
+_CURVE_STEPS = 40  # more than a page, at whose end some pools have room for another request
 
 
 @dataclass(frozen=True)
@@ -54,15 +55,20 @@ def measure(launcher: Launcher, kinds: Mapping[str, Kind], rounds: Rounds) -> di
         pool_bytes = _pool_bytes(peers)
         if launcher.dtype == _EXACT:
             checked = _check(launcher, kinds, rounds, peers)
+        first = rounds.asks[0]
+        warm_up = [replace(first, arrival=0.0, output_tokens=min(8, first.output_tokens))] * 2
         for peer in peers.values():  # what is compiled or allocated once
-            _serve(peer, [replace(rounds.asks[0], arrival=0.0, output_tokens=8)] * 2, vocab, -1)
+            _serve(peer, warm_up, vocab, seed=-1)
         limit = _Limit.of(launcher, rounds, peers["here"])
         for index in range(rounds.count):
             for name, peer in peers.items():
                 if index and name in rounds.once:
                     continue
                 say(f"round {index + 1} of {rounds.count}, {peer.name}")
-                served[name].append(_serve(peer, rounds.asks, vocab, rounds.seed + index))
+                result = _serve(peer, rounds.asks, vocab, rounds.seed + index)
+                served[name].append(result)
+                rate = result.summary()["output"]
+                print(f"  {result.seconds:.1f} s, {rate:.1f} tokens/s", file=sys.stderr, flush=True)
     figures = {KINDS[name].name: _figures(of_peer) for name, of_peer in served.items()}
     here = figures[KINDS["here"].name]
     return {
@@ -157,18 +163,16 @@ class _Limit:
             -(-longest.num_tokens // block_size),
         )
         concurrency = max(1, min(len(rounds.asks), (peer.facts["num_pages"] - 1) // pages))
-        prompt = max(ask.prompt_tokens for ask in rounds.asks)
+        num_steps = min(_CURVE_STEPS, longest.num_tokens - 2)
+        prompt = max(1, min(longest.prompt_tokens, longest.num_tokens - num_steps - 1))
         sizes = [n for n in (1, 2, 4, 8, 16, 32, 64, 128) if n < concurrency] + [concurrency]
         say(f"measuring steps of {', '.join(map(str, sizes))} requests")
-        measured = {
-            n: peer.ask("decode", batch=n, num_prompt=prompt, num_steps=_CURVE_STEPS, seed=n)
+        measured = [
+            peer.ask("decode", batch=n, num_prompt=prompt, num_steps=num_steps, seed=n)
             for n in sizes
-        }
-        return cls(
-            concurrency,
-            measured[concurrency]["prefill_s"],
-            {n: values["decode_s"] for n, values in measured.items()},
-        )
+        ]
+        steps = {values["batch"]: values["decode_s"] for values in measured}
+        return cls(concurrency, measured[-1]["prefill_s"], steps)
 
     def to_json(self, asks: Sequence[Ask], seconds: float) -> dict[str, Any]:
         least = bound.makespan(asks, self.concurrency, self.prefill_s, self.step_s)
