@@ -30,6 +30,7 @@ os.environ.update(
 import pytest
 import torch
 from filelock import FileLock
+from hypothesis import HealthCheck, settings
 from vllm import LLM, ModelRegistry
 from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 
@@ -47,6 +48,11 @@ from tiny_models import (
     save_tiny_model,
 )
 
+# How fast a machine makes examples decides nothing.
+settings.register_profile(
+    "any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.load_profile("any machine")
 SUMMARY = "summary: "  # begins names that tests give to record_property, with numbers to add up
 ModelFactory = Callable[..., Path]
 EngineFactory = Callable[..., LLM]

@@ -164,11 +164,11 @@ def test_two_features_are_accepted_or_refused_by_name(
 
 def test_shift_without_sinks_is_refused(made: Checkpoints) -> None:
     swa = {"window": WINDOW, "position_shift": True}
-    config = EngineArgs(
+    arguments = EngineArgs(
         str(made.model), skip_tokenizer_init=True, additional_config={"swa": swa}
-    ).create_engine_config()
+    )
     with pytest.raises(ValueError, match="position_shift moves sink tokens, and there are none"):
-        check_servable(config)
+        arguments.create_engine_config()
 
 
 def test_vllm_turns_asynchronous_scheduling_off_on_cpus(made: Checkpoints) -> None:

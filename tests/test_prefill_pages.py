@@ -1,6 +1,7 @@
 """Prefill chunks in the real engine that store only what a later token can see."""
 
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -144,7 +145,10 @@ def test_preempted_requests_start_over(engine: EngineFactory, tiny_model: ModelF
 
 
 def test_reading_a_page_that_was_not_kept_is_found_out(
-    engine: EngineFactory, tiny_model: ModelFactory, monkeypatch: pytest.MonkeyPatch
+    engine: EngineFactory,
+    tiny_model: ModelFactory,
+    no_engine: Callable[[], None],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Two survivors fewer: the next query reads the null page, which holds NaN."""
     llm = engine(tiny_model(**SLIDING), seed=9, **_options("survivors"))
@@ -153,6 +157,8 @@ def test_reading_a_page_that_was_not_kept_is_found_out(
     where = r"layers\.0\.self_attn\.attn for request .*0.* at position 270"
     with pytest.raises(RuntimeError, match=f"NaN in the output of model.{where}"):
         generate(llm, random_prompts([270]))
+    del llm
+    no_engine()  # it holds what it was serving
 
 
 def test_null_page_is_poisoned(engine: EngineFactory, tiny_model: ModelFactory) -> None:

@@ -168,6 +168,7 @@ def test_mask_and_pages_have_to_agree(
     break_it: Callable[[pytest.MonkeyPatch], None],
     engine: EngineFactory,
     tiny_model: ModelFactory,
+    no_engine: Callable[[], None],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     model = tiny_model(**FULL)
@@ -177,6 +178,8 @@ def test_mask_and_pages_have_to_agree(
     prompts = random_prompts([200])
     with pytest.raises((AssertionError, RuntimeError)):
         check_exact(prompts, generate(llm, prompts), DenseQwen3(model, Sight((41,) * 4, 4)))
+    del llm
+    no_engine()  # it may hold what it was serving
 
 
 def test_refused_where_vllms_own_backend_serves(
