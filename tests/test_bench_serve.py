@@ -65,7 +65,7 @@ def test_a_decoded_token_is_timed_at_each_length(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["serve", "--window", "0"], "--window must be at least 1, got 0"),
+        (["serve", "--window", "0"], "--window must be at least 1 and below 2**31, got 0"),
         (["serve", "--window", "1280"], "--window 1280 is not below the longest request, 1280"),
         (["serve", "--peers", "here,tgi"], "no peer 'tgi'; there are here, stock, full, hf"),
         (["serve", "--peers", "stock"], "--peers needs here"),
@@ -74,7 +74,7 @@ def test_a_decoded_token_is_timed_at_each_length(tmp_path: Path) -> None:
         (["decode", "--contexts", "a"], "--contexts 'a': write numbers"),
         (["decode", "--contexts", "64", "--full-to", "8"], "--full-to 8 is below all of"),
         (["decode", "--peers", "here,hf"], "--peers must have here"),
-        (["decode", "--steps", "2"], "--steps must be at least 3, got 2"),
+        (["decode", "--steps", "2"], "--steps must be at least 3 and below 2**31, got 2"),
         (["serve", "--plot", "picture.svg"], "the picture is a PNG"),
     ],
 )
