@@ -26,6 +26,7 @@ _SCHEDULER = {c: f"scheduler and manager, prefix caching {'on' if c else 'off'}"
 _BUILDER = "metadata builder"
 _ATTENTION = "attention of a layer"
 _MILLION = 1_000_000
+_CHUNK = 8192  # tokens of a prefill step
 _SHAPE = "Qwen3-0.6B"
 _HEADER = ("", "context", "stock us", "here us", "ratio", "stock, middle half", "here")
 
@@ -99,17 +100,21 @@ def _decoding(
     arm: Arm, args: argparse.Namespace, context: int, caching: bool, rounds: int
 ) -> Simulation:
     """A scheduler whose requests all decode at ``context``."""
-    longest = context + rounds + 100
+    # The first request has to run on until the last one's prompt is computed.
+    num_output = rounds + 100 + args.batch * (context // _CHUNK + 1)
+    longest = context + num_output
     num_pages = args.batch * (longest // BLOCK_SIZE + 2)
     simulation = Simulation(
         arm,
-        Engine(args.window, BLOCK_SIZE, num_pages, 8192, longest, prefix_caching=caching),
+        Engine(args.window, BLOCK_SIZE, num_pages, _CHUNK, longest, prefix_caching=caching),
         count_pages=False,
     )
     for index in range(args.batch):
-        simulation.add(str(index), range(index, index + context), rounds + 50)
+        simulation.add(str(index), range(index, index + context), num_output)
     while not simulation.all_decode:
         simulation.step()
+    if len(simulation.scheduler.running) != args.batch:
+        raise RuntimeError(f"{len(simulation.scheduler.running)} of {args.batch} requests decode")
     return simulation
 
 

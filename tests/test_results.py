@@ -1,0 +1,16 @@
+"""Committed results say where they come from."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from results_table import RESULTS
+
+
+@pytest.mark.parametrize("path", sorted(RESULTS.glob("*.json")), ids=lambda path: path.stem)
+def test_results_name_their_command(path: Path) -> None:
+    figures = json.loads(path.read_text())
+    assert figures["command"] in (RESULTS / "README.md").read_text()
+    if figures["command"].startswith("swa bench "):
+        assert not figures["conditions"]["quick"]
