@@ -1,6 +1,7 @@
 """Calls of :mod:`swa_backend.ops` that are refused."""
 
 import math
+from functools import partial
 from typing import Any
 
 import torch
@@ -32,36 +33,22 @@ def arguments_of(name: str) -> dict[str, Any]:
 
 
 def _row(
-    operation: str, changes: dict[str, Any], error: type[Exception], got: str, allowed: str, do: str
+    operation: str,
+    changes: dict[str, Any],
+    error: type[Exception],
+    got: str,
+    allowed: str,
+    do: str = "must",
 ) -> Bad:
     verb = operation.partition("_")[0]
     given = f"{verb} {', '.join(changes)} {got}"
     return Bad(given, (operation, changes), got, allowed, do, error)
 
 
-def _decode(
-    changes: dict[str, Any], error: type[Exception], got: str, allowed: str, do: str = "must"
-) -> Bad:
-    return _row("decode_attention", changes, error, got, allowed, do)
-
-
-def _prefill(
-    changes: dict[str, Any], error: type[Exception], got: str, allowed: str, do: str = "must"
-) -> Bad:
-    return _row("prefill_attention", changes, error, got, allowed, do)
-
-
-def _write(
-    changes: dict[str, Any], error: type[Exception], got: str, allowed: str, do: str = "must"
-) -> Bad:
-    return _row("write_pages", changes, error, got, allowed, do)
-
-
-def _rotate(
-    changes: dict[str, Any], error: type[Exception], got: str, allowed: str, do: str = "must"
-) -> Bad:
-    return _row("rotate_back", changes, error, got, allowed, do)
-
+_decode = partial(_row, "decode_attention")
+_prefill = partial(_row, "prefill_attention")
+_write = partial(_row, "write_pages")
+_rotate = partial(_row, "rotate_back")
 
 _ROWS = "must be float32, float16 or bfloat16 [num_tokens, heads, head_dim]"
 _CONTIGUOUS = "must be contiguous in its last dimension"

@@ -6,7 +6,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any
 
-from swa_backend.pages import WindowPages
+from swa_backend.pages import WindowPages, ceil_div
 from swa_vllm.tools import bound
 from swa_vllm.tools.bench_form import say
 from swa_vllm.tools.checkpoints import vocabulary
@@ -160,7 +160,7 @@ class _Limit:
         longest = max(rounds.asks, key=lambda ask: ask.num_tokens)
         pages = min(
             WindowPages(rounds.window, block_size).max_survivors,
-            -(-longest.num_tokens // block_size),
+            ceil_div(longest.num_tokens, block_size),
         )
         concurrency = max(1, min(len(rounds.asks), (peer.facts["num_pages"] - 1) // pages))
         num_steps = min(_CURVE_STEPS, longest.num_tokens - 2)

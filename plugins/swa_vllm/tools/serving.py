@@ -5,6 +5,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from swa_backend.pages import ceil_div
+
 
 @dataclass
 class Step:
@@ -88,7 +90,7 @@ class Served:
         for step in self.steps:
             now, tokens = now + step.seconds, tokens + step.answered
             points.append((round(now, 2), tokens))
-        stride = -(-len(points) // num_points)
+        stride = ceil_div(len(points), num_points)
         return [*points[:-1:stride], points[-1]]
 
 
