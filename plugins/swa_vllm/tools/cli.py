@@ -37,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"error: {told_by(error)}", file=sys.stderr)
         return 1
     except ModuleNotFoundError as error:
-        if error.name != "vllm":
+        if error.name not in ("vllm", "transformers"):  # the second comes with the first
             raise
         print(
             f"error: swa {arguments[0]} needs vLLM, which is not installed. On a machine with a "
