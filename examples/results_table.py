@@ -33,12 +33,14 @@ def _tight(figures: Figures) -> Iterator[Row]:
     yield "- preemptions", _medians({"peers": pooled}, "preemptions", 0)
     yield "- TTFT p99, s", _medians(figures, "ttft_p99_ms", 1, 1e-3)
     yield "- TPOT p50, ms", _medians(figures, "tpot_p50_ms", 0)
+    yield _times_as_fast(figures)
 
 
 def _plentiful(figures: Figures) -> Iterator[Row]:
     yield f"{_work(figures)}, room for all: tokens/s", _medians(figures, "output", 1)
     yield "- prefill, tokens/s", _medians(figures, "prefill", 0)
     yield "- decoding, tokens/s", _medians(figures, "decode", 1)
+    yield _times_as_fast(figures)
 
 
 def _decode(figures: Figures) -> Iterator[Row]:
@@ -66,6 +68,11 @@ def _work(figures: Figures) -> str:
     count = figures["num_requests"]
     each = (figures[key] // count for key in ("prompt_tokens", "output_tokens"))
     return f"{count} requests of {' + '.join(map(str, each))} tokens, W={figures['window']}"
+
+
+def _times_as_fast(figures: Figures) -> Row:
+    ratios = figures["ratios"].items()
+    return f"- {HERE}, times as fast", {name: f"{ratio:.2f}" for name, ratio in ratios}
 
 
 def _medians(figures: Figures, key: str, digits: int, factor: float = 1.0) -> dict[str, str]:

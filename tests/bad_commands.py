@@ -154,6 +154,33 @@ _BENCH = [
         "must be 1 or 2",
         "--steps-in-flight",
     ),
+    _range("bench serve", "--window", "0"),
+    _says(
+        "bench serve",
+        ["--window", "1280"],
+        "--window 1280 is",
+        "not below the longest request, 1280 tokens",
+        "give a smaller one",
+    ),
+    _says("bench serve", ["--peers", "here,tgi"], "'tgi'", "here, stock, full, hf", "--peers"),
+    _says("bench serve", ["--peers", "stock"], "--peers stock", "in every round", "name it"),
+    _says("bench serve", ["--once", "here"], "--once here", "in every round", "not in --once"),
+    _says("bench serve", ["--trace", "nowhere"], "nowhere", "No such file", "file of JSON lines"),
+    _says("bench serve", ["nowhere"], "nowhere is no", "config.json", "give one with a Qwen3"),
+    _says("bench serve", ["--plot", "a.svg"], "--plot a.svg", "is a PNG", "ends in .png"),
+    *(
+        _says("bench decode", ["--contexts", text], f"--contexts {text!r}", "from 1 on", "commas")
+        for text in ("a", "64,,128", "0", "9" * 30)
+    ),
+    _says(
+        "bench decode",
+        ["--contexts", "64", "--full-to", "8"],
+        "--full-to 8",
+        "below all of --contexts 64",
+        "raise it",
+    ),
+    _says("bench decode", ["--peers", "here,hf"], "here,hf", "with here", "stock or full beside"),
+    _range("bench decode", "--steps", "2", 3),
 ]
 
 _SLIDE = "nothing would slide"

@@ -10,15 +10,17 @@ from typing import Any
 
 import pytest
 
+from conftest import EngineFactory, ModelFactory
 from swa_vllm.tools import serve_rounds
 from swa_vllm.tools.bench_serve import losses
 from swa_vllm.tools.bound import makespan, step_time
 from swa_vllm.tools.checkpoints import add_window
-from swa_vllm.tools.cli import main
 from swa_vllm.tools.peer import Peer
+from swa_vllm.tools.peer_vllm import Engine
 from swa_vllm.tools.peers import KINDS, Launcher
 from swa_vllm.tools.serving import Served, Step, Timed, percentile
 from swa_vllm.tools.workload import MIXES, Ask, read_trace
+from tiny_models import FULL, SLIDING
 
 PNG = b"\x89PNG"
 
@@ -62,27 +64,31 @@ def test_a_decoded_token_is_timed_at_each_length(tmp_path: Path) -> None:
     assert set(figures["growth"]["this plugin"]) == {"decode_s", "prefill_s"}
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["serve", "--window", "0"], "--window must be at least 1 and below 2**31, got 0"),
-        (["serve", "--window", "1280"], "--window 1280 is not below the longest request, 1280"),
-        (["serve", "--peers", "here,tgi"], "no peer 'tgi'; there are here, stock, full, hf"),
-        (["serve", "--peers", "stock"], "--peers needs here"),
-        (["serve", "--trace", "nowhere"], "--trace nowhere cannot be read"),
-        (["serve", "nowhere"], "nowhere is no checkpoint directory"),
-        (["decode", "--contexts", "a"], "--contexts 'a': write numbers"),
-        (["decode", "--contexts", "64", "--full-to", "8"], "--full-to 8 is below all of"),
-        (["decode", "--peers", "here,hf"], "--peers must have here"),
-        (["decode", "--steps", "2"], "--steps must be at least 3 and below 2**31, got 2"),
-        (["serve", "--plot", "picture.svg"], "the picture is a PNG"),
-    ],
-)
-def test_nonsense_is_refused(
-    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+RECORDING = {
+    "scheduler_cls": "swa_vllm.tools.peer_vllm.RecordingScheduler",
+    "async_scheduling": False,
+}
+
+
+def test_steps_of_those_that_fit_are_timed_where_not_all_do(
+    engine: EngineFactory, tiny_model: ModelFactory
 ) -> None:
-    assert main(["bench", *arguments]) == 1
-    assert message in capsys.readouterr().err
+    """A pool that never holds the batch once left no step to take the median of."""
+    llm = engine(tiny_model(**FULL), max_model_len=128, num_gpu_blocks_override=1 + 8, **RECORDING)
+    answer = Engine(llm).decode(3, num_prompt=70, num_steps=4, seed=0, on_progress=print)
+    assert answer["batch"] == 2  # three pages each
+    assert answer["decode_s"] > 0
+    assert [len(tokens) for tokens in answer["tokens"]] == [4 + 1 + 1] * 3
+
+
+def test_all_decode_together_behind_prompts_of_many_chunks(
+    engine: EngineFactory, tiny_model: ModelFactory
+) -> None:
+    """The first once had its tokens before the last prompt was computed."""
+    llm = engine(tiny_model(**SLIDING), max_num_batched_tokens=64, **RECORDING)
+    answer = Engine(llm).decode(3, num_prompt=200, num_steps=4, seed=0, on_progress=print)
+    assert answer["batch"] == 3
+    assert len(answer["tokens"][0]) > 4 + 200 // 64
 
 
 @pytest.mark.parametrize(

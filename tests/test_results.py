@@ -1,11 +1,11 @@
-"""Committed results say where they come from."""
+"""Committed results say where they come from, and the README tells them."""
 
 import json
 from pathlib import Path
 
 import pytest
 
-from results_table import RESULTS
+from results_table import RESULTS, table
 
 
 @pytest.mark.parametrize("path", sorted(RESULTS.glob("*.json")), ids=lambda path: path.stem)
@@ -14,3 +14,7 @@ def test_results_name_their_command(path: Path) -> None:
     assert figures["command"] in (RESULTS / "README.md").read_text()
     if figures["command"].startswith("swa bench "):
         assert not figures["conditions"]["quick"]
+
+
+def test_readme_has_the_table_of_the_results() -> None:
+    assert table() in (RESULTS.parents[1] / "README.md").read_text()

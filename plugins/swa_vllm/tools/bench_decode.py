@@ -15,7 +15,7 @@ from typing import Any
 
 from swa_backend.pages import ceil_div
 from swa_vllm.tools import peers, plots
-from swa_vllm.tools.arguments import check_number, check_numbers
+from swa_vllm.tools.arguments import check_number, check_numbers, is_number
 from swa_vllm.tools.bench_form import say
 from swa_vllm.tools.checkpoints import prepare_models
 from swa_vllm.tools.peer import Peer
@@ -52,7 +52,10 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     check_number("steps", args.steps, least=3)
     kinds = kinds_of("--peers", args.peers)
     if "hf" in kinds or "here" not in kinds:
-        raise ValueError("--peers must have here, and may have stock and full")
+        raise ValueError(
+            f"--peers {args.peers}: engines are compared with here, this plugin; name it, and "
+            "stock or full beside it"
+        )
     contexts = _contexts(args)
     with tempfile.TemporaryDirectory() as directory, ExitStack() as stack:
         launcher = _launcher(args, Path(directory), contexts)
@@ -88,14 +91,14 @@ def plot(path: Path, figures: Mapping[str, Any]) -> None:
 def _contexts(args: argparse.Namespace) -> list[int]:
     default = _QUICK_CONTEXTS if args.quick else "2048,4096,8192,32768,131072"
     text = args.contexts or default
-    try:
-        contexts = sorted({int(part) for part in text.split(",")})
-    except ValueError:
-        contexts = [0]
-    if contexts[0] < 1:
-        raise ValueError(f"--contexts {text!r}: write numbers of tokens with commas between them")
-    if min(contexts) > args.full_to:
-        raise ValueError(f"--full-to {args.full_to} is below all of --contexts {text}")
+    parts = text.split(",")
+    if not all(is_number(part, 1) for part in parts):
+        raise ValueError(
+            f"--contexts {text!r}: write numbers of tokens from 1 on with commas between them"
+        )
+    contexts = sorted({int(part) for part in parts})
+    if contexts[0] > args.full_to:
+        raise ValueError(f"--full-to {args.full_to} is below all of --contexts {text}; raise it")
     return contexts
 
 

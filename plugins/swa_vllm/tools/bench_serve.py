@@ -64,13 +64,16 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     """Print a table; returns the figures."""
     kinds, once = kinds_of("--peers", args.peers), kinds_of("--once", args.once)
     if "here" not in kinds or "here" in once:
-        raise ValueError("--peers needs here, this plugin, and --once does without it")
+        raise ValueError(
+            f"--peers {args.peers} --once {args.once}: here, this plugin, is compared with the "
+            "others in every round; name it in --peers and not in --once"
+        )
     asks = _asks(args)
     longest = max(ask.num_tokens for ask in asks)
     if args.window >= longest:
         raise ValueError(
             f"--window {args.window} is not below the longest request, {longest} tokens: nothing "
-            "would slide"
+            "would slide; give a smaller one"
         )
     num_pages = _num_pages(args, asks)
     with tempfile.TemporaryDirectory() as directory:

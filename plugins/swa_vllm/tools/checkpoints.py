@@ -19,7 +19,9 @@ def add_window(model: Path, directory: Path, window: int | None) -> Path:
     try:
         config: dict[str, Any] = json.loads((model / "config.json").read_text())
     except (OSError, ValueError) as error:
-        raise ValueError(f"{model} is no checkpoint directory: config.json: {error}") from error
+        raise ValueError(
+            f"{model} is no checkpoint directory (config.json: {error}); give one with a Qwen3"
+        ) from error
     if config.get("model_type") != "qwen3":
         raise ValueError(
             f"{model} is a {config.get('model_type')!r}; peers share a window in a dense Qwen3 "

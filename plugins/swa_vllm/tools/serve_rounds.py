@@ -1,5 +1,6 @@
 """Rounds of a served workload: peers checked, then timed in turns, and what an ideal would take."""
 
+import statistics
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -61,7 +62,8 @@ def measure(launcher: Launcher, kinds: Mapping[str, Kind], rounds: Rounds) -> di
             _serve(peer, warm_up, vocab, seed=-1)
         limit = _Limit.of(launcher, rounds, peers["here"])
         for index in range(rounds.count):
-            for name, peer in peers.items():
+            order = list(peers.items())[:: -1 if index % 2 else 1]  # nobody always goes first
+            for name, peer in order:
                 if index and name in rounds.once:
                     continue
                 say(f"round {index + 1} of {rounds.count}, {peer.name}")
@@ -77,8 +79,7 @@ def measure(launcher: Launcher, kinds: Mapping[str, Kind], rounds: Rounds) -> di
         "same_tokens": _agreement(served),
         "peers": figures,
         "ratios": {
-            name: here["output"]["median"] / figure["output"]["median"]
-            for name, figure in figures.items()
+            KINDS[name].name: _ratio(served["here"], of_peer) for name, of_peer in served.items()
         },
         "bound": limit.to_json(rounds.asks, here["seconds"]["median"]),
     }
@@ -186,6 +187,11 @@ def _figures(rounds: Sequence[Served]) -> dict[str, Any]:
         "rounds": len(rounds),
         "curve": rounds[0].curve(),
     }
+
+
+def _ratio(here: Sequence[Served], peer: Sequence[Served]) -> float:
+    """How often as fast as it, in the median of the rounds in which both served."""
+    return statistics.median(b.seconds / a.seconds for a, b in zip(here, peer, strict=False))
 
 
 def _agreement(served: Mapping[str, Sequence[Served]]) -> dict[str, float]:

@@ -62,7 +62,9 @@ def read_trace(path: Path) -> list[Ask]:
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"--trace {path} cannot be read: {error}") from error
+        raise ValueError(
+            f"--trace {path} cannot be read: {error}; give a file of JSON lines"
+        ) from error
     asks = [_ask(path, n, line) for n, line in enumerate(lines, 1) if line.strip()]
     if not asks:
         raise ValueError(f"--trace {path} has no requests")
