@@ -26,10 +26,6 @@ class DenseText:
     def num_layers(self) -> int:
         return int(self._model.config.num_hidden_layers)
 
-    def perplexity(self, tokens: Sequence[int], sight: Sight) -> float:
-        logprobs = self.logprobs(tokens, range(len(tokens)), sight)
-        return float(logprobs.mean().neg().exp())
-
     def logprobs(
         self, tokens: Sequence[int], positions: Sequence[int], sight: Sight
     ) -> torch.Tensor:

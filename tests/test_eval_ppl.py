@@ -64,7 +64,7 @@ def options(window: int | None, sinks: int) -> dict[str, Any]:
     return {"window": window, "sink_tokens": sinks} if window else dict(FULL_ATTENTION)
 
 
-def check(case: Case, model: Path, length: int, engine: EngineFactory) -> None:
+def check(case: Case, model: Path, length: int, engine: EngineFactory, num_pieces: int = 1) -> None:
     window, sinks, chunk, dtype = case
     llm = engine(
         model,
@@ -75,9 +75,15 @@ def check(case: Case, model: Path, length: int, engine: EngineFactory) -> None:
         enable_prefix_caching=False,
         additional_config={"swa": options(window, sinks)},
     )
-    scored = Served(llm).score(text(model)[:length])
-    expected = dense(model).perplexity(text(model)[:length], sight(model, window, sinks))
-    assert perplexity(scored.logprobs) == pytest.approx(expected, rel=TOLERANCES[dtype])
+    got: list[float] = []
+    expected: list[float] = []
+    for start in range(0, num_pieces * length, length):
+        piece = text(model)[start : start + length]
+        got += Served(llm).score(piece).logprobs
+        expected += (
+            dense(model).logprobs(piece, range(length), sight(model, window, sinks)).tolist()
+        )
+    assert perplexity(got) == pytest.approx(perplexity(expected), rel=TOLERANCES[dtype])
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -96,20 +102,18 @@ def test_perplexity_is_a_dense_models_full_product(case: Case, engine: EngineFac
     "case",
     [
         (None, 0, 64, "float32"),
-        # In bfloat16 without sinks vLLM's own rounding takes 0.8 %: stock vLLM, sliding, has 54.375
-        # on these tokens, as this plugin to the last digit, and the dense model 54.814.
-        *(
-            case
-            for case in pairwise((128,), SINKS, (64, 256), TOLERANCES)
-            if (case[1], case[3]) != (0, "bfloat16")
-        ),
+        *pairwise((128,), SINKS, (64, 256), TOLERANCES),
     ],
     ids=str,
 )
 def test_perplexity_of_real_weights_is_a_dense_models(
     case: Case, demo_model: dict[str, Path], engine: EngineFactory
 ) -> None:
-    check(case, demo_model["full"], 512, engine)
+    """Of 4096 tokens: without sinks bfloat16 moves that of 512 by up to 0.8 %, up or down.
+
+    Stock vLLM, sliding, gives the same digits.
+    """
+    check(case, demo_model["full"], 512, engine, num_pieces=8)
 
 
 @pytest.mark.parametrize("shift", [False, True])
