@@ -133,6 +133,7 @@ def random_case(seed: int) -> Case:
     near_a_page = page_size * rng.randint(1, 2) + rng.randint(-1, 1)
     sinks = rng.choice([0, 0, 1, 4, page_size, rng.randint(2, page_size + 9)])
     max_length, max_requests = rng.randint(33, MAX_LENGTH), rng.randint(1, 8)
+    sinks = min(sinks, max_length - 1)  # more are refused
     # What vLLM demands: one request of the greatest length, with every layer in a group of its own.
     least = len(windowed) * ceil_div(max_length + sinks, page_size) + 1
     return Case(
