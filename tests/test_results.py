@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from results_table import RESULTS, table
+from results_table import FULL, HERE, RESULTS, STOCK, table
 
 
 @pytest.mark.parametrize("path", sorted(RESULTS.glob("*.json")), ids=lambda path: path.stem)
@@ -16,5 +16,9 @@ def test_results_name_their_command(path: Path) -> None:
         assert not figures["conditions"]["quick"]
 
 
-def test_readme_has_the_table_of_the_results() -> None:
-    assert table() in (RESULTS.parents[1] / "README.md").read_text()
+def test_readme_tells_the_results() -> None:
+    readme = (RESULTS.parents[1] / "README.md").read_text()
+    assert table() in readme
+    peers = json.loads((RESULTS / "serve-tight.json").read_text())["peers"]
+    full, stock, here = (round(peers[name]["output"]["median"]) for name in (FULL, STOCK, HERE))
+    assert f"| {full} | {stock} | **{here}** |" in readme
