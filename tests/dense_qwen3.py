@@ -6,11 +6,14 @@ keys that are rotated anew for every query.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.nn.functional import rms_norm
 from transformers import Qwen3Config, Qwen3ForCausalLM
+from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
 from tiny_models import OracleScores
 
@@ -34,6 +37,29 @@ class Sight:
     cache_dtype: torch.dtype = torch.float8_e4m3fn
 
 
+def keep_dtype_in_norms(model: torch.nn.Module) -> None:
+    """Hugging Face's round to fp32 in any dtype, which in fp64 is an error of its own."""
+
+    def forward(norm: Any, hidden: torch.Tensor) -> torch.Tensor:
+        return rms_norm(hidden, norm.weight.shape, norm.weight, norm.variance_epsilon)
+
+    for module in model.modules():
+        if isinstance(module, Qwen3RMSNorm):
+            module.forward = partial(forward, module)  # type: ignore[method-assign]
+
+
+def cos_and_sin(
+    model: Any, states: torch.Tensor, positions: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of the angles by which states are rotated; in fp64 these are not Hugging Face's, of fp32."""
+    rotary = model.model.rotary_emb
+    cos, sin = (table[0] for table in rotary(states, positions[None]))
+    if states.dtype != torch.float64:
+        return cos, sin
+    angles = (positions[:, None] * rotary.inv_freq.double()).repeat(1, 2)
+    return angles.cos() * rotary.attention_scaling, angles.sin() * rotary.attention_scaling
+
+
 class DenseQwen3:
     """In fp64, with its own fp32 error as the measure of noise."""
 
@@ -44,6 +70,7 @@ class DenseQwen3:
             Qwen3ForCausalLM.from_pretrained(directory, config=config, dtype=dtype).eval()
             for dtype in (torch.float64, torch.float32)
         ]
+        keep_dtype_in_norms(self._models[0])
 
     @torch.inference_mode()
     def score(self, tokens: Sequence[int]) -> OracleScores:
@@ -105,6 +132,6 @@ class DenseQwen3:
 
     @staticmethod
     def _rotate(model: Any, states: torch.Tensor, positions: list[int]) -> torch.Tensor:
-        cos, sin = (t[0] for t in model.model.rotary_emb(states, torch.tensor([positions])))
+        cos, sin = cos_and_sin(model, states, torch.tensor(positions))
         first, second = states.chunk(2, dim=-1)
         return states * cos + torch.cat((-second, first), dim=-1) * sin

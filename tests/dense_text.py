@@ -11,16 +11,26 @@ from typing import Any
 import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from dense_qwen3 import Sight
+from dense_qwen3 import Sight, cos_and_sin, keep_dtype_in_norms
 
 
 class DenseText:
-    """In one dtype; ``overrides`` are keys of the config."""
+    """In one dtype; ``overrides`` are keys of the config.
 
-    def __init__(self, directory: Path, dtype: torch.dtype, **overrides: Any) -> None:
+    With an ``order``, a seed, hidden units and neurons lie in another order: the same function,
+    whose sums are rounded otherwise.
+    """
+
+    def __init__(
+        self, directory: Path, dtype: torch.dtype, order: int | None = None, **overrides: Any
+    ) -> None:
         config = Qwen3Config.from_pretrained(directory, **overrides)
         self._model: Any = Qwen3ForCausalLM.from_pretrained(directory, config=config, dtype=dtype)
         self._model.eval()
+        if dtype == torch.float64:
+            keep_dtype_in_norms(self._model)
+        if order is not None:
+            _reorder(self._model, torch.Generator().manual_seed(order))
 
     @property
     def num_layers(self) -> int:
@@ -67,6 +77,27 @@ class DenseText:
         return own.o_proj((scores.softmax(-1) @ value).transpose(0, 1).flatten(1))
 
     def _rotate(self, states: torch.Tensor, at: torch.Tensor) -> torch.Tensor:
-        cos, sin = (t[0] for t in self._model.model.rotary_emb(states, at[None]))
+        cos, sin = cos_and_sin(self._model, states, at)
         first, second = states.chunk(2, dim=-1)
         return states * cos + torch.cat((-second, first), dim=-1) * sin
+
+
+@torch.no_grad()
+def _reorder(model: Any, generator: torch.Generator) -> None:
+    hidden = torch.randperm(model.config.hidden_size, generator=generator)
+    neurons = torch.randperm(model.config.intermediate_size, generator=generator)
+    # By module: along rows or columns; norms have one dimension. Others keep the order of heads.
+    rows = {"o_proj": hidden, "down_proj": hidden, "gate_proj": neurons, "up_proj": neurons}
+    columns = {"down_proj": neurons, "o_proj": None}
+    for name, weight in model.named_parameters():  # tied ones once
+        module = name.split(".")[-2]
+        if module in ("q_norm", "k_norm"):
+            continue
+        if weight.dim() == 1:
+            weight.copy_(weight[hidden])
+            continue
+        if module in rows:
+            weight.copy_(weight[rows[module]])
+        order = columns.get(module, hidden)
+        if order is not None:
+            weight.copy_(weight[:, order])

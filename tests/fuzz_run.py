@@ -149,9 +149,16 @@ class Errors:
     num_tokens: int
 
 
-def measure(case: Case, model: Path, scored: Sequence[Scored]) -> Errors:
-    """Compare what the engine said with the dense model of the case."""
-    exact, rounded = (DenseText(model, d) for d in (torch.float64, getattr(torch, case.dtype)))
+def measure(
+    case: Case, model: Path, scored: Sequence[Scored], orders: Sequence[int | None] = (None,)
+) -> Errors:
+    """Compare what the engine said with the dense model of the case.
+
+    Args:
+        orders: of the hidden units of the models that tell the noise, see :class:`DenseText`.
+    """
+    exact = DenseText(model, torch.float64)
+    rounded = [DenseText(model, getattr(torch, case.dtype), order) for order in orders]
     sight = Sight(case.windows, case.sinks, case.shift)
     # Shifted, an engine's keys are rotated twice.
     sights = [sight, replace(sight, shift=False)] if case.shift else [sight]
@@ -159,10 +166,17 @@ def measure(case: Case, model: Path, scored: Sequence[Scored]) -> Errors:
     for part in scored:
         args = part.text, range(len(part.text))
         rows = [exact.scores(*args, s) for s in sights]
-        noise = sum((r - rounded.scores(*args, s)).abs() for r, s in zip(rows, sights, strict=True))
+        noise = torch.stack(
+            [
+                torch.stack(
+                    [(r - other.scores(*args, s)).abs() for r, s in zip(rows, sights, strict=True)]
+                ).sum(dim=0)
+                for other in rounded
+            ]
+        )
         best, chosen = rows[0].max(dim=-1).values, part.chosen(rows[0])
         errors.append(torch.tensor(part.logprobs, dtype=torch.float64) - chosen)
-        noises.append(part.chosen(noise))
+        noises.append(part.chosen(noise.square().mean(dim=0).sqrt()))
         largest_noises.append(float(noise.max()))
         if part.is_greedy:
             choices.append(float((best[part.first - 1 : -1] - chosen).max()))

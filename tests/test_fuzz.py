@@ -28,6 +28,7 @@ FIRST_SEED = int(os.environ.get("SWA_TEST_SEED", "0"))
 SEEDS = [range(FIRST_SEED + first, FIRST_SEED + first + 20) for first in (0, 20)]
 MANY_SEEDS = [range(FIRST_SEED + first, FIRST_SEED + first + 50) for first in range(40, 2040, 50)]
 EVENTS = ("aborts", "preemptions", "prefix hits", "pages freed by a window", "skipped pages")
+NUM_OTHERS = 32
 MIN_TOKENS = 30  # that make an average
 # Cases that stay, whatever is chosen at random: as printed, one that failed goes here.
 KEPT = {
@@ -55,7 +56,42 @@ KEPT = {
             (Job(0, 120, 9, 40), Job(0, 120, 20, 40, 2), Job(1, 64, 30, 80, 1, 3, 20)),
             (Job(0, 120, 9, 40), Job(0, 97, 0, 40, 3, 2), Job(1, 64, 1, 9, 1, 5, 0, True)),
         ),
-    )
+    ),
+    "a second sound implementation is luckier": Case(
+        dtype="float32",
+        num_heads=4,
+        num_kv_heads=1,
+        head_dim=80,
+        rope="linear",
+        tied=True,
+        windowed=(True, False),
+        by_checkpoint=True,
+        window=129,
+        sinks=0,
+        shift=False,
+        prefill_pages="survivors",
+        page_size=64,
+        num_pages=9,
+        max_length=213,
+        chunk=64,
+        max_requests=7,
+        caching=True,
+        is_async=True,
+        batches=(
+            (
+                Job(0, 52, 0, 31, 3, 5, 12, True),
+                Job(1, 0, 54, 64, 1, 12),
+                Job(1, 111, 21, 42, 3, 14),
+            ),
+            (
+                Job(1, 4, 0, 1, 3, 0, 0, True),
+                Job(1, 99, 0, 3),
+                Job(0, 18, 0, 1, 1, 0, 0, True),
+                Job(1, 81, 11, 89, 1, 0, 8),
+                Job(1, 0, 111, 1, 1, 0, 0, True),
+            ),
+        ),
+    ),
 }
 
 Record = Callable[[str, object], None]
@@ -84,8 +120,13 @@ def quick_engine(engine: EngineFactory, tiny_model: ModelFactory) -> Iterator[En
 def _check(case: Case, engine: EngineFactory, directory: Path) -> Counter[str]:
     model = save_tiny_model(directory, **case.checkpoint)
     run = Run(case, engine(model, **case.engine))
-    errors = measure(case, model, run.serve())
-    # The engine is no further from the exact result than another sound implementation.
+    scored = run.serve()
+    # The engine is no further from the exact result than another sound implementation: than the
+    # worst of some, for the few cases in a thousand in which the first is lucky.
+    for orders in (None,), range(NUM_OTHERS):
+        errors = measure(case, model, scored, orders)
+        if max(errors.largest, errors.choice) <= errors.largest_noise:
+            break
     assert max(errors.largest, errors.choice) <= errors.largest_noise, errors
     if errors.num_tokens >= MIN_TOKENS:
         assert errors.usual <= 2 * errors.usual_noise, errors
@@ -125,12 +166,22 @@ def test_engine_equals_a_dense_model(
     _check_seeds(seeds, quick_engine, tmp_path, record_property)
 
 
-@pytest.mark.parametrize("name", KEPT)
+@pytest.mark.parametrize(
+    ("name", "events"),
+    [
+        ("all at once in a pool for one", EVENTS),
+        ("a second sound implementation is luckier", EVENTS[:3]),
+    ],
+)
 def test_kept_cases(
-    name: str, quick_engine: EngineFactory, tmp_path: Path, record_property: Record
+    name: str,
+    events: tuple[str, ...],
+    quick_engine: EngineFactory,
+    tmp_path: Path,
+    record_property: Record,
 ) -> None:
     happened = _check_all([(name, KEPT[name])], quick_engine, tmp_path, record_property)
-    assert all(happened[event] > 0 for event in EVENTS), happened
+    assert all(happened[event] > 0 for event in events), happened
 
 
 @pytest.mark.full
