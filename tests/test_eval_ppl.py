@@ -125,6 +125,15 @@ def test_dense_text_is_the_slow_oracle(shift: bool) -> None:
     assert (got - expected).abs().max() < 1e-9
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_another_order_of_units_changes_rounding_only(dtype: torch.dtype) -> None:
+    tokens, seen = text()[:150], Sight((40, None, 40, 40), 4)
+    first, other = (
+        DenseText(MODEL, dtype, order).logprobs(tokens, range(150), seen) for order in (None, 1)
+    )
+    assert 0 < (first - other).abs().max() < (1e-11 if dtype == torch.float64 else 1e-4)
+
+
 def _forced(llm: LLM, pieces: list[list[int]], num_decoded: int) -> list[list[float]]:
     """Log-probabilities of the last tokens of each piece, all pieces served at once."""
     params = [
