@@ -38,7 +38,10 @@ class Sight:
 
 
 def keep_dtype_in_norms(model: torch.nn.Module) -> None:
-    """Hugging Face's round to fp32 in any dtype, which in fp64 is an error of its own."""
+    """Hugging Face's round to fp32 in any dtype, which in fp64 is an error of its own.
+
+    So do its angles; those stay, as engines have the same.
+    """
 
     def forward(norm: Any, hidden: torch.Tensor) -> torch.Tensor:
         return rms_norm(hidden, norm.weight.shape, norm.weight, norm.variance_epsilon)
@@ -46,18 +49,6 @@ def keep_dtype_in_norms(model: torch.nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, Qwen3RMSNorm):
             module.forward = partial(forward, module)  # type: ignore[method-assign]
-
-
-def cos_and_sin(
-    model: Any, states: torch.Tensor, positions: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Of the angles by which states are rotated; in fp64 these are not Hugging Face's, of fp32."""
-    rotary = model.model.rotary_emb
-    cos, sin = (table[0] for table in rotary(states, positions[None]))
-    if states.dtype != torch.float64:
-        return cos, sin
-    angles = (positions[:, None] * rotary.inv_freq.double()).repeat(1, 2)
-    return angles.cos() * rotary.attention_scaling, angles.sin() * rotary.attention_scaling
 
 
 class DenseQwen3:
@@ -132,6 +123,6 @@ class DenseQwen3:
 
     @staticmethod
     def _rotate(model: Any, states: torch.Tensor, positions: list[int]) -> torch.Tensor:
-        cos, sin = cos_and_sin(model, states, torch.tensor(positions))
+        cos, sin = (t[0] for t in model.model.rotary_emb(states, torch.tensor([positions])))
         first, second = states.chunk(2, dim=-1)
         return states * cos + torch.cat((-second, first), dim=-1) * sin

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from dense_qwen3 import Sight, cos_and_sin, keep_dtype_in_norms
+from dense_qwen3 import Sight, keep_dtype_in_norms
 
 
 class DenseText:
@@ -77,7 +77,7 @@ class DenseText:
         return own.o_proj((scores.softmax(-1) @ value).transpose(0, 1).flatten(1))
 
     def _rotate(self, states: torch.Tensor, at: torch.Tensor) -> torch.Tensor:
-        cos, sin = cos_and_sin(self._model, states, at)
+        cos, sin = (t[0] for t in self._model.model.rotary_emb(states, at[None]))
         first, second = states.chunk(2, dim=-1)
         return states * cos + torch.cat((-second, first), dim=-1) * sin
 

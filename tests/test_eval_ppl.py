@@ -122,7 +122,8 @@ def test_dense_text_is_the_slow_oracle(shift: bool) -> None:
     slow = DenseQwen3(MODEL, seen).score(tokens)
     expected = slow.logprobs[:-1].gather(1, torch.tensor(tokens[1:])[:, None])[:, 0]
     got = DenseText(MODEL, torch.float64).logprobs(tokens, range(150), seen)
-    assert (got - expected).abs().max() < 1e-9
+    # Hugging Face's cosines are of fp32 in any dtype: turning by other angles rounds otherwise.
+    assert (got - expected).abs().max() < (slow.noise if shift else 1e-9)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
