@@ -166,13 +166,10 @@ def measure(
     for part in scored:
         args = part.text, range(len(part.text))
         rows = [exact.scores(*args, s) for s in sights]
-        noise = torch.stack(
-            [
-                torch.stack(
-                    [(r - other.scores(*args, s)).abs() for r, s in zip(rows, sights, strict=True)]
-                ).sum(dim=0)
-                for other in rounded
-            ]
+        # [orders, tokens, vocabulary]
+        noise = sum(
+            (row - torch.stack([other.scores(*args, s) for other in rounded])).abs()
+            for row, s in zip(rows, sights, strict=True)
         )
         best, chosen = rows[0].max(dim=-1).values, part.chosen(rows[0])
         errors.append(torch.tensor(part.logprobs, dtype=torch.float64) - chosen)

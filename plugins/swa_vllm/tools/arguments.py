@@ -44,6 +44,20 @@ def is_number(text: str, least: int) -> bool:
     return text.isdecimal() and len(text) < 10 and int(text) >= least
 
 
+def numbers_of_tokens(flag: str, text: str) -> list[int]:
+    """Items of a list such as ``2048,4096``.
+
+    Raises:
+        ValueError: it is none.
+    """
+    parts = text.split(",")
+    if not all(is_number(part, 1) for part in parts):
+        raise ValueError(
+            f"{flag} {text!r}: write numbers of tokens from 1 on with commas between them"
+        )
+    return [int(part) for part in parts]
+
+
 def told_by(error: Exception) -> str:
     """What an error says, without what pydantic puts around those raised while vLLM is set up."""
     if hasattr(error, "errors"):

@@ -15,7 +15,7 @@ from typing import Any
 
 from swa_backend.pages import ceil_div
 from swa_vllm.tools import peers, plots
-from swa_vllm.tools.arguments import check_number, check_numbers, is_number
+from swa_vllm.tools.arguments import check_number, check_numbers, numbers_of_tokens
 from swa_vllm.tools.bench_form import say
 from swa_vllm.tools.checkpoints import prepare_models
 from swa_vllm.tools.peer import Peer
@@ -91,12 +91,7 @@ def plot(path: Path, figures: Mapping[str, Any]) -> None:
 def _contexts(args: argparse.Namespace) -> list[int]:
     default = _QUICK_CONTEXTS if args.quick else "2048,4096,8192,32768,131072"
     text = args.contexts or default
-    parts = text.split(",")
-    if not all(is_number(part, 1) for part in parts):
-        raise ValueError(
-            f"--contexts {text!r}: write numbers of tokens from 1 on with commas between them"
-        )
-    contexts = sorted({int(part) for part in parts})
+    contexts = sorted(set(numbers_of_tokens("--contexts", text)))
     if contexts[0] > args.full_to:
         raise ValueError(f"--full-to {args.full_to} is below all of --contexts {text}; raise it")
     return contexts

@@ -12,7 +12,7 @@ from typing import Any
 
 from swa_backend.pages import WindowPages, ceil_div
 from swa_vllm.tools import plots
-from swa_vllm.tools.arguments import check_number, check_numbers, is_number
+from swa_vllm.tools.arguments import check_number, check_numbers, numbers_of_tokens
 from swa_vllm.tools.plan_plots import plot_trace
 from swa_vllm.tools.trace_text import print_trace
 
@@ -98,7 +98,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             f"--pool-tokens {args.pool_tokens} is less than two pages of --block-size "
             f"{args.block_size}; give more, or smaller pages"
         )
-    prompts = _prompts(args.prompt)
+    prompts = numbers_of_tokens("--prompt", args.prompt)
     trace = record(args, prompts)
     title = (
         f"W={args.window}, {args.sink_tokens} sink tokens, pages of {args.block_size}, chunks of "
@@ -109,13 +109,6 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     if args.plot is not None:
         plot_trace(args.plot, title, trace)
     return trace.to_json()
-
-
-def _prompts(text: str) -> list[int]:
-    parts = text.split(",")
-    if not all(is_number(part, 1) for part in parts):
-        raise ValueError(f"--prompt {text!r}: write numbers of tokens with commas between them")
-    return [int(part) for part in parts]
 
 
 def record(args: argparse.Namespace, prompts: list[int]) -> Trace:
