@@ -22,9 +22,11 @@ from ray_cluster.local_cluster import ClusterError, local_ray_cluster
 QUESTIONS = ("What is the capital of France?", "Name three animals that live in the sea.")
 NUM_NODES = 2
 NUM_KV_HEADS = 4  # the demo model has 3, which two workers cannot share
-RAY_ARGS = ("--tensor-parallel-size", str(NUM_NODES), "--distributed-executor-backend", "ray")
-# In bfloat16 another sum over the workers, as processors with AVX-512 have, gives another answer.
-EXACT = ("--dtype", "float32")
+RAY_ARGS = (
+    *("--tensor-parallel-size", str(NUM_NODES), "--distributed-executor-backend", "ray"),
+    # The two best first tokens are 0.1 apart, which bfloat16 sums over workers may round away.
+    *("--dtype", "float32"),
+)
 
 
 def pad_heads(source: Path, target: Path, num_kv_heads: int) -> None:
@@ -73,7 +75,7 @@ def demonstrate(model: Path) -> None:
         # Threads that wait for one another take the processor from those that would go on.
         threads = max(1, (os.cpu_count() or 1) // NUM_NODES)
         environment = {**cluster.environment, "OMP_NUM_THREADS": str(threads)}
-        server = Server(model, log_path, [*SERVE_ARGS, *RAY_ARGS, *EXACT], environment)
+        server = Server(model, log_path, [*SERVE_ARGS, *RAY_ARGS], environment)
         try:
             server.wait(progress=True)
             for question in QUESTIONS:
