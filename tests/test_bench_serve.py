@@ -159,6 +159,13 @@ def test_summary_by_hand() -> None:
     assert Served(5.0, steps, requests).curve() == [(0.0, 0), (2.0, 2), (3.0, 4), (3.5, 5)]
 
 
+def test_ratio_is_of_the_rounds_that_both_served() -> None:
+    """Where the machine slows down: the medians of each peer's own rounds are 1.5 apart."""
+    here, peer = ([Served(float(n), [], []) for n in seconds] for seconds in ((2, 4, 9), (4, 9, 6)))
+    assert serve_rounds._ratio(here, peer) == 2.0
+    assert serve_rounds._ratio(here, peer[:1]) == 2.0  # of one that served once
+
+
 def test_percentiles() -> None:
     assert percentile([], 99) == 0
     assert percentile([3.0], 99) == 3.0
