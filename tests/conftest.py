@@ -16,11 +16,14 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import torch
+
 # Read by vLLM, OpenMP and Triton (which vLLM imports) when they are imported.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
 os.environ.update(
     HF_HUB_OFFLINE="1",
     OMP_NUM_THREADS="1",
-    TRITON_INTERPRET="1",
     VLLM_CPU_KVCACHE_SPACE="1",
     VLLM_CPU_OMP_THREADS_BIND="nobind",
     VLLM_ENABLE_V1_MULTIPROCESSING="0",
@@ -28,7 +31,6 @@ os.environ.update(
 )
 
 import pytest
-import torch
 from filelock import FileLock
 from hypothesis import HealthCheck, settings
 from vllm import LLM, ModelRegistry

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import AutoConfig
 from vllm import LLM, ModelRegistry, SamplingParams
 from vllm.distributed import cleanup_dist_env_and_memory
@@ -19,6 +20,13 @@ from swa_backend.config import SWAConfigError, SWAOptions
 from swa_backend.layers import resolve_layers
 from swa_vllm.kv_manager import SWAManager
 from tiny_models import PAGE_SIZE, WINDOW, random_prompts
+
+# Not the whole GPU, on which other tests run beside.
+ON_GPU = (
+    {"gpu_memory_utilization": 0.1, "kv_cache_memory_bytes": 1 << 30}
+    if torch.cuda.is_available()
+    else {}
+)
 
 
 def start_engine(model: Path | str, **kwargs: Any) -> LLM:
@@ -40,6 +48,7 @@ def start_engine(model: Path | str, **kwargs: Any) -> LLM:
             "max_model_len": 512,
             "max_num_seqs": 8,
             "seed": 0,
+            **ON_GPU,
             **kwargs,
         },
     )

@@ -1,4 +1,4 @@
-"""Cases of the kernels, in Triton's interpreter against the fp64 oracle.
+"""Cases of the kernels, in Triton's interpreter or on a GPU, against the fp64 oracle.
 
 Everything that a kernel must not use is poisoned: slots outside the visible set and all scratch
 hold NaN, table entries of pages without a visible key name a page far outside the cache, and the
@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 
-from kernel_guard import Guard, guarded
+from kernel_guard import DEVICE, IS_WATCHED, Guard, guarded
 from swa_backend import reference
 from swa_backend.window import is_visible
 
@@ -101,13 +101,13 @@ def make_inputs(case: DecodeCase, directory: Path) -> DecodeInputs:
         case, kv_dtype, visible, max(case.seq_lens), directory, generator
     )
     query_shape = (case.num_tokens, case.num_kv_heads * case.group, case.head_dim)
-    query, shifted = torch.randn(2, *query_shape, generator=generator).to(case.dtype)
+    query, shifted = torch.randn(2, *query_shape, generator=generator).to(DEVICE, case.dtype)
     start_loc = None
     if case.num_queries is not None:
-        start_loc = torch.tensor([0, *case.num_queries]).cumsum(0).int()
+        start_loc = torch.tensor([0, *case.num_queries]).cumsum(0).int().to(DEVICE)
     scales = {"k_scale": 0.75, "v_scale": 1.5} if kv_dtype in FP8 else {}
     return DecodeInputs(
-        args=(query, kv_cache, table, torch.tensor(case.seq_lens).int()),
+        args=(query, kv_cache, table, torch.tensor(case.seq_lens).int().to(DEVICE)),
         kwargs={
             "window": case.window,
             "sink_tokens": case.sink_tokens,
@@ -150,18 +150,21 @@ def make_pages(
     pages = [sorted({k // case.page for k in keys}) for keys in visible]
     num_used = sum(map(len, pages))
     kv_cache, first_page = make_cache(case, dtype, num_used + 3, directory)
-    ids = first_page + torch.randperm(num_used + 3, generator=generator)
-    kv_cache[ids] = torch.full((), float("nan")).to(dtype)
+    ids = torch.randperm(num_used + 3, generator=generator)
+    live = kv_cache[first_page:].cpu()
+    live[ids] = torch.full((), float("nan")).to(dtype)
     table = torch.full((len(visible), max(1, -(-longest // case.page))), BAD_PAGE)
     largest, used = 0.0, iter(ids.tolist())
     for request, keys in enumerate(visible):
-        table[request, pages[request]] = torch.tensor([next(used) for _ in pages[request]]).long()
+        own = torch.tensor([next(used) for _ in pages[request]]).long()
+        table[request, pages[request]] = first_page + own
         positions = torch.tensor(keys, dtype=torch.long)
         shape = (len(keys), case.num_kv_heads, 2 * case.head_dim)
         rows = torch.randn(shape, generator=generator).to(dtype)
-        kv_cache[table[request, positions // case.page], :, positions % case.page] = rows
+        live[table[request, positions // case.page] - first_page, :, positions % case.page] = rows
         largest = max(largest, float(rows.float().abs().max()) if keys else 0.0)
-    return kv_cache, table.int(), largest
+    kv_cache[first_page:].copy_(live)  # on the CPU they are the same
+    return kv_cache, table.int().to(DEVICE), largest
 
 
 def make_cache(
@@ -173,13 +176,13 @@ def make_cache(
     per_page = case.num_kv_heads * case.page * 2 * case.head_dim
     first = 2**31 // per_page + 1 if case.is_far else 0
     count = (first + num_pages) * per_page
-    if case.is_far:
+    if case.is_far and DEVICE.type == "cpu":
         # A file with a hole: several gigabytes of addresses, a few pages on the disk.
         file = directory / "cache"
         flat = torch.from_file(str(file), shared=True, size=count, dtype=dtype)
         file.unlink()
     else:
-        flat = torch.empty(count, dtype=dtype)
+        flat = torch.empty(count, dtype=dtype, device=DEVICE)
     cache = flat.view(-1, *shape, 2 * case.head_dim)
     return cache.transpose(1, 2) if case.by_token else cache, first
 
@@ -218,7 +221,9 @@ def check_decode(
                 guard.watch("other", tensor)
         ops.decode_attention(*inputs.args, **inputs.kwargs, out=out, impl="triton")
     num_bytes = guard.bytes_touched["kv_cache"]
-    if case.num_queries is None:
+    if not IS_WATCHED:
+        assert num_bytes == 0
+    elif case.num_queries is None:
         assert num_bytes == inputs.num_kv_bytes
     else:  # queries of a request share what they read, as far as they lie in one block
         assert inputs.num_kv_bytes <= num_bytes < max(case.num_queries) * inputs.num_kv_bytes
@@ -263,12 +268,13 @@ def check_write(
     cache, first = make_cache(case, kv_dtype, num_pages, directory)
     live = cache[first:]
     live.view(torch.uint8).fill_(7)
-    expected = live.clone()
+    expected = live.cpu().clone()
     slots = torch.tensor(case.slots)
     reference.write_pages(key, value, expected, slots, **scales)
-    slots = torch.where(slots < 0, slots, slots + first * case.page)
+    slots = torch.where(slots < 0, slots, slots + first * case.page).to(DEVICE)
+    key, value = key.to(DEVICE), value.to(DEVICE)
     with guarded(monkeypatch) as guard:
         for name, tensor in {"cache": live, "slots": slots, "key": key, "value": value}.items():
             guard.watch(name, tensor)
         ops.write_pages(key, value, cache, slots, **scales, impl="triton")
-    assert torch.equal(live.view(torch.uint8), expected.view(torch.uint8))
+    assert torch.equal(live.cpu().view(torch.uint8), expected.view(torch.uint8))

@@ -242,8 +242,8 @@ PREFILL_MUTANTS = (
     Mutant(
         "own tiles begin at the window",
         PREFILL,
-        "tl.range(tl.maximum(start, context), stop",
-        "tl.range(start, stop",
+        "own_start = tl.maximum(start, context)",
+        "own_start = start",
     ),
     Mutant(
         "own keys of another request", PREFILL, "(token_start + keys - context)", "(keys - context)"
@@ -260,6 +260,18 @@ PREFILL_MUTANTS = (
         PREFILL,
         "tl.minimum(row_low, sink_tokens)",
         "tl.minimum(position + 1, sink_tokens)",
+    ),
+    Mutant(
+        "keys of the future unmasked",
+        PREFILL,
+        "seen_stop = context + first + 1",
+        "seen_stop = last_position + 1",
+    ),
+    Mutant(
+        "keys before the window unmasked",
+        PREFILL,
+        "seen_start = last_position - window + 1",
+        "seen_start = start",
     ),
     Mutant("sinks forgotten", PREFILL, "range(1 - HAS_SINKS, 2)", "range(1, 2)"),
     Mutant("sink query ignored", PREFILL, "q_ptr = sink_query_ptr", "q_ptr = query_ptr"),

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from kernel_cases import DTYPES, DecodeCase, WriteCase, check_decode, check_write
+from kernel_guard import DEVICE
 from kernel_mutants import MUTANTS, Mutant, assert_caught, load_kernels
 from swa_backend import ops, reference
 
@@ -44,6 +45,7 @@ WRITE = (
 )
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize("case", DECODE, ids=str)
 def test_decode_equals_the_oracle(
     case: DecodeCase, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
@@ -51,6 +53,7 @@ def test_decode_equals_the_oracle(
     check_decode(case, ops, monkeypatch, tmp_path)
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize(
     "window", [512, *(pytest.param(window, marks=pytest.mark.full) for window in (1024, 4096))]
 )
@@ -61,6 +64,7 @@ def test_decode_of_a_long_text_reads_its_window_once(
     check_decode(case, ops, monkeypatch, tmp_path)
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize("case", WRITE, ids=str)
 def test_write_equals_the_oracle(
     case: WriteCase, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
@@ -68,28 +72,34 @@ def test_write_equals_the_oracle(
     check_write(case, ops, monkeypatch, tmp_path)
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2], ids=str)
 def test_every_half_precision_number_becomes_the_nearest_fp8(dtype: torch.dtype) -> None:
     numbers = torch.arange(2**16).to(torch.uint16).view(torch.float16).view(4, 128, 128)
     stored, expected = torch.zeros(2, 1, 128, 4, 256).to(dtype)
     slots = torch.arange(4)
-    ops.write_pages(numbers, -numbers, stored, slots, impl="triton")
+    on_device = stored.to(DEVICE)
+    ops.write_pages(
+        numbers.to(DEVICE), -numbers.to(DEVICE), on_device, slots.to(DEVICE), impl="triton"
+    )
+    stored = on_device.cpu()
     reference.write_pages(numbers, -numbers, expected, slots)
     is_nan = expected.float().isnan()
     assert torch.equal(stored.float().isnan(), is_nan)
     assert torch.equal(stored.view(torch.uint8)[~is_nan], expected.view(torch.uint8)[~is_nan])
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2], ids=str)
 def test_every_fp8_number_is_read_exactly(dtype: torch.dtype) -> None:
     """One key a token and a window of one: the output is the value."""
     codes = torch.arange(256, dtype=torch.uint8).view(dtype)
     finite = torch.where(codes.float().isfinite(), codes.float(), 0.0).to(dtype).view(4, 64)
-    cache = torch.cat([torch.zeros_like(finite), finite], dim=-1).view(4, 1, 1, 128)
-    table = torch.arange(4).int()[:, None]
-    query = torch.zeros(4, 1, 64)
-    got = ops.decode_attention(query, cache, table, torch.ones(4).int(), window=1, impl="triton")
-    assert torch.equal(got.view(4, 64), finite.float())
+    cache = torch.cat([torch.zeros_like(finite), finite], dim=-1).view(4, 1, 1, 128).to(DEVICE)
+    table = torch.arange(4, device=DEVICE).int()[:, None]
+    query, lengths = torch.zeros(4, 1, 64, device=DEVICE), torch.ones(4, device=DEVICE).int()
+    got = ops.decode_attention(query, cache, table, lengths, window=1, impl="triton")
+    assert torch.equal(got.view(4, 64).cpu(), finite.float())
 
 
 def _smoke(module: ModuleType, monkeypatch: pytest.MonkeyPatch, directory: Path) -> None:
@@ -146,6 +156,7 @@ def _grid() -> list[DecodeCase]:
     return cases
 
 
+@pytest.mark.gpu
 @pytest.mark.full
 @pytest.mark.parametrize("case", _grid(), ids=str)
 def test_decode_equals_the_oracle_on_the_grid(
@@ -154,6 +165,7 @@ def test_decode_equals_the_oracle_on_the_grid(
     check_decode(case, ops, monkeypatch, tmp_path)
 
 
+@pytest.mark.gpu
 @pytest.mark.full
 def test_full_attention_over_a_long_text(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     case = DecodeCase(window=None, seq_lens=(100003,), page=128, head_dim=128)

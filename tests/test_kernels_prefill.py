@@ -36,6 +36,7 @@ PREFILL = (
 )
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize("case", PREFILL, ids=str)
 def test_prefill_equals_the_oracle(
     case: PrefillCase, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
@@ -90,6 +91,7 @@ def _grid() -> list[PrefillCase]:
     return cases
 
 
+@pytest.mark.gpu
 @pytest.mark.full
 @pytest.mark.parametrize("case", _grid(), ids=str)
 def test_prefill_equals_the_oracle_on_the_grid(

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from kernel_guard import guarded
+from kernel_guard import DEVICE, guarded
 from kernel_mutants import ROTATE_MUTANTS, Mutant, assert_caught
 from swa_backend import ops, reference
 
@@ -50,11 +50,11 @@ def check(case: Case, module: ModuleType, monkeypatch: pytest.MonkeyPatch) -> No
     """Assert that the kernel agrees with the oracle, and touches nothing else."""
     generator = torch.Generator().manual_seed(3)
     shape = (len(DISTANCES), case.num_heads, case.head_dim)
-    states = torch.randn(shape, generator=generator).to(case.dtype)
-    distances, table = torch.tensor(DISTANCES), case.table
+    states = torch.randn(shape, generator=generator).to(DEVICE, case.dtype)
+    distances, table = torch.tensor(DISTANCES, device=DEVICE), case.table.to(DEVICE)
     arguments: dict[str, Any] = {"is_neox": case.is_neox}
     expected = reference.rotate_back(states.double(), distances, table, **arguments)
-    out = torch.full((len(states), 2 * case.num_heads, case.head_dim), float("nan")).to(case.dtype)
+    out = states.new_full((len(states), 2 * case.num_heads, case.head_dim), float("nan"))
     with guarded(monkeypatch) as guard:
         for tensor in (states, distances, table, out[:, ::2]):
             guard.watch("any", tensor)
@@ -66,6 +66,7 @@ def check(case: Case, module: ModuleType, monkeypatch: pytest.MonkeyPatch) -> No
     assert out[:, 1::2].isnan().all()
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_kernel_equals_the_oracle(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     check(case, ops, monkeypatch)

@@ -46,6 +46,7 @@ MORE = (
 )
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize(
     "case", [*CASES, *(pytest.param(case, marks=pytest.mark.full) for case in MORE)], ids=str
 )
@@ -72,6 +73,7 @@ def test_engine_equals_a_dense_model(
     assert all(m.snapshot().freed_by_window > 0 for m in managers(llm))
 
 
+@pytest.mark.gpu
 def test_engine_equals_hugging_face(engine: EngineFactory, tiny_model: ModelFactory) -> None:
     model = tiny_model(**SLIDING, num_hidden_layers=2)
     llm = engine(model, additional_config={"swa": {"impl": "triton"}})
@@ -79,6 +81,7 @@ def test_engine_equals_hugging_face(engine: EngineFactory, tiny_model: ModelFact
     check_exact(prompts, generate(llm, prompts, num_tokens=4), Oracle(model))
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize(
     ("name", "dtype"),
     [
@@ -101,6 +104,7 @@ def test_fp8_cache_holds_the_nearest_numbers(
         check_exact([prompt], generate(llm, [prompt], num_tokens=6), DenseQwen3(model, sight))
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize("window", [20, 1])
 def test_drafts_change_no_token(
     window: int, engine: EngineFactory, tiny_model: ModelFactory, tmp_path: Path

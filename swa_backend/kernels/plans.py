@@ -11,8 +11,10 @@ from typing import Any
 
 from swa_backend.pages import ceil_div
 
-# What fits on an H100's multiprocessor; see the committed table of the ahead-of-time gate.
+# What fits on a multiprocessor; see the committed table of the ahead-of-time gate.
 _PROGRAMS_PER_PROCESSOR = 4
+# Compute capability whose tiles were chosen by the clock, on an H100.
+_TIMED = 90
 # Beyond it the merge would read as much as it saves.
 _MAX_SPLITS = 32
 # Rows of the smallest matrix product of the tensor cores.
@@ -81,7 +83,8 @@ class Target:
         """Compiler options of the decode kernel, for a cache of numbers of so many bytes."""
         if self.backend != "cuda":
             return {**self.options(), "num_stages": 2}
-        num_stages = 3 if self.arch in _SMALL_SHARED_MEMORY else 4
+        is_large = self.arch in _SMALL_SHARED_MEMORY or (self.arch == _TIMED and num_kv_bytes == 2)
+        num_stages = 3 if is_large else 4
         # Only where it is needed: a cap makes ptxas use what it allows.
         cap = {"maxnreg": _MAX_REGISTERS} if num_kv_bytes == 1 else {}
         return {**self.options(), "num_stages": num_stages, **cap}
@@ -148,7 +151,7 @@ def plan_decode(
     kv_format: NumberFormat,
 ) -> DecodePlan:
     """The plan of one call; ``window`` is the most keys that a query may see."""
-    tile = 16 if kv_format.num_bytes == 4 else 32
+    tile = {4: 16, 2: 64 if target.arch == _TIMED else 32, 1: 32}[kv_format.num_bytes]
     rows = _rows(group)
     rows_per_block = rows // group if is_ragged else 1
     num_blocks = num_tokens // rows_per_block if is_ragged else num_reqs
@@ -161,7 +164,7 @@ def plan_decode(
         rows=rows,
         rows_per_block=rows_per_block,
         num_splits=choose_splits(
-            max(1, ceil_div(window + rows_per_block - 1, tile)), num_programs, target.num_processors
+            max(1, ceil_div(window + rows_per_block - 1, tile)), num_programs, target
         ),
         has_sinks=has_sinks,
         is_ragged=is_ragged,
@@ -198,7 +201,7 @@ def plan_prefill(
         head_dim=head_dim,
         group=group,
         page=page,
-        tile=16 if is_small else 32,
+        tile=16 if is_small else 64 if target.arch == _TIMED else 32,
         rows=rows,
         rows_per_block=rows // group,
         has_sinks=has_sinks,
@@ -206,24 +209,26 @@ def plan_prefill(
     )
 
 
-def choose_splits(num_tiles: int, num_programs: int, num_processors: int) -> int:
+def choose_splits(num_tiles: int, num_programs: int, target: Target) -> int:
     """Parts that the window's tiles are divided into, so that one wave fills the device.
 
     Args:
         num_programs: programs without a split.
     """
-    span = ceil_div(num_tiles, min(num_tiles, _wanted_splits(num_programs, num_processors)))
+    span = ceil_div(num_tiles, min(num_tiles, _wanted_splits(num_programs, target)))
     return ceil_div(num_tiles, span)
 
 
 def max_splits(target: Target, num_tokens: int, num_kv_heads: int, group: int) -> int:
     """The most splits of a decode plan of ``num_tokens`` queries, whatever the window."""
     num_blocks = max(1, num_tokens // (_rows(group) // group))
-    return _wanted_splits(num_blocks * num_kv_heads, target.num_processors)
+    return _wanted_splits(num_blocks * num_kv_heads, target)
 
 
-def _wanted_splits(num_programs: int, num_processors: int) -> int:
-    return min(_MAX_SPLITS, max(1, _PROGRAMS_PER_PROCESSOR * num_processors // num_programs))
+def _wanted_splits(num_programs: int, target: Target) -> int:
+    # Larger tiles keep a processor as busy with half of the programs.
+    per_processor = _PROGRAMS_PER_PROCESSOR // (2 if target.arch == _TIMED else 1)
+    return min(_MAX_SPLITS, max(1, per_processor * target.num_processors // num_programs))
 
 
 def _rows(group: int) -> int:

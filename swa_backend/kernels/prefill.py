@@ -10,7 +10,14 @@ import triton
 import triton.language as tl
 
 from swa_backend.kernels.plans import PrefillPlan, Target
-from swa_backend.kernels.tiles import as_operand, attend, load_pages, load_rows, request_of
+from swa_backend.kernels.tiles import (
+    as_operand,
+    attend,
+    load_pages,
+    load_rows,
+    request_of,
+    seen_by_all,
+)
 
 
 @triton.jit(do_not_specialize=["num_tokens", "num_reqs", "window", "sink_tokens"])
@@ -92,12 +99,14 @@ def prefill_kernel(
     top = tl.full([ROWS], float("-inf"), dtype=tl.float32)
     total = tl.zeros([ROWS], dtype=tl.float32)
     acc = tl.zeros([ROWS, HEAD_DIM], dtype=tl.float32)
-    # The sinks below the window first, then the window; one body serves both.
-    for sweep in range(1 - HAS_SINKS, 2):
+    # The sinks below the window first, then the window.
+    for sweep in tl.static_range(1 - HAS_SINKS, 2):
         start = tl.maximum(context + first - window + 1, 0)
         stop = last_position + 1
         row_start = row_low
         row_stop = position + 1
+        seen_start = last_position - window + 1  # by every row
+        seen_stop = context + first + 1
         q_ptr = query_ptr
         q_offset = token * stride_query_token + head * stride_query_head
         if HAS_SINKS:
@@ -114,33 +123,66 @@ def prefill_kernel(
         cached_stop = tl.minimum(stop, context)
         cached_scale = score_scale * key_scale
         acc = acc / value_scale
+        # Phase 1 of the window are tiles that every row sees: no mask. Sinks have phase 2 only.
+        low, high = seen_by_all(start, cached_stop, seen_start, seen_stop, TILE)
         # Carried from tile to tile, as in the decode kernel.
         pages = load_pages(table_ptr, start + offsets, cached_stop, PAGE)
-        for tile_start in tl.range(start, cached_stop, TILE):
-            keys = tile_start + offsets
-            next_pages = load_pages(table_ptr, keys + TILE, cached_stop, PAGE)
-            slots = pages.to(tl.int64) * stride_kv_page + (keys % PAGE) * stride_kv_slot
-            is_read = keys < cached_stop
-            k = as_operand(load_rows(key_ptr, slots, is_read, stride_kv_dim, HEAD_DIM), DOT)
-            v = as_operand(load_rows(value_ptr, slots, is_read, stride_kv_dim, HEAD_DIM), DOT)
-            # The chunk's own keys come from elsewhere, also those that a row sees.
-            keys = tl.where(is_read, keys, 2**31 - 1)
-            top, total, acc = attend(
-                q, k, v, keys, row_start, row_stop, cached_scale, top, total, acc, DOT
-            )
-            pages = next_pages
+        for phase in tl.static_range(2 - 2 * sweep, 3):
+            phase_start = start if phase == 2 - 2 * sweep else (low if phase == 1 else high)
+            phase_stop = low if phase == 0 else (high if phase == 1 else cached_stop)
+            for tile_start in tl.range(phase_start, phase_stop, TILE):
+                keys = tile_start + offsets
+                next_pages = load_pages(table_ptr, keys + TILE, cached_stop, PAGE)
+                slots = pages.to(tl.int64) * stride_kv_page + (keys % PAGE) * stride_kv_slot
+                is_read = keys < cached_stop
+                k = load_rows(key_ptr, slots, is_read, stride_kv_dim, HEAD_DIM, phase != 1)
+                v = load_rows(value_ptr, slots, is_read, stride_kv_dim, HEAD_DIM, phase != 1)
+                k, v = as_operand(k, DOT), as_operand(v, DOT)
+                # The chunk's own keys come from elsewhere, also those that a row sees.
+                keys = tl.where(is_read, keys, 2**31 - 1)
+                top, total, acc = attend(
+                    q,
+                    k,
+                    v,
+                    keys,
+                    row_start,
+                    row_stop,
+                    cached_scale,
+                    top,
+                    total,
+                    acc,
+                    DOT,
+                    phase != 1,
+                )
+                pages = next_pages
         acc = acc * value_scale
 
-        for tile_start in tl.range(tl.maximum(start, context), stop, TILE):
-            keys = tile_start + offsets
-            is_read = keys < stop
-            own = (token_start + keys - context).to(tl.int64)
-            k = load_rows(own_key_ptr, own * stride_own_key_token, is_read, 1, HEAD_DIM)
-            v = load_rows(own_value_ptr, own * stride_own_value_token, is_read, 1, HEAD_DIM)
-            k, v = k.to(DOT), v.to(DOT)
-            top, total, acc = attend(
-                q, k, v, keys, row_start, row_stop, score_scale, top, total, acc, DOT
-            )
+        own_start = tl.maximum(start, context)
+        low, high = seen_by_all(own_start, stop, seen_start, seen_stop, TILE)
+        for phase in tl.static_range(2 - 2 * sweep, 3):
+            phase_start = own_start if phase == 2 - 2 * sweep else (low if phase == 1 else high)
+            phase_stop = low if phase == 0 else (high if phase == 1 else stop)
+            for tile_start in tl.range(phase_start, phase_stop, TILE):
+                keys = tile_start + offsets
+                is_read = keys < stop
+                own = (token_start + keys - context).to(tl.int64)
+                k_slots, v_slots = own * stride_own_key_token, own * stride_own_value_token
+                k = load_rows(own_key_ptr, k_slots, is_read, 1, HEAD_DIM, phase != 1).to(DOT)
+                v = load_rows(own_value_ptr, v_slots, is_read, 1, HEAD_DIM, phase != 1).to(DOT)
+                top, total, acc = attend(
+                    q,
+                    k,
+                    v,
+                    keys,
+                    row_start,
+                    row_stop,
+                    score_scale,
+                    top,
+                    total,
+                    acc,
+                    DOT,
+                    phase != 1,
+                )
 
     acc = acc / tl.where(total == 0.0, 1.0, total)[:, None]
     out_offset = token * stride_out_token + head * stride_out_head

@@ -33,11 +33,31 @@ def load_pages(table_ptr, keys, stop, PAGE: tl.constexpr):
 
 
 @triton.jit
-def load_rows(base_ptr, slots, is_read, stride_dim, HEAD_DIM: tl.constexpr):
-    """Rows ``[TILE, HEAD_DIM]`` at int64 element offsets ``slots [TILE]``."""
+def load_rows(
+    base_ptr,
+    slots,
+    is_read,
+    stride_dim,
+    HEAD_DIM: tl.constexpr,
+    IS_MASKED: tl.constexpr = True,
+):
+    """Rows ``[TILE, HEAD_DIM]`` at int64 element offsets ``slots [TILE]``, or all if not masked."""
     dims = tl.arange(0, HEAD_DIM)
     pointers = base_ptr + slots[:, None] + dims[None, :] * stride_dim
-    return tl.load(pointers, mask=is_read[:, None], other=0.0)
+    mask = is_read[:, None] if IS_MASKED else None
+    return tl.load(pointers, mask=mask, other=0.0 if IS_MASKED else None)
+
+
+@triton.jit
+def seen_by_all(start, stop, seen_start, seen_stop, TILE: tl.constexpr):
+    """Of the tiles from ``start`` those whose keys lie from ``seen_start`` to ``seen_stop``.
+
+    Returns:
+        Where they begin and end; the same twice if there is none.
+    """
+    low = start + tl.cdiv(tl.maximum(seen_start - start, 0), TILE) * TILE
+    low = tl.minimum(low, stop)
+    return low, low + tl.maximum(tl.minimum(seen_stop, stop) - low, 0) // TILE * TILE
 
 
 @triton.jit
@@ -55,7 +75,20 @@ def as_operand(x, DOT: tl.constexpr):
 
 
 @triton.jit
-def attend(q, k, v, keys, row_start, row_stop, score_scale, top, total, acc, DOT: tl.constexpr):
+def attend(
+    q,
+    k,
+    v,
+    keys,
+    row_start,
+    row_stop,
+    score_scale,
+    top,
+    total,
+    acc,
+    DOT: tl.constexpr,
+    IS_MASKED: tl.constexpr = True,
+):
     """One step of attention with a running softmax in base 2 (Dao et al., arXiv 2307.08691).
 
     Args:
@@ -63,17 +96,20 @@ def attend(q, k, v, keys, row_start, row_stop, score_scale, top, total, acc, DOT
         keys: positions ``[TILE]``; a row sees those from ``row_start`` to ``row_stop`` ``[ROWS]``.
         top, total: fp32 ``[ROWS]``: largest score so far, sum of ``2 ** (score - top)``.
         acc: fp32 ``[ROWS, HEAD_DIM]``, values by these weights.
+        IS_MASKED: false where every row sees all keys.
 
     Returns:
         New top, total and acc.
     """
-    scores = tl.dot(q, tl.trans(k), input_precision="ieee") * score_scale  # [ROWS, TILE]
-    is_seen = (keys[None, :] >= row_start[:, None]) & (keys[None, :] < row_stop[:, None])
-    scores = tl.where(is_seen, scores, float("-inf"))
-    new_top = tl.maximum(top, tl.max(scores, axis=1))
+    scores = tl.dot(q, tl.trans(k), input_precision="ieee")  # [ROWS, TILE]
+    if IS_MASKED:
+        is_seen = (keys[None, :] >= row_start[:, None]) & (keys[None, :] < row_stop[:, None])
+        scores = tl.where(is_seen, scores, float("-inf"))
+    # The scale is positive, so the largest product is the largest score.
+    new_top = tl.maximum(top, tl.max(scores, axis=1) * score_scale)
     # A row that has seen nothing yet would compute inf - inf.
-    finite_top = tl.where(new_top == float("-inf"), 0.0, new_top)
-    weights = tl.exp2(scores - finite_top[:, None])
+    finite_top = tl.where(new_top == float("-inf"), 0.0, new_top) if IS_MASKED else new_top
+    weights = tl.exp2(scores * score_scale - finite_top[:, None])
     factor = tl.exp2(top - finite_top)
     total = total * factor + tl.sum(weights, axis=1)
     acc = tl.dot(weights.to(DOT), v, acc * factor[:, None], input_precision="ieee")
