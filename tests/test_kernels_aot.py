@@ -12,7 +12,7 @@ import pytest
 import torch
 import triton
 
-from swa_backend.kernels import gate
+from swa_backend.kernels import aot, gate
 from swa_backend.kernels.aot import Facts, compiling
 from swa_backend.kernels.plans import Target
 
@@ -83,7 +83,22 @@ def test_broken_limit_is_named(changes: dict[str, Any], broken: str | None) -> N
 def test_prefill_without_the_fast_products_is_named() -> None:
     case = gate.Case("prefill", "Qwen3-8B", torch.bfloat16, Target("cuda", 90, 132))
     assert gate.violations(case, GOOD) == ["multiplies by HMMA, not HGMMA"]
-    assert gate.violations(case, replace(GOOD, product="HGMMA", kv_buffers=1)) == []
+    fast = replace(GOOD, product="HGMMA", kv_buffers=1)
+    assert gate.violations(case, fast) == []
+    slow = replace(fast, is_serialized=True)
+    assert gate.violations(case, slow) == ["lets each product wait for the one before"]
+
+
+@pytest.mark.parametrize(
+    ("code", "is_serialized"),
+    [
+        ("WARPGROUP.ARRIVE ; HGMMA.64x64x16.F32 R24 ; HGMMA.64x64x16.F32 R24 ;", False),
+        ("WARPGROUP.ARRIVE ; HGMMA.64x64x16.F32 ; WARPGROUP.ARRIVE ; HGMMA.64x64x16.F32 ;", True),
+        ("HMMA.16816.F32 R4 ;", False),
+    ],
+)
+def test_products_that_wait_are_seen(code: str, is_serialized: bool) -> None:
+    assert aot._is_serialized(code) is is_serialized
 
 
 def test_compiling_under_the_interpreter_is_refused() -> None:

@@ -46,6 +46,8 @@ class Facts:
             vector load. None if every load is of 4 bytes.
         programs_per_processor: programs that fit on a multiprocessor; None on AMD.
         product: the tensor cores' instruction in machine code; None without a matrix product.
+        is_serialized: whether each of sm_90's asynchronous products waits for the one before, as
+            ptxas decides where it finds no registers for them.
     """
 
     registers: int
@@ -56,6 +58,7 @@ class Facts:
     load_bytes: int | None
     programs_per_processor: int | None
     product: str | None
+    is_serialized: bool = False
 
 
 def triton_modules() -> dict[str, Any]:
@@ -140,6 +143,7 @@ def _nvidia_facts(kernel: Any, target: Target) -> Facts:
             _THREADS[arch] // num_threads,
         ),
         product=_product(code),
+        is_serialized=_is_serialized(code),
     )
 
 
@@ -165,6 +169,11 @@ def _product(assembly: str) -> str | None:
     # The first reach the full rate of sm_100 and sm_90; the last is AMD's.
     names = ("UTCHMMA", "HGMMA", "HMMA", "v_mfma")
     return next((name for name in names if re.search(rf"\b{name}", assembly)), None)
+
+
+def _is_serialized(code: str) -> bool:
+    num_products = len(re.findall(r"\bHGMMA", code))
+    return 0 < num_products <= len(re.findall(r"\bWARPGROUP\.ARRIVE", code))
 
 
 def _kv_buffers(kernel: Any) -> int:

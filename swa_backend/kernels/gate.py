@@ -175,6 +175,7 @@ def violations(case: Case, facts: Facts) -> list[str]:
     if reads_keys and not decodes:
         wanted = _PREFILL_PRODUCTS.get(case.target.arch, facts.product)
         limits[f"multiplies by {facts.product}, not {wanted}"] = facts.product != wanted
+        limits["lets each product wait for the one before"] = facts.is_serialized
     if decodes and case.target.arch in (90, 100):
         limits |= {
             f"takes {facts.registers} registers, more than 128": facts.registers > 128,

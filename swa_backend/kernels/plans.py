@@ -97,7 +97,9 @@ class Target:
     def prefill_options(self) -> dict[str, Any]:
         """Compiler options of the prefill kernel."""
         num_stages = 2 if self.backend == "hip" else 3
-        return {**self.options(), "num_warps": 8, "num_stages": num_stages}
+        # With sinks ptxas would spill rather than take more than half of what a thread may have.
+        allowed = {"maxnreg": 255} if self.arch in _SMALL_SHARED_MEMORY else {}
+        return {**self.options(), "num_warps": 8, "num_stages": num_stages, **allowed}
 
 
 @dataclass(frozen=True, kw_only=True)

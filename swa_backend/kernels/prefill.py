@@ -123,40 +123,25 @@ def prefill_kernel(
         cached_stop = tl.minimum(stop, context)
         cached_scale = score_scale * key_scale
         acc = acc / value_scale
-        # Phase 1 of the window are tiles that every row sees: no mask. Sinks have phase 2 only.
-        low, high = seen_by_all(start, cached_stop, seen_start, seen_stop, TILE)
         # Carried from tile to tile, as in the decode kernel.
         pages = load_pages(table_ptr, start + offsets, cached_stop, PAGE)
-        for phase in tl.static_range(2 - 2 * sweep, 3):
-            phase_start = start if phase == 2 - 2 * sweep else (low if phase == 1 else high)
-            phase_stop = low if phase == 0 else (high if phase == 1 else cached_stop)
-            for tile_start in tl.range(phase_start, phase_stop, TILE):
-                keys = tile_start + offsets
-                next_pages = load_pages(table_ptr, keys + TILE, cached_stop, PAGE)
-                slots = pages.to(tl.int64) * stride_kv_page + (keys % PAGE) * stride_kv_slot
-                is_read = keys < cached_stop
-                k = load_rows(key_ptr, slots, is_read, stride_kv_dim, HEAD_DIM, phase != 1)
-                v = load_rows(value_ptr, slots, is_read, stride_kv_dim, HEAD_DIM, phase != 1)
-                k, v = as_operand(k, DOT), as_operand(v, DOT)
-                # The chunk's own keys come from elsewhere, also those that a row sees.
-                keys = tl.where(is_read, keys, 2**31 - 1)
-                top, total, acc = attend(
-                    q,
-                    k,
-                    v,
-                    keys,
-                    row_start,
-                    row_stop,
-                    cached_scale,
-                    top,
-                    total,
-                    acc,
-                    DOT,
-                    phase != 1,
-                )
-                pages = next_pages
+        for tile_start in tl.range(start, cached_stop, TILE):
+            keys = tile_start + offsets
+            next_pages = load_pages(table_ptr, keys + TILE, cached_stop, PAGE)
+            slots = pages.to(tl.int64) * stride_kv_page + (keys % PAGE) * stride_kv_slot
+            is_read = keys < cached_stop
+            k = as_operand(load_rows(key_ptr, slots, is_read, stride_kv_dim, HEAD_DIM), DOT)
+            v = as_operand(load_rows(value_ptr, slots, is_read, stride_kv_dim, HEAD_DIM), DOT)
+            # The chunk's own keys come from elsewhere, also those that a row sees.
+            keys = tl.where(is_read, keys, 2**31 - 1)
+            top, total, acc = attend(
+                q, k, v, keys, row_start, row_stop, cached_scale, top, total, acc, DOT
+            )
+            pages = next_pages
         acc = acc * value_scale
 
+        # Phase 1 of the window are tiles that every row sees: no mask. Sinks have phase 2 only. (Of
+        # cached keys, too, Triton 3.6 would let each product wait for the one before.)
         own_start = tl.maximum(start, context)
         low, high = seen_by_all(own_start, stop, seen_start, seen_stop, TILE)
         for phase in tl.static_range(2 - 2 * sweep, 3):

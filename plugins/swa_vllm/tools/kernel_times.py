@@ -145,24 +145,23 @@ def measure(
 
 
 def _expected(batch: Batch) -> torch.Tensor:
-    """The oracle's output in fp64; of a chunk densely, a block of queries after the other."""
+    """The oracle's output; of chunks densely in fp64, a block of queries after the other."""
     if batch.num_queries == 1:
         return ours(batch, impl="torch")[0]()
-    page, starts = batch.kv_cache.shape[2], range(0, batch.num_queries, _CHECKED_TOGETHER)
-    query = batch.query.double().transpose(0, 1)
+    page, device = batch.kv_cache.shape[2], batch.query.device
     outputs = []
-    for start in starts:
-        rows = query[:, start : start + _CHECKED_TOGETHER]
-        position = batch.seq_len - batch.num_queries + start
-        queries = torch.arange(position, position + rows.shape[1], device=query.device)
-        keys = torch.arange(
-            first_visible(position, batch.window), int(queries[-1]) + 1, device=query.device
-        )
-        pages = batch.tables[0][0, keys // page].long()
-        stored = batch.kv_cache[pages, :, keys % page].double().transpose(0, 1)
-        key, value = stored.chunk(2, dim=-1)
-        mask = reference.visible_mask(queries, keys, batch.window)
-        outputs.append(reference.attention(rows, key, value, mask))
+    chunks = batch.query.view(len(batch.seq_lens), batch.num_queries, *batch.query.shape[1:])
+    for table, chunk in zip(batch.tables[0], chunks.double(), strict=True):
+        for first in range(0, batch.num_queries, _CHECKED_TOGETHER):
+            query = chunk[first : first + _CHECKED_TOGETHER]
+            start = batch.seq_len - batch.num_queries + first
+            stop = start + len(query)
+            keys = torch.arange(first_visible(start, batch.window), stop, device=device)
+            rows = batch.kv_cache[table[keys // page].long(), :, keys % page]
+            key, value = rows.double().transpose(0, 1).chunk(2, dim=-1)
+            positions = torch.arange(start, stop, device=device)
+            mask = reference.visible_mask(positions, keys, batch.window)
+            outputs.append(reference.attention(query.transpose(0, 1), key, value, mask))
     return torch.cat(outputs, dim=1).transpose(0, 1)
 
 
