@@ -94,11 +94,11 @@ class Target:
         """Whether operands of products need no registers, or there are twice as many (AMD)."""
         return self.backend != "cuda" or self.arch in _PRODUCTS_FROM_SHARED
 
-    def prefill_options(self) -> dict[str, Any]:
+    def prefill_options(self, has_sinks: bool) -> dict[str, Any]:
         """Compiler options of the prefill kernel."""
         num_stages = 2 if self.backend == "hip" else 3
-        # With sinks ptxas would spill rather than take more than half of what a thread may have.
-        allowed = {"maxnreg": 255} if self.arch in _SMALL_SHARED_MEMORY else {}
+        # ptxas would spill there rather than take more than half of what a thread may have.
+        allowed = {"maxnreg": 255} if has_sinks and self.arch in _SMALL_SHARED_MEMORY else {}
         return {**self.options(), "num_warps": 8, "num_stages": num_stages, **allowed}
 
 

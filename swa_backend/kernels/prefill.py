@@ -229,5 +229,5 @@ def launch_prefill(
         key_scale,
         value_scale,
         **constants,
-        **target.prefill_options(),
+        **target.prefill_options(plan.has_sinks),
     )
