@@ -115,6 +115,7 @@ def check_requests(
     window: int | None,
     sink_tokens: int,
     sink_query: torch.Tensor | None,
+    scale: float | None,
     k_scale: float,
     v_scale: float,
     out: torch.Tensor | None,
@@ -130,7 +131,7 @@ def check_requests(
     check_like("sink_query", sink_query, query, "query")
     check_like("out", out, query, "query")
     check_window(window, sink_tokens, sink_query is not None)
-    check_scales(k_scale=k_scale, v_scale=v_scale)
+    check_scales(scale=1.0 if scale is None else scale, k_scale=k_scale, v_scale=v_scale)
     check_same_device(
         kv_cache,
         "kv_cache",

@@ -125,7 +125,7 @@ def decode_attention(
         seq_lens: int32 ``[num_reqs]``, tokens including the queries; 0 marks a padded row.
         window: tokens a query sees, itself included; None for all.
         sink_tokens: leading tokens that every query sees.
-        scale: of the scores; ``D ** -0.5`` by default.
+        scale: of the scores, positive; ``D ** -0.5`` by default.
         sink_query: as query; meets the sinks below the window instead of it.
         query_start_loc: int32 ``[num_reqs + 1]``; request ``r`` has the queries from entry ``r`` to
             entry ``r + 1``, the last of them at position ``seq_lens[r] - 1``. One each by default.
@@ -149,6 +149,7 @@ def decode_attention(
         window=window,
         sink_tokens=sink_tokens,
         sink_query=sink_query,
+        scale=scale,
         k_scale=k_scale,
         v_scale=v_scale,
         out=out,

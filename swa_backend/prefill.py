@@ -51,7 +51,7 @@ def prefill_attention(
         seq_lens: int32 ``[num_reqs]``, tokens including these; 0 marks a padded row.
         window: tokens a query sees, itself included; None for all.
         sink_tokens: leading tokens that every query sees.
-        scale: of the scores; ``D ** -0.5`` by default.
+        scale: of the scores, positive; ``D ** -0.5`` by default.
         sink_query: as query; meets the sinks below the window instead of it.
         k_scale, v_scale: what the numbers of an fp8 cache are multiplied by; ``key`` and ``value``
             are taken as they are.
@@ -73,6 +73,7 @@ def prefill_attention(
         window=window,
         sink_tokens=sink_tokens,
         sink_query=sink_query,
+        scale=scale,
         k_scale=k_scale,
         v_scale=v_scale,
         out=out,

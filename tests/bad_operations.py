@@ -140,6 +140,7 @@ _DECODE = [
         f"seq_lens {_CONTIGUOUS}",
         "call seq_lens.contiguous()",
     ),
+    _decode({"scale": -0.5}, ValueError, "got -0.5", "positive number", "scale must be"),
     _decode({"impl": "cuda"}, ValueError, "got 'cuda'", "one of auto, triton, torch", "impl must"),
     _decode(
         {"query": torch.randn(2, 4, 24), "kv_cache": torch.randn(3, 2, 16, 48), "impl": "triton"},
@@ -167,6 +168,7 @@ _PREFILL = [
     _prefill({"query_start_loc": torch.zeros(2).int()}, TypeError, "got int32 [2]", "be int32 [3]"),
     _prefill({"query_start_loc": None}, TypeError, "got a NoneType", "must be int32 [3]"),
     _prefill({"window": 0}, ValueError, "got 0", "window must be an integer >= 1"),
+    _prefill({"scale": 0.0}, ValueError, "got 0.0", "positive number", "scale must be"),
     _prefill(
         {"out": torch.empty(3, 4, 16, device="meta")}, ValueError, "on meta", "cpu", "move it"
     ),
