@@ -56,3 +56,9 @@ def save_eagle3(directory: Path, **overrides: Any) -> Path:
     }
     save_file(weights, directory / "model.safetensors")
     return save_draft(directory, "Eagle3Qwen3ForCausalLM", **overrides)
+
+
+def eagle3_config(directory: Path, **overrides: Any) -> dict[str, Any]:
+    """``speculative_config`` of an engine with a random EAGLE-3 draft of three tokens."""
+    model = str(save_eagle3(directory, **overrides))
+    return {"method": "eagle3", "model": model, "num_speculative_tokens": 3}

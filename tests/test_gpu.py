@@ -11,7 +11,7 @@ from transformers import Qwen3Config
 from conftest import EngineFactory, ModelFactory
 from consistency import engine_arguments, perplexity
 from dense_qwen3 import DenseQwen3, Sight
-from eagle3 import save_eagle3
+from eagle3 import eagle3_config
 from engine_tools import attention_layers, generate, num_free_pages, resolve_here
 from swa_vllm.backend_triton import SWATritonBackend
 from test_consistency import DATA, LENGTH, MIXED, held_out, hugging_face
@@ -85,11 +85,7 @@ def test_drafts_change_no_token(
         model,
         **MODES[mode],
         additional_config=options,
-        speculative_config={
-            "method": "eagle3",
-            "model": str(save_eagle3(tmp_path, **FULL)),
-            "num_speculative_tokens": 3,
-        },
+        speculative_config=eagle3_config(tmp_path, **FULL),
     )
     assert [a.tokens for a in generate(llm, prompts)] == [a.tokens for a in plain]
 

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from conftest import EngineFactory, ModelFactory
-from eagle3 import save_draft, save_eagle3
+from eagle3 import eagle3_config, save_draft
 from engine_tools import generate, resolve_here, scheduler
 from tiny_models import FULL, MIXED, SLIDING, WINDOW, random_prompts
 
@@ -33,11 +33,7 @@ def test_eagle3_draft_changes_no_token(
     llm = engine(
         tiny_model(**FULL),
         additional_config=options,
-        speculative_config={
-            "method": "eagle3",
-            "model": str(save_eagle3(tmp_path, **draft)),
-            "num_speculative_tokens": 3,
-        },
+        speculative_config=eagle3_config(tmp_path, **draft),
     )
     assert [a.tokens for a in generate(llm, prompts)] == plain
     again = generate(llm, prompts)

@@ -11,7 +11,7 @@ from vllm import EngineArgs
 
 from conftest import EngineFactory, ModelFactory
 from dense_qwen3 import DenseQwen3, Sight
-from eagle3 import save_eagle3
+from eagle3 import eagle3_config
 from engine_tools import attention_layers, generate, managers, num_free_pages, resolve_here
 from swa_backend.kernels import device, tiles
 from swa_vllm.backend_triton import SWATritonBackend
@@ -119,11 +119,7 @@ def test_drafts_change_no_token(
     llm = engine(
         model,
         additional_config=options,
-        speculative_config={
-            "method": "eagle3",
-            "model": str(save_eagle3(tmp_path, **FULL)),
-            "num_speculative_tokens": 3,
-        },
+        speculative_config=eagle3_config(tmp_path, **FULL),
     )
     drafted = generate(llm, prompts, num_tokens=8)
     assert [a.tokens for a in drafted] == [a.tokens for a in answers]

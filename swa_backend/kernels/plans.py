@@ -83,8 +83,8 @@ class Target:
         """Compiler options of the decode kernel, for a cache of numbers of so many bytes."""
         if self.backend != "cuda":
             return {**self.options(), "num_stages": 2}
-        is_large = self.arch in _SMALL_SHARED_MEMORY or (self.arch == _TIMED and num_kv_bytes == 2)
-        num_stages = 3 if is_large else 4
+        has_large_tiles = self.arch == _TIMED and num_kv_bytes == 2
+        num_stages = 3 if has_large_tiles or self.arch in _SMALL_SHARED_MEMORY else 4
         # Only where it is needed: a cap makes ptxas use what it allows.
         cap = {"maxnreg": _MAX_REGISTERS} if num_kv_bytes == 1 else {}
         return {**self.options(), "num_stages": num_stages, **cap}

@@ -159,8 +159,7 @@ def _expected(batch: Batch) -> torch.Tensor:
             keys = torch.arange(first_visible(start, batch.window), stop, device=device)
             rows = batch.kv_cache[table[keys // page].long(), :, keys % page]
             key, value = rows.double().transpose(0, 1).chunk(2, dim=-1)
-            positions = torch.arange(start, stop, device=device)
-            mask = reference.visible_mask(positions, keys, batch.window)
+            mask = reference.visible_mask(keys[-len(query) :], keys, batch.window)
             outputs.append(reference.attention(query.transpose(0, 1), key, value, mask))
     return torch.cat(outputs, dim=1).transpose(0, 1)
 
