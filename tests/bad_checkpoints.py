@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save_file
 
 from bad_row import Bad
 from swa_backend.checkpoint import read_checkpoint
-from swa_vllm.tools.arguments import check_output
-from swa_vllm.tools.texts import tokens_of
+from swa_vllm.tools.common.arguments import check_output
+from swa_vllm.tools.eval.texts import tokens_of
 
 WEIGHTS = "model.safetensors"
 _AGAIN = "download or copy the checkpoint again"

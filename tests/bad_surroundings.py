@@ -15,9 +15,9 @@ from ray_tools import config_on_ray
 from swa_backend import __version__
 from swa_backend.config import SWAConfigError
 from swa_vllm import registration
+from swa_vllm.distributed.nodes import Installation, check_installations
 from swa_vllm.models.guard import refusing
-from swa_vllm.ray_nodes import Installation, check_installations
-from swa_vllm.tools import check_steps
+from swa_vllm.tools.check import steps as check_steps
 
 # Makes what is wrong so, and meets it with a model that slides.
 Situation = Callable[[pytest.MonkeyPatch, Path], object]
@@ -122,7 +122,7 @@ SURROUNDINGS = [
         "another plugin's attention backend",
         _slot,
         "is taken by other_plugin.Backend",
-        "swa_vllm.backend_cpu.SWACPUBackend",
+        "swa_vllm.attention.cpu.backend.SWACPUBackend",
         "set VLLM_PLUGINS to the names of those you want",
         RuntimeError,
     ),

@@ -40,7 +40,7 @@ import swa_vllm
 from engine_tools import num_held_pages, start_engine, stop_engine
 from make_demo_model import ensure_demo_model
 from quantized_models import RUNNABLE, save_quantized
-from swa_vllm.poison import PoisonedPages
+from swa_vllm.attention.poison import PoisonedPages
 from tiny_models import (
     BY_LAYER_TYPES,
     FULL,

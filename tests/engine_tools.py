@@ -18,7 +18,7 @@ from vllm.v1.engine.core_client import InprocClient
 from page_checks import held_pages
 from swa_backend.config import SWAConfigError, SWAOptions
 from swa_backend.layers import resolve_layers
-from swa_vllm.kv_manager import SWAManager
+from swa_vllm.kv_cache.manager import SWAManager
 from tiny_models import PAGE_SIZE, WINDOW, random_prompts
 
 # Not the whole GPU, on which other tests run beside.

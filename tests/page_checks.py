@@ -11,7 +11,7 @@ from vllm.v1.core.block_pool import BlockPool
 from swa_backend.config import PrefillPages
 from swa_backend.pages import ceil_div
 from swa_backend.window import first_visible
-from swa_vllm.kv_manager import SWAManager
+from swa_vllm.kv_cache.manager import SWAManager
 
 
 def check_held(manager: SWAManager, request_id: str, num_settled: int) -> None:

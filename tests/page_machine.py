@@ -22,8 +22,8 @@ from vllm.v1.request import Request, RequestStatus
 from page_checks import check_counts, check_held, check_nothing_held
 from swa_backend.config import PrefillPages
 from swa_backend.window import first_visible
-from swa_vllm.kv_manager import SWAManager
-from swa_vllm.kv_spec import SWASpec
+from swa_vllm.kv_cache.manager import SWAManager
+from swa_vllm.kv_cache.spec import SWASpec
 
 MAX_MODEL_LEN = 400
 

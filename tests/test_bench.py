@@ -15,15 +15,15 @@ import torch
 
 from swa_backend.kernels import aot, timing
 from swa_backend.kernels.plans import Target
-from swa_vllm.kv_manager import SWAManager
-from swa_vllm.tools import kernel_rivals
-from swa_vllm.tools.bench_kernels import measure_all, work_of
+from swa_vllm.kv_cache.manager import SWAManager
+from swa_vllm.tools.bench.attention import arms as kernel_rivals
+from swa_vllm.tools.bench.attention.arms import OURS, Batch, Call
+from swa_vllm.tools.bench.attention.prefill_work import prefill_work
+from swa_vllm.tools.bench.attention.stock_kernel import real_triton
+from swa_vllm.tools.bench.attention.times import Case, Result, make_batch, measure, targets
+from swa_vllm.tools.bench.kernels import measure_all, work_of
 from swa_vllm.tools.cli import main
-from swa_vllm.tools.kernel_rivals import OURS, Batch, Call
-from swa_vllm.tools.kernel_times import Case, Result, make_batch, measure, targets
-from swa_vllm.tools.prefill_work import prefill_work
-from swa_vllm.tools.simulate import Arm, Engine, simulate
-from swa_vllm.tools.stock_kernel import real_triton
+from swa_vllm.tools.engines.scheduler import Arm, Engine, simulate
 
 BENCHMARKS = ["serve", "decode", "pages", "prefill", "sinks", "overhead", "kernels"]
 

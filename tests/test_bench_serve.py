@@ -11,15 +11,15 @@ from typing import Any
 import pytest
 
 from conftest import EngineFactory, ModelFactory
-from swa_vllm.tools import serve_rounds
-from swa_vllm.tools.bench_serve import losses
-from swa_vllm.tools.bound import makespan, step_time
-from swa_vllm.tools.checkpoints import add_window
-from swa_vllm.tools.peer import Peer
-from swa_vllm.tools.peer_vllm import Engine
-from swa_vllm.tools.peers import KINDS, Launcher
-from swa_vllm.tools.serving import Served, Step, Timed, percentile
-from swa_vllm.tools.workload import MIXES, Ask, read_trace
+from swa_vllm.tools.bench.serve import losses
+from swa_vllm.tools.bench.serving import rounds as serve_rounds
+from swa_vllm.tools.bench.serving.bound import makespan, step_time
+from swa_vllm.tools.bench.serving.checkpoints import add_window
+from swa_vllm.tools.bench.serving.launcher import KINDS, Launcher
+from swa_vllm.tools.bench.serving.process import Peer
+from swa_vllm.tools.bench.serving.records import Served, Step, Timed, percentile
+from swa_vllm.tools.bench.serving.vllm_engine import Engine
+from swa_vllm.tools.bench.serving.workload import MIXES, Ask, read_trace
 from tiny_models import FULL, SLIDING
 
 PNG = b"\x89PNG"
@@ -65,7 +65,7 @@ def test_a_decoded_token_is_timed_at_each_length(tmp_path: Path) -> None:
 
 
 RECORDING = {
-    "scheduler_cls": "swa_vllm.tools.peer_vllm.RecordingScheduler",
+    "scheduler_cls": "swa_vllm.tools.bench.serving.vllm_engine.RecordingScheduler",
     "async_scheduling": False,
 }
 

@@ -20,8 +20,8 @@ from conftest import ModelFactory
 from swa_backend import ops
 from swa_backend.kernels import smoke as smoke_module
 from swa_vllm import registration
-from swa_vllm.tools import check_device
-from swa_vllm.tools.check_steps import ProblemError
+from swa_vllm.tools.check import device as check_device
+from swa_vllm.tools.check.steps import ProblemError
 from swa_vllm.tools.cli import main
 from tiny_models import FULL, MIXED
 

@@ -18,21 +18,21 @@ import vllm
 
 import swa_vllm
 from swa_vllm import registration
-from swa_vllm.attention import WindowedAttention
-from swa_vllm.backend_cpu import SWACPUBackend, SWACPUImpl, SWACPUMetadataBuilder
-from swa_vllm.backend_triton import SWATritonBackend, SWATritonImpl
-from swa_vllm.builder_triton import SWATritonMetadataBuilder
+from swa_vllm.attention.cpu.backend import SWACPUBackend, SWACPUImpl, SWACPUMetadataBuilder
+from swa_vllm.attention.layer import WindowedAttention
+from swa_vllm.attention.triton.backend import SWATritonBackend, SWATritonImpl
+from swa_vllm.attention.triton.builder import SWATritonMetadataBuilder
 from swa_vllm.config_hook import ConfigHook
-from swa_vllm.kv_manager import SWAManager
-from swa_vllm.kv_spec import SWASpec
+from swa_vllm.distributed.cpu_platform import RayCpuPlatform
+from swa_vllm.distributed.executor import NodeCheckingRayExecutor
+from swa_vllm.kv_cache.manager import SWAManager
+from swa_vllm.kv_cache.prefix_hits import SinkPrefixHits
+from swa_vllm.kv_cache.spec import SWASpec
 from swa_vllm.models.qwen3 import SWAQwen3ForCausalLM
 from swa_vllm.models.qwen3_moe import SWAQwen3MoeForCausalLM
 from swa_vllm.models.stock import STOCK
 from swa_vllm.models.windowed import WindowedModel
-from swa_vllm.platform import RayCpuPlatform
-from swa_vllm.prefix_hits import SinkPrefixHits
-from swa_vllm.ray_executor import NodeCheckingRayExecutor
-from swa_vllm.tools.forced import ForcedTokens
+from swa_vllm.tools.engines.forced import ForcedTokens
 from wheel_sources import official_sources
 
 INSTALLED = Path(vllm.__file__).parent

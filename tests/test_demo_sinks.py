@@ -12,7 +12,7 @@ from conftest import EngineFactory
 from consistency import DATA
 from dense_qwen3 import Sight
 from dense_text import DenseText
-from swa_vllm.tools.served import NUM_EXTRA_TOKENS, Served, perplexity
+from swa_vllm.tools.engines.scoring import NUM_EXTRA_TOKENS, Served, perplexity
 
 WINDOW, LENGTH = 128, 1024
 # Of each text, the first log-probability that counts; they begin with the second token's. The

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from swa_vllm.tools.cli import main
-from swa_vllm.tools.eval_needle import Needle, beyond_the_window, make_needles
-from swa_vllm.tools.texts import tokenizer_of
+from swa_vllm.tools.eval.needle import Needle, beyond_the_window, make_needles
+from swa_vllm.tools.eval.texts import tokenizer_of
 from test_eval_ppl import MODEL
 
 

@@ -19,11 +19,17 @@ from dense_text import DenseText
 from engine_tools import managers, resolve_here
 from pairwise import pairwise
 from swa_backend.pages import WindowPages, ceil_div
-from swa_vllm.tools import plots
 from swa_vllm.tools.cli import main
-from swa_vllm.tools.forced import FORCED_TOKENS, ForcedTokens
-from swa_vllm.tools.served import FULL_ATTENTION, NUM_EXTRA_TOKENS, Served, Setup, perplexity
-from swa_vllm.tools.texts import tokens_of
+from swa_vllm.tools.common import plots
+from swa_vllm.tools.engines.forced import FORCED_TOKENS, ForcedTokens
+from swa_vllm.tools.engines.scoring import (
+    FULL_ATTENTION,
+    NUM_EXTRA_TOKENS,
+    Served,
+    Setup,
+    perplexity,
+)
+from swa_vllm.tools.eval.texts import tokens_of
 from tiny_models import PAGE_SIZE
 
 DATA = Path(__file__).parent / "data"

@@ -14,9 +14,9 @@ from dense_qwen3 import Sight
 from dense_text import DenseText
 from swa_backend.pages import WindowPages
 from swa_vllm.tools.cli import main
-from swa_vllm.tools.eval_stream import Outcome, Stream, arms_of, look_at, make_stream
-from swa_vllm.tools.forced import ForcedTokens
-from swa_vllm.tools.served import Scored, Served, perplexity, text_config
+from swa_vllm.tools.engines.forced import ForcedTokens
+from swa_vllm.tools.engines.scoring import Scored, Served, perplexity, text_config
+from swa_vllm.tools.eval.stream import Outcome, Stream, arms_of, look_at, make_stream
 from test_eval_ppl import MODEL, NUM_LAYERS, text
 from tiny_models import PAGE_SIZE
 

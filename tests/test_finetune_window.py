@@ -16,7 +16,7 @@ from dense_text import DenseText
 from finetune_window import LENGTH_IN_WINDOWS, finetune, lr_factor
 from swa_backend.config import SWAOptions
 from swa_backend.layers import resolve_layers
-from swa_vllm.tools.texts import tokens_of
+from swa_vllm.tools.eval.texts import tokens_of
 
 DATA = Path(__file__).parent / "data"
 MODEL, TEXT = DATA / "tiny-swa-mixed", DATA / "acts-1-7.txt"

@@ -19,9 +19,9 @@ from conftest import EngineFactory, ModelFactory
 from engine_tools import generate
 from fuzz_cases import Case, Job, random_case
 from fuzz_run import Run, measure
-from swa_vllm.backend_cpu import SWACPUImpl
-from swa_vllm.kv_manager import SWAManager
-from swa_vllm.sinks import SinkCopies
+from swa_vllm.attention.cpu.backend import SWACPUImpl
+from swa_vllm.attention.cpu.ghost_tail import SinkCopies
+from swa_vllm.kv_cache.manager import SWAManager
 from tiny_models import SLIDING, random_prompts, save_tiny_model
 
 FIRST_SEED = int(os.environ.get("SWA_TEST_SEED", "0"))

@@ -13,7 +13,7 @@ from consistency import engine_arguments, perplexity
 from dense_qwen3 import DenseQwen3, Sight
 from eagle3 import eagle3_config
 from engine_tools import attention_layers, generate, num_free_pages, resolve_here
-from swa_vllm.backend_triton import SWATritonBackend
+from swa_vllm.attention.triton.backend import SWATritonBackend
 from test_consistency import DATA, LENGTH, MIXED, held_out, hugging_face
 from test_exactness import check_exact
 from tiny_models import FULL, random_prompts

@@ -9,10 +9,10 @@ from hypothesis import strategies as st
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
 from swa_backend import pages, reference
-from swa_vllm.metadata import rows_with_holes, select_rows
-from swa_vllm.page_layout import PageLayout
-from swa_vllm.scratch import scratch_layout
-from swa_vllm.sinks import ghost_tail
+from swa_vllm.attention.cpu.batches import rows_with_holes, select_rows
+from swa_vllm.attention.cpu.ghost_tail import ghost_tail
+from swa_vllm.attention.cpu.page_layout import PageLayout
+from swa_vllm.attention.cpu.scratch import scratch_layout
 
 rows = st.lists(st.tuples(st.integers(0, 90), st.integers(1, 20)), min_size=1, max_size=4)
 

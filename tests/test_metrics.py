@@ -15,8 +15,8 @@ from conftest import EngineFactory, ModelFactory
 from engine_tools import generate, managers, start_engine
 from swa_backend.metrics import METRICS, PageCounts
 from swa_backend.pages import WindowPages
-from swa_vllm.page_board import DIRECTORY, PageBoard
-from swa_vllm.tools.simulate import Arm, Engine, Simulation
+from swa_vllm.metrics.board import DIRECTORY, PageBoard
+from swa_vllm.tools.engines.scheduler import Arm, Engine, Simulation
 from tiny_models import MIXED, WINDOW, random_prompts
 
 DASHBOARD = Path(__file__).parents[1] / "examples" / "grafana_dashboard.json"

@@ -14,8 +14,8 @@ from vllm import EngineArgs
 from conftest import ModelFactory
 from metric_tools import samples
 from swa_backend.metrics import PageCounts
-from swa_vllm import scrape
-from swa_vllm.page_board import DIRECTORY, Owner, PageBoard, board_files, read_counts
+from swa_vllm.metrics import scrape
+from swa_vllm.metrics.board import DIRECTORY, Owner, PageBoard, board_files, read_counts
 from tiny_models import FULL, SLIDING
 
 
@@ -76,7 +76,7 @@ def test_an_engine_on_another_machine_counts_for_itself(
 
 # An engine core as far as files go.
 _ENGINE_PROCESS = """
-from swa_vllm.page_board import Owner, PageBoard
+from swa_vllm.metrics.board import Owner, PageBoard
 board = PageBoard(Owner("7", 0, 1))
 board.add("allocated", 5)
 board.add("live_sink", 2)

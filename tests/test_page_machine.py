@@ -25,7 +25,7 @@ import swa_vllm
 from page_machine import PageMachine, Setup
 from swa_backend.config import PrefillPages
 from swa_backend.pages import WindowPages
-from swa_vllm.kv_manager import SWAManager
+from swa_vllm.kv_cache.manager import SWAManager
 from wheel_sources import official_sources
 
 Record = Callable[[str, object], None]

@@ -17,8 +17,8 @@ from engine_tools import scheduler
 from swa_backend.checkpoint import read_checkpoint
 from swa_backend.config import SWAConfigError, SWAOptions
 from swa_backend.layers import resolve_layers
-from swa_vllm.sizing import bytes_of_a_number, kv_heads_of_a_device, longest_text
 from swa_vllm.tools.cli import main
+from swa_vllm.tools.common.sizing import bytes_of_a_number, kv_heads_of_a_device, longest_text
 from tiny_models import BY_LAYER_TYPES, FULL, MIXED, ROPE, SLIDING, random_prompts, tiny_config
 
 PROMPT, OUTPUT = 300, 60

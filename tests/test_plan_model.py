@@ -23,11 +23,11 @@ from vllm.v1.kv_cache_interface import (
 import swa_backend
 import swa_vllm
 from swa_backend.config import PrefillPages
-from swa_vllm.kv_spec import SWASpec
-from swa_vllm.planning import Model, plan_pool
-from swa_vllm.queueing import Queue, Workload
-from swa_vllm.sizing import Arm, KVGroups, Limits, groups_of
-from swa_vllm.tools.simulate import Engine, Simulation
+from swa_vllm.kv_cache.spec import SWASpec
+from swa_vllm.tools.common.pools import Model, plan_pool
+from swa_vllm.tools.common.queueing import Queue, Workload
+from swa_vllm.tools.common.sizing import Arm, KVGroups, Limits, groups_of
+from swa_vllm.tools.engines.scheduler import Engine, Simulation
 from wheel_sources import official_sources
 
 try:

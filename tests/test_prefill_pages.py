@@ -13,8 +13,8 @@ from engine_tools import Answer, attention_layers, generate, managers, num_free_
 from swa_backend.config import SWAConfigError
 from swa_backend.metrics import PageCounts
 from swa_backend.pages import WindowPages, ceil_div
-from swa_vllm import attention
-from swa_vllm.builder_cpu import SWACPUMetadataBuilder
+from swa_vllm.attention import layer as attention
+from swa_vllm.attention.cpu.builder import SWACPUMetadataBuilder
 from swa_vllm.refusals import check_servable
 from tiny_models import FULL, MIXED, PAGE_SIZE, SLIDING, WINDOW, random_prompts
 

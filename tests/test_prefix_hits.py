@@ -8,7 +8,7 @@ from collections.abc import Callable
 import pytest
 
 from swa_backend.config import PrefillPages
-from swa_vllm.tools.simulate import SAMPLED_TOKEN, Arm, Engine, Simulation
+from swa_vllm.tools.engines.scheduler import SAMPLED_TOKEN, Arm, Engine, Simulation
 
 Serve = Callable[[list[int], int], list[int]]
 

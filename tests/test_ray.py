@@ -156,7 +156,7 @@ def test_too_few_devices_is_an_error_that_says_so(on_ray: dict[str, Any]) -> Non
 def test_a_node_that_does_not_answer_is_named(cluster: LocalRayCluster) -> None:
     code = """
 import ray
-from swa_vllm.ray_nodes import installation_on_nodes
+from swa_vllm.distributed.nodes import installation_on_nodes
 ray.init(log_to_driver=False)
 installation_on_nodes({"10.0.0.9 (gone)": "ab" * 28})
 """

@@ -22,10 +22,10 @@ from ray_cluster import run_local
 from ray_cluster.local_cluster import ClusterError, LocalRayCluster
 from ray_tools import config_on_ray
 from swa_backend import __version__
-from swa_vllm.backend_cpu import SWACPUBackend
-from swa_vllm.platform import RayCpuPlatform
-from swa_vllm.ray_executor import NodeCheckingRayExecutor
-from swa_vllm.ray_nodes import Installation, check_installations, installation_here
+from swa_vllm.attention.cpu.backend import SWACPUBackend
+from swa_vllm.distributed.cpu_platform import RayCpuPlatform
+from swa_vllm.distributed.executor import NodeCheckingRayExecutor
+from swa_vllm.distributed.nodes import Installation, check_installations, installation_here
 from swa_vllm.registration import is_tested
 from tiny_models import FULL, MIXED, SLIDING, Oracle, random_prompts
 

@@ -17,11 +17,12 @@ from engine_tools import generate, managers, num_free_pages
 from pairwise import pairwise
 from swa_backend.config import PrefillPages, SWAConfigError
 from swa_backend.pages import WindowPages
-from swa_vllm import attention, refusals
-from swa_vllm.page_layout import PageLayout
-from swa_vllm.position_shift import PositionShift, ShiftedScratch
+from swa_vllm import refusals
+from swa_vllm.attention import layer as attention
+from swa_vllm.attention.cpu.ghost_tail import SinkCopies
+from swa_vllm.attention.cpu.page_layout import PageLayout
+from swa_vllm.attention.cpu.position_shift import PositionShift, ShiftedScratch
 from swa_vllm.refusals import check_servable
-from swa_vllm.sinks import SinkCopies
 from test_exactness import check_exact
 from tiny_models import FULL, PAGE_SIZE, ROPE, WINDOW, Oracle, random_prompts
 

@@ -22,10 +22,10 @@ from vllm.v1.worker.utils import AttentionGroup
 from conftest import ModelFactory
 from swa_backend import ops, reference
 from swa_backend.config import SWAConfigError
-from swa_vllm import report
-from swa_vllm.attention import WindowedAttention
-from swa_vllm.backend_triton import SWATritonBackend, SWATritonImpl
-from swa_vllm.builder_triton import Scratch, SWATritonMetadata
+from swa_vllm.attention import layer_table as report
+from swa_vllm.attention.layer import WindowedAttention
+from swa_vllm.attention.triton.backend import SWATritonBackend, SWATritonImpl
+from swa_vllm.attention.triton.builder import Scratch, SWATritonMetadata
 from swa_vllm.refusals import check_servable
 from tiny_models import FULL
 from wheel_sources import official_sources

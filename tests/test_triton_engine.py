@@ -14,7 +14,7 @@ from dense_qwen3 import DenseQwen3, Sight
 from eagle3 import eagle3_config
 from engine_tools import attention_layers, generate, managers, num_free_pages, resolve_here
 from swa_backend.kernels import device, tiles
-from swa_vllm.backend_triton import SWATritonBackend
+from swa_vllm.attention.triton.backend import SWATritonBackend
 from test_exactness import check_exact
 from tiny_models import FULL, SLIDING, WINDOW, Oracle, random_prompts
 

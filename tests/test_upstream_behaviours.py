@@ -109,10 +109,10 @@ from prefill_cases import PrefillCase, check_prefill
 from swa_backend import ops
 from swa_backend.config import PrefillPages
 from swa_backend.window import is_visible
-from swa_vllm.kv_manager import SWAManager
-from swa_vllm.kv_spec import SWASpec
-from swa_vllm.tools.layer import make_batch, make_layer
-from swa_vllm.tools.simulate import Arm, Engine, Simulation
+from swa_vllm.kv_cache.manager import SWAManager
+from swa_vllm.kv_cache.spec import SWASpec
+from swa_vllm.tools.engines.layer import make_batch, make_layer
+from swa_vllm.tools.engines.scheduler import Arm, Engine, Simulation
 
 ALL, AUTO = PrefillPages.ALL, PrefillPages.AUTO
 POLICIES = list(PrefillPages)

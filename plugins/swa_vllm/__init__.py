@@ -48,7 +48,7 @@ def ray_cpu_platform() -> str | None:
         return None
     from vllm.platforms import cpu_platform_plugin
 
-    return "swa_vllm.platform.RayCpuPlatform" if cpu_platform_plugin() else None
+    return "swa_vllm.distributed.cpu_platform.RayCpuPlatform" if cpu_platform_plugin() else None
 
 
 def stats(llm: "LLM | AsyncLLM") -> "dict[tuple[int, int], PageCounts]":
@@ -61,6 +61,6 @@ def stats(llm: "LLM | AsyncLLM") -> "dict[tuple[int, int], PageCounts]":
     Raises:
         RuntimeError: the engine's counts cannot be read here.
     """
-    from swa_vllm.scrape import engine_stats
+    from swa_vllm.metrics.scrape import engine_stats
 
     return engine_stats(llm)

@@ -3,9 +3,9 @@
 from vllm.config import VllmConfig
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
 
-from swa_vllm.options import layer_plan
-from swa_vllm.ray_nodes import prepare_ray
-from swa_vllm.scrape import serve_counts
+from swa_vllm.config.options import layer_plan
+from swa_vllm.distributed.nodes import prepare_ray
+from swa_vllm.metrics.scrape import serve_counts
 
 
 class ConfigHook(VerifyAndUpdateConfig):

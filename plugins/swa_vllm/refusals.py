@@ -12,10 +12,10 @@ from swa_backend.config import SWAConfigError
 from swa_backend.kernels.device import target_of
 from swa_backend.kernels.plans import Target
 from swa_backend.weights import check_weights
-from swa_vllm.attention import prefill_pages, uses_kernels, windowed_backend
-from swa_vllm.backend_triton import FP8_DTYPES
-from swa_vllm.options import swa_options, text_config, wants_windows_decided
-from swa_vllm.poison import check_poison_possible
+from swa_vllm.attention.layer import prefill_pages, uses_kernels, windowed_backend
+from swa_vllm.attention.poison import check_poison_possible
+from swa_vllm.attention.triton.backend import FP8_DTYPES
+from swa_vllm.config.options import swa_options, text_config, wants_windows_decided
 from swa_vllm.registration import check_backend_slot
 
 PROVEN_SPECULATION = ("ngram", "eagle3")
@@ -103,7 +103,7 @@ def _check_sinks(vllm_config: VllmConfig) -> None:
     if obstacle is not None:
         raise SWAConfigError(f"swa.sink_tokens cannot be had with {obstacle}; {remedy}")
     if options.position_shift and not uses_kernels(vllm_config):
-        from swa_vllm.position_shift import wide_head_size  # of the CPU backend alone
+        from swa_vllm.attention.cpu.position_shift import wide_head_size  # of the CPU backend alone
 
         wide_head_size(vllm_config.model_config.get_head_size(), options.sink_tokens)
 

@@ -52,7 +52,7 @@ GUARDS = {
     name: f"swa_vllm.models.guard:Untested{stock}"
     for name, stock in {**dict(zip(PLAIN, PLAIN, strict=True)), **WINDOWED, **UNPROVEN}.items()
 }
-BACKEND_PATH = "swa_vllm.backend_cpu.SWACPUBackend"
+BACKEND_PATH = "swa_vllm.attention.cpu.backend.SWACPUBackend"
 
 
 def register_all() -> None:
@@ -132,8 +132,8 @@ _LOAD_ONE = "Load only one of the two plugins: set VLLM_PLUGINS to the names of 
 def _register_spec() -> None:
     from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 
-    from swa_vllm.kv_manager import SWAManager
-    from swa_vllm.kv_spec import SWASpec
+    from swa_vllm.kv_cache.manager import SWAManager
+    from swa_vllm.kv_cache.spec import SWASpec
 
     # The registry fills in vLLM's own specs only while it is empty: let it do that first.
     KVCacheSpecRegistry.check_kv_cache_spec_registry({})

@@ -10,8 +10,8 @@ from typing import Any
 from torch import nn
 from vllm.config import VllmConfig
 
+from swa_vllm.config.options import wants_windows_decided
 from swa_vllm.models.stock import stock_class
-from swa_vllm.options import wants_windows_decided
 from swa_vllm.registration import untested_reason
 
 

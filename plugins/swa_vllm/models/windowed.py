@@ -7,10 +7,10 @@ from vllm.config import VllmConfig
 from vllm.logger import init_logger
 from vllm.model_executor.models.interfaces import supports_multimodal
 
-from swa_vllm.attention import WindowedAttention, windowed_backend
-from swa_vllm.options import layer_plan, text_config
+from swa_vllm.attention.layer import WindowedAttention, windowed_backend
+from swa_vllm.attention.layer_table import log_layers
+from swa_vllm.config.options import layer_plan, text_config
 from swa_vllm.refusals import check_part, check_servable
-from swa_vllm.report import log_layers
 
 logger = init_logger(f"vllm.{__name__}")
 

@@ -1,1 +1,1 @@
-"""Command line tools that need the engine."""
+"""The ``swa`` command: one room a verb; ``common`` and ``engines`` hold what verbs share."""

@@ -11,7 +11,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from swa_vllm.tools.arguments import check_output, told_by
+from swa_vllm.tools.common.arguments import check_output, told_by
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -82,7 +82,9 @@ def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
 
 
 def _add_operators_tools(commands: Any) -> None:
-    from swa_vllm.tools import check, plan, trace  # none of them imports vLLM yet
+    from swa_vllm.tools.check import command as check
+    from swa_vllm.tools.plan import command as plan
+    from swa_vllm.tools.trace import command as trace
 
     for name, module in (("plan", plan), ("check", check), ("trace", trace)):
         _add_command(commands, name, module)
@@ -90,17 +92,15 @@ def _add_operators_tools(commands: Any) -> None:
 
 def _add_benchmarks(commands: Any, arguments: Sequence[str]) -> None:
     # Here, because vLLM reads its environment when it is imported.
-    from swa_vllm.tools import (
-        bench_decode,
-        bench_form,
-        bench_kernels,
-        bench_overhead,
-        bench_pages,
-        bench_prefill,
-        bench_serve,
-        bench_sinks,
-        plots,
-    )
+    from swa_vllm.tools.bench import decode as bench_decode
+    from swa_vllm.tools.bench import form as bench_form
+    from swa_vllm.tools.bench import kernels as bench_kernels
+    from swa_vllm.tools.bench import overhead as bench_overhead
+    from swa_vllm.tools.bench import pages as bench_pages
+    from swa_vllm.tools.bench import prefill as bench_prefill
+    from swa_vllm.tools.bench import serve as bench_serve
+    from swa_vllm.tools.bench import sinks as bench_sinks
+    from swa_vllm.tools.common import plots
 
     for module in (
         bench_serve,
@@ -117,7 +117,10 @@ def _add_benchmarks(commands: Any, arguments: Sequence[str]) -> None:
 
 
 def _add_evaluations(commands: Any) -> None:
-    from swa_vllm.tools import eval_layers, eval_needle, eval_ppl, eval_stream
+    from swa_vllm.tools.eval import layers as eval_layers
+    from swa_vllm.tools.eval import needle as eval_needle
+    from swa_vllm.tools.eval import ppl as eval_ppl
+    from swa_vllm.tools.eval import stream as eval_stream
 
     for module in (eval_ppl, eval_needle, eval_stream, eval_layers):
         _add_module(commands, "eval", module, "a fraction of the work, for a first look")

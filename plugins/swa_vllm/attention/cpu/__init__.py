@@ -1,0 +1,1 @@
+"""The attention backend for CPUs, over vLLM's C++ operators."""

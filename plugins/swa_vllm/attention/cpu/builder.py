@@ -1,0 +1,183 @@
+"""A step's metadata for windowed layers on CPUs."""
+
+from dataclasses import dataclass
+from functools import partial
+from itertools import groupby
+
+import torch
+from vllm.config import VllmConfig, get_layers_from_vllm_config
+from vllm.model_executor.layers.attention import Attention
+from vllm.v1.attention.backend import CommonAttentionMetadata
+from vllm.v1.attention.backends.cpu_attn import CPUAttentionMetadata, CPUAttentionMetadataBuilder
+from vllm.v1.kv_cache_interface import AttentionSpec
+
+from swa_backend.window import last_unshifted
+from swa_vllm.attention.cpu.batches import rows_with_holes, select_rows
+from swa_vllm.attention.cpu.ghost_tail import SinkCopies, ghost_tail
+from swa_vllm.attention.cpu.page_layout import PageLayout
+from swa_vllm.attention.cpu.position_shift import ShiftedScratch, shifted_scratch
+from swa_vllm.attention.cpu.scratch import ScratchLayout, scratch_layout
+from swa_vllm.attention.layer import windowed_layers
+from swa_vllm.attention.layer_table import log_layers
+from swa_vllm.attention.poison import NaNCheck, PoisonWatch
+
+
+@dataclass(frozen=True)
+class Part:
+    """Neighbouring requests of a batch that one operator call serves.
+
+    Attributes:
+        tokens: their tokens in the batch.
+        metadata: of these requests alone.
+        layout: where their keys lie in scratch pages; None where the KV cache serves them.
+        sinks: copies of their sinks in scratch pages, plain or with cache-relative positions.
+    """
+
+    tokens: slice
+    metadata: CPUAttentionMetadata
+    layout: ScratchLayout | None = None
+    sinks: SinkCopies | ShiftedScratch | None = None
+
+
+@dataclass(frozen=True)
+class SWACPUMetadata:
+    """A step's batch for the layers of one group.
+
+    Attributes:
+        slot_mapping: int64 ``[num_tokens]``; -1 for a token that the KV cache need not keep.
+        parts: the batch, split where requests need scratch pages.
+        scratch: ``[num_pages, num_kv_heads, block_size, 2 * head_size]`` for those.
+        ghosts: copies of sinks in the KV cache, behind the newest tokens.
+        ghost_distances: int64 ``[n]``, of each from its place under cache-relative positions.
+        nan_check: what to check each layer's output with, if pages are poisoned.
+    """
+
+    slot_mapping: torch.Tensor
+    parts: tuple[Part, ...]
+    scratch: torch.Tensor | None = None
+    ghosts: SinkCopies | None = None
+    ghost_distances: torch.Tensor | None = None
+    nan_check: NaNCheck | None = None
+
+
+class SWACPUMetadataBuilder(CPUAttentionMetadataBuilder):
+    """Splits a batch into what vLLM's operators serve from the KV cache and what needs scratch.
+
+    Attributes:
+        page_layout: how the KV cache keeps tokens; None where there are no sinks.
+    """
+
+    def __init__(
+        self,
+        kv_cache_spec: AttentionSpec,
+        layer_names: list[str],
+        vllm_config: VllmConfig,
+        device: torch.device,
+    ) -> None:
+        super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+        windowed = windowed_layers(vllm_config)
+        # A full layer, where --attention-backend CUSTOM asks for them too.
+        self._layer = get_layers_from_vllm_config(vllm_config, Attention)[layer_names[0]]
+        self._sink_tokens = getattr(self._layer, "sink_tokens", 0)
+        # The operators' window is longer by the copies of the sinks.
+        self._window = self.window_size - self._sink_tokens
+        self._wide_builder = self._make_wide_builder(device)
+        self.page_layout = self._learn_layout(kv_cache_spec) if self._sink_tokens else None
+        # Layers take their turns, so those of all groups share scratch pages.
+        self._scratch = next(iter(windowed.values())).scratch_pages
+        self._poison = PoisonWatch(kv_cache_spec, layer_names, vllm_config)
+        log_layers(vllm_config, layer_names)
+
+    def _learn_layout(self, spec: AttentionSpec) -> PageLayout:
+        layer = self._layer
+
+        shape = (spec.num_kv_heads, self.block_size, 2 * spec.head_size)
+        return PageLayout(shape, spec.dtype, partial(layer.impl.do_kv_cache_update, layer))
+
+    def _make_wide_builder(self, device: torch.device) -> CPUAttentionMetadataBuilder | None:
+        """Builds for scratch pages whose heads are wider, if sinks are shifted."""
+        shift = getattr(self._layer.impl, "shift", None)
+        if shift is None:
+            return None
+        builder = CPUAttentionMetadataBuilder(
+            self.kv_cache_spec, self.layer_names, self.vllm_config, device
+        )
+        builder.head_dim = shift.wide_head_size
+        return builder
+
+    def build(
+        self,
+        common_prefix_len: int,
+        common_attn_metadata: CommonAttentionMetadata,
+        fast_build: bool = False,
+    ) -> SWACPUMetadata:
+        batch = common_attn_metadata
+        nan_check = self._poison.step(batch)
+        needs_scratch = self._rows_for_scratch(batch)
+        ghosts = distances = None
+        if self.page_layout is not None:
+            tail = ghost_tail(batch, self._window, self._sink_tokens, self.block_size)
+            ghosts = SinkCopies.between(self.page_layout, tail.sources, tail.targets)
+            batch, distances = tail.batch, tail.distances
+        if not any(needs_scratch):
+            whole = super().build(common_prefix_len, batch, fast_build)
+            parts: tuple[Part, ...] = (Part(slice(0, batch.num_actual_tokens), whole),)
+            scratch = None
+            slots = batch.slot_mapping
+        else:
+            parts = self._split(batch, needs_scratch)
+            scratch = self._scratch_pages(max(p.layout.num_pages for p in parts if p.layout))
+            # Slots of the null page, which stands for the holes.
+            slots = batch.slot_mapping.masked_fill(batch.slot_mapping < self.block_size, -1)
+        return SWACPUMetadata(slots, parts, scratch, ghosts, distances, nan_check)
+
+    def _rows_for_scratch(self, batch: CommonAttentionMetadata) -> list[bool]:
+        """Chunks with holes, and those of several queries that have left their sinks behind."""
+        # No common window: vLLM put layers of different windows into one group, with its own spec.
+        if batch.max_query_len == 1 or self.window_size < 1:
+            return [False] * batch.num_reqs
+        rows = rows_with_holes(batch, self._window, self.block_size)
+        if self._sink_tokens:
+            is_long = batch.seq_lens - 1 > last_unshifted(self._window, self._sink_tokens)
+            has_left = is_long & (batch.query_start_loc.diff() > 1)
+            rows = [a or b for a, b in zip(rows, has_left.tolist(), strict=True)]
+        return rows
+
+    def _split(self, batch: CommonAttentionMetadata, needs_scratch: list[bool]) -> tuple[Part, ...]:
+        parts = []
+        starts = batch.query_start_loc.tolist()
+        for in_scratch, run in groupby(range(batch.num_reqs), key=needs_scratch.__getitem__):
+            indices = list(run)
+            first, stop = indices[0], indices[-1] + 1
+            rows, tokens = select_rows(batch, first, stop), slice(starts[first], starts[stop])
+            if in_scratch:
+                parts.append(self._scratch_part(tokens, rows))
+            else:
+                parts.append(Part(tokens, super().build(0, rows)))
+        return tuple(parts)
+
+    def _scratch_part(self, tokens: slice, rows: CommonAttentionMetadata) -> Part:
+        sizes = self._window, self.block_size, self._sink_tokens
+        layout, pages = scratch_layout(rows, *sizes), self.page_layout
+        if pages is None:
+            return Part(tokens, super().build(0, layout.batch), layout)
+        if self._wide_builder is not None:
+            metadata = self._wide_builder.build(0, layout.batch)
+            return Part(tokens, metadata, layout, shifted_scratch(layout, rows, pages, *sizes))
+        sinks = SinkCopies.between(pages, layout.sink_sources, layout.sink_targets)
+        return Part(tokens, super().build(0, layout.batch), layout, sinks)
+
+    def _scratch_pages(self, num_pages: int) -> torch.Tensor:
+        """Scratch pages like those of the KV cache; kept, and finite.
+
+        The operators multiply what they mask by zero, which a NaN would survive.
+        """
+        like = self._layer.kv_cache
+        token_size = like.shape[-1]
+        if self._wide_builder is not None:
+            token_size = 2 * self._wide_builder.head_dim
+        shape = (*like.shape[1:-1], token_size)
+        pages = self._scratch.get((shape, like.dtype))
+        if pages is None or len(pages) < num_pages:
+            pages = self._scratch[shape, like.dtype] = like.new_zeros((num_pages, *shape))
+        return pages

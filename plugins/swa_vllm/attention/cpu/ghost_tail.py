@@ -1,0 +1,91 @@
+"""Sink tokens of decoding requests on CPUs: the ghost tail.
+
+vLLM's C++ attention sees one unbroken run of keys up to the query, and a window that left its sinks
+behind is two. A step that computes one token therefore writes copies of the ``S`` sinks into the
+slots behind it, which the next step overwrites, and attends from there with the window ``W + S``:
+softmax does not care for the order of keys. While the text is not longer than ``W + S`` everything
+is visible and nothing is done.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from vllm.v1.attention.backend import CommonAttentionMetadata
+
+from swa_backend.window import last_unshifted
+from swa_vllm.attention.cpu.batches import changed
+from swa_vllm.attention.cpu.page_layout import PageLayout
+
+
+@dataclass(frozen=True)
+class SinkCopies:
+    """Copies of sink tokens that every layer makes in a step.
+
+    Attributes:
+        sources: int64 ``[n, num_kv_heads, 2 * head_size]``, elements of the flat KV cache.
+        targets: of the same shape, elements of the flat pages that are copied to.
+    """
+
+    sources: torch.Tensor
+    targets: torch.Tensor
+
+    @classmethod
+    def between(
+        cls, layout: PageLayout, sources: torch.Tensor, targets: torch.Tensor
+    ) -> "SinkCopies | None":
+        """Copies from slots to slots, int64 ``[n]``; None for none."""
+        if len(sources) == 0:
+            return None
+        return cls(layout.elements(sources), layout.elements(targets))
+
+    def copy(self, kv_cache: torch.Tensor, pages: torch.Tensor) -> None:
+        """Copy from the KV cache to ``pages``, which may be the cache itself."""
+        pages.view(-1)[self.targets] = kv_cache.view(-1)[self.sources]
+
+
+@dataclass(frozen=True)
+class GhostTail:
+    """Where a step's sinks and their copies are.
+
+    Attributes:
+        batch: the step's batch, with requests longer by the copies behind them.
+        sources: int64 ``[n]``, slots of sinks.
+        targets: int64 ``[n]``, slots of their copies.
+        distances: int64 ``[n]``, how far the request's query is beyond
+            :func:`~swa_backend.window.last_unshifted`.
+    """
+
+    batch: CommonAttentionMetadata
+    sources: torch.Tensor
+    targets: torch.Tensor
+    distances: torch.Tensor
+
+
+def ghost_tail(
+    batch: CommonAttentionMetadata, window: int, sink_tokens: int, block_size: int
+) -> GhostTail:
+    """The ghost tails of those requests that compute one token and have left their sinks behind.
+
+    Args:
+        batch: ``block_table_tensor`` int32 ``[num_reqs, max_pages]`` with ``sink_tokens`` slots
+            behind each request's last token, ``seq_lens`` int32 ``[num_reqs]`` and
+            ``query_start_loc`` int32 ``[num_reqs + 1]``, all on the CPU.
+    """
+    starts, ends = batch.query_start_loc.numpy(), batch.seq_lens.numpy()
+    beyond = ends - 1 - last_unshifted(window, sink_tokens)
+    has_tail = (starts[1:] - starts[:-1] == 1) & (beyond > 0)
+    rows = has_tail.nonzero()[0]
+    table, sinks = batch.block_table_tensor.numpy(), np.arange(sink_tokens)
+
+    def slots(positions: np.ndarray) -> torch.Tensor:
+        pages = table[rows[:, None], positions // block_size].astype(np.int64)
+        return torch.from_numpy((pages * block_size + positions % block_size).ravel())
+
+    longer = torch.from_numpy(ends + has_tail * np.int32(sink_tokens))
+    return GhostTail(
+        batch=changed(batch, seq_lens=longer, max_seq_len=int(longer.max())),
+        sources=slots(sinks[None, :]),
+        targets=slots(ends[rows, None] + sinks),
+        distances=torch.from_numpy(beyond[rows].repeat(sink_tokens)).long(),
+    )

@@ -1,0 +1,70 @@
+"""The table of effective windows, logged once at start-up."""
+
+from collections.abc import Iterable, Sequence
+from itertools import groupby
+
+from vllm.config import VllmConfig, get_layers_from_vllm_config
+from vllm.distributed import get_tensor_model_parallel_rank
+from vllm.logger import init_logger
+from vllm.model_executor.layers.attention import Attention
+from vllm.model_executor.models.utils import extract_layer_index
+
+from swa_vllm.attention.layer import WindowedAttention
+from swa_vllm.config.options import swa_options
+
+logger = init_logger(f"vllm.{__name__}")
+
+_HEADER = ("layers", "kind", "window", "sinks", "backend", "KV spec", "KV group")
+
+
+def log_layers(vllm_config: VllmConfig, group: Sequence[str] = ()) -> None:
+    """Note that the windowed layers named by ``group`` share a KV group, and log the table.
+
+    The table waits for the call that gives the last windowed layer of this worker its group; a
+    call without ``group`` logs what is known.
+    """
+    layers = get_layers_from_vllm_config(vllm_config, Attention)
+    windowed = [layer for layer in layers.values() if isinstance(layer, WindowedAttention)]
+    was_open = _is_open(windowed)
+    for layer in windowed:
+        if layer.layer_name in group:
+            layer.kv_group_layers = len(group)
+    complete = was_open and not _is_open(windowed)
+    if (complete or not group) and get_tensor_model_parallel_rank() == 0:
+        logger.info(_table(vllm_config, layers))
+
+
+def _is_open(windowed: Sequence[WindowedAttention]) -> bool:
+    return any(layer.kv_group_layers is None for layer in windowed)
+
+
+def _table(vllm_config: VllmConfig, layers: dict[str, Attention]) -> str:
+    ordered = sorted(layers.items(), key=lambda item: extract_layer_index(item[0]))
+    described = [(extract_layer_index(n), _describe(vllm_config, a)) for n, a in ordered]
+    return "\n".join(f"SWA {line}" for line in lines_of_layers(_HEADER, described))
+
+
+def lines_of_layers(
+    header: tuple[str, ...], described: Iterable[tuple[int, tuple[str, ...]]]
+) -> list[str]:
+    """A line for each run of layers that are described alike."""
+    rows = [header]
+    for description, run in groupby(described, key=lambda item: item[1]):
+        indices = [index for index, _ in run]
+        span = f"{indices[0]}-{indices[-1]}" if len(indices) > 1 else str(indices[0])
+        rows.append((span, *description))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
+
+
+def _describe(vllm_config: VllmConfig, layer: Attention) -> tuple[str, ...]:
+    kind, window, sinks = "full", "-", "-"
+    if layer.sliding_window is not None:
+        kind, window = "sliding", str(layer.sliding_window)
+    if isinstance(layer, WindowedAttention):
+        shifted = swa_options(vllm_config).position_shift
+        sinks = f"{layer.sink_tokens}{' shifted' if shifted else ''}"
+    group_layers = getattr(layer, "kv_group_layers", None)
+    group = "chosen by vLLM" if group_layers is None else f"{group_layers} layers"
+    spec = type(layer.get_kv_cache_spec(vllm_config)).__name__
+    return kind, window, sinks, layer.attn_backend.get_name(), spec, group

@@ -1,0 +1,1 @@
+"""The attention backend for GPUs, over this project's Triton kernels."""

@@ -1,0 +1,206 @@
+"""Windowed attention on this project's Triton kernels: GPUs, and CPUs in Triton's interpreter."""
+
+from typing import Any, ClassVar
+
+import torch
+from vllm.v1.attention.backend import (
+    AttentionBackend,
+    AttentionImpl,
+    AttentionType,
+    MultipleOf,
+)
+
+from swa_backend import ops
+from swa_backend.checks import check_head_dim
+from swa_backend.window import last_unshifted
+from swa_vllm.attention.rotation import Rotation
+from swa_vllm.attention.triton.builder import (
+    Rows,
+    SWATritonMetadata,
+    SWATritonMetadataBuilder,
+)
+
+# vLLM's names of KV cache dtypes whose pages are bytes to it, and what the bytes are.
+FP8_DTYPES = {
+    "fp8": torch.float8_e4m3fn,
+    "fp8_e4m3": torch.float8_e4m3fn,
+    "fp8_e5m2": torch.float8_e5m2,
+}
+
+
+class SWATritonImpl(AttentionImpl[SWATritonMetadata]):
+    """Decoding requests read their window's pages, chunks their own keys and the window before.
+
+    Attributes:
+        shift_start: position up to which queries keep their distance to sinks; None where they all
+            do.
+    """
+
+    def __init__(
+        self,
+        num_heads: int,
+        head_size: int,
+        scale: float,
+        num_kv_heads: int | None = None,
+        alibi_slopes: list[float] | None = None,
+        sliding_window: int | None = None,
+        kv_cache_dtype: str = "auto",
+        logits_soft_cap: float | None = None,
+        attn_type: str = AttentionType.DECODER,
+        kv_sharing_target_layer_name: str | None = None,
+        *,
+        sink_tokens: int = 0,
+        shifted_by: Any = None,
+    ) -> None:
+        """Take what vLLM's layer gives, and the plugin's own.
+
+        Args:
+            sink_tokens: leading tokens that every query sees.
+            shifted_by: rotary embedding that gives them cache-relative positions.
+
+        Raises:
+            ValueError: what the kernels have not got.
+        """
+        extras = {
+            "ALiBi": alibi_slopes,
+            "a soft cap of the logits": logits_soft_cap,
+            "KV sharing": kv_sharing_target_layer_name,
+            f"attention of type {attn_type}": attn_type != AttentionType.DECODER,
+        }
+        if unknown := [name for name, value in extras.items() if value]:
+            raise ValueError(
+                f"windowed layers have no {', '.join(unknown)} on these kernels; remove the window"
+            )
+        check_head_dim(head_size, "remove the window")
+        self.num_heads = num_heads
+        self.head_size = head_size
+        self.scale = float(scale)
+        self.num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
+        self.kv_cache_dtype = kv_cache_dtype
+        self.sliding_window = sliding_window
+        self._fp8 = FP8_DTYPES.get(kv_cache_dtype)
+        self._rotation = None if shifted_by is None else Rotation(shifted_by)
+        self.shift_start: int | None = None
+        if shifted_by is not None and sliding_window is not None:
+            self.shift_start = last_unshifted(sliding_window, sink_tokens)
+        self.sink_tokens = sink_tokens
+        self._sight = {"window": sliding_window, "sink_tokens": sink_tokens, "scale": self.scale}
+
+    def forward(
+        self,
+        layer: torch.nn.Module,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        attn_metadata: SWATritonMetadata | None,
+        output: torch.Tensor,
+        output_scale: torch.Tensor | None = None,
+        output_block_scale: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        if attn_metadata is None:  # profiling
+            return output.fill_(0)
+        scales: dict[str, Any] = {}
+        if self._fp8 is not None:
+            kv_cache = kv_cache.view(self._fp8)
+            scales = {"k_scale": layer._k_scale_float, "v_scale": layer._v_scale_float}
+        # Before attention: a request may hit a page that another one writes in this step.
+        ops.write_pages(key, value, kv_cache, attn_metadata.slots, **scales, impl="triton")
+        scratch, shifted = attn_metadata.scratch.borrow()
+        if self._rotation is not None:
+            shifted = self._shift(query, attn_metadata, shifted)
+        if attn_metadata.decodes is not None:
+            rows = attn_metadata.decodes
+            ops.decode_attention(
+                query[rows.tokens],
+                kv_cache,
+                rows.block_table,
+                rows.seq_lens,
+                query_start_loc=rows.query_start_loc,
+                scratch=scratch,
+                **self._common(rows, shifted, scales, output),
+            )
+        if attn_metadata.prefills is not None:
+            rows = attn_metadata.prefills
+            assert rows.query_start_loc is not None
+            ops.prefill_attention(
+                query[rows.tokens],
+                key[rows.tokens],
+                value[rows.tokens],
+                kv_cache,
+                rows.block_table,
+                rows.query_start_loc,
+                rows.seq_lens,
+                **self._common(rows, shifted, scales, output),
+            )
+        if attn_metadata.nan_check is not None:
+            attn_metadata.nan_check.check(str(getattr(layer, "layer_name", layer)), output)
+        return output
+
+    def _shift(
+        self, query: torch.Tensor, attn_metadata: SWATritonMetadata, out: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Queries with cache-relative distances to the sinks."""
+        assert self._rotation is not None
+        assert attn_metadata.distances is not None
+        num_tokens = len(attn_metadata.distances)
+        return ops.rotate_back(
+            query[:num_tokens],
+            attn_metadata.distances,
+            self._rotation.table,
+            is_neox=self._rotation.is_neox,
+            out=None if out is None else out[:num_tokens],
+            impl="triton",
+        )
+
+    def _common(
+        self,
+        rows: Rows,
+        shifted: torch.Tensor | None,
+        scales: dict[str, Any],
+        output: torch.Tensor,
+    ) -> dict[str, Any]:
+        return {
+            **self._sight,
+            **scales,
+            "sink_query": None if shifted is None else shifted[rows.tokens],
+            "out": output[rows.tokens],
+            "impl": "triton",
+        }
+
+
+class SWATritonBackend(AttentionBackend):
+    """Backend of windowed layers on GPUs; they select it themselves."""
+
+    supported_dtypes: ClassVar[list[torch.dtype]] = [
+        torch.float16,
+        torch.bfloat16,
+        torch.float32,
+    ]
+    supported_kv_cache_dtypes: ClassVar[list[Any]] = ["auto", "float16", "bfloat16", *FP8_DTYPES]
+    # A step's metadata says which tokens the cache keeps.
+    forward_includes_kv_cache_update = True
+
+    @staticmethod
+    def get_name() -> str:
+        return "CUSTOM"
+
+    @staticmethod
+    def get_impl_cls() -> type[SWATritonImpl]:
+        return SWATritonImpl
+
+    @staticmethod
+    def get_builder_cls() -> type[SWATritonMetadataBuilder]:
+        return SWATritonMetadataBuilder
+
+    @staticmethod
+    def get_supported_kernel_block_sizes(kv_cache_spec: Any = None) -> list[int | MultipleOf]:
+        return [MultipleOf(1)]
+
+    @classmethod
+    def supports_sliding_window(cls) -> bool:
+        return True
+
+    @classmethod
+    def supports_kv_connector(cls) -> bool:
+        return False

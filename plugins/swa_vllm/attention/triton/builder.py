@@ -1,0 +1,190 @@
+"""A step's metadata for windowed layers on this project's kernels: no copy to the host, no loop."""
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from vllm.config import VllmConfig, get_layers_from_vllm_config
+from vllm.model_executor.layers.attention import Attention
+from vllm.v1.attention.backend import (
+    AttentionCGSupport,
+    AttentionMetadataBuilder,
+    CommonAttentionMetadata,
+)
+from vllm.v1.attention.backends.utils import split_decodes_and_prefills
+from vllm.v1.kv_cache_interface import AttentionSpec
+from vllm.v1.worker.workspace import current_workspace_manager, is_workspace_manager_initialized
+
+from swa_backend import ops
+from swa_vllm.attention.layer_table import log_layers
+from swa_vllm.attention.poison import NaNCheck, PoisonWatch
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Neighbouring requests of a batch that one kernel serves.
+
+    Attributes:
+        tokens: theirs in the batch.
+        block_table: int32 ``[num_reqs, max_pages]``; entries below the window may be stale.
+        seq_lens: int32 ``[num_reqs]``.
+        query_start_loc: int32 ``[num_reqs + 1]`` from 0; None where each has one query.
+    """
+
+    tokens: slice
+    block_table: torch.Tensor
+    seq_lens: torch.Tensor
+    query_start_loc: torch.Tensor | None
+
+
+@dataclass(frozen=True)
+class Scratch:
+    """Memory that layers use one after the other; vLLM's workspace, where it keeps one (GPUs).
+
+    Attributes:
+        num_elements: fp32, for the largest batch of decodes.
+        shifted: shape and dtype of shifted queries of the largest batch; None where there are none.
+    """
+
+    num_elements: int
+    shifted: tuple[tuple[int, ...], torch.dtype] | None = None
+
+    def borrow(self) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """Scratch and shifted queries; None where PyTorch has to allocate them."""
+        if not is_workspace_manager_initialized():
+            return None, None
+        wanted: list[tuple[tuple[int, ...], torch.dtype]] = [((self.num_elements,), torch.float32)]
+        if self.shifted is not None:
+            wanted.append(self.shifted)
+        decodes, *shifted = current_workspace_manager().get_simultaneous(*wanted)
+        return decodes, shifted[0] if shifted else None
+
+
+@dataclass(frozen=True)
+class SWATritonMetadata:
+    """A step's batch for the layers of one group.
+
+    Attributes:
+        slots: int64 ``[num_tokens]``; -1 for a token that the KV cache need not keep.
+        decodes: requests of few queries, whose keys are all stored; they come first.
+        prefills: the others.
+        scratch: for any batch.
+        distances: int64 ``[num_tokens]``, how far each query is beyond
+            :func:`~swa_backend.window.last_unshifted`; None without shifted sinks.
+        nan_check: what to check each layer's output with, if pages are poisoned.
+    """
+
+    slots: torch.Tensor
+    decodes: Rows | None
+    prefills: Rows | None
+    scratch: Scratch
+    distances: torch.Tensor | None = None
+    nan_check: NaNCheck | None = None
+
+
+class SWATritonMetadataBuilder(AttentionMetadataBuilder[SWATritonMetadata]):
+    """Splits a batch into decodes and prefills.
+
+    A batch of decodes refers to vLLM's own persistent buffers and to those here, so a CUDA graph
+    of it may be replayed.
+    """
+
+    _cudagraph_support: ClassVar[AttentionCGSupport] = AttentionCGSupport.UNIFORM_BATCH
+
+    def __init__(
+        self,
+        kv_cache_spec: AttentionSpec,
+        layer_names: list[str],
+        vllm_config: VllmConfig,
+        device: torch.device,
+    ) -> None:
+        super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+        self._init_reorder_batch_threshold(1, supports_spec_as_decode=True)
+        layer = get_layers_from_vllm_config(vllm_config, Attention)[layer_names[0]]
+        # Of a chunk not longer than the window every page is stored.
+        limit = layer.impl.sliding_window or self.reorder_batch_threshold
+        self._decode_threshold = min(self.reorder_batch_threshold, limit)
+        scheduler = vllm_config.scheduler_config
+        self._scratch = self._reserve_scratch(layer.impl)
+        max_tokens = scheduler.max_num_batched_tokens
+        self._slots = torch.empty(max_tokens, dtype=torch.int64, device=device)
+        self._starts = torch.empty(scheduler.max_num_seqs + 1, dtype=torch.int32, device=device)
+        # The first position whose query is one beyond its place, if sinks are shifted.
+        self._shift_start: int | None = layer.impl.shift_start
+        self._tokens = torch.arange(max_tokens, device=device)
+        self._distances = torch.empty(max_tokens, dtype=torch.int64, device=device)
+        self._poison = PoisonWatch(kv_cache_spec, layer_names, vllm_config)
+        log_layers(vllm_config, layer_names)
+
+    def _reserve_scratch(self, impl: Any) -> Scratch:
+        """For the largest batches; vLLM's workspace has the room then, before its graphs are."""
+        config = self.vllm_config
+        scheduler = config.scheduler_config
+        graphs = config.compilation_config.max_cudagraph_capture_size or 0
+        num_elements = ops.decode_scratch_size(
+            max(scheduler.max_num_seqs * self._decode_threshold, graphs),
+            num_heads=impl.num_heads,
+            num_kv_heads=impl.num_kv_heads,
+            head_dim=impl.head_size,
+            sink_tokens=impl.sink_tokens,
+            device=self.device,
+        )
+        shape = (scheduler.max_num_batched_tokens, impl.num_heads, impl.head_size)
+        is_shifted = impl.shift_start is not None
+        scratch = Scratch(num_elements, (shape, config.model_config.dtype) if is_shifted else None)
+        scratch.borrow()
+        return scratch
+
+    def build(
+        self,
+        common_prefix_len: int,
+        common_attn_metadata: CommonAttentionMetadata,
+        fast_build: bool = False,
+    ) -> SWATritonMetadata:
+        batch = common_attn_metadata
+        num_tokens, slots = batch.num_actual_tokens, batch.slot_mapping
+        num_decodes, num_prefills, split, _ = split_decodes_and_prefills(
+            batch, decode_threshold=self._decode_threshold
+        )
+        decodes = prefills = None
+        if num_decodes:
+            is_ragged = split > num_decodes
+            decodes = Rows(
+                tokens=slice(0, split),
+                block_table=batch.block_table_tensor[:num_decodes],
+                seq_lens=batch.seq_lens[:num_decodes],
+                query_start_loc=batch.query_start_loc[: num_decodes + 1] if is_ragged else None,
+            )
+        if num_prefills:
+            stop = num_decodes + num_prefills
+            starts = self._starts[: num_prefills + 1]
+            torch.sub(batch.query_start_loc[num_decodes : stop + 1], split, out=starts)
+            prefills = Rows(
+                tokens=slice(split, num_tokens),
+                block_table=batch.block_table_tensor[num_decodes:stop],
+                seq_lens=batch.seq_lens[num_decodes:stop],
+                query_start_loc=starts,
+            )
+            # Slots of the null page, which stands for what is not stored.
+            slots = self._slots[:num_tokens].copy_(slots[:num_tokens])
+            slots.masked_fill_(slots < self.kv_cache_spec.block_size, -1)
+        return SWATritonMetadata(
+            slots=slots[:num_tokens],
+            decodes=decodes,
+            prefills=prefills,
+            scratch=self._scratch,
+            distances=self._find_distances(batch),
+            nan_check=self._poison.step(batch),
+        )
+
+    def _find_distances(self, batch: CommonAttentionMetadata) -> torch.Tensor | None:
+        if self._shift_start is None:
+            return None
+        tokens = self._tokens[: batch.num_actual_tokens]
+        stops = batch.query_start_loc[1 : batch.num_reqs + 1]
+        # Those behind the last request are padding: any number does.
+        requests = torch.searchsorted(stops, tokens, right=True).clamp_(max=batch.num_reqs - 1)
+        offsets = batch.seq_lens[: batch.num_reqs] - stops - self._shift_start
+        distances = self._distances[: len(tokens)]
+        torch.add(tokens, offsets[requests], out=distances)
+        return distances.clamp_(min=0)

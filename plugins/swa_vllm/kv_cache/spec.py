@@ -1,0 +1,110 @@
+"""KV cache spec of a windowed layer: what the engine core learns about it."""
+
+from dataclasses import dataclass, fields
+
+from vllm.config import VllmConfig
+from vllm.v1.kv_cache_interface import KVCacheSpec, SlidingWindowSpec
+
+from swa_backend.config import PrefillPages
+from swa_backend.pages import WindowPages, ceil_div
+
+
+@dataclass(frozen=True, kw_only=True)
+class SWASpec(SlidingWindowSpec):
+    """A sliding window whose pages :class:`~swa_vllm.kv_cache.manager.SWAManager` manages.
+
+    Attributes:
+        sink_tokens: leading tokens that every query sees.
+        spare_tokens: slots behind the newest token that the attention backend needs.
+        prefill_pages: which pages of a prefill chunk are stored.
+        num_steps_in_flight: steps that may be scheduled and not yet settled at once.
+        rollback_tokens: speculative tokens of all of them that may be rejected.
+        lookahead_tokens: slots that a step takes beyond its own tokens.
+        drops_last_hit: whether prefix cache hits give back their last page, as EAGLE's do.
+        poison_key: names the engine whose free pages are to be poisoned; None for no poison.
+        instance_id: vLLM's name of the engine; empty if nobody reads the manager's counts.
+        engine_index: its data parallel rank.
+    """
+
+    sink_tokens: int = 0
+    spare_tokens: int = 0
+    prefill_pages: PrefillPages = PrefillPages.ALL
+    num_steps_in_flight: int = 1
+    rollback_tokens: int = 0
+    lookahead_tokens: int = 0
+    drops_last_hit: bool = False
+    poison_key: str | None = None
+    instance_id: str = ""
+    engine_index: int = 0
+
+    @classmethod
+    def from_stock(
+        cls,
+        spec: SlidingWindowSpec,
+        vllm_config: VllmConfig,
+        prefill_pages: PrefillPages,
+        *,
+        sink_tokens: int = 0,
+        spare_tokens: int = 0,
+        debug_poison: bool = False,
+    ) -> "SWASpec":
+        """The same window, page size and dtype, managed by this plugin."""
+        num_steps = vllm_config.max_concurrent_batches
+        speculation = vllm_config.speculative_config
+        return cls(
+            **{f.name: getattr(spec, f.name) for f in fields(spec) if f.init},
+            sink_tokens=sink_tokens,
+            spare_tokens=spare_tokens,
+            prefill_pages=prefill_pages,
+            num_steps_in_flight=num_steps,
+            rollback_tokens=num_steps * vllm_config.num_speculative_tokens,
+            lookahead_tokens=vllm_config.num_lookahead_tokens,
+            drops_last_hit=speculation is not None and speculation.use_eagle(),
+            poison_key=vllm_config.instance_id if debug_poison else None,
+            instance_id=vllm_config.instance_id,
+            engine_index=vllm_config.parallel_config.data_parallel_index,
+        )
+
+    @property
+    def pages(self) -> WindowPages:
+        """Page arithmetic of this window."""
+        return WindowPages(
+            window=self.sliding_window + self.extra_retained_tokens,
+            page_size=self.block_size,
+            sink_tokens=self.sink_tokens,
+            rollback_tokens=self.rollback_tokens,
+            drops_last_hit=self.drops_last_hit,
+        )
+
+    @property
+    def num_retained_tokens(self) -> int:
+        """Tells vLLM 0.33 to null no entry of a row: sinks lie below the window."""
+        return 0
+
+    def max_num_blocks_per_req(self, vllm_config: VllmConfig, max_len: int) -> int:
+        """Entries of a row of the workers' block table."""
+        return int(super().max_num_blocks_per_req(vllm_config, max_len + self.spare_tokens))
+
+    def max_admission_blocks_per_request(
+        self, max_in_flight_tokens: int, max_model_len: int
+    ) -> int:
+        """Pages that start-up sizing promises a request and run-time admission charges for it.
+
+        Never more than vLLM's own cap, but for sinks, for the slots behind the newest token, and
+        for those that a draft model takes ahead, which vLLM forgets.
+        """
+        pages, num_ahead = self.pages, self.lookahead_tokens + self.spare_tokens
+        longest = max_model_len + self.spare_tokens
+        if self.prefill_pages is not PrefillPages.ALL:
+            return pages.charge(self.num_steps_in_flight, max_in_flight_tokens, num_ahead, longest)
+        stock = super().max_admission_blocks_per_request(max_in_flight_tokens, max_model_len)
+        held = stock + pages.num_sink_pages + ceil_div(num_ahead, self.block_size)
+        return int(min(held, ceil_div(longest, self.block_size)))
+
+    def is_uniform_with_collection(self, kv_cache_specs: dict[str, KVCacheSpec]) -> bool:
+        return all(
+            isinstance(spec, SWASpec)
+            and spec.pages == self.pages
+            and spec.prefill_pages is self.prefill_pages
+            for spec in kv_cache_specs.values()
+        )

@@ -1,0 +1,1 @@
+"""What the page managers count, and how a server and its operator come to read it."""

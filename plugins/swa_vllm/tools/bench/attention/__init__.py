@@ -1,0 +1,1 @@
+"""One attention call, timed beside others' kernels."""

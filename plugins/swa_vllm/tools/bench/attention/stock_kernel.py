@@ -1,0 +1,82 @@
+"""vLLM's Triton decode kernel as it is: what it reads and launches, and what it compiles to.
+
+After ``vllm/v1/attention/ops/triton_unified_attention.py`` and ``backends/triton_attn.py``.
+"""
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from vllm.v1.attention.backends.triton_attn import (
+    MIN_LAUNCH_GRID_SIZE_2D,
+    NUM_PAR_SOFTMAX_SEGMENTS,
+)
+from vllm.v1.attention.ops.triton_unified_attention import _get_tile_size
+
+from swa_backend.kernels.plans import Target
+from swa_backend.pages import ceil_div
+from swa_backend.window import first_visible
+from swa_vllm.tools.bench.attention.arms import vllm_triton
+from swa_vllm.tools.bench.attention.times import HEAD_DIM, Case, make_batch
+
+_OPS = "vllm.v1.attention.ops"
+_MODULES = ("triton_attention_helpers", "triton_unified_attention")
+_ROWS = 16
+
+
+@dataclass(frozen=True)
+class StockWork:
+    """What vLLM launches for a batch of decoding requests of equal length.
+
+    Attributes:
+        num_keys: keys that a request reads for each KV head.
+        launched: programs.
+        useful: programs that read a key.
+    """
+
+    num_keys: int
+    launched: int
+    useful: int
+
+
+def stock_work(case: Case) -> StockWork:
+    """By the arithmetic of vLLM's launcher and kernel, for 16-bit queries."""
+    batch, seq_len, num_kv_heads = case.batch, case.seq_len, case.num_kv_heads
+    is_split = batch <= MIN_LAUNCH_GRID_SIZE_2D // num_kv_heads
+    num_segments = NUM_PAR_SOFTMAX_SEGMENTS if is_split else 1
+    tile = _get_tile_size(HEAD_DIM, case.window, 2, is_prefill=not is_split)
+    first_tile = first_visible(seq_len - 1, case.window) // tile
+    span = ceil_div(seq_len, num_segments * tile)
+    last_tile = ceil_div(seq_len, tile) - 1
+    return StockWork(
+        num_keys=seq_len - first_tile * tile,
+        launched=(batch // (_ROWS // case.group) + batch) * num_kv_heads * num_segments,
+        useful=batch * num_kv_heads * (last_tile // span - first_tile // span + 1),
+    )
+
+
+def compile_stock(case: Case, target: Target) -> Any:
+    """Facts (:class:`swa_backend.kernels.aot.Facts`) of the split kernel for ``case``."""
+    from swa_backend.kernels import aot
+
+    batch = make_batch(case, torch.device("cpu"), cold_bytes=1)
+    with aot.compiling(target) as kernels, real_triton(aot.triton_modules()):
+        for call in vllm_triton(batch):
+            call()
+    return aot.read_facts(kernels["kernel_unified_attention"], target)
+
+
+@contextmanager
+def real_triton(modules: dict[str, Any]) -> Iterator[None]:
+    """vLLM's kernels are Triton functions inside, also in a build that has a placeholder for it."""
+    stand_in = ModuleType("vllm.triton_utils")
+    vars(stand_in).update(modules, HAS_TRITON=True)
+    with patch.dict(sys.modules, {"vllm.triton_utils": stand_in}):
+        for module in _MODULES:
+            sys.modules.pop(f"{_OPS}.{module}", None)
+        yield

@@ -1,0 +1,209 @@
+"""Time of a decoded and of a prefilled token against the length of the text, in the engine.
+
+This plugin, stock vLLM with all layers sliding, and full attention decode a fixed batch behind
+prompts of each length, in turns; full attention up to --full-to only, as its prompts take long.
+In fp32 the first two must decode the same tokens. Texts longer than the model's positions raise
+max_position_embeddings. Scheduler and attention at a million tokens: swa bench overhead.
+"""
+
+import argparse
+import tempfile
+from collections.abc import Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from swa_backend.pages import ceil_div
+from swa_vllm.tools.bench.form import say
+from swa_vllm.tools.bench.serving import launcher as peers
+from swa_vllm.tools.bench.serving.checkpoints import prepare_models
+from swa_vllm.tools.bench.serving.launcher import KINDS, Launcher, kinds_of
+from swa_vllm.tools.bench.serving.process import Peer
+from swa_vllm.tools.bench.serving.records import spread
+from swa_vllm.tools.common import plots
+from swa_vllm.tools.common.arguments import check_number, check_numbers, numbers_of_tokens
+from swa_vllm.tools.common.table import format_table
+from swa_vllm.tools.engines.scoring import check_table_can_grow, text_config
+
+EXAMPLE = "--window 512 --contexts 2048,4096,32768 --batch 4"
+_QUICK_CONTEXTS = "512,1024,2048"
+_COMPARED = 16  # tokens of each answer
+_FIGURES = {"decode_s": "ms of a decoding step", "prefill_s": "us of a prompt token"}
+_UNITS = {"decode_s": 1e3, "prefill_s": 1e6}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options."""
+    peers.add_arguments(parser, "here,stock,full", rounds=3)
+    parser.add_argument("--window", type=int, default=512, help="default: 512")
+    parser.add_argument(
+        "--contexts",
+        metavar="N,N,...",
+        help=f"tokens of the prompts (2048,4096,8192,32768,131072; {_QUICK_CONTEXTS} when quick)",
+    )
+    parser.add_argument("--full-to", type=int, default=32768, help="of full attention (32768)")
+    parser.add_argument("--batch", type=int, default=2, help="requests that decode (2)")
+    parser.add_argument("--steps", type=int, default=64, help="decoding steps to time (64)")
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    """Print a table; returns the figures."""
+    names = ("window", "batch", "rounds", "block_size", "threads", "full_to", "chunk")
+    check_numbers(args, names)
+    check_number("steps", args.steps, least=3)
+    kinds = kinds_of("--peers", args.peers)
+    if "hf" in kinds or "here" not in kinds:
+        raise ValueError(
+            f"--peers {args.peers}: engines are compared with here, this plugin; name it, and "
+            "stock or full beside it"
+        )
+    contexts = _contexts(args)
+    with tempfile.TemporaryDirectory() as directory, ExitStack() as stack:
+        launcher = _launcher(args, Path(directory), contexts)
+        started = {}
+        for name, kind in kinds.items():
+            say(f"starting {kind.name}")
+            longest = _max_model_len(args, _lengths_of(name, contexts, args.full_to))
+            started[name] = stack.enter_context(launcher.start(kind, max_model_len=longest))
+        figures = _measure(args, started, contexts)
+    told = ("window", "batch", "dtype", "block_size", "chunk", "rounds", "steps")
+    result = {
+        "model": str(args.model or "random weights"),
+        **{name: getattr(args, name) for name in told},
+        "cases": figures,
+        "growth": _growth(figures),
+    }
+    _print(result)
+    return result
+
+
+def plot(path: Path, figures: Mapping[str, Any]) -> None:
+    """Time of a step by length."""
+    series: dict[str, list[tuple[float, float]]] = {}
+    for case in figures["cases"]:
+        series.setdefault(case["peer"], []).append(
+            (case["context"], 1e3 * case["decode_s"]["median"])
+        )
+    plots.lines(
+        path, series, "tokens of context", "ms of a decoding step", log_x=True, from_zero=True
+    )
+
+
+def _contexts(args: argparse.Namespace) -> list[int]:
+    default = _QUICK_CONTEXTS if args.quick else "2048,4096,8192,32768,131072"
+    text = args.contexts or default
+    contexts = sorted(set(numbers_of_tokens("--contexts", text)))
+    if contexts[0] > args.full_to:
+        raise ValueError(f"--full-to {args.full_to} is below all of --contexts {text}; raise it")
+    return contexts
+
+
+def _lengths_of(name: str, contexts: list[int], full_to: int) -> list[int]:
+    return contexts if KINDS[name].windowed else [n for n in contexts if n <= full_to]
+
+
+def _max_model_len(args: argparse.Namespace, contexts: list[int]) -> int:
+    """For the steps to time, and those that the first request decodes while others prefill."""
+    return contexts[-1] + args.steps + 1 + ceil_div(args.batch * contexts[-1], args.chunk)
+
+
+def _launcher(args: argparse.Namespace, directory: Path, contexts: list[int]) -> Launcher:
+    longest = _max_model_len(args, contexts)
+    # The positions of random weights are few, so that its overriding is always at work.
+    models = prepare_models(args.model, directory, args.window, contexts[0], args.seed)
+    config = text_config(str(models[True]))
+    engine: dict[str, Any] = {}
+    if longest > config.max_position_embeddings:
+        check_table_can_grow(config, longest)
+        engine["hf_overrides"] = {"max_position_embeddings": longest}
+    most = _max_model_len(args, _lengths_of("full", contexts, args.full_to))
+    engine |= {
+        "block_size": args.block_size,
+        # What full attention needs, for all; one is vLLM's own.
+        "num_gpu_blocks_override": args.batch * ceil_div(most, args.block_size) + 1,
+        "max_num_batched_tokens": args.chunk,
+        "max_num_seqs": min(args.batch, args.chunk),
+        "enable_prefix_caching": False,
+    }
+    return Launcher(models, args.dtype, args.threads, engine)
+
+
+def _measure(
+    args: argparse.Namespace, started: Mapping[str, Peer], contexts: list[int]
+) -> list[dict[str, Any]]:
+    once = kinds_of("--once", args.once)
+    _compare(args, started, contexts[0])
+    taken: dict[tuple[str, int], list[dict[str, Any]]] = {}
+    for index in range(args.rounds):
+        for context in contexts:
+            for name, peer in started.items():
+                if index and name in once:
+                    continue
+                if context in _lengths_of(name, contexts, args.full_to):
+                    say(f"round {index + 1} of {args.rounds}, {context} tokens, {peer.name}")
+                    answer = _decode(args, peer, context, seed=args.seed + index)
+                    taken.setdefault((name, context), []).append(answer)
+    return [
+        {
+            "peer": KINDS[name].name,
+            "context": context,
+            **{key: spread([answer[key] for answer in answers]) for key in _FIGURES},
+        }
+        for (name, context), answers in sorted(taken.items(), key=lambda item: item[0][1])
+    ]
+
+
+def _decode(args: argparse.Namespace, peer: Peer, context: int, seed: int) -> dict[str, Any]:
+    answer: dict[str, Any] = peer.ask(
+        "decode", batch=args.batch, num_prompt=context, num_steps=args.steps, seed=seed
+    )
+    if answer["batch"] != args.batch:
+        raise RuntimeError(f"{peer.name} decoded {answer['batch']} of {args.batch} at once")
+    return answer
+
+
+def _compare(args: argparse.Namespace, started: Mapping[str, Peer], context: int) -> None:
+    """Warm up; peers with the same window then decode the same, but for what rounding decides."""
+    say(f"comparing behind {context} tokens")
+    answers = {name: _decode(args, peer, context, seed=-1) for name, peer in started.items()}
+    first = {name: [row[:_COMPARED] for row in a["tokens"]] for name, a in answers.items()}
+    if args.dtype == "float32" and first.get("stock", first["here"]) != first["here"]:
+        raise RuntimeError("this plugin and stock vLLM decode other tokens in fp32")
+
+
+def _growth(cases: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
+    """Each peer's figures at its longest text, over those at its shortest."""
+    found = {}
+    for name in dict.fromkeys(case["peer"] for case in cases):
+        own = [case for case in cases if case["peer"] == name]
+        found[name] = {k: own[-1][k]["median"] / own[0][k]["median"] for k in _FIGURES}
+    return found
+
+
+def _print(figures: Mapping[str, Any]) -> None:
+    first, *others = names = list(figures["growth"])
+    print(
+        f"\n{figures['model']}, {figures['batch']} requests, W={figures['window']}, "
+        f"{figures['dtype']}, page {figures['block_size']}, chunk {figures['chunk']}"
+    )
+    for key, label in _FIGURES.items():
+        rows: list[list[object]] = []
+        for context in dict.fromkeys(case["context"] for case in figures["cases"]):
+            found = {c["peer"]: c[key] for c in figures["cases"] if c["context"] == context}
+            ratios = [
+                found[first]["median"] / found[name]["median"] if name in found else None
+                for name in others
+            ]
+            times = [_range(found.get(name), _UNITS[key]) for name in names]
+            rows.append([str(context), *times, *ratios])
+        growth = [f"{figures['growth'][name][key]:.2f}" for name in names]
+        rows.append(["longest / shortest", *growth, *([None] * len(others))])
+        header = (f"context, {label}", *names, *(f"here / {name}" for name in others))
+        print("\n" + format_table(header, rows))
+
+
+def _range(times: Mapping[str, float] | None, unit: float) -> str | None:
+    if times is None:
+        return None
+    low, median, high = (unit * times[key] for key in ("low", "median", "high"))
+    return f"{median:.2f} ({low:.2f} - {high:.2f})"

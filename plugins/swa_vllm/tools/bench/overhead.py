@@ -1,0 +1,171 @@
+"""Processor time of scheduler, page manager and metadata builder per step, beside stock vLLM's.
+
+Batches of decoding requests, at several context lengths: what a step costs on top of the model. The
+attention of one layer is beside it, whose outputs must be equal; it is no part of the sum. At a
+million tokens prefix caching is off only.
+"""
+
+import argparse
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from swa_vllm.tools.bench.form import say
+from swa_vllm.tools.common import plots
+from swa_vllm.tools.common.arguments import check_numbers
+from swa_vllm.tools.common.sizing import Arm
+from swa_vllm.tools.common.table import format_table
+from swa_vllm.tools.common.timing import at_least_two_rounds, interleave
+from swa_vllm.tools.engines.layer import (
+    BLOCK_SIZE,
+    Layer,
+    make_batch,
+    make_layer,
+    make_window_batch,
+)
+from swa_vllm.tools.engines.scheduler import Engine, Simulation
+
+EXAMPLE = "--batch 32"
+_SCHEDULER = {c: f"scheduler and manager, prefix caching {'on' if c else 'off'}" for c in (0, 1)}
+_BUILDER = "metadata builder"
+_ATTENTION = "attention of a layer"
+_MILLION = 1_000_000
+_CHUNK = 8192  # tokens of a prefill step
+_SHAPE = "Qwen3-0.6B"
+_HEADER = ("", "context", "stock us", "here us", "ratio", "stock, middle half", "here")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options."""
+    parser.add_argument("--window", type=int, default=512)
+    parser.add_argument("--batch", type=int, default=32, help="decoding requests")
+    parser.add_argument("--rounds", type=int, default=100)
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    """Print a table; returns the figures."""
+    check_numbers(args, ("window", "batch"))
+    rounds = at_least_two_rounds(args.rounds)
+    contexts = (2000, 8000) if args.quick else (2000, 8000, 32000, _MILLION)
+    cases = []
+    for context in contexts:
+        for caching in _caching(context):
+            say(f"scheduler, context {context}")
+            name = _SCHEDULER[caching]
+            steps = {
+                arm.value: _decoding(arm, args, context, caching, rounds).step
+                for arm in (Arm.STOCK, Arm.SWA)
+            }
+            cases.append(_case(name, context, steps, rounds))
+    pages_each = args.window // BLOCK_SIZE + 2
+    layer = make_layer(_SHAPE, args.window, 1024, args.batch * pages_each + 64)
+    cases += [
+        _case(_BUILDER, context, _builders(layer, args, context), rounds) for context in contexts
+    ]
+    cases += [
+        _together(cases, context, caching) for context in contexts for caching in _caching(context)
+    ]
+    cases += [
+        _case(_ATTENTION, context, _attention(layer, args, context), rounds) for context in contexts
+    ]
+    print(
+        f"\n{args.batch} decoding requests, W={args.window}, page {BLOCK_SIZE}; layer of {_SHAPE}, "
+        f"{str(layer.attention.kv_cache.dtype).removeprefix('torch.')}"
+    )
+    print(format_table(_HEADER, map(_row, cases)))
+    return {"window": args.window, "batch": args.batch, "rounds": rounds, "cases": cases}
+
+
+def plot(path: Path, figures: Mapping[str, Any]) -> None:
+    """A step's parts by context."""
+    series: dict[str, list[tuple[float, float]]] = {}
+    for case in figures["cases"]:
+        if case["name"] in (_SCHEDULER[0], _BUILDER, _ATTENTION):
+            for arm, key in ((Arm.STOCK, "stock_us"), (Arm.SWA, "here_us")):
+                points = series.setdefault(f"{case['name'].partition(',')[0]}, {arm.value}", [])
+                points.append((case["context"], case[key]))
+    plots.lines(path, series, "tokens of context", "us of a step", log_x=True, log_y=True)
+
+
+def _caching(context: int) -> tuple[bool, ...]:
+    return (False,) if context == _MILLION else (False, True)  # hashing would take minutes
+
+
+def _row(case: Mapping[str, Any]) -> list[object]:
+    spread = case.get("spread", {})
+    halves = [
+        f"{1e6 * spread[arm]['low']:.0f} - {1e6 * spread[arm]['high']:.0f}" if spread else None
+        for arm in (Arm.STOCK, Arm.SWA)
+    ]
+    return [case[key] for key in ("name", "context", "stock_us", "here_us", "ratio")] + halves
+
+
+def _decoding(
+    arm: Arm, args: argparse.Namespace, context: int, caching: bool, rounds: int
+) -> Simulation:
+    """A scheduler whose requests all decode at ``context``."""
+    # The first request has to run on until the last one's prompt is computed.
+    num_output = rounds + 100 + args.batch * (context // _CHUNK + 1)
+    longest = context + num_output
+    num_pages = args.batch * (longest // BLOCK_SIZE + 2)
+    simulation = Simulation(
+        arm,
+        Engine(args.window, BLOCK_SIZE, num_pages, _CHUNK, longest, prefix_caching=caching),
+        count_pages=False,
+    )
+    for index in range(args.batch):
+        simulation.add(str(index), range(index, index + context), num_output)
+    while not simulation.all_decode:
+        simulation.step()
+    if len(simulation.scheduler.running) != args.batch:
+        raise RuntimeError(f"{len(simulation.scheduler.running)} of {args.batch} requests decode")
+    return simulation
+
+
+def _builders(layer: Layer, args: argparse.Namespace, context: int) -> dict[str, Any]:
+    batch = make_batch([context] * args.batch, [1] * args.batch)
+    return {
+        Arm.STOCK.value: lambda: layer.stock_builder.build(0, batch),
+        Arm.SWA.value: lambda: layer.builder.build(0, batch),
+    }
+
+
+def _attention(layer: Layer, args: argparse.Namespace, context: int) -> dict[str, Any]:
+    """Storing and attending to a token of each request, whose pages are its window's only."""
+    batch = make_window_batch(context, args.batch, args.window)
+    qkv = layer.random_inputs(args.batch)
+    torch.nn.init.normal_(layer.attention.kv_cache)
+    stock, here = layer.stock_builder.build(0, batch), layer.builder.build(0, batch)
+    expected, got = layer.run_stock(stock, *qkv), layer.run(here, *qkv)
+    if not torch.equal(expected, got):
+        raise RuntimeError(f"outputs differ by {float((expected - got).abs().max())}")
+    return {
+        Arm.STOCK.value: lambda: layer.run_stock(stock, *qkv),
+        Arm.SWA.value: lambda: layer.run(here, *qkv),
+    }
+
+
+def _case(name: str, context: int, steps: dict[str, Any], rounds: int) -> dict[str, Any]:
+    times = interleave(steps, rounds)
+    stock, here = times[Arm.STOCK.value], times[Arm.SWA.value]
+    return {
+        "name": name,
+        "context": context,
+        "stock_us": round(1e6 * stock.median),
+        "here_us": round(1e6 * here.median),
+        "ratio": here.median / stock.median,
+        "spread": {arm: t.to_json() for arm, t in times.items()},
+    }
+
+
+def _together(cases: list[dict[str, Any]], context: int, caching: bool) -> dict[str, Any]:
+    """A step's sum of scheduler, manager and builder."""
+    parts = [
+        c for c in cases if c["context"] == context and c["name"] in (_BUILDER, _SCHEDULER[caching])
+    ]
+    stock, here = (sum(part[key] for part in parts) for key in ("stock_us", "here_us"))
+    name = f"together, prefix caching {'on' if caching else 'off'}"
+    ratio = here / stock
+    return {"name": name, "context": context, "stock_us": stock, "here_us": here, "ratio": ratio}

@@ -1,0 +1,180 @@
+"""Pages a request holds, and requests that run, on vLLM's real scheduler without a model.
+
+Full attention, stock vLLM's sliding window and this plugin serve the same requests, all there at
+the start, from the same pool. "Estimate" is the "maximum concurrency" that vLLM prints at start; it
+assumes requests of max_model_len. "Running" is what ran, on average over the steps. "Promised" is
+what admission reserves for a request of max_model_len, "held" the most that one request had.
+"""
+
+import argparse
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from swa_backend.pages import WindowPages
+from swa_vllm.tools.bench.form import say
+from swa_vllm.tools.common import plots
+from swa_vllm.tools.common.arguments import check_numbers
+from swa_vllm.tools.common.sizing import Arm
+from swa_vllm.tools.common.table import format_table
+from swa_vllm.tools.engines.scheduler import Engine, Outcome, simulate
+
+EXAMPLE = "--window 1024 --block-size 16 --prompt 32000 --output 512 --num-requests 80"
+_HEADER = ("", "estimate", "running", "steps", "pages promised", "pages held", "preemptions")
+# A card of 24 GB that an 8B model leaves 32k tokens of KV cache on, asynchronous scheduling.
+_CARD = Engine(
+    window=1024,
+    block_size=16,
+    num_pages=2048,
+    max_num_batched_tokens=8192,
+    max_model_len=40960,
+    num_steps_in_flight=2,
+)
+
+
+@dataclass(frozen=True)
+class Workload:
+    """Requests of one size, and the engine that serves them."""
+
+    name: str
+    engine: Engine
+    num_requests: int
+    num_prompt: int
+    num_output: int
+
+
+# Of a workload of the user's own; --max-model-len is prompt + output unless given.
+_OWN: dict[str, int | None] = {
+    "window": None,
+    "block_size": 16,
+    "pool_tokens": 32768,
+    "max_num_batched_tokens": 8192,
+    "max_model_len": None,
+    "steps_in_flight": 2,
+    "prompt": 8000,
+    "output": 512,
+    "num_requests": 80,
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of a workload of one's own; without any, the built-in ones run."""
+    for name, default in _OWN.items():
+        flag = f"--{name.replace('_', '-')}"
+        parser.add_argument(flag, type=int, help=f"default: {default}" if default else None)
+    parser.add_argument("--prefix-caching", action="store_true")
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    """Print a table a workload; returns the figures."""
+    results = []
+    for workload in _workloads(args):
+        outcomes = {}
+        for arm in Arm:
+            say(f"{workload.name}: {arm.value}")
+            outcomes[arm] = _serve(arm, workload)
+        _print(workload, outcomes)
+        results.append(
+            {
+                "workload": workload.name,
+                "num_prompt": workload.num_prompt,
+                "engine": vars(workload.engine),
+                "arms": {arm.value: outcome.to_json() for arm, outcome in outcomes.items()},
+            }
+        )
+    return {"workloads": results}
+
+
+def plot(path: Path, figures: Mapping[str, Any]) -> None:
+    """Requests that ran at once."""
+    workloads = figures["workloads"]
+    groups = [f"{w['workload']}, {w['num_prompt']}, W={w['engine']['window']}" for w in workloads]
+    series = {arm.value: [w["arms"][arm.value]["mean_running"] for w in workloads] for arm in Arm}
+    plots.bars(path, groups, series, "requests that ran at once, mean")
+
+
+def _workloads(args: argparse.Namespace) -> Iterable[Workload]:
+    given = [name for name in _OWN if getattr(args, name) is not None]
+    if args.window is None:
+        if given or args.prefix_caching:
+            raise ValueError("a workload of your own needs --window, in tokens")
+        return _built_in(args.quick)
+    if args.quick:
+        raise ValueError("--quick is for the built-in workloads; remove it or --window")
+    check_numbers(args, given)
+    return [_own(**{name: getattr(args, name) or _OWN[name] for name in _OWN}, args=args)]
+
+
+def _own(args: argparse.Namespace, **sizes: Any) -> Workload:
+    longest = sizes["prompt"] + sizes["output"]
+    max_model_len = sizes["max_model_len"] or longest
+    if max_model_len < longest:
+        raise ValueError(
+            f"--max-model-len {max_model_len} is below prompt + output = {longest}; raise it to "
+            "that, or leave it out"
+        )
+    if sizes["steps_in_flight"] > 2:
+        raise ValueError(f"--steps-in-flight must be 1 or 2, got {sizes['steps_in_flight']}")
+    if sizes["pool_tokens"] < 2 * sizes["block_size"]:
+        raise ValueError(
+            f"--pool-tokens {sizes['pool_tokens']} is less than two pages of --block-size "
+            f"{sizes['block_size']}; give more, or smaller pages"
+        )
+    engine = Engine(
+        window=sizes["window"],
+        block_size=sizes["block_size"],
+        num_pages=sizes["pool_tokens"] // sizes["block_size"],
+        max_num_batched_tokens=sizes["max_num_batched_tokens"],
+        max_model_len=max_model_len,
+        num_steps_in_flight=sizes["steps_in_flight"],
+        prefix_caching=args.prefix_caching,
+    )
+    return Workload("requests", engine, sizes["num_requests"], sizes["prompt"], sizes["output"])
+
+
+def _built_in(quick: bool) -> Iterator[Workload]:
+    for window, chunk in ((64, 8192), (512, 8192), (1024, 2048), (1024, 8192)):
+        engine = Engine(window, 32, 1024, chunk, 8192)
+        yield Workload(f"chunks of {chunk}", engine, 4, 6000, 32)
+    for num_pages in (140, 260):
+        engine = Engine(64, 32, num_pages, 2048, 8192)
+        yield Workload(f"pool of {num_pages} pages", engine, 64, 2000, 200)
+    if quick:
+        return
+    for num_prompt in (32000, 16000, 8000, 2000):
+        yield Workload("24 GB card", _CARD, 80, num_prompt, 512)
+    larger = replace(_CARD, max_num_batched_tokens=16384)
+    yield Workload("24 GB card, chunks of 16384", larger, 80, 32000, 512)
+
+
+def _serve(arm: Arm, workload: Workload) -> Outcome:
+    """The outcome; full attention gets the shortest max_model_len that the requests allow."""
+    engine = workload.engine
+    if arm is Arm.FULL:
+        engine = replace(engine, max_model_len=workload.num_prompt + workload.num_output)
+    requests = [(workload.num_prompt, workload.num_output)] * workload.num_requests
+    return simulate(arm, engine, requests)
+
+
+def _print(workload: Workload, outcomes: dict[Arm, Outcome]) -> None:
+    engine = workload.engine
+    print(
+        f"\n{workload.name}: {workload.num_requests} x {workload.num_prompt} + "
+        f"{workload.num_output} tokens, W={engine.window}, pool {engine.num_pages} pages of "
+        f"{engine.block_size}, chunk {engine.max_num_batched_tokens}, "
+        f"{engine.num_steps_in_flight} step(s) in flight, "
+        f"prefix caching {'on' if engine.prefix_caching else 'off'}"
+    )
+    rows: list[tuple[object, ...]] = []
+    for arm, o in outcomes.items():
+        if o.starts:
+            pages = (o.promised_pages, o.peak_pages)
+            rows.append(
+                (arm.value, o.estimate, o.mean_running, o.num_steps, *pages, o.num_preemptions)
+            )
+        else:
+            rows.append((arm.value, o.estimate, "does not start", 0, o.promised_pages, 0, 0))
+    print(format_table(_HEADER, rows))
+    decode = WindowPages(engine.window, engine.block_size).max_survivors
+    print(f"a decoding request needs {decode} pages of its window")

@@ -1,0 +1,185 @@
+"""A workload served by this plugin, stock vLLM, full attention and Hugging Face, in turns.
+
+Stock vLLM slides all layers, so all slide here; full attention is vLLM's. The three get a pool of
+the same bytes, which by default holds two longest requests of full attention. Hugging Face has no
+pool: it takes --hf-batch requests at a time, padded on the left, with the same windows. Before
+anything is timed the peers' greedy tokens are compared in fp32. "Bound" is the time in which an
+engine of the step times measured here could serve the workload with as many requests at once as
+windows fit into the pool. A trace has a line for each request:
+
+    {"arrival": 0.5, "prompt_tokens": 300, "output_tokens": 64}
+"""
+
+import argparse
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from swa_backend.pages import ceil_div
+from swa_vllm.tools.bench.serving import launcher as peers
+from swa_vllm.tools.bench.serving.checkpoints import prepare_models
+from swa_vllm.tools.bench.serving.launcher import KINDS, Launcher, kinds_of
+from swa_vllm.tools.bench.serving.rounds import Rounds, measure
+from swa_vllm.tools.bench.serving.workload import MIXES, Ask, read_trace
+from swa_vllm.tools.common import plots
+from swa_vllm.tools.common.arguments import check_number, check_numbers
+from swa_vllm.tools.common.table import format_table
+
+EXAMPLE = "Qwen3-0.6B --window 128 --mix decode --pool-requests 2 --json serve.json"
+_ROWS = {
+    "output": "tokens/s",
+    "prefill": "tokens/s, steps with prefill",
+    "decode": "tokens/s, other steps",
+    "ttft_p50_ms": "TTFT p50, ms",
+    "ttft_p99_ms": "TTFT p99, ms",
+    "tpot_p50_ms": "TPOT p50, ms",
+    "tpot_p99_ms": "TPOT p99, ms",
+    "running": "requests running, mean",
+    "peak_running": "most",
+    "peak_pages": "pages held, most",
+    "preemptions": "preemptions",
+    "seconds": "seconds",
+}
+_MORE_IS_BETTER = ("output", "prefill", "decode")
+_JUDGED = tuple(_ROWS)[:7]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options."""
+    peers.add_arguments(parser, ",".join(KINDS), rounds=2)
+    parser.add_argument("--window", type=int, default=128, help="default: 128")
+    parser.add_argument("--mix", choices=tuple(MIXES), default="decode", help="default: decode")
+    parser.add_argument("--trace", type=Path, metavar="PATH", help="JSON lines, instead of a mix")
+    parser.add_argument("--num-requests", type=int, default=16, help="of a mix (16)")
+    parser.add_argument(
+        "--pool-requests",
+        type=int,
+        default=2,
+        help="longest requests of full attention that the pool holds (2); 0: room for all",
+    )
+    parser.add_argument("--hf-batch", type=int, default=8, help="default: 8")
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    """Print a table; returns the figures."""
+    kinds, once = kinds_of("--peers", args.peers), kinds_of("--once", args.once)
+    if "here" not in kinds or "here" in once:
+        raise ValueError(
+            f"--peers {args.peers} --once {args.once}: here, this plugin, is compared with the "
+            "others in every round; name it in --peers and not in --once"
+        )
+    asks = _asks(args)
+    longest = max(ask.num_tokens for ask in asks)
+    if args.window >= longest:
+        raise ValueError(
+            f"--window {args.window} is not below the longest request, {longest} tokens: nothing "
+            "would slide; give a smaller one"
+        )
+    num_pages = _num_pages(args, asks)
+    with tempfile.TemporaryDirectory() as directory:
+        launcher = Launcher(
+            prepare_models(args.model, Path(directory), args.window, longest, args.seed),
+            args.dtype,
+            args.threads,
+            {
+                "block_size": args.block_size,
+                "num_gpu_blocks_override": num_pages + 1,  # vLLM keeps one for itself
+                "max_model_len": longest,
+                "max_num_batched_tokens": args.chunk,
+                "max_num_seqs": min(256, args.chunk),
+            },
+            args.hf_batch,
+        )
+        rounds = Rounds(asks, args.window, args.rounds, frozenset(once), args.seed)
+        figures = {**_told(args, asks, num_pages), **measure(launcher, kinds, rounds)}
+    figures["lost"] = losses(figures)
+    _print(figures)
+    return figures
+
+
+def plot(path: Path, figures: Mapping[str, Any]) -> None:
+    """Tokens over time."""
+    series = {name: peer["curve"] for name, peer in figures["peers"].items()}
+    plots.lines(path, series, "seconds of work", "tokens answered", marks=False)
+
+
+def _asks(args: argparse.Namespace) -> list[Ask]:
+    names = ("window", "num_requests", "rounds", "hf_batch", "block_size", "threads", "chunk")
+    check_numbers(args, names)
+    check_number("pool_requests", args.pool_requests, least=0)
+    if args.trace is not None:
+        return read_trace(args.trace)
+    asks = MIXES[args.mix](args.num_requests, args.seed)
+    if not args.quick:
+        return asks
+    # Shorter by a factor of eight, but longer than the window.
+    least = args.window // 2 + 8
+    return [
+        Ask(a.arrival, max(least, a.prompt_tokens // 8), max(least, a.output_tokens // 8))
+        for a in asks[:6]
+    ]
+
+
+def _num_pages(args: argparse.Namespace, asks: Sequence[Ask]) -> int:
+    pages = sorted(ceil_div(ask.num_tokens, args.block_size) for ask in asks)
+    return args.pool_requests * pages[-1] or sum(pages)
+
+
+def _told(args: argparse.Namespace, asks: Sequence[Ask], num_pages: int) -> dict[str, Any]:
+    return {
+        "model": str(args.model or "random weights"),
+        "window": args.window,
+        "dtype": args.dtype,
+        "workload": args.trace.name if args.trace else args.mix,
+        "num_requests": len(asks),
+        "prompt_tokens": sum(ask.prompt_tokens for ask in asks),
+        "output_tokens": sum(ask.output_tokens for ask in asks),
+        "pool_pages": num_pages,
+        "block_size": args.block_size,
+        "chunk": args.chunk,
+        "rounds": args.rounds,
+    }
+
+
+def _print(figures: Mapping[str, Any]) -> None:
+    by_name = figures["peers"]
+    rows = [
+        [label, *(peer[key]["median"] for peer in by_name.values())] for key, label in _ROWS.items()
+    ]
+    rows.append(["seconds, least to most", *map(_range, by_name.values())])
+    rows.append(["times as fast as it, here", *(figures["ratios"][name] for name in by_name)])
+    print(
+        f"\n{figures['workload']}: {figures['num_requests']} requests, "
+        f"{figures['prompt_tokens']} + {figures['output_tokens']} tokens, W={figures['window']}, "
+        f"{figures['dtype']}, {figures['model']}\npool of {figures['pool_pages']} pages of "
+        f"{figures['block_size']}, chunk {figures['chunk']}, {figures['rounds']} round(s)"
+    )
+    print(format_table(("", *by_name), rows))
+    limit = figures["bound"]
+    print(
+        f"bound: {limit['seconds']:.1f} s with {limit['concurrency']} at once, "
+        f"{100 * limit['reached']:.0f} % reached; steps of "
+        + ", ".join(f"{n}: {1e3 * s:.1f} ms" for n, s in limit["step_s"].items())
+    )
+    for loss in figures["lost"]:
+        print(f"lost: {loss}")
+
+
+def _range(peer: Mapping[str, Any]) -> str:
+    seconds = peer["seconds"]
+    return f"{seconds['low']:.1f} - {seconds['high']:.1f}"
+
+
+def losses(figures: Mapping[str, Any]) -> list[str]:
+    """Every figure in which a peer is better than this plugin, by more than 2 %."""
+    here = figures["peers"][KINDS["here"].name]
+    found = []
+    for name, peer in figures["peers"].items():
+        for key in _JUDGED:
+            ours, theirs = here[key]["median"], peer[key]["median"]
+            if key in _MORE_IS_BETTER:
+                ours, theirs = theirs, ours
+            if ours > 1.02 * theirs:
+                found.append(f"{_ROWS[key]}, {name} is {ours / theirs:.2f} times better")
+    return found

@@ -1,0 +1,1 @@
+"""``swa check``: whether windows would be served correctly on this machine."""

@@ -1,0 +1,112 @@
+"""Steps of `swa check` about the device: what serves there, and whether it is right."""
+
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from swa_vllm.tools.check.steps import NotCheckedError, ProblemError
+
+_T = TypeVar("_T")
+
+
+def device() -> str:
+    """What serves, and with what."""
+    from vllm.platforms import current_platform
+
+    from swa_backend.kernels.device import target_of
+
+    if current_platform.is_cuda_alike():
+        target = _on_gpu(target_of)
+        return (
+            f"{current_platform.get_device_name()} ({target.backend} {target.arch}); windowed "
+            "layers run on this project's Triton kernels"
+        )
+    if current_platform.is_cpu():
+        return f"CPU ({platform.machine()}); windowed layers run on vLLM's CPU operators"
+    raise ProblemError(
+        f"{current_platform.device_type}, for which this plugin has no attention backend",
+        "serve windows on an NVIDIA or AMD GPU, or on a CPU",
+    )
+
+
+def triton_compiles() -> str:
+    """Whether Triton compiles: for this GPU, or without one for those that are in the gate."""
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        raise NotCheckedError("TRITON_INTERPRET=1 makes Triton interpret; unset it to compile")
+    from vllm.platforms import current_platform
+
+    from swa_backend.kernels.device import target_of
+    from swa_backend.kernels.gate import TARGETS, compile_decode
+
+    is_here = current_platform.is_cuda_alike()
+    targets = (_on_gpu(target_of),) if is_here else TARGETS
+    for target in targets:
+        try:
+            compile_decode(target)
+        except Exception as error:  # compilers fail in any way
+            raise ProblemError(
+                f"the decode kernel does not compile for {target.backend} {target.arch}: {error!r}",
+                "install the Triton that this vLLM requires, and gcc",
+            ) from error
+    names = ", ".join(f"{'sm_' if t.backend == 'cuda' else ''}{t.arch}" for t in targets)
+    return f"compiles the decode kernel for {names}{'' if is_here else '; no GPU is here'}"
+
+
+def kernels_are_right() -> str:
+    """Whether kernels equal the oracle; on a CPU in a process whose Triton interprets."""
+    from vllm.platforms import current_platform
+
+    if current_platform.is_cuda_alike():
+        from swa_backend.kernels.smoke import smoke
+
+        error, where = _on_gpu(smoke), "on this GPU"
+    else:
+        # Triton interprets from its import on or never.
+        error = _in_a_process("swa_backend.kernels.smoke", TRITON_INTERPRET="1")
+        where = "in Triton's interpreter"
+    return f"write, decode and prefill equal the oracle {where} (to {error:.2f} roundings)"
+
+
+def cpu_operators_are_right() -> str:
+    """Whether one layer in an engine equals plain torch, where vLLM's CPU operators serve."""
+    from vllm.platforms import current_platform
+
+    if not current_platform.is_cpu():
+        raise NotCheckedError("this device does not use them")
+    error = _in_a_process("swa_vllm.tools.check.smoke_layer")
+    return f"a sliding layer with sinks equals plain torch (to {100 * error:.1f} %)"
+
+
+def _in_a_process(module: str, **environment: str) -> float:
+    """What a module prints last."""
+    done = subprocess.run(  # noqa: S603 (a module of ours)
+        [sys.executable, "-m", module],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if done.returncode:
+        lines = done.stderr.strip().splitlines()  # none, if a signal ended it
+        said = lines[-1] if lines else f"{module} ended with status {done.returncode}"
+        raise ProblemError(said, _REPORT)
+    return float(done.stdout.split()[-1])
+
+
+_REPORT = "serve without windows here, and report this line with your versions"
+
+
+def _on_gpu(action: Callable[[Any], _T]) -> _T:
+    """What an action on the GPU gives."""
+    import torch
+
+    try:
+        return action(torch.device("cuda"))
+    except ValueError as error:
+        remedy = "serve windows on a newer GPU, or full attention here"
+        raise ProblemError(str(error), remedy) from error
+    except Exception as error:  # drivers and compilers fail in any way
+        raise ProblemError(repr(error), _REPORT) from error

@@ -1,0 +1,48 @@
+"""What each layer of a model would do, from vLLM's own configuration of it."""
+
+from typing import Any
+
+from vllm import ModelRegistry
+from vllm.engine.arg_utils import EngineArgs
+
+from swa_vllm.attention.layer import windowed_backend
+from swa_vllm.attention.layer_table import lines_of_layers
+from swa_vllm.config.options import layer_plan, swa_options
+from swa_vllm.refusals import check_servable
+from swa_vllm.registration import MODELS
+
+_HEADER = ("layers", "kind", "window", "sinks", "backend", "KV spec")
+
+
+def layer_table(model: str, options: dict[str, Any]) -> str:
+    """A line for each run of equal layers; before it vLLM's class of the model, behind it warnings.
+
+    Raises:
+        ValueError, RuntimeError: vLLM or this plugin would refuse it.
+    """
+    config = EngineArgs(
+        model=model, skip_tokenizer_init=True, additional_config={"swa": options}
+    ).create_engine_config()
+    architectures = config.model_config.architectures
+    found, architecture = ModelRegistry.resolve_model_cls(architectures, config.model_config)
+    path = f"{found.__module__}:{found.__qualname__}"
+    if path != MODELS.get(architecture):
+        raise RuntimeError(
+            f"vLLM serves it with {path}, which knows nothing of windows: options are ignored"
+        )
+    plan = layer_plan(config)
+    if plan.slides:
+        check_servable(config)
+    backend = windowed_backend(config)
+    sliding = (
+        str(swa_options(config).sink_tokens),
+        "chosen by vLLM" if backend is None else backend.get_name(),
+        "SWASpec",
+    )
+    full = ("full", "-", "-", "chosen by vLLM", "FullAttentionSpec")
+    described = [
+        (index, full if window is None else ("sliding", str(window), *sliding))
+        for index, window in enumerate(plan.windows)
+    ]
+    lines = lines_of_layers(_HEADER, described)
+    return "\n".join([path, *lines, *(f"warning: {text}" for text in plan.warnings)])

@@ -1,0 +1,169 @@
+"""Steps of `swa check`: each says what is there, or raises what is wrong."""
+
+import os
+import platform
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import swa_backend
+from swa_backend.checkpoint import read_checkpoint
+from swa_backend.weights import check_weights
+from swa_vllm.tools.common.arguments import told_by
+
+
+class ProblemError(Exception):
+    """What is wrong, and the remedy."""
+
+    def __init__(self, detail: str, remedy: str) -> None:
+        super().__init__(detail)
+        self.remedy = remedy
+
+
+class NotCheckedError(Exception):
+    """Why something cannot be checked here."""
+
+
+def _version_of(*names: str) -> str | None:
+    """``name version`` of the first of the distributions that is installed."""
+    for name in names:
+        try:
+            return f"{name} {version(name)}"
+        except PackageNotFoundError:
+            continue
+    return None
+
+
+def vllm_version() -> str:
+    """vLLM's version, and what it stands on."""
+    try:
+        import vllm  # noqa: F401
+    except ImportError as error:
+        if error.name != "vllm":
+            raise ProblemError(
+                f"importing vLLM fails: {error}", "install vLLM again, with what it requires"
+            ) from error
+        raise ProblemError(
+            "not installed",
+            "with a GPU: pip install 'swa-backend[gpu]'; without one: bash examples/setup_env.sh",
+        ) from error
+    from swa_vllm import registration
+
+    here = registration.vllm_version()
+    if not registration.is_tested(here) and os.environ.get(registration.ALLOW_UNTESTED) != "1":
+        tested = " and ".join(registration.TESTED_VERSIONS)
+        raise ProblemError(
+            f"{here}, and this plugin was tested with {tested}",
+            f"install one of those, or {registration.try_untested()}",
+        )
+    names = (("torch",), ("triton", "pytorch-triton-rocm"), ("transformers",))
+    others = [found for name in names if (found := _version_of(*name))]
+    return ", ".join([here, f"Python {platform.python_version()}", *others])
+
+
+def plugin() -> str:
+    """Whether vLLM finds this plugin and loads it."""
+    from vllm.plugins import load_general_plugins
+
+    from swa_vllm.distributed.nodes import DISTRIBUTION, installation_here
+
+    found = installation_here()
+    if found.version is None:
+        raise ProblemError(
+            f"vLLM finds no plugin of {DISTRIBUTION}, though its packages can be imported",
+            "install it into this environment (pip install .); a path to its sources is not enough",
+        )
+    if found.left_out_by is not None:
+        raise ProblemError(
+            f"VLLM_PLUGINS={found.left_out_by!r} leaves the plugin 'swa' out",
+            "unset VLLM_PLUGINS, or add swa to its names",
+        )
+    if found.version != swa_backend.__version__:
+        raise ProblemError(
+            f"{DISTRIBUTION} {found.version} is installed, but {swa_backend.__version__} is "
+            f"imported, from {swa_backend.__path__[0]}",
+            "install it again (pip install .), and see that PYTHONPATH names no other copy",
+        )
+    load_general_plugins()
+    return f"{DISTRIBUTION} {found.version}, loaded by vLLM"
+
+
+def model_classes() -> str:
+    """Whether vLLM's registry has this plugin's models."""
+    from vllm import ModelRegistry
+
+    from swa_vllm import registration
+
+    for architecture, path in registration.MODELS.items():
+        owner = registration.registered_class(architecture)
+        if owner in (path, None):  # vLLM itself lacks some in some versions
+            continue
+        if owner == registration.GUARDS[architecture]:
+            raise ProblemError("windows are refused for all models", registration.untested_reason())
+        if str(owner).startswith("swa_vllm.models.guard:"):
+            # Another plugin came first, and ours has put a class around its model.
+            base = ModelRegistry.models[architecture].load_model_cls().__bases__[0]
+            owner = f"{base.__module__}:{base.__qualname__}"
+        raise ProblemError(
+            f"vLLM resolves {architecture} to {owner}, not to {path}",
+            "load only one of the two plugins: set VLLM_PLUGINS to the names of those you want",
+        )
+    for architecture in registration.PLAIN:
+        try:
+            ModelRegistry.models[architecture].load_model_cls()
+        except Exception as error:  # an import may fail in any way
+            raise ProblemError(
+                f"{architecture} cannot be imported: {error!r}",
+                "install vLLM and this package again, in versions that fit",
+            ) from error
+    return f"{len(registration.MODELS)} architectures resolve to this plugin's classes"
+
+
+def backend_slot() -> str:
+    """Whether vLLM's free attention backend is this plugin's."""
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum
+
+    from swa_vllm import registration
+
+    try:
+        registration.check_backend_slot()
+    except RuntimeError as error:
+        detail, _, remedy = str(error).partition(". ")
+        raise ProblemError(detail, remedy) from error
+    return f"slot CUSTOM holds {AttentionBackendEnum.CUSTOM.get_path()}"
+
+
+def page_manager() -> str:
+    """What vLLM manages the pages of a windowed layer with."""
+    import torch
+    from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
+
+    from swa_vllm.kv_cache.manager import SWAManager
+    from swa_vllm.kv_cache.spec import SWASpec
+
+    spec = SWASpec(
+        block_size=16, num_kv_heads=1, head_size=64, dtype=torch.bfloat16, sliding_window=64
+    )
+    manager = KVCacheSpecRegistry.get_manager_class(spec)
+    if manager is not SWAManager:
+        raise ProblemError(
+            f"vLLM manages SWASpec with {manager}, not with SWAManager",
+            "another plugin replaced it: set VLLM_PLUGINS to the names of those you want",
+        )
+    return "SWASpec is managed by SWAManager"
+
+
+def layers_of(model: str, options: dict[str, Any]) -> str:
+    """What each layer would do, as the start-up's table has it; vLLM reads the checkpoint."""
+    from swa_vllm.tools.check.model import layer_table
+
+    try:
+        checkpoint = read_checkpoint(Path(model))
+        if Path(model).is_dir():
+            check_weights(Path(model), checkpoint.config)
+    except ValueError as error:
+        raise ProblemError(str(error), "give the directory of a whole Qwen3") from error
+    try:
+        return layer_table(model, options)
+    except (ValueError, RuntimeError) as error:
+        raise ProblemError(told_by(error), "see above; nothing was loaded") from error

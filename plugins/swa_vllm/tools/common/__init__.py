@@ -1,0 +1,1 @@
+"""What several verbs need and no engine: arguments, arithmetic, tables, pictures, times."""

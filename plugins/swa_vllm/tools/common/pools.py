@@ -1,0 +1,148 @@
+"""What an engine's KV cache would hold: full attention, stock vLLM's windows and this plugin.
+
+No vLLM is imported: :mod:`swa_vllm.tools.common.sizing` has its start-up's arithmetic,
+:mod:`swa_vllm.tools.common.queueing` its scheduler's.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from swa_backend.pages import ceil_div
+from swa_vllm.tools.common.queueing import Workload, pages_of_one, running_at_once
+from swa_vllm.tools.common.sizing import Arm, KVGroups, Limits, groups_of
+
+
+@dataclass(frozen=True)
+class Model:
+    """What of a model the KV cache depends on.
+
+    Attributes:
+        windows: a window a layer, None for full attention.
+        kv_heads: of one device.
+        number_bytes: bytes of a number in the cache.
+    """
+
+    windows: tuple[int | None, ...]
+    sink_tokens: int
+    kv_heads: int
+    head_dim: int
+    number_bytes: int
+
+    def layer_page_bytes(self, page_size: int) -> int:
+        """Bytes of one layer's keys and values in a page."""
+        return page_size * self.kv_heads * 2 * self.head_dim * self.number_bytes
+
+
+@dataclass(frozen=True)
+class Pool:
+    """The pages of one arm's engine.
+
+    Attributes:
+        page_bytes: of a page of the pool, in all layers of a group, padding included.
+        token_bytes: what a token adds to a long text, on average.
+        promised_pages: what a request of ``max_model_len`` may take.
+        num_pages: of the pool; None where its memory is not known.
+        estimate: requests of ``max_model_len``, as vLLM's start-up line says.
+        longest: longest ``max_model_len`` that the engine starts with, up to the one asked for.
+    """
+
+    groups: tuple[KVGroups, ...]
+    page_bytes: int
+    token_bytes: int
+    promised_pages: int
+    num_pages: int | None = None
+    estimate: float | None = None
+    longest: int | None = None
+
+    def starts(self, limits: Limits) -> bool:
+        """Whether vLLM would start the engine."""
+        return self.longest == limits.max_model_len
+
+    def to_json(self) -> dict[str, Any]:
+        groups = [
+            {
+                "kind": "full" if group.policy.window is None else "sliding",
+                "num_groups": group.num_groups,
+                "num_layers": group.num_layers,
+                "num_padding": group.num_padding,
+                "admission_cap_pages": group.policy.cap,
+            }
+            for group in self.groups
+        ]
+        return {**asdict(replace(self, groups=())), "groups": groups}
+
+
+@dataclass(frozen=True)
+class Need:
+    """What requests of one size take.
+
+    Attributes:
+        peak_pages: most that one holds in its life.
+        last_pages: what it holds at its last token.
+        peak_bytes: ``peak_pages`` in bytes.
+        running: requests that run at once while more wait; None where no engine starts.
+    """
+
+    peak_pages: int
+    last_pages: int
+    peak_bytes: int
+    running: float | None
+
+
+def plan_pool(arm: Arm, model: Model, limits: Limits, memory: int | None) -> Pool:
+    """The pool of an arm in ``memory`` bytes a device."""
+    groups = groups_of(arm, model.windows, model.sink_tokens, limits)
+    group_layers = max(ceil_div(group.num_layers, group.num_groups) for group in groups)
+    page_bytes = group_layers * model.layer_page_bytes(limits.block_size)
+    num_growing = sum(group.num_groups for group in groups if group.policy.window is None)
+    pool = Pool(
+        groups=tuple(groups),
+        page_bytes=page_bytes,
+        token_bytes=num_growing * page_bytes // limits.block_size,
+        promised_pages=_promised(groups, limits),
+    )
+    if memory is None:
+        return pool
+    num_pages = memory // page_bytes
+
+    def starts(max_model_len: int) -> bool:
+        shorter = replace(limits, max_model_len=max_model_len)
+        promised = _promised(groups_of(arm, model.windows, model.sink_tokens, shorter), shorter)
+        return promised <= num_pages - 1  # vLLM never gives out the first page
+
+    return replace(
+        pool,
+        num_pages=num_pages,
+        estimate=num_pages / pool.promised_pages,
+        longest=_largest(starts, limits.max_model_len),
+    )
+
+
+def plan_need(pool: Pool, limits: Limits, workload: Workload) -> Need:
+    """What requests of ``workload`` take of a pool."""
+    peak, last = pages_of_one(pool.groups, limits, workload)
+    running = None
+    if pool.num_pages is not None and pool.starts(limits):
+        running = running_at_once(pool.groups, pool.num_pages, limits, workload)
+    return Need(peak, last, peak * pool.page_bytes, running)
+
+
+def _promised(groups: Sequence[KVGroups], limits: Limits) -> int:
+    total = 0
+    for group in groups:
+        cap, entries = group.policy.cap, ceil_div(limits.max_model_len, limits.block_size)
+        total += group.num_groups * (entries if cap is None else cap)
+    return total
+
+
+def _largest(holds: Callable[[int], bool], most: int) -> int:
+    """The largest number up to ``most`` for which a monotonic property holds; 0 for none."""
+    least = 0
+    while least < most:
+        middle = (least + most + 1) // 2
+        if holds(middle):
+            least = middle
+        else:
+            most = middle - 1
+    return least

@@ -1,0 +1,242 @@
+"""Recall of a number that a long text mentions once, by where it stands.
+
+Each prompt is made-up prose with one sentence such as "The secret number of Lisbon is 7342.", and
+ends in "The secret number of Lisbon is". Recall is the part of greedy answers that begin with the
+very number. "Depth" is where the sentence stands: 0 at the start, 1 at the end; "distance" is how
+many tokens before the answer the number stood.
+"""
+
+import argparse
+import random
+import sys
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any
+
+from vllm import SamplingParams
+
+from swa_vllm.tools.common import plots
+from swa_vllm.tools.common.arguments import check_number, is_number
+from swa_vllm.tools.common.table import format_table
+from swa_vllm.tools.engines.scoring import (
+    FULL_ATTENTION,
+    Served,
+    Setup,
+    add_setup_arguments,
+    check_options,
+    setup_of,
+    text_config,
+)
+from swa_vllm.tools.eval.filler import sentences
+from swa_vllm.tools.eval.texts import tokenizer_of
+
+EXAMPLE = "Qwen/Qwen3-0.6B --window 1024 --sinks 4 --lengths 1024,4096,8192"
+FULL, WINDOW = "full attention", "window"
+_CITIES = ("Lisbon", "Oslo", "Cairo", "Lima", "Rome", "Paris", "Boston", "Tokyo", "Berlin", "Delhi")
+_ANSWER_TOKENS = 8
+_SHORTEST = 64
+
+Tokenize = Callable[[str], list[int]]
+
+
+@dataclass(frozen=True)
+class Needle:
+    """A prompt, the number that it asks for, and where that stands."""
+
+    tokens: list[int]
+    number: str
+    length: int
+    depth: float
+    distance: int
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options."""
+    add_setup_arguments(parser)
+    parser.add_argument("--window", type=int, default=1024, help="default: 1024")
+    parser.add_argument("--sinks", type=int, default=4, help="default: 4")
+    parser.add_argument("--full-attention-layers", metavar="LAYERS", help='such as "0-3,27"')
+    parser.add_argument("--lengths", default="1024,2048,4096", help="tokens (1024,2048,4096)")
+    parser.add_argument("--depths", type=int, default=5, help="from 0 to 1 (5)")
+    parser.add_argument("--trials", type=int, default=4, help="of each length and depth (4)")
+    plots.add_argument(parser)
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    """Print tables; returns the figures."""
+    plots.check(args.plot)
+    hf_config = text_config(args.model)
+    options: dict[str, Any] = {"window": args.window, "sink_tokens": args.sinks}
+    if args.full_attention_layers is not None:
+        options["full_attention_layers"] = args.full_attention_layers
+    every_layer_slides = None not in check_options(hf_config, options).windows
+    lengths = _lengths(args)
+    tokenizer = tokenizer_of(args.model)
+    needles = make_needles(
+        lambda text: list(tokenizer(text, add_special_tokens=False)["input_ids"]),
+        lengths[:1] if args.quick else lengths,
+        args.depths,
+        1 if args.quick else args.trials,
+    )
+    setup = setup_of(args, hf_config, max(lengths) + _ANSWER_TOKENS)
+    recalled = {
+        name: [
+            tokenizer.decode(answer).strip().startswith(needle.number)
+            for needle, answer in zip(needles, _ask(name, setup, own, needles), strict=True)
+        ]
+        for name, own in {FULL: FULL_ATTENTION, WINDOW: options}.items()
+    }
+    maps = [_by_depth(name, needles, hits) for name, hits in recalled.items()]
+    maps.append(_by_distance(needles, recalled))
+    _print(maps)
+    print(beyond_the_window(args.window, args.sinks, every_layer_slides, needles, recalled[WINDOW]))
+    if args.plot:
+        plots.heat_maps(args.plot, maps)
+    return {
+        "model": args.model,
+        "options": options,
+        "needles": [
+            {
+                "length": needle.length,
+                "depth": needle.depth,
+                "distance": needle.distance,
+                FULL: full,
+                WINDOW: window,
+            }
+            for needle, full, window in zip(needles, *recalled.values(), strict=True)
+        ],
+    }
+
+
+def _lengths(args: argparse.Namespace) -> list[int]:
+    check_number("depths", args.depths, least=2)
+    check_number("trials", args.trials)
+    lengths = []
+    for text in args.lengths.split(","):
+        if not is_number(text, _SHORTEST):
+            raise ValueError(f"--lengths takes integers from {_SHORTEST} on, got {text.strip()!r}")
+        lengths.append(int(text))
+    if args.window + args.sinks >= max(lengths):
+        raise ValueError(
+            f"a window of {args.window} with {args.sinks} sinks is not below the longest of "
+            f"--lengths, {max(lengths)}: nothing would slide. Give "
+            "a longer one, or a smaller window"
+        )
+    return lengths
+
+
+def make_needles(
+    tokenize: Tokenize, lengths: Sequence[int], num_depths: int, num_trials: int
+) -> list[Needle]:
+    """Prompts for every length and depth, the same whenever they are made."""
+    generator, needles = random.Random(0), []  # noqa: S311 (the same numbers every time)
+    for length in lengths:
+        for step in range(num_depths):
+            for _ in range(num_trials):
+                city, number = generator.choice(_CITIES), str(generator.randint(1000, 9999))
+                seed = generator.randrange(1 << 30)
+                depth = step / (num_depths - 1)
+                needles.append(_make_needle(tokenize, length, depth, city, number, seed))
+    return needles
+
+
+def _make_needle(
+    tokenize: Tokenize, length: int, depth: float, city: str, number: str, seed: int
+) -> Needle:
+    question = tokenize(f" The secret number of {city} is")
+    answer = tokenize(f" {number}.")
+    left, hay = length - 2 * len(question) - len(answer), list[list[int]]()
+    for sentence in map(tokenize, sentences(seed)):
+        if len(sentence) > left:
+            break
+        left -= len(sentence)
+        hay.append(sentence)
+    place = round(depth * len(hay))
+    before, behind = (list(chain(*part)) for part in (hay[:place], hay[place:]))
+    tokens = [*before, *question, *answer, *behind, *question]
+    distance = len(tokens) - len(before) - len(question)
+    return Needle(tokens, number, length, depth, distance)
+
+
+def _ask(
+    name: str, setup: Setup, options: Mapping[str, Any], needles: Sequence[Needle]
+) -> list[list[int]]:
+    print(f"{name}: {len(needles)} prompts ...", file=sys.stderr, flush=True)
+    params = SamplingParams(temperature=0.0, max_tokens=_ANSWER_TOKENS, detokenize=False)
+    with Served.start(setup, options) as served:
+        assert served.llm is not None
+        prompts = [{"prompt_token_ids": needle.tokens} for needle in needles]
+        outputs = served.llm.generate(prompts, params)  # its bar is on stderr
+    return [list(output.outputs[0].token_ids) for output in outputs]
+
+
+def _by_depth(name: str, needles: Sequence[Needle], hits: Sequence[bool]) -> plots.HeatMap:
+    depths = sorted({needle.depth for needle in needles})
+    lengths = sorted({needle.length for needle in needles})
+    found = _recall(((needle.length, needle.depth) for needle in needles), hits)
+    return plots.HeatMap(
+        name,
+        [[found.get((length, depth)) for depth in depths] for length in lengths],
+        [f"{depth:.2f}" for depth in depths],
+        list(map(str, lengths)),
+        "depth",
+        "tokens",
+    )
+
+
+def _by_distance(needles: Sequence[Needle], recalled: dict[str, list[bool]]) -> plots.HeatMap:
+    # Up to 32, 64, 128, ... tokens.
+    bins = [max(32, 1 << (needle.distance - 1).bit_length()) for needle in needles]
+    columns = sorted(set(bins))
+    found = {name: _recall(bins, hits) for name, hits in recalled.items()}
+    return plots.HeatMap(
+        "by distance",
+        [[found[name].get(column) for column in columns] for name in recalled],
+        [f"<={column}" for column in columns],
+        list(recalled),
+        "tokens before the answer",
+        "",
+    )
+
+
+def _recall(keys: Iterable[Any], hits: Sequence[bool]) -> dict[Any, float]:
+    groups = defaultdict[Any, list[bool]](list)
+    for key, hit in zip(keys, hits, strict=True):
+        groups[key].append(hit)
+    return {key: sum(group) / len(group) for key, group in groups.items()}
+
+
+def beyond_the_window(
+    window: int,
+    sinks: int,
+    every_layer_slides: bool,
+    needles: Sequence[Needle],
+    hits: Sequence[bool],
+) -> str:
+    """What the window means for recall, and what was measured of it."""
+    # The question's last token is that far from the number, and sees less than `window` back.
+    hidden = [h for n, h in zip(needles, hits, strict=True) if n.distance > window]
+    seen = [h for n, h in zip(needles, hits, strict=True) if n.distance <= window]
+    measured = (
+        f"recalled here: {sum(seen)} of {len(seen)} within the window, {sum(hidden)} of "
+        f"{len(hidden)} beyond it"
+    )
+    if not every_layer_slides:
+        return f"some layers keep full attention and can look at the whole text; {measured}"
+    kept = f", but for the {sinks} sinks" if sinks else ""
+    return (
+        f"every layer slides: nothing further back than the window of {window} tokens can be "
+        f"recalled{kept}; {measured}"
+    )
+
+
+def _print(maps: Iterable[plots.HeatMap]) -> None:
+    for heat_map in maps:
+        print(f"\n{heat_map.title}: recall; across: {heat_map.x_label}")
+        rows = [
+            [name, *values] for name, values in zip(heat_map.rows, heat_map.values, strict=True)
+        ]
+        print(format_table([heat_map.y_label, *heat_map.columns], rows))
+    print()

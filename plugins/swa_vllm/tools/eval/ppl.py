@@ -1,0 +1,200 @@
+"""Perplexity of a text under windows and sinks, and the pages of the pool that a request takes.
+
+The text is cut into pieces of --length tokens; every token but a piece's first is predicted.
+"Pages" and "MiB a request" are what a request holds that decodes behind a piece, in all layers,
+with vLLM's KV groups and their padding; "most pages" what it held at once while its prompt was
+computed. "full" is full attention in every layer; --full-attention-layers keeps layers full in the
+other rows.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from swa_vllm.tools.common import plots
+from swa_vllm.tools.common.arguments import is_number
+from swa_vllm.tools.common.table import format_table
+from swa_vllm.tools.engines.scoring import (
+    FULL_ATTENTION,
+    NUM_EXTRA_TOKENS,
+    Served,
+    Setup,
+    add_setup_arguments,
+    check_options,
+    perplexity,
+    setup_of,
+    text_config,
+)
+from swa_vllm.tools.eval.texts import cut, progress, tokens_of
+
+EXAMPLE = "Qwen/Qwen3-0.6B --text book.txt --windows full,1024,512 --sinks 0,4"
+FULL = "full"
+QUICK_PIECES = 2
+_HEADER = ("window", "sinks", "perplexity", "to full", "pages", "most pages", "MiB a request")
+
+
+@dataclass(frozen=True)
+class Arm:
+    """A row: ``window`` is None for full attention, ``options`` are those of ``swa``."""
+
+    window: int | None
+    sinks: int
+    options: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What an arm costs.
+
+    Attributes:
+        pages: that a decoding request holds behind a piece.
+        peak_pages: the most that one held at once.
+        pool_bytes: of ``pages``.
+        num_groups: KV groups of the engine.
+    """
+
+    perplexity: float
+    pages: int
+    peak_pages: int
+    pool_bytes: int
+    num_groups: int
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options."""
+    add_setup_arguments(parser)
+    parser.add_argument("--text", type=Path, required=True, help="UTF-8")
+    parser.add_argument("--windows", default="full,1024", help="default: full,1024")
+    parser.add_argument("--sinks", default="0,4", help="of each window (default: 0,4)")
+    parser.add_argument("--full-attention-layers", metavar="LAYERS", help='such as "0-3,27"')
+    parser.add_argument("--position-shift", action="store_true", help="of the sinks")
+    parser.add_argument("--length", type=int, default=2048, help="tokens of a piece (2048)")
+    plots.add_argument(parser)
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    """Print a table; returns the figures."""
+    plots.check(args.plot)
+    hf_config = text_config(args.model)
+    arms = arms_of(args, hf_config)
+    setup = setup_of(args, hf_config, args.length + NUM_EXTRA_TOKENS)
+    pieces = cut(
+        tokens_of(args.model, args.text), args.length, QUICK_PIECES if args.quick else None
+    )
+    rows = [(arm, _measure_arm(setup, arm, pieces)) for arm in arms]
+    full = next((m.perplexity for arm, m in rows if arm.window is None), None)
+    print(f"{len(pieces)} pieces of {args.length} tokens of {args.text.name}")
+    print(format_table(_HEADER, [_row(arm, measured, full) for arm, measured in rows]))
+    if args.plot:
+        _plot(args.plot, rows)
+    return {
+        "model": args.model,
+        "dtype": args.dtype,
+        "length": args.length,
+        "num_pieces": len(pieces),
+        "arms": [{"options": arm.options, **vars(measured)} for arm, measured in rows],
+    }
+
+
+def arms_of(args: argparse.Namespace, hf_config: Any) -> list[Arm]:
+    """The rows that the command line asks for, each checked.
+
+    Raises:
+        ValueError: no number where one is due, or what would have no effect.
+    """
+    windows = [None if w == FULL else _number("--windows", w, 1) for w in args.windows.split(",")]
+    sinks = [_number("--sinks", s, 0) for s in args.sinks.split(",")]
+    if not any(windows) and (max(sinks) > 0 or args.full_attention_layers is not None):
+        raise ValueError(
+            f"--windows {args.windows} has no window: sinks and full layers would have no effect. "
+            "Give a number of tokens, or --sinks 0 and no --full-attention-layers"
+        )
+    if args.position_shift and not max(sinks):
+        raise ValueError(
+            f"--position-shift moves sinks, and --sinks {args.sinks} has none: give some, or leave "
+            "it out"
+        )
+    arms = []
+    for window in windows:
+        for count in sinks if window else [0]:
+            options = _options(args, window, count)
+            if window and window + count >= args.length:
+                raise ValueError(
+                    f"a window of {window} with {count} sinks is not below --length {args.length}: "
+                    "nothing would slide. Give longer pieces, or a smaller window"
+                )
+            check_options(hf_config, options)
+            arms.append(Arm(window, count, options))
+    return arms
+
+
+def _number(flag: str, text: str, least: int) -> int:
+    if not is_number(text, least):
+        allowed = f"integers from {least} on, separated by commas"
+        raise ValueError(
+            f"{flag} takes {allowed}{' (or full)' if least else ''}; got {text.strip()!r}"
+        )
+    return int(text)
+
+
+def _options(args: argparse.Namespace, window: int | None, sinks: int) -> dict[str, Any]:
+    if window is None:
+        return dict(FULL_ATTENTION)
+    options: dict[str, Any] = {"window": window}
+    if sinks:
+        options["sink_tokens"] = sinks
+        if args.position_shift:
+            options["position_shift"] = True
+    if args.full_attention_layers is not None:
+        options["full_attention_layers"] = args.full_attention_layers
+    return options
+
+
+def _measure_arm(setup: Setup, arm: Arm, pieces: Sequence[Sequence[int]]) -> Measured:
+    name = FULL if arm.window is None else f"window {arm.window}, {arm.sinks} sinks"
+    print(f"{name} ...", file=sys.stderr, flush=True)
+    with Served.start(setup, arm.options) as served:
+        return measure(served, pieces)
+
+
+def measure(served: Served, pieces: Sequence[Sequence[int]]) -> Measured:
+    """Perplexity of all pieces together, and the pages of the request that held most."""
+    logprobs, held, peaks = list[float](), [], []
+    for piece in progress(pieces, "pieces"):
+        scored = served.score(piece)
+        logprobs += scored.logprobs
+        held.append(scored.pages[-1])
+        peaks.append(max(scored.pages))
+    return Measured(
+        perplexity(logprobs),
+        max(held),
+        max(peaks),
+        max(held) * served.bytes_per_page,
+        served.num_groups,
+    )
+
+
+def _row(arm: Arm, measured: Measured, full: float | None) -> list[object]:
+    window = FULL if arm.window is None else arm.window
+    ratio = f"{measured.perplexity / full:.3f}" if full else None
+    return [
+        window,
+        None if arm.window is None else arm.sinks,
+        measured.perplexity,
+        ratio,
+        measured.pages,
+        measured.peak_pages,
+        measured.pool_bytes / 2**20,
+    ]
+
+
+def _plot(path: Path, rows: Sequence[tuple[Arm, Measured]]) -> None:
+    series: dict[str, list[tuple[float, float]]] = {}
+    for arm, measured in rows:
+        name = "full attention" if arm.window is None else f"{arm.sinks} sinks"
+        point = (measured.pool_bytes / 2**20, measured.perplexity)
+        series.setdefault(name, []).append(point)
+    plots.lines(path, series, "KV cache of a request, MiB", "perplexity")

@@ -1,0 +1,241 @@
+"""One request many times longer than its window and than what the model was trained on.
+
+The first half of the stream is a prompt; the second half is decoded, token by token, with each
+token forced and scored. The table has the perplexity of every stretch and the pages that the
+request held in it. The stream ends as it began, so one passage is scored twice: half a trained
+length behind the start, and at the very end.
+
+Arms: "shifted" has sinks just before the window, wherever it is (position_shift), "sinks" has them
+where they are, "window" has none, "full" is full attention.
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import cycle, islice
+from pathlib import Path
+from typing import Any
+
+from swa_backend.layers import trained_len
+from swa_vllm.tools.common import plots
+from swa_vllm.tools.common.table import format_table
+from swa_vllm.tools.engines.forced import ForcedTokens
+from swa_vllm.tools.engines.scoring import (
+    FULL_ATTENTION,
+    Scored,
+    Served,
+    Setup,
+    add_setup_arguments,
+    check_options,
+    perplexity,
+    setup_of,
+    text_config,
+)
+from swa_vllm.tools.eval.filler import sentences
+from swa_vllm.tools.eval.texts import token_bar, tokenizer_of, tokens_of
+
+EXAMPLE = "Qwen/Qwen3-0.6B --tokens 200000 --window 1024 --sinks 4"
+ARMS = ("shifted", "sinks", "window", "full")
+_TIMES = 33  # trained lengths, unless --tokens says otherwise
+_QUICK_TIMES = 4
+_MAX_ROWS = 40
+
+
+@dataclass(frozen=True)
+class Stream:
+    """A text and where it is looked at.
+
+    Attributes:
+        trained: tokens that the model was trained on at most; the first so many come again at the
+            end.
+        bucket: tokens of a stretch.
+        num_decoded: how many of the last tokens are decoded.
+    """
+
+    tokens: list[int]
+    trained: int
+    bucket: int
+    num_decoded: int
+
+    @property
+    def passages(self) -> tuple[range, range]:
+        """The same tokens half a trained length behind the start and at the end."""
+        half, end = self.trained // 2, len(self.tokens)
+        return range(half, self.trained), range(end - (self.trained - half), end)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What an arm made of a stream.
+
+    Attributes:
+        perplexities, least_pages, most_pages: of each bucket.
+        passages: perplexities of the passage that comes twice.
+        decode_pages: least and most pages held while decoding.
+    """
+
+    perplexities: list[float]
+    least_pages: list[int]
+    most_pages: list[int]
+    passages: tuple[float, float]
+    decode_pages: tuple[int, int]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options."""
+    add_setup_arguments(parser)
+    parser.add_argument("--tokens", type=int, help=f"default: {_TIMES} trained lengths")
+    parser.add_argument("--window", type=int, default=1024, help="default: 1024")
+    parser.add_argument("--sinks", type=int, default=4, help="default: 4")
+    parser.add_argument("--full-attention-layers", metavar="LAYERS", help='such as "0-3,27"')
+    parser.add_argument("--arms", default="shifted,sinks", help="default: shifted,sinks")
+    parser.add_argument("--text", type=Path, help="UTF-8, repeated as needed; else made-up prose")
+    plots.add_argument(parser)
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    """Print tables; returns the figures."""
+    plots.check(args.plot)
+    hf_config = text_config(args.model)
+    arms = arms_of(args, hf_config)
+    stream = _stream_of(args, trained_len(hf_config))
+    setup = setup_of(args, hf_config, len(stream.tokens) + 1, logits_processors=[ForcedTokens])
+    # The V2 runner, vLLM's choice on GPUs, takes logits processors of another kind.
+    os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", "0")
+    outcomes = {name: _serve(name, setup, options, stream) for name, options in arms.items()}
+    _print(stream, outcomes)
+    if args.plot:
+        middle = [i + stream.bucket / 2 for i in range(0, len(stream.tokens), stream.bucket)]
+        series = {n: list(zip(middle, o.perplexities, strict=True)) for n, o in outcomes.items()}
+        plots.lines(args.plot, series, "tokens", "perplexity", log_y=True)
+    return {
+        "model": args.model,
+        "dtype": args.dtype,
+        "tokens": len(stream.tokens),
+        "decoded": stream.num_decoded,
+        "trained_length": stream.trained,
+        "bucket": stream.bucket,
+        "arms": {n: {"options": arms[n], **vars(o)} for n, o in outcomes.items()},
+    }
+
+
+def arms_of(args: argparse.Namespace, hf_config: Any) -> dict[str, dict[str, Any]]:
+    """The ``swa`` options of each arm that is asked for, checked."""
+    window: dict[str, Any] = {"window": args.window}
+    if args.full_attention_layers is not None:
+        window["full_attention_layers"] = args.full_attention_layers
+    sinks = {**window, "sink_tokens": args.sinks}
+    known = dict(
+        zip(ARMS, ({**sinks, "position_shift": True}, sinks, window, FULL_ATTENTION), strict=True)
+    )
+    names = args.arms.split(",")
+    if unknown := sorted(set(names) - set(ARMS)):
+        raise ValueError(f"--arms are {', '.join(ARMS)}; got {', '.join(unknown)}")
+    for name in names:
+        if name in ("shifted", "sinks") and args.sinks < 1:
+            raise ValueError(
+                f"--arms {name} needs sinks, got --sinks {args.sinks}; give some, or --arms window"
+            )
+        check_options(hf_config, known[name])
+    return {name: dict(known[name]) for name in names}
+
+
+def _stream_of(args: argparse.Namespace, trained: int) -> Stream:
+    times = _QUICK_TIMES if args.quick else _TIMES
+    num_tokens = times * trained if args.tokens is None else args.tokens
+    if num_tokens < 2 * trained:
+        raise ValueError(
+            f"--tokens must be at least twice the trained length of {trained}, got {num_tokens}; "
+            "give more"
+        )
+    text = tokens_of(args.model, args.text) if args.text else _made_up(args.model, num_tokens)
+    return make_stream(text, num_tokens, trained)
+
+
+def _made_up(model: str, num_tokens: int) -> list[int]:
+    tokenizer, tokens = tokenizer_of(model), list[int]()
+    for sentence in sentences(0):
+        tokens += tokenizer(sentence, add_special_tokens=False)["input_ids"]
+        if len(tokens) >= num_tokens:
+            return tokens
+    raise AssertionError("sentences end")
+
+
+def make_stream(text: Sequence[int], num_tokens: int, trained: int) -> Stream:
+    """``num_tokens`` of ``text``, repeated as needed; the last ``trained`` are the first again.
+
+    Raises:
+        ValueError: the text is shorter than a trained length.
+    """
+    if len(text) < trained:
+        raise ValueError(
+            f"the text has {len(text)} tokens, less than the model's trained length of {trained}; "
+            "give a longer one"
+        )
+    tokens = [*islice(cycle(text), num_tokens - trained), *text[:trained]]
+    bucket = trained * -(-num_tokens // (trained * _MAX_ROWS))
+    return Stream(tokens, trained, bucket, num_decoded=num_tokens // 2)
+
+
+def _serve(name: str, setup: Setup, options: dict[str, Any], stream: Stream) -> Outcome:
+    print(f"{name}: {len(stream.tokens)} tokens ...", file=sys.stderr, flush=True)
+    with Served.start(setup, options) as served, token_bar(len(stream.tokens)) as advance:
+        return look_at(stream, served.score(stream.tokens, stream.num_decoded, advance))
+
+
+def look_at(stream: Stream, scored: Scored) -> Outcome:
+    """Perplexity and pages of every bucket."""
+    # logprobs[i] is that of token i + 1.
+    stretches = [
+        range(max(1, start), min(start + stream.bucket, len(stream.tokens)))
+        for start in range(0, len(stream.tokens), stream.bucket)
+    ]
+    num_prompt = len(stream.tokens) - stream.num_decoded
+    held = [_held_in(stretch, scored) for stretch in stretches]
+    decoding = [p for p, n in zip(scored.pages, scored.computed, strict=True) if n > num_prompt]
+
+    def of(stretch: range) -> float:
+        return perplexity(scored.logprobs[stretch.start - 1 : stretch.stop - 1])
+
+    first, last = stream.passages
+    return Outcome(
+        [of(stretch) for stretch in stretches],
+        [min(pages) for pages in held],
+        [max(pages) for pages in held],
+        (of(first), of(last)),
+        (min(decoding), max(decoding)),
+    )
+
+
+def _held_in(stretch: range, scored: Scored) -> list[int]:
+    """Pages after each step that ended in a stretch; where none did, after the next one."""
+    steps = list(zip(scored.computed, scored.pages, strict=True))
+    within = [pages for computed, pages in steps if computed - 1 in stretch]
+    # The request's last step left nothing to count.
+    after = (pages for computed, pages in steps if computed > stretch.start)
+    return within or [next(after, scored.pages[-1])]
+
+
+def _print(stream: Stream, outcomes: dict[str, Outcome]) -> None:
+    num_tokens, num_prompt = len(stream.tokens), len(stream.tokens) - stream.num_decoded
+    print(
+        f"{num_tokens} tokens, {num_tokens / stream.trained:.1f} times the trained length of "
+        f"{stream.trained}; decoded from {num_prompt} on"
+    )
+    header = ["tokens", *(text for name in outcomes for text in (name, "pages"))]
+    rows = []
+    for index, start in enumerate(range(0, num_tokens, stream.bucket)):
+        cells: list[object] = [f"{start}-{min(start + stream.bucket, num_tokens) - 1}"]
+        for outcome in outcomes.values():
+            cells += [outcome.perplexities[index], outcome.most_pages[index]]
+        rows.append(cells)
+    print(format_table(header, rows))
+    at = [f"{passage.start / stream.trained:.1f}x" for passage in stream.passages]
+    print(f"\nthe same passage at {' and '.join(at)} the trained length; pages while decoding")
+    rows = [
+        [n, *o.passages, f"{100 * (o.passages[1] / o.passages[0] - 1):+.2f} %", *o.decode_pages]
+        for n, o in outcomes.items()
+    ]
+    print(format_table(["", *at, "differs", "least", "most"], rows))

@@ -1,0 +1,191 @@
+"""KV cache of a model, planned from its config.json: pages, bytes, requests that run at once.
+
+Full attention, stock vLLM's sliding window and this plugin side by side, without weights, GPU or
+vLLM. "Estimate" is the "maximum concurrency" of vLLM's start-up line, which assumes requests of
+--max-model-len; "at once" is what runs while more requests wait, all of one size and none with a
+prefix in the cache. Pages that prefix caching keeps beyond these while memory is plentiful are not
+counted, and speculative decoding is not planned.
+"""
+
+import argparse
+import re
+from pathlib import Path
+from typing import Any
+
+from swa_backend.checkpoint import Checkpoint, read_checkpoint
+from swa_backend.config import SWAOptions
+from swa_backend.layers import resolve_layers
+from swa_vllm.tools.common import plots
+from swa_vllm.tools.common.arguments import check_number, check_numbers
+from swa_vllm.tools.common.pools import Model, plan_need, plan_pool
+from swa_vllm.tools.common.queueing import Workload
+from swa_vllm.tools.common.sizing import (
+    CACHE_DTYPES,
+    MODEL_DTYPES,
+    Arm,
+    Device,
+    Limits,
+    bytes_of_a_number,
+    kv_heads_of_a_device,
+    longest_text,
+)
+from swa_vllm.tools.common.table import format_table
+from swa_vllm.tools.plan.pictures import plot_plan
+from swa_vllm.tools.plan.report import describe, figures, need_rows, notes, pool_rows
+
+EXAMPLE = (
+    "Qwen3-8B/config.json --window 4096 --sink-tokens 4 --full-attention-layers every:4 "
+    "--kv-memory 16GiB"
+)
+_PROMPTS = (2000, 8000, 32000, 128000)
+_UNITS = {"KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30, "KB": 10**3, "MB": 10**6, "GB": 10**9}
+_NUMBERS = (
+    "block_size",
+    "tensor_parallel_size",
+    "max_num_batched_tokens",
+    "max_num_seqs",
+    "output",
+)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options; those of vLLM have its names."""
+    parser.add_argument("model", metavar="MODEL", help="a directory, or a config.json")
+    add_window_arguments(parser)
+    parser.add_argument("--block-size", type=int, help="tokens a page; default: 16, on CPUs 128")
+    parser.add_argument("--dtype", choices=MODEL_DTYPES, default="auto", help="of the weights")
+    parser.add_argument("--kv-cache-dtype", choices=CACHE_DTYPES, default="auto")
+    parser.add_argument("--tensor-parallel-size", type=int, default=1, metavar="N")
+    parser.add_argument(
+        "--max-num-batched-tokens", type=int, default=8192, metavar="N", help="default: 8192"
+    )
+    parser.add_argument("--max-num-seqs", type=int, default=256, metavar="N", help="default: 256")
+    parser.add_argument(
+        "--max-model-len", type=int, metavar="N", help="default: what the model was made for"
+    )
+    parser.add_argument(
+        "--kv-memory", metavar="SIZE", help='of a device, such as "16GiB"; without it no pool'
+    )
+    parser.add_argument(
+        "--device",
+        choices=tuple(Device),
+        default=Device.GPU,
+        help="decides vLLM's defaults: on a GPU two steps are in flight; default: gpu",
+    )
+    parser.add_argument(
+        "--prompt", metavar="N,N,...", help=f"lengths; default: {','.join(map(str, _PROMPTS))}"
+    )
+    parser.add_argument("--output", type=int, default=512, metavar="N", help="default: 512")
+    plots.add_argument(parser)
+
+
+def add_window_arguments(parser: argparse.ArgumentParser) -> None:
+    """The plugin's options that decide what slides."""
+    parser.add_argument("--window", type=int, metavar="N", help="default: the checkpoint's")
+    parser.add_argument("--sink-tokens", type=int, default=0, metavar="N")
+    parser.add_argument(
+        "--full-attention-layers", metavar="LAYERS", help='such as "0-3,27", "every:4", "none"'
+    )
+
+
+def window_options(args: argparse.Namespace) -> dict[str, Any]:
+    """The ``swa`` section that the arguments mean."""
+    given = {name: getattr(args, name) for name in ("window", "full_attention_layers")}
+    options = {name: value for name, value in given.items() if value is not None}
+    return {**options, **({"sink_tokens": args.sink_tokens} if args.sink_tokens else {})}
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    """Print the tables; returns the figures."""
+    plots.check(args.plot)
+    checkpoint = read_checkpoint(Path(args.model))
+    limits = _limits(args, checkpoint)
+    options = SWAOptions.from_dict(window_options(args))
+    layers = resolve_layers(checkpoint.config, options, max_model_len=limits.max_model_len)
+    if not layers.slides:
+        raise ValueError(
+            "no layer of this model has a window, so there is nothing to compare: give --window"
+        )
+    model = Model(
+        windows=layers.windows,
+        sink_tokens=options.sink_tokens,
+        kv_heads=kv_heads_of_a_device(checkpoint, args.tensor_parallel_size),
+        head_dim=checkpoint.head_dim,
+        number_bytes=bytes_of_a_number(checkpoint, args.dtype, args.kv_cache_dtype),
+    )
+    memory = None if args.kv_memory is None else parse_size(args.kv_memory)
+    pools = {arm: plan_pool(arm, model, limits, memory) for arm in Arm}
+    if memory is not None and not all(pool.num_pages for pool in pools.values()):
+        raise ValueError(f"--kv-memory {args.kv_memory} does not hold a single page; give more")
+    workloads = [Workload(prompt, args.output) for prompt in _prompts(args, limits)]
+    needs = {w: {arm: plan_need(pools[arm], limits, w) for arm in Arm} for w in workloads}
+    print(describe(args, model, limits))
+    print(format_table(("", *Arm), pool_rows(pools)))
+    print(f"\none request, and how many run at once; answers of {args.output} tokens")
+    print(format_table(*need_rows(needs, with_pool=memory is not None)))
+    for note in (*layers.warnings, *notes(model, limits, pools)):
+        print(f"note: {note}")
+    if args.plot is not None:
+        plot_plan(args.plot, Path(args.model).name, needs)
+    return figures(args, model, limits, pools, needs)
+
+
+def parse_size(text: str) -> int:
+    """Bytes that ``text`` means.
+
+    Raises:
+        ValueError: no number with a unit.
+    """
+    found = re.fullmatch(r"(\d{1,18}(?:\.\d{1,18})?) ?([KMG]i?B)", text)
+    size = 0 if found is None else int(float(found[1]) * _UNITS[found[2]])
+    if not 0 < size < 2**63:
+        raise ValueError(
+            f"--kv-memory {text!r}: write a number and a unit ({', '.join(_UNITS)}), such as 16GiB"
+        )
+    return size
+
+
+def _limits(args: argparse.Namespace, checkpoint: Checkpoint) -> Limits:
+    device = Device(args.device)
+    if args.block_size is None:
+        args.block_size = device.block_size
+    max_model_len = longest_text(checkpoint) if args.max_model_len is None else args.max_model_len
+    check_numbers(args, _NUMBERS)
+    check_number("max_model_len", max_model_len)
+    if args.max_num_batched_tokens < args.max_num_seqs:
+        raise ValueError(
+            f"--max-num-batched-tokens {args.max_num_batched_tokens} is below --max-num-seqs "
+            f"{args.max_num_seqs}, which vLLM refuses; raise the one or lower the other"
+        )
+    return Limits(
+        block_size=args.block_size,
+        max_model_len=max_model_len,
+        max_num_batched_tokens=args.max_num_batched_tokens,
+        max_num_seqs=args.max_num_seqs,
+        num_steps_in_flight=device.num_steps_in_flight,
+        spare_tokens=args.sink_tokens if device is Device.CPU else 0,
+    )
+
+
+def _prompts(args: argparse.Namespace, limits: Limits) -> list[int]:
+    longest = limits.max_model_len - args.output
+    if longest < 1:
+        raise ValueError(
+            f"answers of --output {args.output} tokens leave no room for a prompt: --max-model-len "
+            f"is {limits.max_model_len}; lower the one or raise the other"
+        )
+    if args.prompt is None:
+        return [n for n in _PROMPTS if n <= longest] or [longest]
+    try:
+        prompts = [int(part) for part in args.prompt.split(",")]
+    except ValueError:
+        raise ValueError(
+            f"--prompt {args.prompt!r}: write numbers of tokens with commas between them"
+        ) from None
+    for prompt in prompts:
+        if not 1 <= prompt <= longest:
+            raise ValueError(
+                f"--prompt {prompt} must be at least 1 and, with answers of {args.output} tokens, "
+                f"at most {longest}: --max-model-len is {limits.max_model_len}"
+            )
+    return prompts

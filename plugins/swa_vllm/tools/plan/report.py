@@ -1,0 +1,121 @@
+"""What `swa plan` prints of its figures, and writes as JSON."""
+
+import argparse
+from collections.abc import Mapping
+from typing import Any
+
+from swa_vllm.tools.common.pools import Model, Need, Pool
+from swa_vllm.tools.common.queueing import Workload
+from swa_vllm.tools.common.sizing import Arm, Limits
+
+Pools = Mapping[Arm, Pool]
+Needs = Mapping[Workload, Mapping[Arm, Need]]
+
+
+def describe(args: argparse.Namespace, model: Model, limits: Limits) -> str:
+    """The model and the engine, in three lines."""
+    sliding = [window for window in model.windows if window is not None]
+    sinks = f", {model.sink_tokens} sink tokens" if model.sink_tokens else ""
+    page = model.layer_page_bytes(limits.block_size)
+    a_token = len(model.windows) * page / limits.block_size / 1024
+    memory = "" if args.kv_memory is None else f", {args.kv_memory} for the KV cache"
+    devices = (
+        f"; each of {args.tensor_parallel_size} devices" if args.tensor_parallel_size > 1 else ""
+    )
+    return (
+        f"{args.model}: {len(model.windows)} layers, {len(sliding)} of them sliding (W={sliding[0]}"
+        f"{sinks})\n"
+        f"a token takes {a_token:g} KiB in all layers ({model.kv_heads} KV heads of "
+        f"{model.head_dim}, {model.number_bytes} bytes a number){devices}{memory}\n"
+        f"pages of {limits.block_size} tokens, chunks of {limits.max_num_batched_tokens}, "
+        f"{limits.num_steps_in_flight} step(s) in flight, at most {limits.max_num_seqs} requests "
+        f"of {limits.max_model_len} tokens\n"
+    )
+
+
+def pool_rows(pools: Pools) -> list[list[object]]:
+    """A row a figure, of all arms."""
+    columns = []
+    for pool in pools.values():
+        size = max(-(-group.num_layers // group.num_groups) for group in pool.groups)
+        columns.append(
+            {
+                "KV groups x layers": f"{sum(g.num_groups for g in pool.groups)} x {size}",
+                "padding layers": sum(group.num_padding for group in pool.groups),
+                "KiB of a page": pool.page_bytes / 1024,
+                "KiB that a token adds to a long text": pool.token_bytes / 1024,
+                "pages promised to a longest request": pool.promised_pages,
+                "pages in the pool": pool.num_pages,
+                "vLLM's start-up estimate of requests": pool.estimate,
+            }
+        )
+    rows = [[name, *(column[name] for column in columns)] for name in columns[0]]
+    return [row for row in rows if row[1] is not None]
+
+
+def need_rows(needs: Needs, *, with_pool: bool) -> tuple[list[str], list[list[object]]]:
+    """Header and rows: a row a prompt length."""
+    short = dict(zip(Arm, ("full", "stock", "here"), strict=True))
+    header = ["prompt"]
+    for what in ("pages", "MiB", *(["at once"] if with_pool else [])):
+        header += [f"{what}: {short[Arm.FULL]}", short[Arm.STOCK], short[Arm.SWA]]
+    rows = []
+    for workload, by_arm in needs.items():
+        row: list[object] = [workload.num_prompt]
+        row += [need.peak_pages for need in by_arm.values()]
+        row += [f"{need.peak_bytes / 2**20:.1f}" for need in by_arm.values()]
+        if with_pool:
+            row += [None if n.running is None else f"{n.running:.1f}" for n in by_arm.values()]
+        rows.append(row)
+    return header, rows
+
+
+def notes(model: Model, limits: Limits, pools: Pools) -> list[str]:
+    """What the figures do not say by themselves."""
+    notes = []
+    if None in model.windows:
+        notes.append(
+            "stock vLLM refuses this mix of full and sliding layers, or serves it as full "
+            "attention; its column is what its page manager would do with it"
+        )
+    if model.sink_tokens:
+        notes.append("stock vLLM has no sink tokens; its column is without them")
+    for arm, pool in pools.items():
+        if pool.num_pages is not None and not pool.starts(limits):
+            remedy = (
+                f"at most {pool.longest}" if pool.longest else "no length does: give more memory"
+            )
+            notes.append(
+                f"{arm} does not start with --max-model-len {limits.max_model_len} ({remedy})"
+            )
+    return notes
+
+
+def figures(
+    args: argparse.Namespace,
+    model: Model,
+    limits: Limits,
+    pools: Pools,
+    needs: Needs,
+) -> dict[str, Any]:
+    """All of it."""
+    return {
+        "model": args.model,
+        **vars(model),
+        **vars(limits),
+        "pools": {
+            arm.value: {
+                **pool.to_json(),
+                "starts": None if pool.num_pages is None else pool.starts(limits),
+            }
+            for arm, pool in pools.items()
+        },
+        "requests": [
+            {
+                "prompt": workload.num_prompt,
+                "output": workload.num_output,
+                "arms": {arm.value: vars(need) for arm, need in by_arm.items()},
+            }
+            for workload, by_arm in needs.items()
+        ],
+    }

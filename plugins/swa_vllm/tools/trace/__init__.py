@@ -1,0 +1,1 @@
+"""``swa trace``: which pages each request holds over time, by vLLM's real scheduler."""
