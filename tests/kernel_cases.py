@@ -6,6 +6,7 @@ guard stops every other stray access.
 """
 
 import itertools
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -192,7 +193,8 @@ def watched_scratch(
     ops: ModuleType, guard: Guard, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[None]:
     """Scratch of the operations holds NaN when they get it, and kernels may touch it."""
-    allocate = ops._divide
+    decode = sys.modules[ops.decode_attention.__module__]
+    allocate = decode._divide
 
     def scratch(*args: Any) -> Any:
         tensors = allocate(*args)
@@ -201,7 +203,7 @@ def watched_scratch(
         return tensors
 
     with monkeypatch.context() as patch:
-        patch.setattr(ops, "_divide", scratch)
+        patch.setattr(decode, "_divide", scratch)
         yield
 
 

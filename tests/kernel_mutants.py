@@ -20,9 +20,11 @@ MODULES = (
     "kernels.prefill",
     "kernels.cache_write",
     "kernels.rotate",
-    "dispatch",
-    "prefill",
-    "rotation",
+    "ops.dispatch",
+    "ops.cache_write",
+    "ops.decode",
+    "ops.prefill",
+    "ops.rotate",
     "ops",
 )
 
@@ -46,7 +48,8 @@ def load_kernels(
     """The operations over copies of the kernels, one of them mutated."""
     root = Path(swa_backend.__file__).parent
     for name in MODULES:
-        source = (root / f"{name.replace('.', '/')}.py").read_text()
+        place = "ops/__init__" if name == "ops" else name.replace(".", "/")
+        source = (root / f"{place}.py").read_text()
         if mutant is not None and mutant.module == name:
             assert source.count(mutant.old) == 1, f"{mutant}: not once in {name}"
             source = source.replace(mutant.old, mutant.new)
@@ -77,8 +80,8 @@ def assert_caught(
     assert caught.type is AssertionError or "OutOfBoundsError" in str(caught.value)
 
 
-DECODE, TILES, WRITE, OPS = "kernels.decode", "kernels.tiles", "kernels.cache_write", "ops"
-PREFILL, DISPATCH, PREFILL_OP = "kernels.prefill", "dispatch", "prefill"
+DECODE, TILES, WRITE, OPS = "kernels.decode", "kernels.tiles", "kernels.cache_write", "ops.decode"
+PREFILL, DISPATCH, PREFILL_OP = "kernels.prefill", "ops.dispatch", "ops.prefill"
 ROTATE = "kernels.rotate"
 MUTANTS = (
     Mutant(

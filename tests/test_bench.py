@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 import torch
 
-from swa_backend.kernels import aot, timing
 from swa_backend.kernels.plans import Target
+from swa_backend.verify import aot, timing
 from swa_vllm.kv_cache.manager import SWAManager
 from swa_vllm.tools.bench.attention import arms as kernel_rivals
 from swa_vllm.tools.bench.attention.arms import OURS, Batch, Call

@@ -18,7 +18,7 @@ import swa_backend
 import swa_vllm
 from conftest import ModelFactory
 from swa_backend import ops
-from swa_backend.kernels import smoke as smoke_module
+from swa_backend.verify import smoke as smoke_module
 from swa_vllm import registration
 from swa_vllm.tools.check import device as check_device
 from swa_vllm.tools.check.steps import ProblemError

@@ -12,15 +12,15 @@ import pytest
 import torch
 import triton
 
-from swa_backend.kernels import aot, gate
-from swa_backend.kernels.aot import Facts, compiling
 from swa_backend.kernels.plans import Target
+from swa_backend.verify import aot, gate
+from swa_backend.verify.aot import Facts, compiling
 
 TABLE = Path(__file__).with_name("data") / "kernels.txt"
 # Under the interpreter, which this process runs kernels in, nothing can be compiled.
 COMPILE = """
 import json
-from swa_backend.kernels import gate
+from swa_backend.verify import gate
 lines = [(gate.format_row(c.name, f), gate.violations(c, f)) for c, f in gate.compile_all()]
 print(json.dumps(lines))
 """
@@ -46,7 +46,7 @@ def test_table_is_current(compiled: list[tuple[str, list[str]]]) -> None:
     if f"Triton {triton.__version__};" not in title:
         pytest.skip(f"the table is of another version ({title}); regenerate it")
     assert lines == [line for line, _ in compiled], (
-        "regenerate it: python -m swa_backend.kernels.gate > tests/data/kernels.txt"
+        "regenerate it: python -m swa_backend.verify.gate > tests/data/kernels.txt"
     )
 
 

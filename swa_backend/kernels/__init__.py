@@ -1,1 +1,1 @@
-"""Triton kernels and their launchers; :mod:`swa_backend.ops` validates and allocates."""
+"""Triton kernels, plans and launchers; :mod:`swa_backend.ops` validates and allocates."""

@@ -11,7 +11,7 @@ from vllm.v1.attention.backend import (
 )
 
 from swa_backend import ops
-from swa_backend.checks import check_head_dim
+from swa_backend.ops.checks import check_head_dim
 from swa_backend.window import last_unshifted
 from swa_vllm.attention.rotation import Rotation
 from swa_vllm.attention.triton.builder import (

@@ -71,7 +71,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             replace(cases[0], window=window, seq_len=context + _CHUNK, batch=1, num_queries=_CHUNK)
             for window, context in product(windows, _CONTEXTS)
         ]
-        from swa_backend.kernels.timing import median_us
+        from swa_backend.verify.timing import median_us
 
         return measure_all(args.shape, [*cases, *chunks], torch.device("cuda"), median_us)
     print(
@@ -179,7 +179,7 @@ def work_of(case: Case) -> dict[str, Any]:
 
 
 def _print_compiled(shape: str, case: Case) -> dict[str, Any]:
-    from swa_backend.kernels import gate
+    from swa_backend.verify import gate
 
     here = gate.Case("decode", shape, torch.bfloat16, _H100).compile()
     stock = compile_stock(replace(case, window=1024, seq_len=2048, batch=1), _H100)

@@ -39,7 +39,7 @@ def triton_compiles() -> str:
     from vllm.platforms import current_platform
 
     from swa_backend.kernels.device import target_of
-    from swa_backend.kernels.gate import TARGETS, compile_decode
+    from swa_backend.verify.gate import TARGETS, compile_decode
 
     is_here = current_platform.is_cuda_alike()
     targets = (_on_gpu(target_of),) if is_here else TARGETS
@@ -60,12 +60,12 @@ def kernels_are_right() -> str:
     from vllm.platforms import current_platform
 
     if current_platform.is_cuda_alike():
-        from swa_backend.kernels.smoke import smoke
+        from swa_backend.verify.smoke import smoke
 
         error, where = _on_gpu(smoke), "on this GPU"
     else:
         # Triton interprets from its import on or never.
-        error = _in_a_process("swa_backend.kernels.smoke", TRITON_INTERPRET="1")
+        error = _in_a_process("swa_backend.verify.smoke", TRITON_INTERPRET="1")
         where = "in Triton's interpreter"
     return f"write, decode and prefill equal the oracle {where} (to {error:.2f} roundings)"
 

@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
-from swa_backend.plan import RequestPages
+from swa_backend.request_pages import RequestPages
 from swa_vllm.tools.common.sizing import KVGroups, Limits
 
 

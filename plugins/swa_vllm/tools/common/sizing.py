@@ -9,7 +9,7 @@ from enum import StrEnum
 
 from swa_backend.checkpoint import Checkpoint
 from swa_backend.pages import WindowPages, ceil_div
-from swa_backend.plan import PagePolicy
+from swa_backend.request_pages import PagePolicy
 
 DTYPE_BYTES = {
     "bfloat16": 2,

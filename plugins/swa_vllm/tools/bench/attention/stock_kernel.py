@@ -61,8 +61,8 @@ def stock_work(case: Case) -> StockWork:
 
 
 def compile_stock(case: Case, target: Target) -> Any:
-    """Facts (:class:`swa_backend.kernels.aot.Facts`) of the split kernel for ``case``."""
-    from swa_backend.kernels import aot
+    """Facts (:class:`swa_backend.verify.aot.Facts`) of the split kernel for ``case``."""
+    from swa_backend.verify import aot
 
     batch = make_batch(case, torch.device("cpu"), cold_bytes=1)
     with aot.compiling(target) as kernels, real_triton(aot.triton_modules()):

@@ -1,6 +1,6 @@
 """Every kernel compiled for every device at Qwen3's shapes, and the limits that they must keep.
 
-``python -m swa_backend.kernels.gate`` prints the table that ``tests/data/kernels.txt`` holds.
+``python -m swa_backend.verify.gate`` prints the table that ``tests/data/kernels.txt`` holds.
 """
 
 from collections.abc import Iterator
@@ -12,8 +12,8 @@ import torch
 import triton
 
 from swa_backend import ops
-from swa_backend.kernels.aot import Facts, compiling, read_facts
 from swa_backend.kernels.plans import Target
+from swa_backend.verify.aot import Facts, compiling, read_facts
 
 TARGETS = (
     Target("cuda", 80, 108),  # A100
@@ -51,8 +51,8 @@ class Case:
         """Facts of what a launch on the device compiles to."""
         with (
             compiling(self.target) as kernels,
-            patch("swa_backend.dispatch.target_of", lambda _: self.target),
-            patch("swa_backend.rotation.target_of", lambda _: self.target),
+            patch("swa_backend.ops.dispatch.target_of", lambda _: self.target),
+            patch("swa_backend.ops.rotate.target_of", lambda _: self.target),
         ):
             if self.kernel == "write":
                 _launch_write(self.kv_dtype)
@@ -147,7 +147,7 @@ def compile_decode(target: Target) -> None:
     """
     with (
         compiling(target),
-        patch("swa_backend.dispatch.target_of", lambda _: target),
+        patch("swa_backend.ops.dispatch.target_of", lambda _: target),
     ):
         _launch_decode(Case("decode", "Qwen3-8B", torch.bfloat16, target))
 
@@ -207,7 +207,7 @@ def format_row(name: str, facts: Facts) -> str:
 
 def main() -> None:
     """Print the table."""
-    print(f"Triton {triton.__version__}; python -m swa_backend.kernels.gate")
+    print(f"Triton {triton.__version__}; python -m swa_backend.verify.gate")
     print(
         f"{'kernel':14}{'shape':12}{'cache':9}{'device':8}registers spilled shared buffers", end=""
     )

@@ -1,20 +1,21 @@
-"""Attention of prefill chunks; a part of :mod:`swa_backend.ops`."""
+"""Attention of prefill chunks over their own keys and the pages before them."""
 
 import math
 
 import torch
 
-from swa_backend import reference, xformers_prefill
-from swa_backend.checks import (
+from swa_backend import reference
+from swa_backend.kernels.device import on_device_of
+from swa_backend.kernels.plans import plan_prefill
+from swa_backend.ops import xformers_prefill
+from swa_backend.ops.checks import (
     check_for_kernels,
     check_integers,
     check_like,
     check_requests,
     describe,
 )
-from swa_backend.dispatch import FORMATS, readable, resolve
-from swa_backend.kernels.device import on_device_of
-from swa_backend.kernels.plans import plan_prefill
+from swa_backend.ops.dispatch import FORMATS, readable, resolve
 
 
 def prefill_attention(

@@ -1,9 +1,10 @@
-"""Queries moved to other positions; a part of :mod:`swa_backend.ops`."""
+"""Rotated queries moved to other positions."""
 
 import torch
 
 from swa_backend import reference
-from swa_backend.checks import (
+from swa_backend.kernels.device import on_device_of, target_of
+from swa_backend.ops.checks import (
     check_for_kernels,
     check_integers,
     check_like,
@@ -11,8 +12,7 @@ from swa_backend.checks import (
     check_same_device,
     check_table,
 )
-from swa_backend.dispatch import resolve
-from swa_backend.kernels.device import on_device_of, target_of
+from swa_backend.ops.dispatch import resolve
 
 
 def rotate_back(

@@ -1,6 +1,6 @@
 """Whether the kernels run and are right here: one small batch of each, against the oracle.
 
-``python -m swa_backend.kernels.smoke`` does it in this process's Triton, on a GPU where there is
+``python -m swa_backend.verify.smoke`` does it in this process's Triton, on a GPU where there is
 one; on a CPU it needs ``TRITON_INTERPRET=1``.
 """
 
