@@ -8,7 +8,6 @@ that follow one another with the same configuration.
 import json
 import os
 import subprocess
-import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import cache
@@ -37,11 +36,18 @@ from vllm import LLM, ModelRegistry
 from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 
 import swa_vllm
-from engine_tools import num_held_pages, start_engine, stop_engine
 from make_demo_model import ensure_demo_model
-from quantized_models import RUNNABLE, save_quantized
 from swa_vllm.attention.poison import PoisonedPages
-from tiny_models import (
+from tests.helpers.engines import (
+    EngineFactory,
+    ModelFactory,
+    num_held_pages,
+    start_engine,
+    stop_engine,
+)
+from tests.helpers.processes import probe_command, probe_environment
+from tests.helpers.quantized_models import RUNNABLE, save_quantized
+from tests.helpers.tiny_models import (
     BY_LAYER_TYPES,
     FULL,
     MIXED,
@@ -56,8 +62,6 @@ settings.register_profile(
 )
 settings.load_profile("any machine")
 SUMMARY = "summary: "  # begins names that tests give to record_property, with numbers to add up
-ModelFactory = Callable[..., Path]
-EngineFactory = Callable[..., LLM]
 
 
 @pytest.fixture(scope="session")
@@ -110,7 +114,7 @@ def stock_results(
     quantized_model: ModelFactory,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> dict[str, Any]:
-    """What vLLM serves without the plugin, by :func:`engine_tools.describe` in another process."""
+    """What vLLM serves without the plugin, as ``describe`` of another process's engines says."""
     # With several processes, one asks for all.
     root = tmp_path_factory.getbasetemp()
     file = (root.parent if "PYTEST_XDIST_WORKER" in os.environ else root) / "stock.json"
@@ -139,10 +143,10 @@ def _ask_stock(
         for name, checkpoint in {"full": FULL, "sliding": SLIDING}.items():
             model = quantized_model(kind, **checkpoint)
             cases[f"{name}_{kind}"] = (model, {"dtype": "bfloat16"})
-    command = [sys.executable, str(Path(__file__).with_name("stock_probe.py"))]
+    asked = json.dumps({k: (str(model), kwargs) for k, (model, kwargs) in cases.items()})
     result = subprocess.run(
-        [*command, json.dumps({k: (str(model), kwargs) for k, (model, kwargs) in cases.items()})],
-        env={**os.environ, "VLLM_PLUGINS": ""},
+        [*probe_command("stock"), asked],
+        env={**probe_environment(), "VLLM_PLUGINS": ""},
         capture_output=True,
         text=True,
         check=False,

@@ -1,0 +1,1 @@
+"""``swa_backend`` alone: the window, page arithmetic, operations and kernels."""

@@ -1,0 +1,173 @@
+"""Windows from checkpoints and options: the right result, or an error that says what to do."""
+
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import Qwen3MoeConfig
+
+from swa_backend.config import SWAConfigError, SWAOptions, parse_layers
+from swa_backend.layers import resolve_layers
+from tests.helpers.tiny_models import BY_LAYER_TYPES, FULL, MIXED, SLIDING, WINDOW, tiny_config
+
+W = WINDOW
+
+
+def _resolve(checkpoint: dict[str, Any], options: Any = None, **kwargs: Any) -> Any:
+    config = tiny_config(**checkpoint)
+    for key, value in kwargs.get("hf_overrides", {}).items():
+        setattr(config, key, value)  # as vLLM applies them: after layer_types was derived
+    return resolve_layers(config, SWAOptions.from_dict(options or {}), **kwargs)
+
+
+@pytest.mark.parametrize(
+    ("checkpoint", "options", "windows"),
+    [
+        (FULL, {}, (None,) * 4),
+        (SLIDING, {}, (W,) * 4),
+        (MIXED, {}, (None, None, W, W)),
+        (BY_LAYER_TYPES, {}, (W, None, W, None)),
+        (FULL, {"window": 64}, (64,) * 4),
+        (FULL, {"window": 64, "full_attention_layers": "every:4"}, (64, 64, 64, None)),
+        (FULL, {"window": 64, "full_attention_layers": "none"}, (64,) * 4),
+        (MIXED, {"window": 64}, (None, None, 64, 64)),
+        (MIXED, {"full_attention_layers": [3]}, (W, W, W, None)),
+        (SLIDING, {"full_attention_layers": "0-1,3"}, (None, None, W, None)),
+        (SLIDING, {"enabled": False}, (None,) * 4),
+        (FULL, {"enabled": True}, (None,) * 4),
+        (
+            {**FULL, "layer_types": BY_LAYER_TYPES["layer_types"]},
+            {"window": 8},
+            (8, None, 8, None),
+        ),
+    ],
+)
+def test_effective_windows(
+    checkpoint: dict[str, Any], options: dict[str, Any], windows: tuple[int | None, ...]
+) -> None:
+    assert _resolve(checkpoint, options).windows == windows
+
+
+def test_every_fourth_layer_is_the_last_of_four() -> None:
+    assert sorted(parse_layers("every:4", 36)) == list(range(3, 36, 4))
+
+
+@given(st.sets(st.integers(0, 40)))
+def test_layers_as_list_and_as_text_are_the_same(layers: set[int]) -> None:
+    if layers:
+        assert parse_layers(",".join(map(str, layers)), 41) == parse_layers(layers, 41) == layers
+
+
+@pytest.mark.parametrize(
+    ("checkpoint", "options", "windows"),
+    [
+        ({"use_sliding_window": False}, {}, (None,) * 4),
+        ({"use_sliding_window": True, "sliding_window": 8}, {}, (8,) * 4),
+        ({"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 0}, {}, (8,) * 4),
+        (BY_LAYER_TYPES, {}, (W, None, W, None)),
+        (FULL, {"window": 8, "full_attention_layers": [1]}, (8, None, 8, 8)),
+        (MIXED, {"full_attention_layers": "none"}, (W,) * 4),
+        (MIXED, {"full_attention_layers": "0-1"}, (None, None, W, W)),
+    ],
+)
+def test_effective_windows_of_moe(
+    checkpoint: dict[str, Any], options: dict[str, Any], windows: tuple[int | None, ...]
+) -> None:
+    config = Qwen3MoeConfig(num_hidden_layers=4, **checkpoint)
+    assert resolve_layers(config, SWAOptions.from_dict(options)).windows == windows
+
+
+@pytest.mark.parametrize("first", [2, 4])
+def test_max_window_layers_of_moe_is_ambiguous(first: int) -> None:
+    config = Qwen3MoeConfig(num_hidden_layers=4, **{**MIXED, "max_window_layers": first})
+    with pytest.raises(SWAConfigError, match=f'"full_attention_layers": "0-{first - 1}"'):
+        resolve_layers(config, SWAOptions())
+
+
+def test_override_of_layer_types_takes_effect() -> None:
+    late = {"use_sliding_window": True, "sliding_window": W, "max_window_layers": 0}
+    overrides = {**late, "layer_types": ["sliding_attention"] * 4}
+    assert _resolve(FULL, hf_overrides=overrides).windows == (W,) * 4
+
+
+def test_window_that_never_slides_is_warned_of() -> None:
+    assert _resolve(SLIDING, max_model_len=W + 1).warnings == ()
+    (warning,) = _resolve(SLIDING, max_model_len=W).warnings
+    assert "nothing will ever slide" in warning
+    assert _resolve(SLIDING, {"sink_tokens": 4}, max_model_len=W + 5).warnings == ()
+    (warning,) = _resolve(SLIDING, {"sink_tokens": 4}, max_model_len=W + 4).warnings
+    assert f"window {W} with 4 sink tokens is not below max_model_len {W + 4}" in warning
+
+
+def test_sinks_beyond_the_trained_length_are_warned_of() -> None:
+    sinks = {"sink_tokens": 4}
+
+    def warnings(length: int, options: dict[str, Any] = sinks, **keys: Any) -> tuple[str, ...]:
+        overrides = {k: v for k, v in keys.items() if k == "max_position_embeddings"}
+        config = {**SLIDING, "max_position_embeddings": 500, **keys}
+        return _resolve(config, options, hf_overrides=overrides, max_model_len=length).warnings
+
+    assert warnings(500) == ()
+    assert warnings(501, {"sink_tokens": 4, "position_shift": True}) == ()
+    assert warnings(501, {}) == ()
+    (warning,) = warnings(501)
+    assert "goes beyond the trained length of 500" in warning
+    assert "Set swa.position_shift=true, or lower max_model_len" in warning
+    yarn = {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4}
+    rope = {**yarn, "original_max_position_embeddings": 125}
+    assert "trained length of 125" in warnings(126, rope_parameters=rope)[0]
+    # Raised by the user: what it was is not known.
+    assert "the trained length: distances" in warnings(400, max_position_embeddings=1000)[0]
+
+
+class DerivedText:
+    """The text config of a model that contains a Qwen3: transformers gives it no window keys."""
+
+    model_type = "qwen3_vl_text"
+    num_hidden_layers = 4
+
+
+@pytest.mark.parametrize(
+    ("keys", "options", "windows"),
+    [
+        ({}, {}, (None,) * 4),
+        ({}, {"window": 8}, (8,) * 4),
+        ({"use_sliding_window": True, "sliding_window": 8}, {}, (8,) * 4),
+        ({"use_sliding_window": False, "sliding_window": 8}, {}, (None,) * 4),
+        ({"sliding_window": 8}, {"window": 9}, (9,) * 4),
+        ({"sliding_window": 8}, {"full_attention_layers": "0-2"}, (None, None, None, 8)),
+        ({"sliding_window": 8}, {"enabled": False}, (None,) * 4),
+        (
+            {"sliding_window": 8, "layer_types": ["full_attention", "sliding_attention"] * 2},
+            {},
+            (None, 8) * 2,
+        ),
+    ],
+)
+def test_text_config_of_a_derived_model(
+    keys: dict[str, Any], options: dict[str, Any], windows: tuple[int | None, ...]
+) -> None:
+    config = DerivedText()
+    vars(config).update(keys)
+    assert resolve_layers(config, SWAOptions.from_dict(options)).windows == windows
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"sliding_window": 8}, "without use_sliding_window is ambiguous for qwen3_vl_text"),
+        ({"use_sliding_window": True}, "the checkpoint gives no window"),
+        (
+            {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 2},
+            "ignores it for qwen3_vl_text",
+        ),
+    ],
+)
+def test_text_config_of_a_derived_model_that_is_ambiguous(
+    keys: dict[str, Any], message: str
+) -> None:
+    config = DerivedText()
+    vars(config).update(keys)
+    with pytest.raises(SWAConfigError, match=message):
+        resolve_layers(config, SWAOptions())

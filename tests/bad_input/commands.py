@@ -1,0 +1,377 @@
+"""Arguments of the ``swa`` command that make no sense, and what it says."""
+
+from typing import Any
+
+from tests.bad_input.row import Bad
+from tests.helpers.paths import DATA
+
+MODEL, TEXT = DATA / "tiny-swa-sliding", DATA / "acts-1-7.txt"
+# A directory: "short" has two tokens, "empty" nothing, and "config.json" no dtype.
+HERE = "{here}"
+
+
+def _says(command: str, arguments: list[str], got: str, allowed: str, do: str) -> Bad:
+    common: dict[str, list[Any]] = {
+        "plan": [MODEL, "--output", 64],
+        "trace": ["--prompt", "40", "--output", 4],
+        "eval ppl": [MODEL, "--text", TEXT, "--length", 64],
+        "eval needle": [MODEL, "--window", 64, "--lengths", 200],
+        "eval stream": [MODEL, "--text", TEXT],
+        "eval layers": [MODEL, "--text", TEXT, "--length", 256, "--window", 64],
+    }
+    given = [*command.split(), *common.get(command, ()), *arguments]
+    return Bad(" ".join([command, *arguments])[:80], given, got, allowed, do)
+
+
+def _range(command: str, flag: str, value: str, least: int = 1, *others: str) -> Bad:
+    """A number that is too small or too large."""
+    allowed = f"must be at least {least} and below 2**31"
+    return _says(command, [*others, flag, value], f"got {value}", allowed, f"error: {flag}")
+
+
+def _usage(arguments: list[str], got: str, allowed: str, do: str) -> Bad:
+    """What argparse refuses, with status 2."""
+    return Bad(" ".join(["usage:", *arguments]), arguments, got, allowed, do, SystemExit)
+
+
+_PLAN = [
+    _says("plan", ["--window", "0"], "got 0", "must be an integer >= 1", "swa.window"),
+    _says("plan", ["--window", str(10**30)], f"got {10**30}", "below 2**31", "swa.window"),
+    _says("plan", ["--sink-tokens", "-1"], "got -1", "an integer >= 0", "swa.sink_tokens"),
+    _says("plan", ["--sink-tokens", "512"], "=512 is", "not below max_model_len 512", "Give fewer"),
+    _says(
+        "plan",
+        ["--full-attention-layers", "4"],
+        "layer 4 is out",
+        "has layers 0..3",
+        "attention_layers",
+    ),
+    _says("plan", ["--full-attention-layers", "0-3"], "names all 4", "no window would", "leave at"),
+    *(_range("plan", f"--{flag}", "0") for flag in ("block-size", "output", "max-model-len")),
+    *(_range("plan", f"--{flag}", "-2") for flag in ("max-num-seqs", "tensor-parallel-size")),
+    _range("plan", "--max-model-len", str(10**18)),
+    *(
+        _says(
+            "plan", ["--kv-memory", text], f"--kv-memory {text!r}", "a unit (KiB", "such as 16GiB"
+        )
+        for text in (
+            "lots",
+            "16",
+            "0GiB",
+            "nanGiB",
+            "1e9GiB",
+            "1,5GiB",
+            "9" * 18 + "GiB",
+            "9" * 400,
+        )
+    ),
+    _says(
+        "plan", ["--kv-memory", "1KiB"], "--kv-memory 1KiB", "does not hold a single", "give more"
+    ),
+    *(
+        _says("plan", ["--prompt", text], f"--prompt {text!r}", "write numbers", "commas between")
+        for text in ("many", "", "1,,2", "1.5")
+    ),
+    _says("plan", ["--prompt", "0"], "--prompt 0", "at least 1", "--max-model-len is 512"),
+    _says("plan", ["--prompt", "449"], "--prompt 449", "at most 448", "--max-model-len is 512"),
+    _says("plan", ["--output", "512"], "--output 512", "len is 512", "lower the one or raise"),
+    _says("plan", ["--tensor-parallel-size", "3"], "size 3 does", "divide this", "give one that"),
+    _says(
+        "plan", ["--max-num-batched-tokens", "100"], "100 is", "below --max-num-seqs", "raise the"
+    ),
+    _says("plan", ["--plot", "a.pdf"], "--plot a.pdf", "the picture is a PNG", "ends in .png"),
+    _says(
+        "plan", ["--plot", "/nowhere/a.png"], "/nowhere/a.png", "does not exist", "make it first"
+    ),
+    _says("plan", ["--json", "/nowhere/a"], "--json /nowhere/a", "does not exist", "make it first"),
+    _says("plan", ["--json", HERE], "--json /", "is a directory", "give the name of a file in it"),
+]
+
+_TRACE = [
+    *(
+        _range("trace", f"--{flag}", "0")
+        for flag in ("window", "block-size", "max-num-batched-tokens", "output")
+    ),
+    _range("trace", "--window", str(10**30)),
+    _range("trace", "--sink-tokens", "-1", 0),
+    *(
+        _says("trace", ["--prompt", text], f"--prompt {text!r}", "write numbers", "commas between")
+        for text in ("10,x", "0", "", "-4", "1e3", "9" * 30)
+    ),
+    _says("trace", ["--pool-tokens", "31"], "--pool-tokens 31", "less than two pages", "give more"),
+    _says("trace", ["--block-size", str(10**9)], "--block-size 1000", "two pages", "smaller pages"),
+    _says(
+        "trace",
+        ["--prompt", "500", "--pool-tokens", "160"],
+        "--pool-tokens 160 is 10 pages",
+        "the longest request may take",
+        "give more",
+    ),
+    _says("trace", ["--steps-in-flight", "3"], "got 3", "must be 1 or 2", "steps in flight"),
+    _says(
+        "trace", ["--json", "/nowhere/a"], "--json /nowhere/a", "does not exist", "make it first"
+    ),
+]
+
+_BENCH = [
+    _range("bench pages", "--window", "0"),
+    _range("bench pages", "--prompt", "-1", 1, "--window", "8"),
+    _range("bench prefill", "--window", "0"),
+    _range("bench prefill", "--chunk", "0"),
+    _range("bench sinks", "--sink-tokens", "0"),
+    _range("bench overhead", "--batch", "0"),
+    _says("bench overhead", ["--rounds", "0"], "got 0", "must be at least 2", "--rounds"),
+    _says("bench prefill", ["--rounds", "1"], "got 1", "must be at least 2", "--rounds"),
+    _says(
+        "bench pages",
+        ["--window", "8", "--max-model-len", "100"],
+        "--max-model-len 100",
+        "prompt + output = 8512",
+        "raise it to that",
+    ),
+    _says(
+        "bench pages", ["--prompt", "100"], "a workload of your own", "in tokens", "needs --window"
+    ),
+    _says(
+        "bench pages",
+        ["--quick", "--window", "8"],
+        "--quick is",
+        "for the built-in",
+        "remove it or",
+    ),
+    _says(
+        "bench pages",
+        ["--window", "8", "--pool-tokens", "10"],
+        "--pool-tokens 10",
+        "less than two pages of --block-size 16",
+        "give more",
+    ),
+    _says(
+        "bench pages",
+        ["--window", "8", "--steps-in-flight", "3"],
+        "got 3",
+        "must be 1 or 2",
+        "--steps-in-flight",
+    ),
+    _range("bench serve", "--window", "0"),
+    _says(
+        "bench serve",
+        ["--window", "1280"],
+        "--window 1280 is",
+        "not below the longest request, 1280 tokens",
+        "give a smaller one",
+    ),
+    _says("bench serve", ["--peers", "here,tgi"], "'tgi'", "here, stock, full, hf", "--peers"),
+    _says("bench serve", ["--peers", "stock"], "--peers stock", "in every round", "name it"),
+    _says("bench serve", ["--once", "here"], "--once here", "in every round", "not in --once"),
+    _says("bench serve", ["--trace", "nowhere"], "nowhere", "No such file", "file of JSON lines"),
+    _says("bench serve", ["nowhere"], "nowhere is no", "config.json", "give one with a Qwen3"),
+    _says("bench serve", ["--plot", "a.svg"], "--plot a.svg", "is a PNG", "ends in .png"),
+    *(
+        _says("bench decode", ["--contexts", text], f"--contexts {text!r}", "from 1 on", "commas")
+        for text in ("a", "64,,128", "0", "9" * 30)
+    ),
+    _says(
+        "bench decode",
+        ["--contexts", "64", "--full-to", "8"],
+        "--full-to 8",
+        "below all of --contexts 64",
+        "raise it",
+    ),
+    _says("bench decode", ["--peers", "here,hf"], "here,hf", "with here", "stock or full beside"),
+    _range("bench decode", "--steps", "2", 3),
+]
+
+_SLIDE = "nothing would slide"
+_EVAL = [
+    *(
+        _says(
+            "eval ppl",
+            ["--windows", text],
+            f"got {text.split(',')[-1]!r}",
+            "from 1 on",
+            "--windows",
+        )
+        for text in ("0", "64,many", "", "8.0", "-8", "9" * 5000)
+    ),
+    _says("eval ppl", ["--sinks", "-1"], "got '-1'", "integers from 0 on", "--sinks takes"),
+    _says(
+        "eval ppl",
+        ["--windows", "full", "--sinks", "4"],
+        "--windows full has no window",
+        "no effect",
+        "Give a number of tokens",
+    ),
+    _says(
+        "eval ppl",
+        ["--windows", "full", "--sinks", "0", "--full-attention-layers", "0"],
+        "--windows full has no window",
+        "full layers would have no effect",
+        "no --full-attention-layers",
+    ),
+    _says(
+        "eval ppl",
+        ["--windows", "60", "--sinks", "0,4"],
+        "a window of 60 with 4 sinks",
+        f"not below --length 64: {_SLIDE}",
+        "Give longer pieces",
+    ),
+    _says(
+        "eval ppl",
+        ["--windows", "8", "--sinks", "0", "--position-shift"],
+        "--sinks 0 has none",
+        "moves sinks",
+        "leave it out",
+    ),
+    _says(
+        "eval ppl",
+        ["--windows", "8", "--full-attention-layers", "9"],
+        "layer 9 is out of range",
+        "this model has layers 0..3",
+        "swa.full_attention_layers",
+    ),
+    _says(
+        "eval ppl",
+        ["--windows", "8", "--length", "9000"],
+        "the text has 8888 tokens",
+        "less than one piece of 9000",
+        "give a longer text",
+    ),
+    _says(
+        "eval ppl",
+        ["--windows", "full", "--sinks", "0", "--length", "1"],
+        "got 1",
+        "at least 2 tokens",
+        "--length",
+    ),
+    *(
+        _range("eval ppl", f"--{flag}", "0", 1, "--windows", "8")
+        for flag in ("chunk", "block-size")
+    ),
+    _range("eval ppl", "--chunk", str(10**12), 1, "--windows", "8"),
+    *(
+        _says("eval ppl", ["--windows", "8", "--text", text], f"{text} ".replace(HERE, ""), why, do)
+        for text, why, do in (
+            ("nowhere", "cannot be read: No such file", "--text"),
+            (HERE, "cannot be read: Is a directory", "--text"),
+            (str(MODEL / "model.safetensors"), "is no UTF-8", "--text"),
+        )
+    ),
+    _says(
+        "eval ppl",
+        ["--windows", "8", "--text", f"{HERE}/empty"],
+        "the text has 0 tokens",
+        "less than one piece of 64",
+        "give a longer text",
+    ),
+    _says(
+        "eval ppl",
+        ["--windows", "8", "--plot", "a.pdf"],
+        "--plot a.pdf",
+        "is a PNG",
+        "ends in .png",
+    ),
+    _says(
+        "eval ppl",
+        ["--windows", "8", "--json", "/nowhere/a"],
+        "--json /nowhere/a",
+        "the directory does not exist",
+        "make it first",
+    ),
+    _says("eval needle", ["--lengths", "63"], "got '63'", "integers from 64 on", "--lengths"),
+    _says("eval needle", ["--lengths", "200,long"], "got 'long'", "from 64 on", "--lengths"),
+    _says("eval needle", ["--lengths", "9" * 30], "got '999", "from 64 on", "--lengths"),
+    _range("eval needle", "--depths", "1", 2),
+    _range("eval needle", "--trials", "0"),
+    _says("eval needle", ["--sinks", "-1"], "got -1", "an integer >= 0", "swa.sink_tokens"),
+    _says(
+        "eval needle",
+        ["--window", "200"],
+        "a window of 200",
+        "longest of --lengths, 200",
+        "Give a longer one",
+    ),
+    *(
+        _says(
+            "eval stream",
+            ["--tokens", n],
+            f"got {n}",
+            "twice the trained length of 512",
+            "give more",
+        )
+        for n in ("1000", "0", "-5")
+    ),
+    _says(
+        "eval stream",
+        ["--arms", "shifted,half"],
+        "got half",
+        "shifted, sinks, window, full",
+        "--arms",
+    ),
+    _says("eval stream", ["--sinks", "0"], "got --sinks 0", "shifted needs sinks", "give some, or"),
+    _says("eval stream", ["--window", "0"], "got 0", "must be an integer >= 1", "swa.window"),
+    _says(
+        "eval stream",
+        ["--text", f"{HERE}/short"],
+        "the text has 2 tokens",
+        "trained length of 512",
+        "give a longer one",
+    ),
+    *(
+        _says("eval layers", ["--budget", text], f"got {shown}", "between 0 and 1", "--budget")
+        for text, shown in (("1.5", "1.5"), ("0", "0.0"), ("nan", "nan"), ("-1", "-1.0"))
+    ),
+    _range("eval layers", "--pieces", "0"),
+    _range("eval layers", "--rounds", "0"),
+    _says(
+        "eval layers",
+        ["--window", "256"],
+        "a window of 256 with 4 sinks",
+        "not below --length 256",
+        "Give longer pieces",
+    ),
+    _says("eval layers", ["--window", "0"], "got 0", "must be an integer >= 1", "swa.window"),
+    _says(
+        "eval layers",
+        ["--pieces", "34"],
+        "34 pieces of 256 tokens and --pieces takes 34",
+        "none is left",
+        "Give more text",
+    ),
+]
+
+_NONE = "does not exist"
+_OTHERS = [
+    Bad("plan nowhere", ["plan", "/nowhere"], "/nowhere", _NONE, "download config.json"),
+    Bad("plan a device", ["plan", "/dev/null"], "/dev/null", "is not JSON", "give the config.json"),
+    Bad(
+        "no model",
+        ["eval", "ppl", "./nowhere", "--text", TEXT],
+        "./nowhere: ",
+        "config.json",
+        "dir",
+    ),
+    Bad(
+        "no dtype",
+        ["plan", f"{HERE}/config.json", "--output", "64"],
+        "config.json has dtype None",
+        "one of bfloat16, float16",
+        "give --dtype",
+    ),
+    Bad("check what", ["check", "--window", "64"], "--window is", "about a model", "give MODEL"),
+    _usage(["nosuch"], "'nosuch'", "'plan', 'check', 'trace', 'bench', 'eval'", "choose from"),
+    _usage(["plan"], "the following arguments", "MODEL", "are required"),
+    _usage(["plan", str(MODEL), "--window", "1e3"], "'1e3'", "invalid int value", "--window"),
+    _usage(
+        ["plan", str(MODEL), "--dtype", "int3"], "'int3'", "'bfloat16', 'float16'", "choose from"
+    ),
+    _usage(
+        ["plan", str(MODEL), "--windw", "8"], "--windw 8", "unrecognized arguments", "usage: swa"
+    ),
+    _usage(["eval", "nosuch"], "'nosuch'", "'ppl', 'needle', 'stream', 'layers'", "choose from"),
+    _usage(
+        ["eval", "ppl", "m", "--text", "t", "--dtype", "int3"], "'int3'", "'auto'", "choose from"
+    ),
+]
+
+COMMANDS = [*_PLAN, *_TRACE, *_BENCH, *_EVAL, *_OTHERS]

@@ -1,0 +1,340 @@
+"""Options, config files and engines that cannot be served, and what is said before weights."""
+
+import math
+from typing import Any
+
+from pydantic import ValidationError
+
+from swa_backend.config import SWAConfigError
+from tests.bad_input.row import Bad
+from tests.helpers.tiny_models import BY_LAYER_TYPES, FULL, MIXED, ROPE, SLIDING
+
+LAYERS = "swa.full_attention_layers"
+
+
+def _refused(name: str, given: Any, got: str, allowed: str, do: str) -> Bad:
+    return Bad(name, given, got, allowed, do, ValidationError, SWAConfigError)
+
+
+def _option(given: dict[str, Any], got: str, allowed: str, do: str, name: str = "") -> Bad:
+    """Of the ``swa`` object, with a window unless it is about that."""
+    options = given if "window" in given else {"window": 8, **given}
+    shown = ", ".join(f"{key}={value!r}" for key, value in given.items())
+    return _refused(name or shown, {"swa": options}, got, allowed, do)
+
+
+def _tokens(key: str, value: Any, least: int) -> Bad:
+    allowed = f"must be an integer >= {least} and below 2**31 (tokens"
+    return _option({key: value}, f"got {value!r}", allowed, f"swa.{key}")
+
+
+def _spec(spec: Any, got: str, allowed: str, do: str) -> Bad:
+    return _option({"full_attention_layers": spec}, got, allowed, do)
+
+
+# Of --additional-config, for a full-attention checkpoint of four layers.
+OPTIONS = [
+    _refused(
+        "swa is null", {"swa": None}, "got None", "an object with keys from", "Example: --add"
+    ),
+    _refused("swa is a list", {"swa": ["window"]}, "got ['window']", "keys from", "Example: --add"),
+    _refused(
+        "swa is a number", {"swa": 64}, "got 64", "keys from enabled, window", "Example: --add"
+    ),
+    _refused(
+        "options outside of swa",
+        {"window": 64},
+        "has 'window' where",
+        'object "swa"',
+        "Write --add",
+    ),
+    _refused("SWA", {"SWA": {"window": 64}}, "has 'SWA' where", 'an object "swa"', "Write --add"),
+    _option({"windows": 4}, "unknown key windows", "allowed are enabled, window", "mean window?"),
+    _option({"Sink_Tokens": 4}, "key Sink_Tokens", "allowed are enabled,", "mean sink_tokens?"),
+    _option({"x": 1}, "unknown key x", "allowed are enabled, window, sink_tokens", "allowed are"),
+    *(
+        _tokens("window", value, 1)
+        for value in (0, -1, True, "64", 6.5, 64.0, None, [8], math.nan, math.inf, 2**31, 10**30)
+    ),
+    *(_tokens("sink_tokens", value, 0) for value in (-1, True, "4", 4.0, None, 10**12)),
+    _option({"sink_tokens": 512}, "sink_tokens=512", "not below max_model_len 512", "Give fewer"),
+    _option({"enabled": "yes"}, "got 'yes'", "must be true or false", "swa.enabled"),
+    _option({"enabled": 0}, "got 0", "must be true or false", "swa.enabled"),
+    _option({"debug_poison": 1}, "got 1", "must be true or false", "swa.debug_poison"),
+    _option(
+        {"position_shift": 1, "sink_tokens": 4}, "got 1", "true or false", "swa.position_shift"
+    ),
+    _option(
+        {"position_shift": True}, "position_shift moves", "there are none", "give sink_tokens too"
+    ),
+    _option({"prefill_pages": "most"}, "got 'most'", '"auto", "survivors", "all"', "prefill_pages"),
+    _option({"prefill_pages": None}, "got None", '"auto", "survivors", "all"', "prefill_pages"),
+    _option({"impl": "cuda"}, "got 'cuda'", 'one of "auto", "triton"', "swa.impl must be"),
+    _option({"impl": ["triton"]}, "got ['triton']", 'one of "auto", "triton"', "swa.impl must be"),
+    *(
+        _spec(spec, f"got {spec!r}", "must be a list of layer indices or text", LAYERS)
+        for spec in (3, [True], ["0"], [1.0], {"0": 1}, None)
+    ),
+    *(
+        _spec(spec, f"{LAYERS}={spec!r}: cannot read", '"every:N" (N >= 1)', "write indices and")
+        for spec in ("", "a", "1-", "3-1", "every:0", "every:x", "none,1", "1,,2", "-1", "9" * 5000)
+    ),
+    *(
+        _spec(spec, f"{LAYERS}={spec!r}: layer", "this model has layers 0..3", "out of range")
+        for spec in ("4", "0-4", "2-999999999", "100-200", [4], [-1], [10**30])
+    ),
+    _spec("every:5", "every:5 names none", "this model's 4 layers", "give a smaller number"),
+    _spec("0-3", "='0-3' names all 4", "no window would take effect", "leave at least one layer"),
+    _option({"enabled": False}, "enabled=false", "contradicts window", "remove either"),
+    _refused(
+        "no window",
+        {"swa": {"full_attention_layers": "0"}},
+        "sliding_window is null or 0",
+        "the checkpoint gives no window",
+        "Give one with --additional-config",
+    ),
+    *(
+        _refused(
+            f"{key} alone", {"swa": {key: value}}, f"swa.{key} would", "no effect", "Remove it"
+        )
+        for key, value in {
+            "sink_tokens": 4,
+            "prefill_pages": "all",
+            "impl": "triton",
+            "debug_poison": True,
+        }.items()
+    ),
+]
+
+
+def _config(name: str, keys: dict[str, Any], got: str, allowed: str, do: str) -> Bad:
+    return _refused(name, keys, got, allowed, do)
+
+
+# Keys of config.json, beside those of the tiny model.
+CONFIGS = [
+    _config(
+        "unknown layer type",
+        {**SLIDING, "layer_types": ["chunked_attention"] * 4},
+        "contains chunked_attention",
+        "Qwen3 has full_attention and sliding_attention",
+        "only",
+    ),
+    _config(
+        "layer types without use_sliding_window",
+        {**BY_LAYER_TYPES, "use_sliding_window": False},
+        "use_sliding_window is false",
+        "makes transformers drop the window",
+        "Set use_sliding_window=true",
+    ),
+    _config(
+        "no layer slides",
+        {**SLIDING, "max_window_layers": 4},
+        "max_window_layers=4, 4 layers",
+        "no layer slides",
+        "override layer_types too, or use",
+    ),
+    _config(
+        "window of 0",
+        {**SLIDING, "sliding_window": 0},
+        "sliding_window is null or 0",
+        "gives no window",
+        "Give one with --additional-config",
+    ),
+    *(
+        _config(
+            f"window of {window}",
+            {**SLIDING, "sliding_window": window},
+            f"got {window}",
+            "sliding_window must be an integer >= 1 and below 2**31",
+            "correct the checkpoint's config.json",
+        )
+        for window in (-4, 10**20)
+    ),
+    _config(
+        "no layers",
+        {**SLIDING, "num_hidden_layers": 0, "layer_types": []},
+        "got 0",
+        "num_hidden_layers must be an integer >= 1",
+        "correct the checkpoint's config.json",
+    ),
+    *(
+        _config(
+            f"{key}={heads}",
+            {**SLIDING, key: heads},
+            f"{key}={heads}",
+            "is no multiple of",
+            "correct the checkpoint's config.json",
+        )
+        for key, heads in {"num_attention_heads": 5, "num_key_value_heads": 3}.items()
+    ),
+    _config(
+        "bidirectional",
+        {**SLIDING, "is_causal": False},
+        "is_causal=false",
+        "cannot have a window",
+        "remove the window or is_causal=false",
+    ),
+    _config(
+        "dual chunks",
+        {**SLIDING, "dual_chunk_attention_config": {"chunk_size": 8}},
+        "dual_chunk_attention_config",
+        "cannot be combined with a window",
+        "remove either",
+    ),
+]
+
+
+def _engine(
+    name: str, arguments: dict[str, Any], got: str, allowed: str, do: str, keys: Any = SLIDING
+) -> Bad:
+    return _refused(name, (keys, arguments), got, allowed, do)
+
+
+_OVERRIDE = {"use_sliding_window": True, "sliding_window": 40, "max_window_layers": 0}
+_CONNECTOR = {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}
+_LATE = "transformers derives layer_types before"
+
+# Keys of config.json, and arguments of vLLM's engine.
+ENGINES = [
+    _engine(
+        "overrides that come too late",
+        {"hf_overrides": _OVERRIDE},
+        "--hf-overrides of use_sliding_window, max_window_layers has no effect",
+        _LATE,
+        "Override layer_types too, or use",
+        FULL,
+    ),
+    _engine(
+        "window by override",
+        {"hf_overrides": {"sliding_window": 40}},
+        "--hf-overrides of sliding_window has no effect",
+        _LATE,
+        "Override layer_types too, or use",
+        FULL,
+    ),
+    _engine(
+        "full layers by override",
+        {"hf_overrides": {"max_window_layers": 2}},
+        "--hf-overrides of max_window_layers has no effect",
+        _LATE,
+        "with full_attention_layers for a mixed model",
+    ),
+    _engine(
+        "window overridden by null",
+        {"hf_overrides": {"sliding_window": None}},
+        "sliding_window is null or 0",
+        "gives no window",
+        "ask for full attention with --additional-config",
+    ),
+    _engine(
+        "layer types of another length",
+        {"hf_overrides": {"layer_types": ["full_attention"] * 3}},
+        "layer_types has 3 entries",
+        "num_hidden_layers=4",
+        "give one entry a layer",
+        FULL,
+    ),
+    _engine(
+        "sliding window disabled",
+        {"disable_sliding_window": True, "max_model_len": 40},
+        "--disable-sliding-window was given",
+        "gives no window",
+        "ask for full attention with --additional-config",
+        MIXED,
+    ),
+    _engine(
+        "KV connector",
+        {"kv_transfer_config": _CONNECTOR},
+        "--kv-transfer-config",
+        "know nothing of the pages that a window frees",
+        "remove them, or serve full attention",
+    ),
+    _engine(
+        "pipeline",
+        {"pipeline_parallel_size": 2},
+        "pipeline_parallel_size=2",
+        "use tensor parallelism",
+        "leave it at 1",
+    ),
+    _engine(
+        "survivors without their manager",
+        {
+            "disable_hybrid_kv_cache_manager": True,
+            "additional_config": {"swa": {"prefill_pages": "survivors"}},
+        },
+        'prefill_pages="survivors"',
+        "--disable-hybrid-kv-cache-manager leaves pages to vLLM",
+        'Use "auto" or "all"',
+    ),
+    _engine(
+        "sinks without their manager",
+        {
+            "disable_hybrid_kv_cache_manager": True,
+            "additional_config": {"swa": {"sink_tokens": 4}},
+        },
+        "sink_tokens cannot be had",
+        "--disable-hybrid-kv-cache-manager, which leaves pages to vLLM",
+        "remove either",
+    ),
+    _engine(
+        "poison without its manager",
+        {
+            "disable_hybrid_kv_cache_manager": True,
+            "additional_config": {"swa": {"debug_poison": True}},
+        },
+        "debug_poison",
+        "cannot be had with --disable-hybrid-kv-cache-manager",
+        "remove either",
+    ),
+    _engine(
+        "context parallelism in decodes",
+        {"tensor_parallel_size": 2, "decode_context_parallel_size": 2},
+        "decode_context_parallel_size=2",
+        "was not tested with windows",
+        "leave it at 1",
+    ),
+    _engine(
+        "context parallelism in prefill",
+        {"prefill_context_parallel_size": 2},
+        "prefill_context_parallel_size=2",
+        "was not tested with windows",
+        "leave it at 1",
+    ),
+    _engine(
+        "microbatches",
+        {"enable_dbo": True},
+        "--enable-dbo",
+        "were not tested with windows",
+        "leave them out",
+    ),
+    _engine(
+        "sinks in an fp8 cache on CPUs",
+        {"kv_cache_dtype": "fp8", "additional_config": {"swa": {"sink_tokens": 4}}},
+        "kv_cache_dtype=fp8",
+        "not tested on CPUs",
+        "remove either",
+    ),
+    _engine(
+        "shifted sinks in time and space",
+        {"additional_config": {"swa": {"sink_tokens": 4, "position_shift": True}}},
+        "position_shift in a model",
+        "RoPE has positions in time and space",
+        "remove position_shift",
+        {**SLIDING, "rope_parameters": {**ROPE["default"], "mrope_section": [8, 4, 4]}},
+    ),
+    _engine(
+        "more shifted sinks than operators have room for",
+        {"additional_config": {"swa": {"sink_tokens": 241, "position_shift": True}}},
+        "got 241",
+        "allows at most 240 sink_tokens with a head size of 32",
+        "give fewer, or remove position_shift",
+    ),
+    _engine(
+        "poison in workers",
+        {"tensor_parallel_size": 2, "additional_config": {"swa": {"debug_poison": True}}},
+        "swa.debug_poison",
+        "only with scheduler and worker in the main process",
+        "or remove debug_poison",
+    ),
+]

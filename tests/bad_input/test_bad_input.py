@@ -1,0 +1,196 @@
+"""The table of bad inputs: each is refused with the right error, and told what to do about it.
+
+Rows of HTTP requests meet a live server, in ``test_serve.py``.
+"""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from vllm.engine.arg_utils import EngineArgs
+
+import swa_vllm
+from swa_backend import ops
+from swa_backend.checkpoint import read_checkpoint
+from swa_vllm.tools.cli import main
+from tests.bad_input.checkpoints import CHECKPOINTS, CONFIG_FILES, UNREADABLE, WEIGHTS, no_rights
+from tests.bad_input.commands import COMMANDS, HERE, MODEL
+from tests.bad_input.operations import OPERATIONS, arguments_of
+from tests.bad_input.options import CONFIGS, ENGINES, OPTIONS
+from tests.bad_input.requests import REQUESTS
+from tests.bad_input.row import Bad
+from tests.bad_input.surroundings import SURROUNDINGS
+from tests.helpers.engines import EngineFactory, ModelFactory, resolve_here
+from tests.helpers.tiny_models import FULL, NUM_LAYERS, SLIDING
+
+Record = Callable[[str, object], None]
+KINDS = {
+    "options": OPTIONS,
+    "configs": CONFIGS,
+    "engines": ENGINES,
+    "checkpoints": CHECKPOINTS,
+    "config files": CONFIG_FILES,
+    "places": UNREADABLE,
+    "surroundings": SURROUNDINGS,
+    "commands": COMMANDS,
+    "operations": OPERATIONS,
+    "requests": REQUESTS,
+}
+
+
+@pytest.fixture(autouse=True)
+def counted(request: pytest.FixtureRequest, record_property: Record) -> None:
+    """The summary at the end of a run adds these up."""
+    if "row" in request.fixturenames:
+        record_property("summary: bad inputs", 1)
+
+
+def rows(table: list[Bad]) -> Any:
+    return pytest.mark.parametrize("row", table, ids=[row.name[:60] for row in table])
+
+
+@pytest.fixture(scope="module")
+def without_weights(tiny_model: ModelFactory, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A directory with the tiny model's config.json, changed, and nothing else."""
+    swa_vllm.register()
+    resolve_here("Qwen3ForCausalLM")
+    base = json.loads((tiny_model(**FULL) / "config.json").read_text())
+
+    def make(**keys: Any) -> Path:
+        config = {k: v for k, v in base.items() if k != "layer_types"} | keys
+        directory = tmp_path_factory.mktemp("config")
+        (directory / "config.json").write_text(json.dumps(config))
+        return directory
+
+    return make
+
+
+def set_up(model: Path, **arguments: Any) -> Any:
+    """The engine's config: the process that starts an engine makes it before there is one."""
+    return EngineArgs(
+        str(model),
+        skip_tokenizer_init=True,
+        dtype="float32",
+        **{"max_model_len": 512, **arguments},
+    ).create_engine_config()
+
+
+def refused(row: Bad, call: Callable[[], object]) -> None:
+    with pytest.raises(row.error) as caught:
+        call()
+    row.check(caught.value)
+
+
+def test_the_table_is_a_table() -> None:
+    names = [(kind, row.name) for kind, table in KINDS.items() for row in table]
+    assert len(set(names)) == len(names) >= 60
+    for table in KINDS.values():
+        assert all(row.got and row.allowed and row.do for row in table)
+
+
+@rows(OPTIONS)
+def test_options(row: Bad, without_weights: Any) -> None:
+    refused(row, lambda: set_up(without_weights(), additional_config=row.given))
+
+
+@rows(CONFIGS)
+def test_configs(row: Bad, without_weights: Any) -> None:
+    refused(row, lambda: set_up(without_weights(**row.given)))
+
+
+@rows(ENGINES)
+def test_engines(row: Bad, without_weights: Any) -> None:
+    keys, arguments = row.given
+    refused(row, lambda: set_up(without_weights(**keys), **arguments))
+
+
+def test_what_the_rows_start_from_is_served(without_weights: Any) -> None:
+    """So that the rows are refused for what is wrong in them."""
+    set_up(without_weights(**FULL), additional_config={"swa": {"window": 8}})
+    set_up(without_weights(**SLIDING))
+
+
+@rows(CHECKPOINTS)
+def test_checkpoints(row: Bad, tiny_model: ModelFactory, tmp_path: Path) -> None:
+    """Found in the files' headers; vLLM would serve some, and name others' modules only."""
+    model = tmp_path / "model"
+    shutil.copytree(tiny_model(**SLIDING), model)
+    set_up(model)
+    row.given(model)
+    refused(row, lambda: set_up(model))
+
+
+def test_vllm_itself_serves_a_checkpoint_that_lacks_a_projection(
+    engine: EngineFactory, tiny_model: ModelFactory, tmp_path: Path
+) -> None:
+    """Why headers are read. If this fails, vLLM has learned to refuse it."""
+    model = tmp_path / "model"
+    shutil.copytree(tiny_model(**FULL), model)
+    (damage,) = (row.given for row in CHECKPOINTS if row.name == "a projection is missing")
+    damage(model)
+    assert engine(model)
+
+
+@rows(CONFIG_FILES)
+def test_config_files(row: Bad, tmp_path: Path) -> None:
+    """What ``swa plan`` and ``swa check`` say, which read the file themselves."""
+    shutil.copy(MODEL / "config.json", tmp_path)
+    row.given(tmp_path)
+    refused(row, lambda: read_checkpoint(tmp_path))
+
+
+@rows(SURROUNDINGS)
+def test_surroundings(row: Bad, clean_registries: pytest.MonkeyPatch, without_weights: Any) -> None:
+    refused(row, lambda: row.given(clean_registries, without_weights(**SLIDING)))
+
+
+@rows(UNREADABLE)
+def test_places_without_rights(row: Bad, tmp_path: Path) -> None:
+    with no_rights(tmp_path):
+        refused(row, lambda: row.given(tmp_path))
+
+
+@rows(COMMANDS)
+def test_commands(
+    row: Bad,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (tmp_path / "short").write_text("In the")
+    (tmp_path / "empty").touch()
+    config = json.loads((MODEL / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"dtype": None}))
+    arguments = [str(part).replace(HERE, str(tmp_path)) for part in row.given]
+    if row.error is SystemExit:  # by argparse
+        with pytest.raises(SystemExit) as caught:
+            main(arguments)
+        assert caught.value.code == 2
+    else:
+        assert main(arguments) == 1
+    row.check_text(capsys.readouterr().err)
+
+
+@rows(OPERATIONS)
+def test_operations(row: Bad) -> None:
+    name, changes = row.given
+    refused(row, lambda: getattr(ops, name)(**arguments_of(name) | changes))
+
+
+def test_stacked_projections_are_not_missing(tiny_model: ModelFactory, tmp_path: Path) -> None:
+    """A checkpoint may have them in one, which vLLM loads too."""
+    model = tmp_path / "model"
+    shutil.copytree(tiny_model(**SLIDING), model)
+    tensors = load_file(model / WEIGHTS)
+    for layer in range(NUM_LAYERS):
+        for stack, parts in (("self_attn.qkv", "qkv"), ("mlp.gate_up", ("gate", "up"))):
+            place = f"model.layers.{layer}.{stack.partition('.')[0]}"
+            taken = [tensors.pop(f"{place}.{part}_proj.weight") for part in parts]
+            tensors[f"model.layers.{layer}.{stack}_proj.weight"] = torch.cat(taken)
+    save_file(tensors, model / WEIGHTS, metadata={"format": "pt"})
+    set_up(model)

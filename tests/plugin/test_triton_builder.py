@@ -1,0 +1,381 @@
+"""Builder and layer implementation, driven with what both model runners of vLLM pass.
+
+The V2 runner's ``build_attn_metadata`` itself makes the batches; 0.33's is taken from its sources.
+"""
+
+import ast
+import inspect
+from collections.abc import Callable, Iterator
+from functools import partial
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from vllm import EngineArgs
+from vllm.config import set_current_vllm_config
+from vllm.v1.attention.backend import AttentionCGSupport, CommonAttentionMetadata
+from vllm.v1.worker import workspace
+from vllm.v1.worker.gpu import attn_utils
+from vllm.v1.worker.utils import AttentionGroup
+
+from swa_backend import ops, reference
+from swa_backend.config import SWAConfigError
+from swa_vllm.attention import layer_table as report
+from swa_vllm.attention.layer import WindowedAttention
+from swa_vllm.attention.triton.backend import SWATritonBackend, SWATritonImpl
+from swa_vllm.attention.triton.builder import Scratch, SWATritonMetadata
+from swa_vllm.refusals import check_servable
+from tests.helpers.engines import ModelFactory
+from tests.helpers.tiny_models import FULL
+from tests.helpers.wheel_sources import official_sources
+
+PAGE, WINDOW, SINKS, HEADS, SIZE = 32, 20, 4, 2, 32
+CPU = torch.device("cpu")
+# Of each request: tokens before, and queries.
+DECODES = ((70, 1), (5, 1), (31, 1))
+MIXED = ((70, 1), (5, 1), (40, 30), (0, 50))
+
+
+class Setup:
+    """One windowed layer with its group, and a pool of pages."""
+
+    def __init__(
+        self,
+        model: Any,
+        monkeypatch: pytest.MonkeyPatch,
+        window: int = WINDOW,
+        rotary: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        monkeypatch.setattr(report, "get_tensor_model_parallel_rank", lambda: 1)
+        options = {"window": window, "sink_tokens": SINKS, "impl": "triton"}
+        args = {"dtype": "float32", "block_size": PAGE, "max_num_batched_tokens": 128, **kwargs}
+        self.config = EngineArgs(
+            str(model),
+            max_model_len=128,
+            max_num_seqs=8,
+            additional_config={"swa": options},
+            **args,
+        ).create_engine_config()
+        name = "model.layers.0.self_attn.attn"
+        with set_current_vllm_config(self.config):
+            self.layer = WindowedAttention(
+                HEADS,
+                SIZE,
+                SIZE**-0.5,
+                num_kv_heads=1,
+                cache_config=self.config.cache_config,
+                per_layer_sliding_window=window,
+                sink_tokens=SINKS,
+                shifted_by=rotary,
+                prefix=name,
+            )
+            self.spec = self.layer.get_kv_cache_spec(self.config)
+            self.group = AttentionGroup(self.layer.get_attn_backend(), [name], self.spec, 0)
+            self.group.create_metadata_builders(self.config, CPU, kernel_block_size=PAGE)
+        self.name = name
+        self.rotary = rotary
+
+    def shifted(self, query: torch.Tensor, batch: dict[str, Any]) -> torch.Tensor | None:
+        """Queries as the sinks shall meet them: no further away than just before the window."""
+        if self.rotary is None:
+            return None
+        starts, seq_lens = batch["query_start_loc"].tolist(), batch["seq_lens"].tolist()
+        distances = torch.zeros(len(query), dtype=torch.int64)
+        for start, stop, seq_len in zip(starts, starts[1:], seq_lens, strict=False):
+            positions = torch.arange(seq_len - (stop - start), seq_len)
+            distances[start:stop] = (positions - (WINDOW + SINKS - 1)).clamp(min=0)
+        return reference.rotate_back(query, distances, self.rotary.cos_sin_cache)
+
+    def batch(self, requests: Any, pad_to: int = 0, num_padding: int = 0) -> dict[str, Any]:
+        """Tensors of a step as vLLM keeps them: padded rows have no tokens, padded slots are -1."""
+        rows = [*requests, *[(0, 0)] * (pad_to - len(requests))]
+        lengths = torch.tensor([n for _, n in rows])
+        starts = torch.cat((torch.zeros(1), lengths.cumsum(0))).int()
+        seq_lens = torch.tensor([context + n for context, n in rows]).int()
+        table = torch.arange(1, 1 + 4 * len(rows)).view(len(rows), 4).int()
+        slots = [
+            int(table[r, p // PAGE]) * PAGE + p % PAGE
+            for r, (context, n) in enumerate(rows)
+            for p in range(context, context + n)
+        ]
+        return {
+            "query_start_loc": starts,
+            "seq_lens": seq_lens,
+            "block_table": table,
+            "slots": torch.tensor([*slots, *[-1] * num_padding]),
+            "max_query_len": int(lengths.max()),
+            "num_tokens": len(slots) + num_padding,
+        }
+
+
+@pytest.fixture
+def setup(tiny_model: ModelFactory, monkeypatch: pytest.MonkeyPatch) -> Setup:
+    return Setup(tiny_model(**FULL), monkeypatch)
+
+
+def by_v1(setup: Setup, batch: dict[str, Any]) -> SWATritonMetadata:
+    """As ``GPUModelRunner`` calls the builder."""
+    common = CommonAttentionMetadata(
+        query_start_loc=batch["query_start_loc"],
+        query_start_loc_cpu=batch["query_start_loc"].clone(),
+        seq_lens=batch["seq_lens"],
+        num_reqs=len(batch["seq_lens"]),
+        num_actual_tokens=batch["num_tokens"],
+        max_query_len=batch["max_query_len"],
+        max_seq_len=128,
+        block_table_tensor=batch["block_table"],
+        slot_mapping=batch["slots"],
+        causal=True,
+    )
+    return setup.group.get_metadata_builder().build(0, common)
+
+
+def by_v2(build: Callable[..., Any], **more: Any) -> Callable[[Setup, Any], SWATritonMetadata]:
+    def call(setup: Setup, batch: dict[str, Any]) -> SWATritonMetadata:
+        groups = SimpleNamespace(
+            kv_cache_groups=[SimpleNamespace(layer_names=[setup.name], kv_cache_spec=setup.spec)]
+        )
+        metadata = build(
+            [[setup.group]],
+            num_reqs=len(batch["seq_lens"]),
+            num_tokens=batch["num_tokens"],
+            query_start_loc_gpu=batch["query_start_loc"],
+            query_start_loc_cpu=batch["query_start_loc"].clone(),
+            max_query_len=batch["max_query_len"],
+            seq_lens=batch["seq_lens"],
+            max_seq_len=128,
+            block_tables=[batch["block_table"]],
+            slot_mappings=batch["slots"][None],
+            kv_cache_config=groups,
+            **more,
+        )
+        return metadata[setup.name]
+
+    return call
+
+
+def v2_of_033() -> Callable[..., Any]:
+    path = official_sources("0.33.0") / "v1/worker/gpu/attn_utils.py"
+    (function,) = (
+        node
+        for node in ast.parse(path.read_text()).body
+        if isinstance(node, ast.FunctionDef) and node.name == "build_attn_metadata"
+    )
+    namespace = dict(vars(attn_utils))
+    exec(ast.unparse(function), namespace)  # noqa: S102 (vLLM's own function)
+    return namespace["build_attn_metadata"]
+
+
+@pytest.fixture(params=["V1", "V2 of 0.32", "V2 of 0.32, capturing", "V2 of 0.33"])
+def runner(request: pytest.FixtureRequest) -> Iterator[Callable[[Setup, Any], SWATritonMetadata]]:
+    if request.param == "V1":
+        yield by_v1
+    elif request.param.endswith("capturing"):
+        yield by_v2(attn_utils.build_attn_metadata, for_cudagraph_capture=True)
+    else:
+        is_newer = request.param.endswith("0.33")
+        yield by_v2(v2_of_033() if is_newer else attn_utils.build_attn_metadata)
+
+
+def test_decodes_refer_to_the_runners_own_buffers(
+    setup: Setup, runner: Callable[[Setup, Any], SWATritonMetadata]
+) -> None:
+    """What a CUDA graph holds stays where it is."""
+    batch = setup.batch(DECODES, pad_to=5, num_padding=2)
+    metadata = runner(setup, batch)
+    assert metadata.prefills is None
+    assert metadata.decodes is not None
+    assert metadata.decodes.query_start_loc is None
+    assert metadata.decodes.tokens == slice(0, 5)
+    for tensor, name in (
+        (metadata.decodes.block_table, "block_table"),
+        (metadata.decodes.seq_lens, "seq_lens"),
+        (metadata.slots, "slots"),
+    ):
+        assert tensor.data_ptr() == batch[name].data_ptr()
+
+
+def test_mixed_batch_is_split_once_and_what_is_not_stored_has_no_slot(
+    setup: Setup, runner: Callable[[Setup, Any], SWATritonMetadata]
+) -> None:
+    batch = setup.batch(MIXED)
+    batch["slots"][10] = 7  # in the null page
+    metadata = runner(setup, batch)
+    assert metadata.decodes is not None
+    assert metadata.prefills is not None
+    assert (metadata.decodes.tokens, metadata.prefills.tokens) == (slice(0, 2), slice(2, 82))
+    assert metadata.prefills.query_start_loc is not None
+    assert metadata.prefills.query_start_loc.tolist() == [0, 30, 80]
+    assert metadata.slots[10] == -1
+    assert (metadata.slots >= 0).sum() == 81
+    again = runner(setup, setup.batch(MIXED))
+    assert again.prefills is not None
+    assert again.prefills.query_start_loc is not None
+    starts = again.prefills.query_start_loc.data_ptr()
+    assert starts == metadata.prefills.query_start_loc.data_ptr()  # persistent
+
+
+def check_layer(
+    setup: Setup, runner: Callable[[Setup, Any], SWATritonMetadata], requests: Any, pad_to: int
+) -> None:
+    """Assert that the layer writes what it must and gives the oracle's output."""
+    batch = setup.batch(requests, pad_to, num_padding=pad_to - len(requests))
+    generator = torch.Generator().manual_seed(0)
+    cache = torch.randn(1 + 4 * pad_to, PAGE, 1, 2 * SIZE, generator=generator).transpose(1, 2)
+    heads = (HEADS, 1, 1)
+    query, key, value = (
+        torch.randn(batch["num_tokens"], n, SIZE, generator=generator) for n in heads
+    )
+    expected = reference.prefill_attention(
+        query.double(),
+        key,
+        value,
+        cache.clone(),
+        batch["block_table"],
+        batch["query_start_loc"],
+        batch["seq_lens"],
+        window=WINDOW,
+        sink_tokens=SINKS,
+        sink_query=setup.shifted(query.double(), batch),
+    )
+    written = cache.clone()
+    reference.write_pages(key, value, written, batch["slots"])
+    output = torch.full_like(query, float("nan"))
+    metadata = runner(setup, batch)
+    setup.layer.impl.forward(setup.layer, query, key, value, cache, metadata, output)
+    num_tokens = int(batch["query_start_loc"][-1])
+    assert float((output - expected)[:num_tokens].abs().max()) < 2.0**-18
+    assert torch.equal(cache, written)
+
+
+@pytest.mark.parametrize(
+    ("requests", "pad_to"),
+    [(DECODES, 3), (DECODES, 5), (MIXED, 4)],
+    ids=["decodes", "padded", "mixed"],
+)
+def test_layer_equals_the_oracle(
+    requests: Any, pad_to: int, setup: Setup, runner: Callable[[Setup, Any], SWATritonMetadata]
+) -> None:
+    check_layer(setup, runner, requests, pad_to)
+
+
+def test_drafts_are_verified_as_decodes_if_the_window_keeps_their_pages(
+    tiny_model: ModelFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a longer chunk a page may not be stored, which decodes would read."""
+    speculation = {"method": "ngram", "num_speculative_tokens": 3}
+    rows = [(30, 2), (31, 4), (40, 1)]
+    for window, num_decodes in ((2, 1), (3, 1), (4, 3), (20, 3)):
+        setup = Setup(tiny_model(**FULL), monkeypatch, window, speculative_config=speculation)
+        metadata = by_v1(setup, setup.batch(rows))
+        assert metadata.decodes is not None
+        assert len(metadata.decodes.seq_lens) == num_decodes
+
+
+@pytest.mark.parametrize("is_shifted", [False, True], ids=["plain", "shifted"])
+def test_layers_allocate_nothing(
+    is_shifted: bool, tiny_model: ModelFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a GPU: vLLM's workspace has all that is needed before it may grow no more."""
+    angles = torch.arange(128)[:, None] * 10.0 ** -torch.linspace(0, 3, SIZE // 2)
+    table = torch.cat((angles.cos(), angles.sin()), dim=-1)
+    rotary = SimpleNamespace(cos_sin_cache=table, rotary_dim=SIZE, is_neox_style=True)
+    setup = Setup(tiny_model(**FULL), monkeypatch, rotary=rotary if is_shifted else None)
+    monkeypatch.setattr(torch.accelerator, "empty_cache", lambda: None)
+    workspace.init_workspace_manager(CPU)
+    for name in ("empty", "empty_like"):
+        monkeypatch.setattr(ops.torch, name, partial(_refuse_inside_a_layer, getattr(torch, name)))
+    try:
+        setup.group.create_metadata_builders(setup.config, CPU, kernel_block_size=PAGE)
+        workspace.lock_workspace()
+        for count in (1, 8):
+            check_layer(setup, by_v1, [(40, 1)] * count, pad_to=count)
+        check_layer(setup, by_v1, MIXED, pad_to=len(MIXED))
+    finally:
+        workspace.reset_workspace_manager()
+
+
+def _refuse_inside_a_layer(allocate: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    frames = inspect.stack()
+    called_by = [frame.function for frame in frames]
+    allowed = "_ensure_workspace_size" in called_by or "reference.py" in frames[1].filename
+    assert allowed or SWATritonImpl.forward.__name__ not in called_by
+    return allocate(*args, **kwargs)
+
+
+def test_cuda_graphs_hold_uniform_decodes(setup: Setup) -> None:
+    builder = setup.group.get_metadata_builder()
+    support = builder.get_cudagraph_support(setup.config, setup.spec)
+    assert support is AttentionCGSupport.UNIFORM_BATCH
+    assert setup.group.backend is SWATritonBackend
+    assert setup.spec.spare_tokens == 0
+
+
+def test_profiling_gives_zeros(setup: Setup) -> None:
+    output = torch.full((3, HEADS, SIZE), float("nan"))
+    got = setup.layer.impl.forward(setup.layer, output, output, output, output, None, output)
+    assert got.eq(0).all()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"alibi_slopes": [1.0]}, "have no ALiBi on these kernels"),
+        ({"logits_soft_cap": 30.0}, "have no a soft cap of the logits"),
+        ({"kv_sharing_target_layer_name": "x"}, "have no KV sharing"),
+        ({"attn_type": "encoder"}, "have no attention of type encoder"),
+        ({"head_size": 80}, "power of two and at least 16, got 80; remove the window"),
+    ],
+)
+def test_layer_refuses(changes: dict[str, Any], message: str) -> None:
+    arguments = {"num_heads": 2, "head_size": 64, "scale": 1.0, "sliding_window": 8}
+    with pytest.raises(ValueError, match=message):
+        SWATritonImpl(**{**arguments, **changes})
+
+
+@pytest.mark.parametrize("name", ["fp8", "fp8_e5m2"])
+def test_fp8_pages_are_read_with_the_layers_scales(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = []
+    monkeypatch.setattr(ops, "write_pages", lambda *args, **kwargs: calls.append((args, kwargs)))
+    impl = SWATritonImpl(2, 64, 1.0, 1, sliding_window=8, kv_cache_dtype=name)
+    layer: Any = SimpleNamespace(_k_scale_float=0.5, _v_scale_float=2.0)
+    rows = torch.zeros(1, 2, 64)
+    metadata = SWATritonMetadata(torch.zeros(1).long(), None, None, Scratch(0))
+    impl.forward(layer, rows, rows, rows, torch.zeros(1, 1, 16, 128).byte(), metadata, rows)
+    ((args, kwargs),) = calls
+    wanted = torch.float8_e5m2 if name == "fp8_e5m2" else torch.float8_e4m3fn
+    assert args[2].dtype == wanted
+    assert (kwargs["k_scale"], kwargs["v_scale"]) == (0.5, 2.0)
+
+
+def _on_gpu(monkeypatch: pytest.MonkeyPatch, capability: int, is_fnuz: bool = False) -> None:
+    from vllm.platforms import current_platform
+
+    monkeypatch.setattr(current_platform, "is_cuda", lambda: capability > 0)
+    monkeypatch.setattr(current_platform, "is_cuda_alike", lambda: True)
+    monkeypatch.setattr(current_platform, "is_fp8_fnuz", lambda: is_fnuz)
+    found = SimpleNamespace(to_int=lambda: capability)
+    monkeypatch.setattr(current_platform, "get_device_capability", lambda: found)
+
+
+def test_refused_on_old_gpus_and_with_foreign_caches(
+    setup: Setup, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _on_gpu(monkeypatch, 90)
+    setup.config.cache_config.cache_dtype = "fp8"
+    check_servable(setup.config)
+    setup.config.cache_config.cache_dtype = "int8_per_token_head"
+    with pytest.raises(SWAConfigError, match="int8_per_token_head is unknown to the kernels"):
+        check_servable(setup.config)
+    _on_gpu(monkeypatch, 0, is_fnuz=True)
+    setup.config.cache_config.cache_dtype = "fp8"
+    with pytest.raises(SWAConfigError, match=r"fp8 .fnuz. is unknown"):
+        check_servable(setup.config)
+    _on_gpu(monkeypatch, 75)
+    setup.config.cache_config.cache_dtype = "auto"
+    with pytest.raises(SWAConfigError, match="on a GPU that is too old remove the window"):
+        check_servable(setup.config)

@@ -1,0 +1,1 @@
+"""Servers and clusters, in processes of their own."""

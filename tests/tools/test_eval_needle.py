@@ -1,0 +1,100 @@
+"""`swa eval needle`: prompts that mention a number once, and what is recalled of them."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from swa_vllm.tools.cli import main
+from swa_vllm.tools.eval.needle import Needle, beyond_the_window, make_needles
+from swa_vllm.tools.eval.texts import tokenizer_of
+from tests.helpers.trained_models import SLIDING
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Any:
+    return tokenizer_of(str(SLIDING))
+
+
+@pytest.fixture(scope="module")
+def needles(tokenizer: Any) -> list[Needle]:
+    return make_needles(
+        lambda text: list(tokenizer(text, add_special_tokens=False)["input_ids"]), [200, 400], 3, 2
+    )
+
+
+def test_prompts_ask_for_a_number_that_they_mention_once(
+    needles: list[Needle], tokenizer: Any
+) -> None:
+    assert [(n.length, n.depth) for n in needles] == [
+        (length, depth) for length in (200, 400) for depth in (0.0, 0.5, 1.0) for _ in range(2)
+    ]
+    for needle in needles:
+        prompt = tokenizer.decode(needle.tokens)
+        question = prompt[prompt.rindex(" The secret number of") :]
+        assert prompt.count(f"{question} {needle.number}.") == 1
+        assert prompt.count(needle.number) == 1
+        assert needle.length - 30 < len(needle.tokens) <= needle.length
+
+
+def test_distance_is_from_the_number_to_the_answer(needles: list[Needle], tokenizer: Any) -> None:
+    for needle in needles:
+        text = tokenizer.decode(needle.tokens[-needle.distance :])
+        assert text.strip().startswith(needle.number)
+    at_start, _, in_the_middle, _, at_end, _ = (needle.distance for needle in needles[:6])
+    assert at_start > in_the_middle > at_end
+    assert 200 - at_start < 40 > at_end
+
+
+def test_prompts_are_the_same_each_time(needles: list[Needle], tokenizer: Any) -> None:
+    again = make_needles(
+        lambda text: list(tokenizer(text, add_special_tokens=False)["input_ids"]), [200, 400], 3, 2
+    )
+    assert again == needles
+
+
+def _at(*distances: int) -> list[Needle]:
+    return [Needle([], "1234", 500, 0.5, distance) for distance in distances]
+
+
+@pytest.mark.parametrize(
+    ("sinks", "every_layer_slides", "says"),
+    [
+        (0, True, "nothing further back than the window of 64 tokens can be recalled; recalled"),
+        (4, True, "the window of 64 tokens can be recalled, but for the 4 sinks; recalled here"),
+        (4, False, "some layers keep full attention and can look at the whole text; recalled here"),
+    ],
+)
+def test_says_what_the_window_forgets(sinks: int, every_layer_slides: bool, says: str) -> None:
+    hits = [True, False, True]
+    text = beyond_the_window(64, sinks, every_layer_slides, _at(64, 65, 300), hits)
+    assert says in text
+    assert text.endswith("1 of 1 within the window, 1 of 2 beyond it")
+
+
+def test_command_asks_with_full_attention_and_with_the_window(
+    no_engine: Callable[[], None], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    no_engine()
+    path = tmp_path / "needle.json"
+    command = ["eval", "needle", str(SLIDING), "--window", "64", "--sinks", "0", "--quick"]
+    sizes = ["--lengths", "200", "--depths", "2", "--dtype", "float32", "--json", str(path)]
+    assert main([*command, *sizes]) == 0
+    first, last = json.loads(path.read_text())["needles"]
+    assert (first["depth"], last["depth"]) == (0.0, 1.0)
+    assert first["distance"] > 64 > last["distance"]
+    assert not first["window"]
+    printed = capsys.readouterr().out
+    assert "full attention: recall; across: depth" in printed
+    assert "by distance: recall; across: tokens before the answer" in printed
+    assert "every layer slides: nothing further back than the window of 64" in printed
+
+
+@pytest.mark.parametrize("name", ["ppl", "needle", "stream", "layers"])
+def test_help_has_an_example(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as status:
+        main(["eval", name, "--help"])
+    assert status.value.code == 0
+    assert f"example: swa eval {name} Qwen/Qwen3-0.6B --" in capsys.readouterr().out

@@ -1,0 +1,226 @@
+"""The planner's arithmetic against vLLM's own scheduler and start-up, without any engine."""
+
+import os
+import random
+import subprocess
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from vllm import ModelRegistry
+from vllm.config import VllmConfig
+from vllm.v1.core.kv_cache_utils import get_kv_cache_capacity
+from vllm.v1.kv_cache_interface import (
+    FullAttentionSpec,
+    KVCacheConfig,
+    KVCacheSpec,
+    SlidingWindowSpec,
+)
+
+import swa_backend
+import swa_vllm
+from swa_backend.config import PrefillPages
+from swa_vllm.kv_cache.spec import SWASpec
+from swa_vllm.tools.common.pools import Model, plan_pool
+from swa_vllm.tools.common.queueing import Queue, Workload
+from swa_vllm.tools.common.sizing import Arm, KVGroups, Limits, groups_of
+from swa_vllm.tools.engines.scheduler import Engine, Simulation
+from tests.helpers.wheel_sources import official_sources
+
+try:
+    from vllm.v1.core import kv_cache_planning
+except ImportError:  # vLLM 0.32
+    from vllm.v1.core.kv_cache_utils import get_kv_cache_configs
+
+    _start_up = get_kv_cache_configs
+else:
+
+    def _start_up(config: VllmConfig, specs: list[Any], memory: list[int]) -> list[KVCacheConfig]:
+        groups = kv_cache_planning.get_global_kv_cache_groups(config, specs)
+        configs = kv_cache_planning.get_kv_cache_configs(config, specs, memory, groups)
+        return list(configs)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _known_model() -> None:
+    """vLLM inspects a class that it has not imported in a new process, which costs seconds."""
+    swa_vllm.register()
+    name = "Qwen3ForCausalLM"
+    ModelRegistry.register_model(name, ModelRegistry.models[name].load_model_cls())
+
+
+def _limits(engine: Engine) -> Limits:
+    return Limits(
+        engine.block_size,
+        engine.max_model_len,
+        engine.max_num_batched_tokens,
+        engine.max_num_seqs,
+        engine.num_steps_in_flight,
+        engine.spare_tokens,
+    )
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """An engine, and requests that are all there at the start."""
+
+    engine: Engine
+    workload: Workload
+
+
+def _traffic(seed: int) -> Traffic:
+    """Small sizes of every kind; the pool always holds one request, and rarely many."""
+    pick = random.Random(seed)
+    num_prompt, num_output = pick.randint(1, 300), pick.randint(1, 60)
+    sinks = pick.choice([0, 0, 4, 20])
+    engine = Engine(
+        window=pick.choice([1, 7, 16, 40, 100]),
+        block_size=pick.choice([16, 32]),
+        num_pages=10**6,
+        max_num_batched_tokens=pick.choice([24, 64, 500]),
+        max_model_len=num_prompt + num_output + pick.choice([0, 0, 200]),
+        max_num_seqs=pick.choice([4, 16]),
+        num_steps_in_flight=pick.choice([1, 2]),
+        sink_tokens=sinks,
+        spare_tokens=pick.choice([0, sinks]),
+        num_sliding_groups=pick.choice([1, 1, 3]),
+        num_full_groups=pick.choice([0, 1, 2]),
+    )
+    # As the least that any arm starts with is full attention's or stock vLLM's, by the sizes.
+    needed = max(
+        sum(g.num_groups * (g.policy.cap or g.policy.num_entries(engine.max_model_len)) for g in gs)
+        for arm in Arm
+        if (gs := _groups(arm, engine))
+    )
+    engine = replace(engine, num_pages=1 + needed + pick.choice([0, 3, needed, 4 * needed]))
+    return Traffic(engine, Workload(num_prompt, num_output, pick.randint(1, 12)))
+
+
+def _groups(arm: Arm, engine: Engine) -> list[KVGroups]:
+    """As many groups of each kind as the engine has, one layer each."""
+    kinds = {None: engine.num_full_groups, engine.window: engine.num_sliding_groups}
+    return [
+        replace(group, num_groups=count)
+        for window, count in kinds.items()
+        for group in groups_of(arm, (window,) * count, engine.sink_tokens, _limits(engine))
+    ]
+
+
+@pytest.mark.parametrize("arm", Arm)
+@pytest.mark.parametrize("seed", range(40))
+def test_every_step_is_that_of_vllms_scheduler(arm: Arm, seed: int) -> None:
+    """The requests it serves, and the pages that all of them hold then."""
+    traffic = _traffic(seed)
+    real = Simulation(arm, traffic.engine, count_pages=False)
+    assert real.starts
+    model = Queue(
+        _groups(arm, traffic.engine),
+        traffic.engine.num_pages,
+        _limits(traffic.engine),
+        traffic.workload,
+    )
+    for index in range(traffic.workload.num_requests or 0):
+        real.add(
+            str(index),
+            range(index, index + traffic.workload.num_prompt),
+            traffic.workload.num_output,
+        )
+    pool = real.scheduler.kv_cache_manager.block_pool
+    goes_on = True
+    while goes_on:
+        goes_on = real.step()
+        assert model.step() is goes_on
+        assert model.num_running == real.num_running
+        assert model.num_held == traffic.engine.num_pages - 1 - pool.get_num_free_blocks()
+    assert model.num_finished == traffic.workload.num_requests
+    assert model.num_preemptions == real.outcome().num_preemptions
+
+
+@pytest.fixture(scope="module")
+def vllm_config() -> VllmConfig:
+    """Of an engine of pages of 16 tokens and chunks of 100, two in flight; texts of 1000."""
+    engine = Engine(64, 16, 64, 100, 1000, max_num_seqs=16, num_steps_in_flight=2)
+    config = Simulation(Arm.SWA, engine).config
+    config.cache_config.kv_cache_layout = "LBHNC"
+    config.cache_config.num_gpu_blocks_override = None
+    return config
+
+
+def _spec(arm: Arm, window: int | None, sinks: int, config: VllmConfig) -> KVCacheSpec:
+    shape = {"block_size": 16, "num_kv_heads": 2, "head_size": 64, "dtype": torch.bfloat16}
+    if window is None or arm is Arm.FULL:
+        return FullAttentionSpec(**shape)
+    stock = SlidingWindowSpec(**shape, sliding_window=window)
+    if arm is Arm.STOCK:
+        return stock
+    return SWASpec.from_stock(stock, config, PrefillPages.AUTO, sink_tokens=sinks)
+
+
+@pytest.mark.parametrize("num_full", range(9))
+@pytest.mark.parametrize("sinks", [0, 20])
+@pytest.mark.parametrize("arm", Arm)
+def test_pools_are_what_vllm_makes_of_the_layers(
+    arm: Arm, sinks: int, num_full: int, vllm_config: VllmConfig
+) -> None:
+    """Groups, layers in each, pages in 64 MiB, and the estimate of its start-up line."""
+    memory, limits = 64 << 20, Limits(16, 1000, 100, 16, 2)
+    for num_sliding in range(num_full == 0, 14):
+        windows = (None,) * num_full + (64,) * num_sliding
+        specs = {f"layer.{i}": _spec(arm, w, sinks, vllm_config) for i, w in enumerate(windows)}
+        (config,) = _start_up(vllm_config, [specs], [memory])
+        pool = plan_pool(arm, Model(windows, sinks, 2, 64, 2), limits, memory)
+        planned = sorted(
+            (group.policy.window is not None, group.num_layers, group.num_groups)
+            for group in pool.groups
+        )
+        real = config.kv_cache_groups
+        assert planned == sorted(
+            (
+                kind is not FullAttentionSpec,
+                sum(len(g.layer_names) for g in real if type(g.kv_cache_spec) is kind),
+                sum(type(g.kv_cache_spec) is kind for g in real),
+            )
+            for kind in {type(group.kv_cache_spec) for group in real}
+        )
+        assert pool.num_pages == config.num_blocks
+        assert pool.page_bytes == max(
+            len(g.layer_names) * g.kv_cache_spec.page_size_bytes for g in real
+        )
+        assert pool.estimate == get_kv_cache_capacity(vllm_config, config)[1]
+
+
+@pytest.mark.parametrize("arm", Arm)
+def test_an_engine_starts_exactly_where_planned(arm: Arm, vllm_config: VllmConfig) -> None:
+    windows = (None, 64, 64, 64)
+    specs = {f"layer.{i}": _spec(arm, w, 4, vllm_config) for i, w in enumerate(windows)}
+    limits, model = Limits(16, 1000, 100, 16, 2), Model(windows, 4, 2, 64, 2)
+    pool = plan_pool(arm, model, limits, 1 << 30)
+    least = (pool.promised_pages + 1) * pool.page_bytes
+    assert plan_pool(arm, model, limits, least).starts(limits)
+    _start_up(vllm_config, [specs], [least])
+    short = plan_pool(arm, model, limits, least - 1)
+    assert not short.starts(limits)
+    with pytest.raises(ValueError, match="estimated maximum model length is") as error:
+        _start_up(vllm_config, [specs], [least - 1])
+    assert f"maximum model length is {short.longest}." in str(error.value)
+
+
+@pytest.mark.full
+def test_all_of_this_holds_on_vllm_0_33(tmp_path: Path) -> None:
+    """Of the official wheel's Python files, which are made to take this machine for a CPU's."""
+    alias = tmp_path / "vllm-0.33.0+cpu.dist-info"
+    alias.mkdir()
+    (alias / "METADATA").write_text("Metadata-Version: 2.1\nName: vllm\nVersion: 0.33.0+cpu\n")
+    roots = (tmp_path, official_sources("0.33.0").parent.resolve())
+    packages = (Path(m.__path__[0]).parent for m in (swa_backend, swa_vllm))
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "--noconftest", "-p", "no:cacheprovider", __file__],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (*roots, *packages)))},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-3000:]
