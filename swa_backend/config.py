@@ -21,8 +21,6 @@ OPTION_KEYS = (
     "impl",
     "debug_poison",
 )
-# Of these no other plugin is known: found beside "swa", they were meant to be in it.
-_OURS_ALONE = frozenset(OPTION_KEYS) - {"enabled", "impl"}
 # Positions are int32 in kernels and in vLLM's block tables.
 MOST_TOKENS = 2**31 - 1
 USE_OPTIONS = """--additional-config '{"swa": {"window": W}}'"""
@@ -82,23 +80,6 @@ class SWAOptions:
     prefill_pages: PrefillPages = PrefillPages.AUTO
     impl: Impl = Impl.AUTO
     debug_poison: bool = False
-
-    @classmethod
-    def from_additional_config(cls, additional: object) -> "SWAOptions":
-        """Validate what vLLM has as ``--additional-config``: its ``swa`` section, if any.
-
-        Raises:
-            SWAConfigError: as :meth:`from_dict`; options that are not inside ``swa``.
-        """
-        if not isinstance(additional, Mapping):
-            return cls()
-        for key in map(str, additional):
-            if key in _OURS_ALONE or (key.lower() == "swa" and key != "swa"):
-                raise SWAConfigError(
-                    f"--additional-config has {key!r} where nothing reads it; options of windows "
-                    f'belong into an object "swa". Write {USE_OPTIONS}'
-                )
-        return cls.from_dict(additional.get("swa", {}))
 
     @classmethod
     def from_dict(cls, raw: object) -> "SWAOptions":

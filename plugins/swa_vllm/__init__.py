@@ -5,7 +5,6 @@ process it starts, and :func:`ray_cpu_platform` through ``vllm.platform_plugins`
 package does no work.
 """
 
-import os
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -13,8 +12,6 @@ if TYPE_CHECKING:
     from vllm.v1.engine.async_llm import AsyncLLM
 
     from swa_backend.metrics import PageCounts
-
-RAY_ON_CPU = "SWA_RAY_ON_CPU"
 
 
 def register() -> None:
@@ -44,7 +41,9 @@ def ray_cpu_platform() -> str | None:
         None, which leaves the platform to vLLM, unless the environment has ``SWA_RAY_ON_CPU=1`` and
         this vLLM is built for CPUs.
     """
-    if os.environ.get(RAY_ON_CPU) != "1":
+    from swa_vllm.compat import envs
+
+    if not envs.is_on(envs.RAY_ON_CPU):
         return None
     from vllm.platforms import cpu_platform_plugin
 

@@ -3,8 +3,8 @@
 from vllm.config import VllmConfig
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
 
-from swa_vllm.config.options import layer_plan
-from swa_vllm.distributed.nodes import prepare_ray
+from swa_vllm.config.swa_config import SWAConfig
+from swa_vllm.distributed.prepare import prepare_ray
 from swa_vllm.metrics.scrape import serve_counts
 
 
@@ -22,12 +22,13 @@ class ConfigHook(VerifyAndUpdateConfig):
             ValueError: a local checkpoint whose weights are not what its config says.
             RuntimeError: another plugin holds the attention backend slot.
         """
-        if not layer_plan(vllm_config).slides:
+        swa = SWAConfig.from_vllm(vllm_config)
+        if not swa.slides:
             return
         # It imports attention layers, which a process without windows has no need of.
         from swa_vllm.refusals import check_local_weights, check_servable
 
-        check_servable(vllm_config)
+        check_servable(vllm_config, swa)
         check_local_weights(vllm_config)
         prepare_ray(vllm_config)
         serve_counts(vllm_config)

@@ -1,5 +1,6 @@
 """What windowed layers refuse, by name and before weights are loaded."""
 
+import multiprocessing
 import sys
 from pathlib import Path
 
@@ -12,16 +13,14 @@ from swa_backend.config import SWAConfigError
 from swa_backend.kernels.device import target_of
 from swa_backend.kernels.plans import Target
 from swa_backend.weights import check_weights
-from swa_vllm.attention.layer import prefill_pages, uses_kernels, windowed_backend
-from swa_vllm.attention.poison import check_poison_possible
-from swa_vllm.attention.triton.backend import FP8_DTYPES
-from swa_vllm.config.options import swa_options, text_config, wants_windows_decided
-from swa_vllm.registration import check_backend_slot
+from swa_vllm.compat.backend_slot import check_backend_slot
+from swa_vllm.config.implementation import FP8_DTYPES
+from swa_vllm.config.swa_config import SWAConfig, text_config, wants_windows_decided
 
 PROVEN_SPECULATION = ("ngram", "eagle3")
 
 
-def check_servable(vllm_config: VllmConfig) -> None:
+def check_servable(vllm_config: VllmConfig, swa: SWAConfig) -> None:
     """Raise SWAConfigError if model or engine are set up in a way that windows are not exact in.
 
     Raises:
@@ -35,16 +34,12 @@ def check_servable(vllm_config: VllmConfig) -> None:
     check_backend_slot()
     _check_model(vllm_config)
     _check_engine(vllm_config)
-    _check_kernels(vllm_config)
-    prefill_pages(vllm_config)
-    _check_sinks(vllm_config)
-    if swa_options(vllm_config).debug_poison:
-        if windowed_backend(vllm_config) is None:
-            raise SWAConfigError(
-                "swa.debug_poison needs this plugin's attention backend, which this platform does "
-                "not use; remove debug_poison"
-            )
-        check_poison_possible(vllm_config)
+    if swa.uses_kernels:
+        _check_kernels(vllm_config)
+    if swa.options.sink_tokens:
+        _check_sinks(vllm_config, swa)
+    if swa.options.debug_poison:
+        _check_poison(vllm_config, swa)
 
 
 def check_local_weights(vllm_config: VllmConfig) -> None:
@@ -82,35 +77,47 @@ def _check_model(vllm_config: VllmConfig) -> None:
         )
 
 
-def _check_sinks(vllm_config: VllmConfig) -> None:
-    options = swa_options(vllm_config)
-    if not options.sink_tokens:
-        return
+def _check_sinks(vllm_config: VllmConfig, swa: SWAConfig) -> None:
+    options = swa.options
     remedy = "remove either"
     obstacle = None
-    if windowed_backend(vllm_config) is None:
+    if not swa.has_own_backend:
         obstacle = "this platform, where windowed layers use vLLM's own attention backend"
         remedy = "remove sink_tokens"
     elif vllm_config.scheduler_config.disable_hybrid_kv_cache_manager:
         obstacle = "--disable-hybrid-kv-cache-manager, which leaves pages to vLLM"
-    elif not uses_kernels(vllm_config) and is_quantized_kv_cache(
-        vllm_config.cache_config.cache_dtype
-    ):
+    elif not swa.uses_kernels and is_quantized_kv_cache(vllm_config.cache_config.cache_dtype):
         obstacle = f"kv_cache_dtype={vllm_config.cache_config.cache_dtype}: not tested on CPUs"
     elif options.position_shift and _has_positions_of_several_kinds(text_config(vllm_config)):
         obstacle = "position_shift in a model whose RoPE has positions in time and space"
         remedy = "remove position_shift"
     if obstacle is not None:
         raise SWAConfigError(f"swa.sink_tokens cannot be had with {obstacle}; {remedy}")
-    if options.position_shift and not uses_kernels(vllm_config):
+    if options.position_shift and not swa.uses_kernels:
         from swa_vllm.attention.cpu.position_shift import wide_head_size  # of the CPU backend alone
 
         wide_head_size(vllm_config.model_config.get_head_size(), options.sink_tokens)
 
 
+def _check_poison(vllm_config: VllmConfig, swa: SWAConfig) -> None:
+    if not swa.has_own_backend:
+        raise SWAConfigError(
+            "swa.debug_poison needs this plugin's attention backend, which this platform does "
+            "not use; remove debug_poison"
+        )
+    executor = vllm_config.parallel_config.distributed_executor_backend
+    if executor not in (None, "uni") or multiprocessing.parent_process() is not None:
+        raise SWAConfigError(
+            "swa.debug_poison works only with scheduler and worker in the main process: use "
+            "LLM(...) with VLLM_ENABLE_V1_MULTIPROCESSING=0 and one worker, or remove debug_poison"
+        )
+    if vllm_config.scheduler_config.disable_hybrid_kv_cache_manager:
+        raise SWAConfigError(
+            "swa.debug_poison cannot be had with --disable-hybrid-kv-cache-manager; remove either"
+        )
+
+
 def _check_kernels(vllm_config: VllmConfig) -> None:
-    if not uses_kernels(vllm_config):
-        return
     remedy = "remove the window"
     kv_dtype = vllm_config.cache_config.cache_dtype
     if is_quantized_kv_cache(kv_dtype) and kv_dtype not in FP8_DTYPES:

@@ -6,127 +6,33 @@ refuses windowed models, and only those, when they are loaded. An untested vLLM 
 its model registry only.
 """
 
-import os
-from typing import Any
-
-from packaging.version import InvalidVersion, Version
 from vllm import ModelRegistry
 from vllm.logger import init_logger
 
-logger = init_logger(f"vllm.{__name__}")
+from swa_vllm.compat import versions
+from swa_vllm.compat.architectures import GUARDS, MODELS, UNPROVEN, registered_class
 
-TESTED_VERSIONS = ("0.32", "0.33")
-ALLOW_UNTESTED = "SWA_ALLOW_UNTESTED_VLLM"
-# Architectures, and vLLM's class for each: the text stack is a plain Qwen3, which may slide ...
-WINDOWED = {
-    "ColQwen3": "ColQwen3Model",
-    "OpsColQwen3Model": "ColQwen3Model",
-    "Qwen3ASRForConditionalGeneration": "Qwen3ASRForConditionalGeneration",
-    "Qwen3ASRForcedAlignerForTokenClassification": "Qwen3ASRForcedAlignerForTokenClassification",
-    "Qwen3ASRRealtimeGeneration": "Qwen3ASRRealtimeGeneration",
-    "Qwen3OmniMoeForConditionalGeneration": "Qwen3OmniMoeThinkerForConditionalGeneration",
-    "Qwen3VLForConditionalGeneration": "Qwen3VLForConditionalGeneration",
-    "Qwen3VLMoeForConditionalGeneration": "Qwen3VLMoeForConditionalGeneration",
-    "Qwen3VLNemotronEmbedModel": "ColQwen3Model",
-}
-# ... or a Qwen3 that was not tested with windows.
-UNPROVEN = {
-    "FunASRForConditionalGeneration": "FunASRForConditionalGeneration",
-    "InternS1ProForConditionalGeneration": "InternS1ProForConditionalGeneration",
-    "JinaEmbeddingsV5Model": "JinaEmbeddingsV5Model",
-    "JinaForRanking": "JinaForRanking",
-    "MiniCPMV": "MiniCPMV",
-    "MossAudioModel": "MossAudioModel",
-    "VoyageQwen3BidirectionalEmbedModel": "VoyageQwen3BidirectionalEmbedModel",
-}
-PLAIN = {
-    "Qwen3ForCausalLM": "swa_vllm.models.qwen3:SWAQwen3ForCausalLM",
-    "Qwen3MoeForCausalLM": "swa_vllm.models.qwen3_moe:SWAQwen3MoeForCausalLM",
-}
-MODELS = {
-    **PLAIN,
-    **{name: f"swa_vllm.models.derived:{stock}" for name, stock in WINDOWED.items()},
-    **{name: f"swa_vllm.models.guard:Unproven{stock}" for name, stock in UNPROVEN.items()},
-}
-GUARDS = {
-    name: f"swa_vllm.models.guard:Untested{stock}"
-    for name, stock in {**dict(zip(PLAIN, PLAIN, strict=True)), **WINDOWED, **UNPROVEN}.items()
-}
-BACKEND_PATH = "swa_vllm.attention.cpu.backend.SWACPUBackend"
+logger = init_logger(f"vllm.{__name__}")
 
 
 def register_all() -> None:
     """Register with the vLLM of this process; calling it again changes nothing."""
-    tested = is_tested(vllm_version()) or os.environ.get(ALLOW_UNTESTED) == "1"
-    if tested:
+    allowed = versions.is_allowed(versions.vllm_version())
+    if allowed:
+        from swa_vllm.compat.backend_slot import take_backend_slot
+
         _register_spec()
-        _register_backend()
-    for architecture, path in (MODELS if tested else GUARDS).items():
+        take_backend_slot()
+    for architecture, path in (MODELS if allowed else GUARDS).items():
         owner = registered_class(architecture)
         if owner is None:
             continue  # this vLLM does not have the model
         if owner.startswith(("vllm.", "swa_vllm.")):
             ModelRegistry.register_model(architecture, path)
-            if tested and architecture not in UNPROVEN:
+            if allowed and architecture not in UNPROVEN:
                 _register_config_hook(architecture)
         elif architecture not in UNPROVEN:
             _guard_foreign_model(architecture, owner)
-
-
-def vllm_version() -> str:
-    """Version of the vLLM in this process."""
-    from vllm.version import __version__
-
-    return str(__version__)
-
-
-def is_tested(version: str) -> bool:
-    """Whether the plugin was tested with this version of vLLM."""
-    try:
-        release = Version(version).release
-    except InvalidVersion:
-        return False
-    return ".".join(map(str, release[:2])) in TESTED_VERSIONS
-
-
-def untested_reason() -> str:
-    """Why an untested vLLM refuses a windowed model, and what to do."""
-    return (
-        f"swa_vllm was tested with vLLM {' and '.join(TESTED_VERSIONS)}; this is "
-        f"{vllm_version()}. Install one of those, or {try_untested()}"
-    )
-
-
-def try_untested() -> str:
-    """How to try an untested vLLM all the same."""
-    value = os.environ.get(ALLOW_UNTESTED)
-    here = "" if value is None else f" (here it is {value!r})"
-    return f"set {ALLOW_UNTESTED}=1{here} to try this one"
-
-
-def registered_class(architecture: str) -> str | None:
-    """``module:class`` that vLLM's model registry holds for an architecture, or None."""
-    entry: Any = ModelRegistry.models.get(architecture)
-    if entry is None:
-        return None
-    if hasattr(entry, "module_name"):
-        return f"{entry.module_name}:{entry.class_name}"
-    return f"{entry.model_cls.__module__}:{entry.model_cls.__qualname__}"
-
-
-def check_backend_slot() -> None:
-    """Raise RuntimeError if another plugin holds the attention backend slot ``CUSTOM``."""
-    from vllm.v1.attention.backends.registry import AttentionBackendEnum
-
-    path = AttentionBackendEnum.CUSTOM.get_path()
-    if path != BACKEND_PATH:
-        raise RuntimeError(
-            f"attention backend slot CUSTOM is taken by {path}, and windowed layers need it for "
-            f"{BACKEND_PATH}. {_LOAD_ONE}"
-        )
-
-
-_LOAD_ONE = "Load only one of the two plugins: set VLLM_PLUGINS to the names of those you want"
 
 
 def _register_spec() -> None:
@@ -140,14 +46,6 @@ def _register_spec() -> None:
     KVCacheSpecRegistry.register(SWASpec, SWAManager, uniform_type_base_spec=SWASpec)
 
 
-def _register_backend() -> None:
-    from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
-
-    # A slot that is taken stays taken: check_backend_slot() refuses windowed models then.
-    if not AttentionBackendEnum.CUSTOM.is_overridden():
-        register_backend(AttentionBackendEnum.CUSTOM, BACKEND_PATH)
-
-
 def _register_config_hook(architecture: str) -> None:
     from vllm.model_executor.models.config import MODELS_CONFIG_MAP
 
@@ -158,11 +56,12 @@ def _register_config_hook(architecture: str) -> None:
 
 
 def _guard_foreign_model(architecture: str, owner: str) -> None:
+    from swa_vllm.compat.backend_slot import LOAD_ONE
     from swa_vllm.models.guard import refusing
 
     reason = (
         f"{architecture} is registered by {owner}, and a window needs {MODELS[architecture]}. "
-        f"{_LOAD_ONE}"
+        f"{LOAD_ONE}"
     )
     try:
         foreign = ModelRegistry.models[architecture].load_model_cls()

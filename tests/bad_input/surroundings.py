@@ -12,7 +12,8 @@ from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_b
 
 from swa_backend import __version__
 from swa_backend.config import SWAConfigError
-from swa_vllm import registration
+from swa_vllm.compat import versions
+from swa_vllm.compat.envs import ALLOW_UNTESTED
 from swa_vllm.distributed.nodes import Installation, check_installations
 from swa_vllm.models.guard import refusing
 from swa_vllm.tools.check import steps as check_steps
@@ -25,12 +26,12 @@ Situation = Callable[[pytest.MonkeyPatch, Path], object]
 
 def _version(version: str, allow: str | None = None) -> Situation:
     def situation(monkeypatch: pytest.MonkeyPatch, model: Path) -> None:
-        monkeypatch.setattr(registration, "vllm_version", lambda: version)
+        monkeypatch.setattr(versions, "vllm_version", lambda: version)
         if allow is not None:
-            monkeypatch.setenv(registration.ALLOW_UNTESTED, allow)
+            monkeypatch.setenv(ALLOW_UNTESTED, allow)
         stock = type("Stock", (), {})
         config = EngineArgs(str(model), skip_tokenizer_init=True).create_engine_config()
-        refusing(stock, registration.untested_reason())(vllm_config=config)  # type: ignore[arg-type, call-arg]
+        refusing(stock, versions.untested_reason())(vllm_config=config)  # type: ignore[arg-type, call-arg]
 
     return situation
 

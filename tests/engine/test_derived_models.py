@@ -16,7 +16,7 @@ from vllm.model_executor.model_loader.utils import initialize_model
 
 import swa_vllm
 from swa_backend.config import SWAConfigError
-from swa_vllm import registration
+from swa_vllm.compat import architectures, versions
 from swa_vllm.models import derived, guard
 from tests.helpers.derived_models import KINDS, projection, save_derived
 from tests.helpers.engines import ModelFactory, resolve_here
@@ -175,7 +175,7 @@ def _make(
     initialize_model(config, prefix=prefix, model_class=model_class)
 
 
-@pytest.mark.parametrize("architecture", registration.UNPROVEN)
+@pytest.mark.parametrize("architecture", architectures.UNPROVEN)
 @pytest.mark.parametrize(
     ("checkpoint", "options"),
     [(FULL, {"window": WINDOW}), (SLIDING, {}), (SLIDING, {"enabled": False})],
@@ -188,7 +188,7 @@ def test_unproven_models_refuse_windows_before_weights(
         _make(architecture, tiny_model(**checkpoint), options)
 
 
-@pytest.mark.parametrize("architecture", registration.PLAIN)
+@pytest.mark.parametrize("architecture", architectures.PLAIN)
 def test_part_of_another_model_refuses_windows_before_weights(
     architecture: str, tiny_model: ModelFactory
 ) -> None:
@@ -204,8 +204,8 @@ def test_unproven_models_are_stock_without_windows(tiny_model: ModelFactory) -> 
 def test_untested_vllm_refuses_windows_of_derived_models_too(
     clean_registries: pytest.MonkeyPatch, tiny_model: ModelFactory
 ) -> None:
-    assert set(registration.GUARDS) == set(registration.MODELS)
-    clean_registries.setattr(registration, "vllm_version", lambda: "0.99.0")
+    assert set(architectures.GUARDS) == set(architectures.MODELS)
+    clean_registries.setattr(versions, "vllm_version", lambda: "0.99.0")
     with pytest.raises(RuntimeError, match=r"tested with vLLM 0.32 and 0.33"):
         _make("JinaForRanking", tiny_model(**FULL), {"window": WINDOW})
 

@@ -23,6 +23,7 @@ from vllm.config import VllmConfig
 from vllm.lora.request import LoRARequest
 from vllm.sampling_params import StructuredOutputsParams
 
+from swa_vllm.config.swa_config import SWAConfig
 from swa_vllm.refusals import check_servable
 from tests.helpers.dense_qwen3 import DenseQwen3, Sight
 from tests.helpers.eagle3 import save_eagle3
@@ -147,6 +148,10 @@ def _config(made: Checkpoints, values: dict[str, str]) -> VllmConfig:
     ).create_engine_config()
 
 
+def _check_servable(config: VllmConfig) -> None:
+    check_servable(config, SWAConfig.from_vllm(config))
+
+
 @pytest.mark.parametrize(("one", "other"), combinations(FEATURES, 2))
 def test_two_features_are_accepted_or_refused_by_name(
     one: str, other: str, made: Checkpoints
@@ -156,9 +161,9 @@ def test_two_features_are_accepted_or_refused_by_name(
         messages = [message for refused, message in REFUSED if refused <= names]
         if messages:
             with pytest.raises(ValueError, match="|".join(messages)):
-                check_servable(_config(made, {one: first, other: second}))
+                _check_servable(_config(made, {one: first, other: second}))
         else:
-            check_servable(_config(made, {one: first, other: second}))
+            _check_servable(_config(made, {one: first, other: second}))
 
 
 def test_shift_without_sinks_is_refused(made: Checkpoints) -> None:

@@ -13,7 +13,8 @@ from vllm import LLM
 import swa_vllm
 from swa_backend.metrics import METRICS, PageCounts
 from swa_backend.pages import WindowPages
-from swa_vllm.metrics.board import DIRECTORY, PageBoard
+from swa_vllm.compat.envs import METRICS_DIR
+from swa_vllm.metrics.board import PageBoard
 from swa_vllm.tools.engines.scheduler import Arm, Engine, Simulation
 from tests.helpers.engines import EngineFactory, ModelFactory, generate, managers, start_engine
 from tests.helpers.paths import ROOT
@@ -235,7 +236,7 @@ def test_every_page_of_the_counts_is_in_the_debug_log(caplog: pytest.LogCaptureF
 def test_stats_of_an_engine_started_elsewhere_are_refused(
     llm: LLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv(DIRECTORY, str(tmp_path))
+    monkeypatch.setenv(METRICS_DIR, str(tmp_path))
     with pytest.raises(RuntimeError, match="runs on another machine"):
         swa_vllm.stats(llm)
 

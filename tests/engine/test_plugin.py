@@ -11,26 +11,26 @@ from vllm.model_executor.models import qwen3 as stock
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
 import swa_vllm
-from swa_vllm import registration
+from swa_vllm.compat import architectures, backend_slot, versions
 from tests.helpers.engines import EngineFactory, ModelFactory, attention_layers, describe, generate
 from tests.helpers.tiny_models import BY_LAYER_TYPES, FULL, MIXED, SLIDING, WINDOW, random_prompts
 
 
 def test_registering_twice_changes_nothing() -> None:
     def state() -> Any:
-        models = {name: registration.registered_class(name) for name in registration.MODELS}
+        models = {name: architectures.registered_class(name) for name in architectures.MODELS}
         return models, AttentionBackendEnum.CUSTOM.get_path()
 
     swa_vllm.register()
     first = state()
     swa_vllm.register()
-    assert state() == first == (registration.MODELS, registration.BACKEND_PATH)
+    assert state() == first == (architectures.MODELS, backend_slot.BACKEND_PATH)
 
 
 def test_other_architectures_stay_vllms_own() -> None:
     swa_vllm.register()
     for other in ("Qwen3NextForCausalLM", "Qwen3_5ForCausalLM", "Qwen2ForCausalLM"):
-        owner = registration.registered_class(other)
+        owner = architectures.registered_class(other)
         assert owner is not None
         assert owner.startswith("vllm.")
 
@@ -75,7 +75,7 @@ def test_enabled_false_serves_full_attention(
 def test_untested_vllm_refuses_windows_only(
     clean_registries: pytest.MonkeyPatch, engine: EngineFactory, tiny_model: ModelFactory
 ) -> None:
-    clean_registries.setattr(registration, "vllm_version", lambda: "0.99.0")
+    clean_registries.setattr(versions, "vllm_version", lambda: "0.99.0")
     swa_vllm.register()
     assert generate(engine(tiny_model(**FULL, made_for="untested"), seed=1), random_prompts([4]))
     with pytest.raises(RuntimeError, match=r"tested with vLLM 0.32 and 0.33; this is .*SWA_ALLOW_"):
@@ -90,7 +90,7 @@ def test_untested_vllm_refuses_windows_only(
     [("0.32.0+cpu", True), ("0.33.1", True), ("0.34.0", False), ("1.32", False), ("dev", False)],
 )
 def test_tested_versions(version: str, tested: bool) -> None:
-    assert registration.is_tested(version) is tested
+    assert versions.is_tested(version) is tested
 
 
 class OtherQwen3(stock.Qwen3ForCausalLM):

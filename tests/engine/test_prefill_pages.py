@@ -11,8 +11,10 @@ from vllm.config import VllmConfig
 from swa_backend.config import SWAConfigError
 from swa_backend.metrics import PageCounts
 from swa_backend.pages import WindowPages, ceil_div
-from swa_vllm.attention import layer as attention
 from swa_vllm.attention.cpu.builder import SWACPUMetadataBuilder
+from swa_vllm.config import swa_config
+from swa_vllm.config.implementation import Implementation
+from swa_vllm.config.swa_config import SWAConfig
 from swa_vllm.refusals import check_servable
 from tests.helpers.engines import (
     Answer,
@@ -214,21 +216,21 @@ def test_other_systems_are_refused(
     config = _config(tiny_model)
     monkeypatch.setattr(sys, "platform", "darwin")
     with pytest.raises(SWAConfigError, match="served on Linux only, this is darwin; serve there"):
-        check_servable(config)
+        check_servable(config, SWAConfig.from_vllm(config))
 
 
 def test_no_gpu_backend_stores_every_page(
     tiny_model: ModelFactory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def pages(policy: str) -> str:
-        return attention.prefill_pages(_config(tiny_model, prefill_pages=policy)).value
+        return SWAConfig.from_vllm(_config(tiny_model, prefill_pages=policy)).prefill_pages.value
 
     assert [pages(policy) for policy in ("auto", "survivors", "all")] == [
         "auto",
         "survivors",
         "all",
     ]
-    monkeypatch.setattr(attention, "windowed_backend", lambda _: None)
+    monkeypatch.setattr(swa_config, "implementation_of", lambda _: Implementation.STOCK)
     assert pages("auto") == pages("all") == "all"
     with pytest.raises(ValueError, match="reads a chunk's keys from pages"):
         pages("survivors")

@@ -13,11 +13,11 @@ from vllm.v1.metrics.reader import Counter
 
 from swa_backend.config import PrefillPages, SWAConfigError
 from swa_backend.pages import WindowPages
-from swa_vllm import refusals
-from swa_vllm.attention import layer as attention
 from swa_vllm.attention.cpu.ghost_tail import SinkCopies
 from swa_vllm.attention.cpu.page_layout import PageLayout
 from swa_vllm.attention.cpu.position_shift import PositionShift, ShiftedScratch
+from swa_vllm.config import swa_config
+from swa_vllm.config.implementation import Implementation
 from swa_vllm.refusals import check_servable
 from tests.helpers.dense_qwen3 import DenseQwen3, Sight
 from tests.helpers.engines import EngineFactory, ModelFactory, generate, managers, num_free_pages
@@ -188,10 +188,9 @@ def test_refused_where_vllms_own_backend_serves(
     config = EngineArgs(
         str(tiny_model(**FULL)), additional_config={"swa": {"window": 40, "sink_tokens": 4}}
     ).create_engine_config()
-    monkeypatch.setattr(refusals, "windowed_backend", lambda _: None)
-    monkeypatch.setattr(attention, "windowed_backend", lambda _: None)
+    monkeypatch.setattr(swa_config, "implementation_of", lambda _: Implementation.STOCK)
     with pytest.raises(SWAConfigError, match="sink_tokens cannot be had with this platform"):
-        check_servable(config)
+        check_servable(config, swa_config.SWAConfig.from_vllm(config))
 
 
 def test_options_are_part_of_vllms_compile_cache_key(tiny_model: ModelFactory) -> None:

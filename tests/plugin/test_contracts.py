@@ -17,11 +17,11 @@ import pytest
 import vllm
 
 import swa_vllm
-from swa_vllm import registration
 from swa_vllm.attention.cpu.backend import SWACPUBackend, SWACPUImpl, SWACPUMetadataBuilder
 from swa_vllm.attention.layer import WindowedAttention
 from swa_vllm.attention.triton.backend import SWATritonBackend, SWATritonImpl
 from swa_vllm.attention.triton.builder import SWATritonMetadataBuilder
+from swa_vllm.compat import architectures
 from swa_vllm.config_hook import ConfigHook
 from swa_vllm.distributed.cpu_platform import RayCpuPlatform
 from swa_vllm.distributed.executor import NodeCheckingRayExecutor
@@ -314,7 +314,7 @@ def test_architectures_have_the_classes_we_derive_from(tree: Path) -> None:
         for key, value in zip(node.keys, node.values, strict=True)
         if isinstance(key, ast.Constant) and isinstance(value, ast.Tuple)
     }
-    for architecture, stock in {**registration.WINDOWED, **registration.UNPROVEN}.items():
+    for architecture, stock in {**architectures.WINDOWED, **architectures.UNPROVEN}.items():
         assert theirs[architecture] == (STOCK[stock], stock)
 
 
@@ -399,7 +399,7 @@ def test_vllm_consults_its_config_hooks_and_has_none_for_our_models(tree: Path) 
     )
     assert isinstance(hooks, ast.Dict)
     theirs = {ast.literal_eval(key) for key in hooks.keys if key is not None}
-    assert not theirs & {*registration.PLAIN, *registration.WINDOWED}
+    assert not theirs & {*architectures.PLAIN, *architectures.WINDOWED}
 
 
 def test_vllm_serves_the_metrics_of_the_places_we_count_in(tree: Path) -> None:

@@ -12,8 +12,9 @@ from prometheus_client import CollectorRegistry, generate_latest
 from vllm import EngineArgs
 
 from swa_backend.metrics import PageCounts
+from swa_vllm.compat.envs import METRICS_DIR
 from swa_vllm.metrics import scrape
-from swa_vllm.metrics.board import DIRECTORY, Owner, PageBoard, board_files, read_counts
+from swa_vllm.metrics.board import Owner, PageBoard, board_files, read_counts
 from tests.helpers.engines import ModelFactory
 from tests.helpers.metrics import samples
 from tests.helpers.tiny_models import FULL, SLIDING
@@ -21,7 +22,7 @@ from tests.helpers.tiny_models import FULL, SLIDING
 
 @pytest.fixture
 def private_board(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv(DIRECTORY, str(tmp_path))
+    monkeypatch.setenv(METRICS_DIR, str(tmp_path))
     return tmp_path
 
 
@@ -60,7 +61,7 @@ def test_a_board_made_again_starts_anew(private_board: Path) -> None:
 def test_an_engine_on_another_machine_counts_for_itself(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setenv(DIRECTORY, str(tmp_path / "elsewhere"))
+    monkeypatch.setenv(METRICS_DIR, str(tmp_path / "elsewhere"))
     logger = logging.getLogger("vllm")
     logger.addHandler(caplog.handler)
     try:
@@ -93,7 +94,7 @@ def test_a_killed_engine_leaves_the_scrape_and_its_successor_starts_at_zero() ->
     for _ in range(2):
         engine = subprocess.Popen(
             [sys.executable, "-c", _ENGINE_PROCESS],
-            env={**os.environ, DIRECTORY: collector.path, "PYTHONPATH": path},
+            env={**os.environ, METRICS_DIR: collector.path, "PYTHONPATH": path},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -111,9 +112,9 @@ def test_a_killed_engine_leaves_the_scrape_and_its_successor_starts_at_zero() ->
 
 
 def _directory_for(model: Path, monkeypatch: pytest.MonkeyPatch, **kwargs: object) -> str | None:
-    monkeypatch.delenv(DIRECTORY, raising=False)
+    monkeypatch.delenv(METRICS_DIR, raising=False)
     EngineArgs(str(model), skip_tokenizer_init=True, **kwargs).create_engine_config()
-    return os.environ.get(DIRECTORY)
+    return os.environ.get(METRICS_DIR)
 
 
 def test_engines_count_where_their_server_reads(

@@ -20,10 +20,10 @@ from ray_cluster import run_local
 from ray_cluster.local_cluster import ClusterError, LocalRayCluster
 from swa_backend import __version__
 from swa_vllm.attention.cpu.backend import SWACPUBackend
+from swa_vllm.compat.versions import is_tested
 from swa_vllm.distributed.cpu_platform import RayCpuPlatform
 from swa_vllm.distributed.executor import NodeCheckingRayExecutor
 from swa_vllm.distributed.nodes import Installation, check_installations, installation_here
-from swa_vllm.registration import is_tested
 from tests.helpers.engines import EngineFactory, ModelFactory, generate
 from tests.helpers.paths import ROOT
 from tests.helpers.ray_cluster import config_on_ray

@@ -22,9 +22,11 @@ from vllm.v1.worker.utils import AttentionGroup
 from swa_backend import ops, reference
 from swa_backend.config import SWAConfigError
 from swa_vllm.attention import layer_table as report
+from swa_vllm.attention.backends import windowed_backend
 from swa_vllm.attention.layer import WindowedAttention
 from swa_vllm.attention.triton.backend import SWATritonBackend, SWATritonImpl
 from swa_vllm.attention.triton.builder import Scratch, SWATritonMetadata
+from swa_vllm.config.swa_config import SWAConfig
 from swa_vllm.refusals import check_servable
 from tests.helpers.engines import ModelFactory
 from tests.helpers.tiny_models import FULL
@@ -50,6 +52,8 @@ class Setup:
     ) -> None:
         monkeypatch.setattr(report, "get_tensor_model_parallel_rank", lambda: 1)
         options = {"window": window, "sink_tokens": SINKS, "impl": "triton"}
+        if rotary is not None:
+            options["position_shift"] = True
         args = {"dtype": "float32", "block_size": PAGE, "max_num_batched_tokens": 128, **kwargs}
         self.config = EngineArgs(
             str(model),
@@ -59,6 +63,7 @@ class Setup:
             **args,
         ).create_engine_config()
         name = "model.layers.0.self_attn.attn"
+        swa = SWAConfig.from_vllm(self.config)
         with set_current_vllm_config(self.config):
             self.layer = WindowedAttention(
                 HEADS,
@@ -67,8 +72,9 @@ class Setup:
                 num_kv_heads=1,
                 cache_config=self.config.cache_config,
                 per_layer_sliding_window=window,
-                sink_tokens=SINKS,
-                shifted_by=rotary,
+                attn_backend=windowed_backend(swa.implementation),
+                swa=swa,
+                rotary=rotary,
                 prefix=name,
             )
             self.spec = self.layer.get_kv_cache_spec(self.config)
@@ -286,7 +292,7 @@ def test_layers_allocate_nothing(
     monkeypatch.setattr(torch.accelerator, "empty_cache", lambda: None)
     workspace.init_workspace_manager(CPU)
     for name in ("empty", "empty_like"):
-        monkeypatch.setattr(ops.torch, name, partial(_refuse_inside_a_layer, getattr(torch, name)))
+        monkeypatch.setattr(torch, name, partial(_refuse_inside_a_layer, getattr(torch, name)))
     try:
         setup.group.create_metadata_builders(setup.config, CPU, kernel_block_size=PAGE)
         workspace.lock_workspace()
@@ -367,15 +373,15 @@ def test_refused_on_old_gpus_and_with_foreign_caches(
 ) -> None:
     _on_gpu(monkeypatch, 90)
     setup.config.cache_config.cache_dtype = "fp8"
-    check_servable(setup.config)
+    check_servable(setup.config, SWAConfig.from_vllm(setup.config))
     setup.config.cache_config.cache_dtype = "int8_per_token_head"
     with pytest.raises(SWAConfigError, match="int8_per_token_head is unknown to the kernels"):
-        check_servable(setup.config)
+        check_servable(setup.config, SWAConfig.from_vllm(setup.config))
     _on_gpu(monkeypatch, 0, is_fnuz=True)
     setup.config.cache_config.cache_dtype = "fp8"
     with pytest.raises(SWAConfigError, match=r"fp8 .fnuz. is unknown"):
-        check_servable(setup.config)
+        check_servable(setup.config, SWAConfig.from_vllm(setup.config))
     _on_gpu(monkeypatch, 75)
     setup.config.cache_config.cache_dtype = "auto"
     with pytest.raises(SWAConfigError, match="on a GPU that is too old remove the window"):
-        check_servable(setup.config)
+        check_servable(setup.config, SWAConfig.from_vllm(setup.config))

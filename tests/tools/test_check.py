@@ -18,7 +18,7 @@ import swa_backend
 import swa_vllm
 from swa_backend import ops
 from swa_backend.verify import smoke as smoke_module
-from swa_vllm import registration
+from swa_vllm.compat import versions
 from swa_vllm.tools.check import device as check_device
 from swa_vllm.tools.check.steps import ProblemError
 from swa_vllm.tools.cli import main
@@ -123,7 +123,7 @@ def test_another_manager_has_the_pages(
 def test_an_untested_vllm(
     clean_registries: pytest.MonkeyPatch, check: Callable[..., Figures]
 ) -> None:
-    clean_registries.setattr(registration, "vllm_version", lambda: "0.99.0")
+    clean_registries.setattr(versions, "vllm_version", lambda: "0.99.0")
     assert "0.99.0, and this plugin was tested with 0.32" in _last(check())["detail"]
     clean_registries.setenv("SWA_ALLOW_UNTESTED_VLLM", "1")
     swa_vllm.register()
@@ -133,9 +133,9 @@ def test_an_untested_vllm(
 def test_an_untested_vllm_that_was_allowed_too_late(
     clean_registries: pytest.MonkeyPatch, check: Callable[..., Figures]
 ) -> None:
-    clean_registries.setattr(registration, "vllm_version", lambda: "0.99.0")
+    clean_registries.setattr(versions, "vllm_version", lambda: "0.99.0")
     swa_vllm.register()
-    clean_registries.setattr(registration, "vllm_version", lambda: "0.32.0")
+    clean_registries.setattr(versions, "vllm_version", lambda: "0.32.0")
     assert "windows are refused for all models" in _last(check())["detail"]
 
 

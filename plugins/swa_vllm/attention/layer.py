@@ -3,14 +3,12 @@
 from typing import Any
 
 import torch
-from vllm.config import VllmConfig, get_current_vllm_config, get_layers_from_vllm_config
+from vllm.config import VllmConfig, get_layers_from_vllm_config
 from vllm.model_executor.layers.attention import Attention
-from vllm.platforms import current_platform
 from vllm.v1.attention.backend import AttentionBackend
 from vllm.v1.kv_cache_interface import KVCacheSpec, SlidingWindowSpec
 
-from swa_backend.config import Impl, PrefillPages, SWAConfigError
-from swa_vllm.config.options import swa_options
+from swa_vllm.config.swa_config import SWAConfig
 from swa_vllm.kv_cache.spec import SWASpec
 
 
@@ -18,6 +16,7 @@ class WindowedAttention(Attention):
     """vLLM's attention layer with a window, its own backend and its own KV cache spec.
 
     Attributes:
+        swa: what was decided about windows.
         sink_tokens: leading tokens that every query sees.
         scratch_pages: by shape and dtype; those of a worker's first windowed layer serve all.
         kv_group_layers: layers in this layer's KV group; None until the group is known.
@@ -29,29 +28,34 @@ class WindowedAttention(Attention):
         self,
         *args: Any,
         per_layer_sliding_window: int,
-        sink_tokens: int = 0,
-        shifted_by: Any = None,
+        swa: SWAConfig,
+        rotary: Any,
         **kwargs: Any,
     ) -> None:
         """Take the arguments of :class:`Attention`; the window is required.
 
         Args:
-            shifted_by: rotary embedding that gives sinks cache-relative positions.
+            swa: what was decided about windows.
+            rotary: the rotary embedding of the layer's queries and keys.
         """
-        if sink_tokens:  # our own backends take them
-            kwargs.update(sink_tokens=sink_tokens, shifted_by=shifted_by)
-        super().__init__(
-            *args,
-            per_layer_sliding_window=per_layer_sliding_window,
-            attn_backend=windowed_backend(get_current_vllm_config()),
-            **kwargs,
-        )
-        self.sink_tokens = sink_tokens
+        options = swa.options
+        if options.sink_tokens:  # our own backends take them
+            shifted_by = rotary if options.position_shift else None
+            kwargs.update(sink_tokens=options.sink_tokens, shifted_by=shifted_by)
+        super().__init__(*args, per_layer_sliding_window=per_layer_sliding_window, **kwargs)
+        self.swa = swa
+        self.sink_tokens = options.sink_tokens
         self.scratch_pages: dict[tuple[tuple[int, ...], torch.dtype], torch.Tensor] = {}
 
     @classmethod
     def replacing(
-        cls, stock: Attention, window: int, rotary: Any, vllm_config: VllmConfig
+        cls,
+        stock: Attention,
+        window: int,
+        rotary: Any,
+        vllm_config: VllmConfig,
+        swa: SWAConfig,
+        backend: type[AttentionBackend] | None,
     ) -> "WindowedAttention":
         """A layer with a window in the place of ``stock``, which has not been used yet.
 
@@ -60,8 +64,9 @@ class WindowedAttention(Attention):
             rotary: the rotary embedding of its queries and keys.
             window: tokens a query sees, itself included.
             vllm_config: the config that ``stock`` was made with.
+            swa: what was decided about windows.
+            backend: the attention backend; None leaves the choice to vLLM.
         """
-        options = swa_options(vllm_config)
         # The layer registered itself under its name; only one may.
         del vllm_config.compilation_config.static_forward_context[stock.layer_name]
         return cls(
@@ -74,8 +79,9 @@ class WindowedAttention(Attention):
             per_layer_sliding_window=window,
             prefix=stock.layer_name,
             attn_type=stock.attn_type,
-            sink_tokens=options.sink_tokens,
-            shifted_by=rotary if options.position_shift else None,
+            attn_backend=backend,
+            swa=swa,
+            rotary=rotary,
         )
 
     def get_kv_cache_spec(self, vllm_config: VllmConfig) -> KVCacheSpec:
@@ -83,15 +89,13 @@ class WindowedAttention(Attention):
         assert isinstance(spec, SlidingWindowSpec)
         if vllm_config.scheduler_config.disable_hybrid_kv_cache_manager:
             return spec  # vLLM rebuilds it as its own full attention spec, if the model is mixed
-        options = swa_options(vllm_config)
         return SWASpec.from_stock(
             spec,
             vllm_config,
-            prefill_pages(vllm_config),
+            self.swa.prefill_pages,
             sink_tokens=self.sink_tokens,
-            # The CPU backend writes copies of the sinks behind the newest token.
-            spare_tokens=0 if uses_kernels(vllm_config) else self.sink_tokens,
-            debug_poison=options.debug_poison,
+            spare_tokens=self.swa.spare_tokens,
+            debug_poison=self.swa.options.debug_poison,
         )
 
 
@@ -99,43 +103,3 @@ def windowed_layers(vllm_config: VllmConfig) -> dict[str, WindowedAttention]:
     """The windowed layers of this worker, by name."""
     layers = get_layers_from_vllm_config(vllm_config, WindowedAttention)
     return dict(layers)
-
-
-def prefill_pages(vllm_config: VllmConfig) -> PrefillPages:
-    """Which pages of a prefill chunk are stored on this platform.
-
-    Raises:
-        SWAConfigError: survivors only are asked for where every page is needed.
-    """
-    wanted = swa_options(vllm_config).prefill_pages
-    obstacle = None
-    if windowed_backend(vllm_config) is None:
-        obstacle = "this platform's attention backend reads a chunk's keys from pages"
-    elif vllm_config.scheduler_config.disable_hybrid_kv_cache_manager:
-        obstacle = "--disable-hybrid-kv-cache-manager leaves pages to vLLM"
-    if obstacle is None:
-        return wanted
-    if wanted is PrefillPages.SURVIVORS:
-        raise SWAConfigError(
-            f'swa.prefill_pages="survivors" cannot be had: {obstacle}. '
-            'Use "auto" or "all", or remove what is named here'
-        )
-    return PrefillPages.ALL
-
-
-def uses_kernels(vllm_config: VllmConfig) -> bool:
-    """Whether windowed layers run on this project's kernels."""
-    return current_platform.is_cuda_alike() or swa_options(vllm_config).impl is Impl.TRITON
-
-
-def windowed_backend(vllm_config: VllmConfig) -> type[AttentionBackend] | None:
-    """Backend of windowed layers on this platform; None leaves the choice to vLLM."""
-    if uses_kernels(vllm_config):
-        from swa_vllm.attention.triton.backend import SWATritonBackend
-
-        return SWATritonBackend
-    if current_platform.is_cpu():
-        from swa_vllm.attention.cpu.backend import SWACPUBackend
-
-        return SWACPUBackend
-    return None

@@ -10,7 +10,6 @@ from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.models.utils import extract_layer_index
 
 from swa_vllm.attention.layer import WindowedAttention
-from swa_vllm.config.options import swa_options
 
 logger = init_logger(f"vllm.{__name__}")
 
@@ -62,7 +61,7 @@ def _describe(vllm_config: VllmConfig, layer: Attention) -> tuple[str, ...]:
     if layer.sliding_window is not None:
         kind, window = "sliding", str(layer.sliding_window)
     if isinstance(layer, WindowedAttention):
-        shifted = swa_options(vllm_config).position_shift
+        shifted = layer.swa.options.position_shift
         sinks = f"{layer.sink_tokens}{' shifted' if shifted else ''}"
     group_layers = getattr(layer, "kv_group_layers", None)
     group = "chosen by vLLM" if group_layers is None else f"{group_layers} layers"

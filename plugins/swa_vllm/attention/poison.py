@@ -4,10 +4,7 @@ With ``debug_poison`` the attention backend looks at the scheduler's pool before
 works only where both live in one process.
 """
 
-import multiprocessing
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
-from weakref import WeakValueDictionary
 
 import torch
 from vllm.config import VllmConfig, get_layers_from_vllm_config
@@ -15,39 +12,11 @@ from vllm.model_executor.layers.attention import Attention
 from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.kv_cache_interface import AttentionSpec
 
-from swa_backend.config import SWAConfigError
+from swa_vllm.attention.layer import windowed_layers
+from swa_vllm.kv_cache import live_managers
 
-if TYPE_CHECKING:
-    from swa_vllm.kv_cache.manager import SWAManager
-
-# Managers of the live engines of this process: the one way from an attention backend to the
-# scheduler's pool.
-_managers: "WeakValueDictionary[tuple[str, int], SWAManager]" = WeakValueDictionary()
 # NaN in both 8-bit formats (e4m3fn and e5m2), whose caches are stored as bytes.
 _NAN_BYTE = 0x7F
-
-
-def check_poison_possible(vllm_config: VllmConfig) -> None:
-    """Raise SWAConfigError where free pages cannot be poisoned."""
-    executor = vllm_config.parallel_config.distributed_executor_backend
-    if executor not in (None, "uni") or multiprocessing.parent_process() is not None:
-        raise SWAConfigError(
-            "swa.debug_poison works only with scheduler and worker in the main process: use "
-            "LLM(...) with VLLM_ENABLE_V1_MULTIPROCESSING=0 and one worker, or remove debug_poison"
-        )
-    if vllm_config.scheduler_config.disable_hybrid_kv_cache_manager:
-        raise SWAConfigError(
-            "swa.debug_poison cannot be had with --disable-hybrid-kv-cache-manager; remove either"
-        )
-
-
-def watch(key: str, manager: "SWAManager") -> None:
-    """Let the backends of the engine ``key`` see the manager's pool and requests."""
-    _managers[key, manager.kv_cache_group_id] = manager
-
-
-def _watched(key: str) -> "SWAManager | None":
-    return next((m for (name, _), m in _managers.items() if name == key), None)
 
 
 class PoisonedPages:
@@ -66,7 +35,7 @@ class PoisonedPages:
         Args:
             kv_caches: ``[num_blocks, ...]`` of every layer; several may share memory.
         """
-        manager = _watched(self._key)
+        manager = live_managers.of_engine(self._key)
         if manager is None:  # while the engine is being built
             return
         pool = manager.block_pool
@@ -114,7 +83,7 @@ class NaNCheck:
     def _request(self, row: int) -> str:
         last_page = (int(self.batch.seq_lens[row]) - 1) // self.block_size
         page = int(self.batch.block_table_tensor[row, last_page])
-        manager = _watched(self.key)
+        manager = live_managers.of_engine(self.key)
         tables = manager.req_to_blocks.items() if manager is not None else ()
         for request_id, blocks in tables:
             if len(blocks) > last_page and blocks[last_page].block_id == page:
@@ -128,8 +97,6 @@ class PoisonWatch:
     def __init__(
         self, spec: AttentionSpec, layer_names: list[str], vllm_config: VllmConfig
     ) -> None:
-        from swa_vllm.attention.layer import windowed_layers
-
         self._key: str | None = getattr(spec, "poison_key", None)
         self._block_size = spec.block_size
         self._vllm_config = vllm_config

@@ -1,19 +1,15 @@
 """vLLM's CPU platform with what Ray needs: logical devices, and their workers' environment."""
 
-import os
 from typing import TYPE_CHECKING, Any
 
 from vllm.platforms.cpu import CpuPlatform
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
-from swa_vllm import RAY_ON_CPU
+from swa_vllm.compat import envs
 
 if TYPE_CHECKING:  # vLLM's config looks the platform up when it is imported
     from vllm.config import VllmConfig
 
-# Read by a worker process before vLLM hands it the driver's environment.
-_EARLY_VARIABLES = (RAY_ON_CPU, "OMP_NUM_THREADS")
-_COPIED = "VLLM_RAY_EXTRA_ENV_VARS_TO_COPY"
 _BACKENDS = (AttentionBackendEnum.CPU_ATTN, AttentionBackendEnum.CUSTOM)
 
 
@@ -53,10 +49,8 @@ class RayCpuPlatform(CpuPlatform):
             return
         from ray.runtime_env import RuntimeEnv
 
-        environment = {k: os.environ[k] for k in _EARLY_VARIABLES if k in os.environ}
         given = dict(parallel.ray_runtime_env or {})
-        variables = {**environment, **given.get("env_vars", {})}
+        variables = {**envs.read_early(), **given.get("env_vars", {})}
         parallel.ray_runtime_env = RuntimeEnv(**{**given, "env_vars": variables})
         # Data parallel engines are Ray's too, and get none of that.
-        copied = {*filter(None, os.environ.get(_COPIED, "").split(",")), RAY_ON_CPU}
-        os.environ[_COPIED] = ",".join(sorted(copied))
+        envs.copy_to_ray(envs.RAY_ON_CPU)

@@ -7,8 +7,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from vllm.config import VllmConfig
-
 from swa_backend.config import SWAConfigError
 
 DISTRIBUTION = "swa-backend"
@@ -34,35 +32,6 @@ class Installation:
         if self.left_out_by is not None:
             return f"has it, but VLLM_PLUGINS={self.left_out_by!r} leaves the plugin 'swa' out"
         return f"has {DISTRIBUTION} {self.version}"
-
-
-def prepare_ray(vllm_config: VllmConfig) -> None:
-    """If a model that slides is served by Ray: have its nodes checked.
-
-    Raises:
-        SWAConfigError: an executor whose nodes nobody would ask.
-    """
-    parallel = vllm_config.parallel_config
-    on_ray = "ray" in (parallel.distributed_executor_backend, parallel.data_parallel_backend)
-    if not on_ray:
-        return
-    if parallel.data_parallel_size > 1 and parallel.distributed_executor_backend != "ray":
-        raise SWAConfigError(
-            "data parallelism over Ray with "
-            f"--distributed-executor-backend {parallel.distributed_executor_backend} starts "
-            "workers on nodes that nobody asked for this package; leave that argument out"
-        )
-    from vllm.v1.executor import Executor
-
-    from swa_vllm.distributed.executor import NodeCheckingRayExecutor
-
-    stock = Executor.get_class(vllm_config)
-    if not issubclass(NodeCheckingRayExecutor, stock):
-        raise SWAConfigError(
-            f"the Ray executor {stock.__name__} was not tested with windows; unset "
-            "VLLM_USE_RAY_V2_EXECUTOR_BACKEND, which selects it"
-        )
-    parallel.distributed_executor_backend = NodeCheckingRayExecutor
 
 
 def check_installations(here: Installation, nodes: Mapping[str, Installation]) -> None:

@@ -19,7 +19,7 @@ from swa_backend.config import PrefillPages
 from swa_backend.lost_prefix import SkippedPages
 from swa_backend.metrics import PageCounts
 from swa_backend.pages import ceil_div
-from swa_vllm.attention import poison
+from swa_vllm.kv_cache import live_managers
 from swa_vllm.kv_cache.ledger import Held, PageLedger
 from swa_vllm.kv_cache.prefix_hits import SinkPrefixHits
 from swa_vllm.kv_cache.spec import SWASpec
@@ -44,7 +44,7 @@ class SWAManager(SinkPrefixHits):
         )
         self._skipped_pages = SkippedPages(self.block_pool.num_gpu_blocks)
         if kv_cache_spec.poison_key is not None:
-            poison.watch(kv_cache_spec.poison_key, self)
+            live_managers.add(kv_cache_spec.poison_key, self)
 
     def snapshot(self) -> PageCounts:
         """Counts since the engine started."""

@@ -19,11 +19,10 @@ from prometheus_client.multiprocess import MultiProcessCollector
 from vllm.logger import init_logger
 
 from swa_backend.metrics import METRICS, Metric, PageCounts
+from swa_vllm.compat import envs
 
 logger = init_logger(f"vllm.{__name__}")
 
-# Directory that an engine's managers count in, set by the process that starts the engine.
-DIRECTORY = "SWA_METRICS_DIR"
 # Part of a file's name: of several files with the same labels the newest is right.
 _GAUGE = "gauge_livemostrecent"
 _FIELDS = tuple(field.name for field in fields(PageCounts))
@@ -65,7 +64,7 @@ class PageBoard:
         """Start at zero: in files of ``$SWA_METRICS_DIR``, or in memory where that is no place."""
         own = memoryview(bytearray(8 * len(_FIELDS))).cast("d")
         self._cells = {field: (own, index) for index, field in enumerate(_FIELDS)}
-        directory = os.environ.get(DIRECTORY)
+        directory = envs.get(envs.METRICS_DIR)
         if not owner.instance_id or directory is None:
             return
         if not os.path.isdir(directory):  # as on another node

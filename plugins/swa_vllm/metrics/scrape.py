@@ -18,12 +18,10 @@ from prometheus_client.registry import Collector
 from vllm.config import VllmConfig
 
 from swa_backend.metrics import METRICS, PageCounts
-from swa_vllm.config.options import layer_plan
-from swa_vllm.metrics.board import DIRECTORY, board_files, read_counts
-from swa_vllm.registration import PLAIN, WINDOWED
-
-_SHARED_DIRECTORY = "PROMETHEUS_MULTIPROC_DIR"
-_RAY_COPIES = "VLLM_RAY_EXTRA_ENV_VARS_TO_COPY"
+from swa_vllm.compat import envs
+from swa_vllm.compat.architectures import PLAIN, WINDOWED
+from swa_vllm.config.swa_config import SWAConfig
+from swa_vllm.metrics.board import board_files, read_counts
 
 
 class EngineCounts(Collector):
@@ -47,12 +45,9 @@ class EngineCounts(Collector):
 
 def serve_counts(vllm_config: VllmConfig) -> None:
     """Have the metrics of an engine that is about to be started, and whose model slides, served."""
-    path = os.environ.get(_SHARED_DIRECTORY) or _collector().path
-    os.environ[DIRECTORY] = path
-    if vllm_config.parallel_config.data_parallel_backend == "ray":
-        # Engines are actors then, which inherit only what vLLM copies.
-        copied = os.environ.get(_RAY_COPIES, "").split(",")
-        os.environ[_RAY_COPIES] = ",".join(sorted({*filter(None, copied), DIRECTORY}))
+    envs.set_metrics_dir(envs.get(envs.SHARED_METRICS_DIR) or _collector().path)
+    if vllm_config.parallel_config.data_parallel_backend == "ray":  # engines are actors then
+        envs.copy_to_ray(envs.METRICS_DIR)
 
 
 @cache
@@ -66,7 +61,7 @@ def _collector() -> EngineCounts:
 def _has_managers(vllm_config: VllmConfig) -> bool:
     is_ours = vllm_config.model_config.architecture in {*PLAIN, *WINDOWED}
     keeps_groups = not vllm_config.scheduler_config.disable_hybrid_kv_cache_manager
-    return is_ours and keeps_groups and layer_plan(vllm_config).slides
+    return is_ours and keeps_groups and SWAConfig.from_vllm(vllm_config).slides
 
 
 def _is_alive(pid: int) -> bool:
@@ -80,7 +75,7 @@ def _is_alive(pid: int) -> bool:
 def engine_stats(llm: Any) -> dict[tuple[int, int], PageCounts]:
     """See :func:`swa_vllm.stats`."""
     config = getattr(llm, "llm_engine", llm).vllm_config
-    directory = os.environ.get(DIRECTORY)
+    directory = envs.get(envs.METRICS_DIR)
     counts = read_counts(board_files(directory, config.instance_id)) if directory else {}
     if not counts and _has_managers(config):
         raise RuntimeError(

@@ -10,9 +10,9 @@ from typing import Any
 from torch import nn
 from vllm.config import VllmConfig
 
-from swa_vllm.config.options import wants_windows_decided
+from swa_vllm.compat.versions import untested_reason
+from swa_vllm.config.swa_config import wants_windows_decided
 from swa_vllm.models.stock import stock_class
-from swa_vllm.registration import untested_reason
 
 
 def refusing(base: type[nn.Module], reason: str) -> type[nn.Module]:

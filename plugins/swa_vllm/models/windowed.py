@@ -7,9 +7,10 @@ from vllm.config import VllmConfig
 from vllm.logger import init_logger
 from vllm.model_executor.models.interfaces import supports_multimodal
 
-from swa_vllm.attention.layer import WindowedAttention, windowed_backend
+from swa_vllm.attention.backends import windowed_backend
+from swa_vllm.attention.layer import WindowedAttention
 from swa_vllm.attention.layer_table import log_layers
-from swa_vllm.config.options import layer_plan, text_config
+from swa_vllm.config.swa_config import SWAConfig, text_config
 from swa_vllm.refusals import check_part, check_servable
 
 logger = init_logger(f"vllm.{__name__}")
@@ -26,29 +27,30 @@ class WindowedModel:
             check_part(vllm_config, prefix)
             super().__init__(vllm_config=vllm_config, prefix=prefix)  # type: ignore[call-arg]
             return
-        plan = layer_plan(vllm_config)
-        if plan.slides:
-            check_servable(vllm_config)
-        for warning in plan.warnings:
+        swa = SWAConfig.from_vllm(vllm_config)
+        if swa.slides:
+            check_servable(vllm_config, swa)
+        for warning in swa.layers.warnings:
             logger.warning("SWA %s", warning)
         # A layer without a window of its own would take this one: full layers must not.
         vllm_config.cache_config.sliding_window = None
         super().__init__(vllm_config=_accepting_mixed_layers(vllm_config))  # type: ignore[call-arg]
-        if plan.slides:
+        if swa.slides:
             text_model: Any = self.get_language_model() if supports_multimodal(self) else self  # type: ignore[attr-defined]
-            _set_windows(text_model.model.layers, plan.windows, vllm_config)
+            _set_windows(text_model.model.layers, vllm_config, swa)
 
 
-def _set_windows(layers: object, windows: tuple[int | None, ...], config: VllmConfig) -> None:
+def _set_windows(layers: object, config: VllmConfig, swa: SWAConfig) -> None:
     """Replace the attention of sliding layers, which no weight was loaded into yet."""
-    for layer, window in zip(layers, windows, strict=True):  # type: ignore[call-overload]
+    backend = windowed_backend(swa.implementation)
+    for layer, window in zip(layers, swa.layers.windows, strict=True):  # type: ignore[call-overload]
         # Layers of other pipeline stages are placeholders without attention.
         if window is not None and hasattr(layer, "self_attn"):
             attention = layer.self_attn
             attention.attn = WindowedAttention.replacing(
-                attention.attn, window, attention.rotary_emb, config
+                attention.attn, window, attention.rotary_emb, config, swa, backend
             )
-    if windowed_backend(config) is None:
+    if backend is None:
         log_layers(config)  # no builder of ours will, once the KV groups are known
 
 

@@ -19,13 +19,7 @@ from swa_vllm.attention.triton.builder import (
     SWATritonMetadata,
     SWATritonMetadataBuilder,
 )
-
-# vLLM's names of KV cache dtypes whose pages are bytes to it, and what the bytes are.
-FP8_DTYPES = {
-    "fp8": torch.float8_e4m3fn,
-    "fp8_e4m3": torch.float8_e4m3fn,
-    "fp8_e5m2": torch.float8_e5m2,
-}
+from swa_vllm.config.implementation import FP8_DTYPES
 
 
 class SWATritonImpl(AttentionImpl[SWATritonMetadata]):

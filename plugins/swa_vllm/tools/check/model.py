@@ -5,11 +5,11 @@ from typing import Any
 from vllm import ModelRegistry
 from vllm.engine.arg_utils import EngineArgs
 
-from swa_vllm.attention.layer import windowed_backend
+from swa_vllm.attention.backends import windowed_backend
 from swa_vllm.attention.layer_table import lines_of_layers
-from swa_vllm.config.options import layer_plan, swa_options
+from swa_vllm.compat.architectures import MODELS
+from swa_vllm.config.swa_config import SWAConfig
 from swa_vllm.refusals import check_servable
-from swa_vllm.registration import MODELS
 
 _HEADER = ("layers", "kind", "window", "sinks", "backend", "KV spec")
 
@@ -30,19 +30,19 @@ def layer_table(model: str, options: dict[str, Any]) -> str:
         raise RuntimeError(
             f"vLLM serves it with {path}, which knows nothing of windows: options are ignored"
         )
-    plan = layer_plan(config)
-    if plan.slides:
-        check_servable(config)
-    backend = windowed_backend(config)
+    swa = SWAConfig.from_vllm(config)
+    if swa.slides:
+        check_servable(config, swa)
+    backend = windowed_backend(swa.implementation)
     sliding = (
-        str(swa_options(config).sink_tokens),
+        str(swa.options.sink_tokens),
         "chosen by vLLM" if backend is None else backend.get_name(),
         "SWASpec",
     )
     full = ("full", "-", "-", "chosen by vLLM", "FullAttentionSpec")
     described = [
         (index, full if window is None else ("sliding", str(window), *sliding))
-        for index, window in enumerate(plan.windows)
+        for index, window in enumerate(swa.layers.windows)
     ]
     lines = lines_of_layers(_HEADER, described)
-    return "\n".join([path, *lines, *(f"warning: {text}" for text in plan.warnings)])
+    return "\n".join([path, *lines, *(f"warning: {text}" for text in swa.layers.warnings)])

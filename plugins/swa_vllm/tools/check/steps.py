@@ -1,6 +1,5 @@
 """Steps of `swa check`: each says what is there, or raises what is wrong."""
 
-import os
 import platform
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -47,14 +46,14 @@ def vllm_version() -> str:
             "not installed",
             "with a GPU: pip install 'swa-backend[gpu]'; without one: bash examples/setup_env.sh",
         ) from error
-    from swa_vllm import registration
+    from swa_vllm.compat import versions
 
-    here = registration.vllm_version()
-    if not registration.is_tested(here) and os.environ.get(registration.ALLOW_UNTESTED) != "1":
-        tested = " and ".join(registration.TESTED_VERSIONS)
+    here = versions.vllm_version()
+    if not versions.is_allowed(here):
+        tested = " and ".join(versions.TESTED_VERSIONS)
         raise ProblemError(
             f"{here}, and this plugin was tested with {tested}",
-            f"install one of those, or {registration.try_untested()}",
+            f"install one of those, or {versions.try_untested()}",
         )
     names = (("torch",), ("triton", "pytorch-triton-rocm"), ("transformers",))
     others = [found for name in names if (found := _version_of(*name))]
@@ -92,14 +91,14 @@ def model_classes() -> str:
     """Whether vLLM's registry has this plugin's models."""
     from vllm import ModelRegistry
 
-    from swa_vllm import registration
+    from swa_vllm.compat import architectures, versions
 
-    for architecture, path in registration.MODELS.items():
-        owner = registration.registered_class(architecture)
+    for architecture, path in architectures.MODELS.items():
+        owner = architectures.registered_class(architecture)
         if owner in (path, None):  # vLLM itself lacks some in some versions
             continue
-        if owner == registration.GUARDS[architecture]:
-            raise ProblemError("windows are refused for all models", registration.untested_reason())
+        if owner == architectures.GUARDS[architecture]:
+            raise ProblemError("windows are refused for all models", versions.untested_reason())
         if str(owner).startswith("swa_vllm.models.guard:"):
             # Another plugin came first, and ours has put a class around its model.
             base = ModelRegistry.models[architecture].load_model_cls().__bases__[0]
@@ -108,7 +107,7 @@ def model_classes() -> str:
             f"vLLM resolves {architecture} to {owner}, not to {path}",
             "load only one of the two plugins: set VLLM_PLUGINS to the names of those you want",
         )
-    for architecture in registration.PLAIN:
+    for architecture in architectures.PLAIN:
         try:
             ModelRegistry.models[architecture].load_model_cls()
         except Exception as error:  # an import may fail in any way
@@ -116,17 +115,17 @@ def model_classes() -> str:
                 f"{architecture} cannot be imported: {error!r}",
                 "install vLLM and this package again, in versions that fit",
             ) from error
-    return f"{len(registration.MODELS)} architectures resolve to this plugin's classes"
+    return f"{len(architectures.MODELS)} architectures resolve to this plugin's classes"
 
 
 def backend_slot() -> str:
     """Whether vLLM's free attention backend is this plugin's."""
     from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
-    from swa_vllm import registration
+    from swa_vllm.compat.backend_slot import check_backend_slot
 
     try:
-        registration.check_backend_slot()
+        check_backend_slot()
     except RuntimeError as error:
         detail, _, remedy = str(error).partition(". ")
         raise ProblemError(detail, remedy) from error

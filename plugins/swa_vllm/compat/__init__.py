@@ -1,0 +1,1 @@
+"""Facts about vLLM and the environment variables that matter; imports nothing else of ours."""

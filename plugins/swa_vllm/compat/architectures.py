@@ -1,0 +1,51 @@
+"""The architectures that are, or contain, a Qwen3, and which class serves each."""
+
+from typing import Any
+
+from vllm import ModelRegistry
+
+# Architectures, and vLLM's class for each: the text stack is a plain Qwen3, which may slide ...
+WINDOWED = {
+    "ColQwen3": "ColQwen3Model",
+    "OpsColQwen3Model": "ColQwen3Model",
+    "Qwen3ASRForConditionalGeneration": "Qwen3ASRForConditionalGeneration",
+    "Qwen3ASRForcedAlignerForTokenClassification": "Qwen3ASRForcedAlignerForTokenClassification",
+    "Qwen3ASRRealtimeGeneration": "Qwen3ASRRealtimeGeneration",
+    "Qwen3OmniMoeForConditionalGeneration": "Qwen3OmniMoeThinkerForConditionalGeneration",
+    "Qwen3VLForConditionalGeneration": "Qwen3VLForConditionalGeneration",
+    "Qwen3VLMoeForConditionalGeneration": "Qwen3VLMoeForConditionalGeneration",
+    "Qwen3VLNemotronEmbedModel": "ColQwen3Model",
+}
+# ... or a Qwen3 that was not tested with windows.
+UNPROVEN = {
+    "FunASRForConditionalGeneration": "FunASRForConditionalGeneration",
+    "InternS1ProForConditionalGeneration": "InternS1ProForConditionalGeneration",
+    "JinaEmbeddingsV5Model": "JinaEmbeddingsV5Model",
+    "JinaForRanking": "JinaForRanking",
+    "MiniCPMV": "MiniCPMV",
+    "MossAudioModel": "MossAudioModel",
+    "VoyageQwen3BidirectionalEmbedModel": "VoyageQwen3BidirectionalEmbedModel",
+}
+PLAIN = {
+    "Qwen3ForCausalLM": "swa_vllm.models.qwen3:SWAQwen3ForCausalLM",
+    "Qwen3MoeForCausalLM": "swa_vllm.models.qwen3_moe:SWAQwen3MoeForCausalLM",
+}
+MODELS = {
+    **PLAIN,
+    **{name: f"swa_vllm.models.derived:{stock}" for name, stock in WINDOWED.items()},
+    **{name: f"swa_vllm.models.guard:Unproven{stock}" for name, stock in UNPROVEN.items()},
+}
+GUARDS = {
+    name: f"swa_vllm.models.guard:Untested{stock}"
+    for name, stock in {**dict(zip(PLAIN, PLAIN, strict=True)), **WINDOWED, **UNPROVEN}.items()
+}
+
+
+def registered_class(architecture: str) -> str | None:
+    """``module:class`` that vLLM's model registry holds for an architecture, or None."""
+    entry: Any = ModelRegistry.models.get(architecture)
+    if entry is None:
+        return None
+    if hasattr(entry, "module_name"):
+        return f"{entry.module_name}:{entry.class_name}"
+    return f"{entry.model_cls.__module__}:{entry.model_cls.__qualname__}"

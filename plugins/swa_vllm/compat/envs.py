@@ -1,0 +1,40 @@
+"""Environment variables that the plugin knows; no other module of it reads or sets any."""
+
+import os
+
+ALLOW_UNTESTED = "SWA_ALLOW_UNTESTED_VLLM"
+RAY_ON_CPU = "SWA_RAY_ON_CPU"
+# Directory that an engine's page managers count in, set by the process that starts the engine.
+METRICS_DIR = "SWA_METRICS_DIR"
+# prometheus_client's directory for the metrics of several processes.
+SHARED_METRICS_DIR = "PROMETHEUS_MULTIPROC_DIR"
+# Names of variables that vLLM copies to Ray's actors.
+_RAY_COPIES = "VLLM_RAY_EXTRA_ENV_VARS_TO_COPY"
+# Read by a worker process before vLLM hands it the driver's environment.
+_READ_EARLY = (RAY_ON_CPU, "OMP_NUM_THREADS")
+
+
+def get(name: str) -> str | None:
+    """Value of a variable; None where it is unset."""
+    return os.environ.get(name)
+
+
+def is_on(name: str) -> bool:
+    """Whether a switch is set to ``1``."""
+    return os.environ.get(name) == "1"
+
+
+def set_metrics_dir(path: str) -> None:
+    """Have the engines that this process starts count in the directory ``path``."""
+    os.environ[METRICS_DIR] = path
+
+
+def copy_to_ray(name: str) -> None:
+    """Have vLLM copy a variable to Ray's actors, which inherit nothing else."""
+    copied = {*filter(None, os.environ.get(_RAY_COPIES, "").split(",")), name}
+    os.environ[_RAY_COPIES] = ",".join(sorted(copied))
+
+
+def read_early() -> dict[str, str]:
+    """Variables that a worker reads first, and their values here."""
+    return {name: os.environ[name] for name in _READ_EARLY if name in os.environ}

@@ -1,0 +1,56 @@
+"""What computes attention in windowed layers on this platform, and what is stored of a chunk."""
+
+from enum import Enum
+
+import torch
+from vllm.config import VllmConfig
+from vllm.platforms import current_platform
+
+from swa_backend.config import Impl, PrefillPages, SWAConfigError, SWAOptions
+
+# vLLM's names of KV cache dtypes whose pages are bytes to it, and what the bytes are.
+FP8_DTYPES = {
+    "fp8": torch.float8_e4m3fn,
+    "fp8_e4m3": torch.float8_e4m3fn,
+    "fp8_e5m2": torch.float8_e5m2,
+}
+
+
+class Implementation(Enum):
+    """What computes attention in windowed layers."""
+
+    KERNELS = "this project's Triton kernels"
+    CPU_OPERATORS = "vLLM's CPU operators"
+    STOCK = "the backend that vLLM chooses"
+
+
+def implementation_of(options: SWAOptions) -> Implementation:
+    """The implementation on this platform."""
+    if current_platform.is_cuda_alike() or options.impl is Impl.TRITON:
+        return Implementation.KERNELS
+    if current_platform.is_cpu():
+        return Implementation.CPU_OPERATORS
+    return Implementation.STOCK
+
+
+def prefill_pages_of(
+    options: SWAOptions, implementation: Implementation, vllm_config: VllmConfig
+) -> PrefillPages:
+    """Which pages of a prefill chunk are stored.
+
+    Raises:
+        SWAConfigError: survivors only are asked for where every page is needed.
+    """
+    obstacle = None
+    if implementation is Implementation.STOCK:
+        obstacle = "this platform's attention backend reads a chunk's keys from pages"
+    elif vllm_config.scheduler_config.disable_hybrid_kv_cache_manager:
+        obstacle = "--disable-hybrid-kv-cache-manager leaves pages to vLLM"
+    if obstacle is None:
+        return options.prefill_pages
+    if options.prefill_pages is PrefillPages.SURVIVORS:
+        raise SWAConfigError(
+            f'swa.prefill_pages="survivors" cannot be had: {obstacle}. '
+            'Use "auto" or "all", or remove what is named here'
+        )
+    return PrefillPages.ALL

@@ -1,0 +1,90 @@
+"""What was decided about an engine's windows."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from vllm.config import VllmConfig
+
+from swa_backend.config import PrefillPages, SWAOptions
+from swa_backend.layers import LayerPlan, resolve_layers
+from swa_vllm.config.implementation import Implementation, implementation_of, prefill_pages_of
+from swa_vllm.config.options import parse_additional_config
+
+
+@dataclass(frozen=True)
+class SWAConfig:
+    """The decisions about an engine's windows, made once from vLLM's config and handed on.
+
+    The config hook makes one to refuse what cannot be served, before anything starts. The model
+    makes the one that is served, in each worker, and keeps it on its windowed layers: their specs
+    carry it to the engine core, and metadata builders, which vLLM constructs, read it from them.
+
+    Attributes:
+        options: what the user asked for.
+        layers: the window of every text layer, and what to warn of.
+        implementation: what computes attention in windowed layers.
+        prefill_pages: which pages of a prefill chunk are stored.
+    """
+
+    options: SWAOptions
+    layers: LayerPlan
+    implementation: Implementation
+    prefill_pages: PrefillPages
+
+    @classmethod
+    def from_vllm(cls, vllm_config: VllmConfig) -> "SWAConfig":
+        """Decide for the model and engine that ``vllm_config`` describes.
+
+        Raises:
+            SWAConfigError: contradictory or ineffective settings, with the remedy.
+        """
+        options = parse_additional_config(vllm_config.additional_config)
+        model_config = vllm_config.model_config
+        overrides = model_config.hf_overrides
+        layers = resolve_layers(
+            text_config(vllm_config),
+            options,
+            hf_overrides=overrides if isinstance(overrides, Mapping) else None,
+            max_model_len=model_config.max_model_len,
+        )
+        implementation = implementation_of(options)
+        prefill_pages = prefill_pages_of(options, implementation, vllm_config)
+        return cls(options, layers, implementation, prefill_pages)
+
+    @property
+    def slides(self) -> bool:
+        """Whether any layer has a window."""
+        return self.layers.slides
+
+    @property
+    def uses_kernels(self) -> bool:
+        """Whether windowed layers run on this project's kernels."""
+        return self.implementation is Implementation.KERNELS
+
+    @property
+    def has_own_backend(self) -> bool:
+        """Whether windowed layers have an attention backend of this plugin."""
+        return self.implementation is not Implementation.STOCK
+
+    @property
+    def spare_tokens(self) -> int:
+        """Slots behind the newest token: the CPU backend writes copies of the sinks there."""
+        return 0 if self.uses_kernels else self.options.sink_tokens
+
+
+def wants_windows_decided(vllm_config: VllmConfig) -> bool:
+    """Whether the options or the checkpoint say anything that stock vLLM might get wrong.
+
+    Beside a window this is full attention, asked for by the options, of a checkpoint that slides.
+
+    Raises:
+        SWAConfigError: as :meth:`SWAConfig.from_vllm`.
+    """
+    stock_slides = getattr(text_config(vllm_config), "sliding_window", None) is not None
+    return SWAConfig.from_vllm(vllm_config).slides or stock_slides
+
+
+def text_config(vllm_config: VllmConfig) -> Any:
+    """Hugging Face's config of the text layers; a multimodal model's is nested in its own."""
+    return vllm_config.model_config.hf_config.get_text_config()
