@@ -48,7 +48,7 @@ def keep_dtype_in_norms(model: torch.nn.Module) -> None:
 
     for module in model.modules():
         if isinstance(module, Qwen3RMSNorm):
-            module.forward = partial(forward, module)  # type: ignore[method-assign]
+            module.forward = partial(forward, module)
 
 
 class DenseQwen3:
@@ -84,7 +84,8 @@ class DenseQwen3:
             attention = self._attention(model, layer, normed, window, sight)
             hidden = hidden + attention
             hidden = hidden + layer.mlp(layer.post_attention_layernorm(hidden))
-        return model.lm_head(model.model.norm(hidden)).double().log_softmax(-1)
+        logits: torch.Tensor = model.lm_head(model.model.norm(hidden))
+        return logits.double().log_softmax(-1)
 
     def _attention(
         self, model: Any, layer: Any, hidden: torch.Tensor, window: int | None, sight: Sight
@@ -108,7 +109,8 @@ class DenseQwen3:
                 )
             scores = (turned_query @ turned_key.transpose(1, 2))[:, 0] * own.scaling
             outputs.append(torch.einsum("hk,hkd->hd", scores.softmax(-1), seen_value))
-        return own.o_proj(torch.stack(outputs).flatten(1))
+        projected: torch.Tensor = own.o_proj(torch.stack(outputs).flatten(1))
+        return projected
 
     @staticmethod
     def _seats(position: int, window: int | None, sight: Sight) -> tuple[list[int], list[int], int]:
@@ -125,4 +127,5 @@ class DenseQwen3:
     def _rotate(model: Any, states: torch.Tensor, positions: list[int]) -> torch.Tensor:
         cos, sin = (t[0] for t in model.model.rotary_emb(states, torch.tensor([positions])))
         first, second = states.chunk(2, dim=-1)
-        return states * cos + torch.cat((-second, first), dim=-1) * sin
+        turned: torch.Tensor = states * cos + torch.cat((-second, first), dim=-1) * sin
+        return turned

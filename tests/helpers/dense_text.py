@@ -52,7 +52,8 @@ class DenseText:
             normed = layer.input_layernorm(hidden)
             hidden = hidden + self._attention(layer.self_attn, normed, at, window, sight)
             hidden = hidden + layer.mlp(layer.post_attention_layernorm(hidden))
-        return self._model.lm_head(model.norm(hidden)).double().log_softmax(-1)
+        logits: torch.Tensor = self._model.lm_head(model.norm(hidden))
+        return logits.double().log_softmax(-1)
 
     def _attention(
         self, own: Any, hidden: torch.Tensor, at: torch.Tensor, window: int | None, sight: Sight
@@ -74,12 +75,15 @@ class DenseText:
                 shifted = self._rotate(query, stands) @ key.transpose(1, 2)
                 scores = torch.where(is_sink, shifted, scores)
         scores = (scores * own.scaling).masked_fill(~visible, float("-inf"))
-        return own.o_proj((scores.softmax(-1) @ value).transpose(0, 1).flatten(1))
+        heads = (scores.softmax(-1) @ value).transpose(0, 1).flatten(1)
+        projected: torch.Tensor = own.o_proj(heads)
+        return projected
 
     def _rotate(self, states: torch.Tensor, at: torch.Tensor) -> torch.Tensor:
         cos, sin = (t[0] for t in self._model.model.rotary_emb(states, at[None]))
         first, second = states.chunk(2, dim=-1)
-        return states * cos + torch.cat((-second, first), dim=-1) * sin
+        turned: torch.Tensor = states * cos + torch.cat((-second, first), dim=-1) * sin
+        return turned
 
 
 @torch.no_grad()

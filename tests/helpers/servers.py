@@ -36,7 +36,7 @@ def member(server: Server, title: str) -> psutil.Process:
 def has_ended(process: psutil.Process) -> bool:
     """Whether it runs no more, even if its parent did not ask for its status yet."""
     try:
-        return process.status() == psutil.STATUS_ZOMBIE
+        return bool(process.status() == psutil.STATUS_ZOMBIE)
     except psutil.NoSuchProcess:
         return True
 

@@ -178,7 +178,8 @@ class MoeOracle:
             mask = sliding_window_mask_4d(len(tokens), len(tokens), window, hidden.dtype)
             hidden = layer(hidden, attention_mask=mask, position_embeddings=rotary)
         logits = model.lm_head(model.model.norm(hidden))[0]
-        return logits.double().log_softmax(-1)
+        logprobs: torch.Tensor = logits.double().log_softmax(-1)
+        return logprobs
 
 
 @dataclass(frozen=True)
