@@ -1,0 +1,1 @@
+"""The distribution and this repository: packaging, pages, security."""
