@@ -11,6 +11,7 @@ from posixpath import normpath
 import pytest
 
 ROOT = Path(__file__).parents[2]
+MAX_README_LINES = 220
 # What a page shows and GitHub does not read as Markdown: fenced blocks, then code within a line.
 FENCE = re.compile(r"^ *(`{3,}|~{3,})[^\n]*\n.*?^ *\1[`~]*[ \t]*$", re.MULTILINE | re.DOTALL)
 CODE = re.compile(r"(?<!`)(`+)(?!`)(.+?)(?<!`)\1(?!`)", re.DOTALL)
@@ -120,6 +121,10 @@ def test_tests_and_scripts_that_a_page_names_are_there(page: str) -> None:
     tests = {name.rpartition("/")[2] for name in tree() if name.startswith("tests/")}
     assert set(TEST_FILE.findall(text)) <= tests
     assert set(SCRIPT.findall(text)) <= set(tree())
+
+
+def test_readme_is_a_page_and_not_a_book() -> None:
+    assert len((ROOT / "README.md").read_text().splitlines()) <= MAX_README_LINES
 
 
 FILES = {
