@@ -1,4 +1,4 @@
-"""The Markdown pages: every relative link and anchor resolves as GitHub resolves it."""
+"""The Markdown pages: links and anchors resolve as on GitHub, and what they list is there."""
 
 import re
 import subprocess
@@ -9,6 +9,9 @@ from pathlib import Path, PurePosixPath
 from posixpath import normpath
 
 import pytest
+
+from swa_backend.config import OPTION_KEYS, SWAOptions
+from swa_backend.metrics import METRICS
 
 ROOT = Path(__file__).parents[2]
 MAX_README_LINES = 220
@@ -40,27 +43,32 @@ def tree() -> dict[str, str | None]:
     return {n: (ROOT / n).read_text() if n.endswith(".md") else None for n in names}
 
 
+def page(name: str) -> str:
+    """Text of one page."""
+    return tree()[name] or ""
+
+
 def pages() -> list[str]:
     """Paths of all Markdown pages."""
     return sorted(name for name, text in tree().items() if text is not None)
 
 
-def broken_links(page: str, files: Mapping[str, str | None]) -> list[str]:
+def broken_links(source: str, files: Mapping[str, str | None]) -> list[str]:
     """Links of one page that lead nowhere, each with the reason.
 
     Args:
-        page: path of the page, a key of ``files``.
+        source: path of the page, a key of ``files``.
         files: every file of the repository; of pages also the text.
     """
     found = []
-    for target in links(files[page] or ""):
+    for target in links(files[source] or ""):
         if EXTERNAL.match(target):
             continue
         path, _, anchor = target.partition("#")
         if path.startswith("/"):
             name = normpath(path.lstrip("/"))
         else:
-            name = normpath(str(PurePosixPath(page).parent / path)) if path else page
+            name = normpath(str(PurePosixPath(source).parent / path)) if path else source
         if name not in files and not _is_directory(name, files):
             found.append(f"{target}: there is no {name}")
         elif anchor and not _has_anchor(name, anchor, files):
@@ -97,6 +105,11 @@ def slug_of(heading: str) -> str:
     return re.sub(r"[^\w\- ]", "", text.strip().lower()).replace(" ", "-")
 
 
+def section(text: str, heading: str) -> str:
+    """What stands under a heading of the second level."""
+    return text.partition(f"\n## {heading}\n")[2].partition("\n## ")[0]
+
+
 def _is_directory(name: str, files: Mapping[str, str | None]) -> bool:
     return name == "." or any(file.startswith(f"{name}/") for file in files)
 
@@ -110,21 +123,39 @@ def _has_anchor(name: str, anchor: str, files: Mapping[str, str | None]) -> bool
     return anchor in anchors(text)
 
 
-@pytest.mark.parametrize("page", pages())
-def test_links_of_a_page_resolve(page: str) -> None:
-    assert broken_links(page, tree()) == []
+@pytest.mark.parametrize("name", pages())
+def test_links_of_a_page_resolve(name: str) -> None:
+    assert broken_links(name, tree()) == []
 
 
-@pytest.mark.parametrize("page", pages())
-def test_tests_and_scripts_that_a_page_names_are_there(page: str) -> None:
-    text = tree()[page] or ""
-    tests = {name.rpartition("/")[2] for name in tree() if name.startswith("tests/")}
+@pytest.mark.parametrize("name", pages())
+def test_tests_and_scripts_that_a_page_names_are_there(name: str) -> None:
+    text = page(name)
+    tests = {path.rpartition("/")[2] for path in tree() if path.startswith("tests/")}
     assert set(TEST_FILE.findall(text)) <= tests
     assert set(SCRIPT.findall(text)) <= set(tree())
 
 
+def test_readme_has_every_option_with_its_default() -> None:
+    rows = re.findall(
+        r"^\| `(\w+)` \|.*?\| ([^|]*) \| [^|]* \|$", section(page("README.md"), "Options"), re.M
+    )
+    told = {key: default.strip('`"') for key, default in rows}
+    assert tuple(sorted(told)) == tuple(sorted(OPTION_KEYS))
+    for key, default in told.items():
+        value = getattr(SWAOptions(), key)
+        assert default == ("the checkpoint's" if value is None else str(value).lower()), key
+
+
+def test_page_of_the_plugin_has_every_metric() -> None:
+    told = re.findall(
+        r"`(swa_\w+)(?:\{.*?\})?`", section(page("plugins/README.md"), "Log and metrics")
+    )
+    assert {name for name in told if name != "swa_vllm"} == {m.sample for m in METRICS.values()}
+
+
 def test_readme_is_a_page_and_not_a_book() -> None:
-    assert len((ROOT / "README.md").read_text().splitlines()) <= MAX_README_LINES
+    assert len(page("README.md").splitlines()) <= MAX_README_LINES
 
 
 FILES = {
