@@ -110,6 +110,20 @@ def section(text: str, heading: str) -> str:
     return text.partition(f"\n## {heading}\n")[2].partition("\n## ")[0]
 
 
+def rooms(text: str) -> set[str]:
+    """Files that the tables of rooms name; the folder of a table opens a line before it."""
+    found, base = set[str](), ""
+    for line in section(text, "Rooms").splitlines():
+        if folder := re.match(r"`(plugins/[\w/]+)/`", line):
+            base = folder[1]
+        cells = line.split("|")
+        if len(cells) == 5:
+            room = "".join(re.findall(r"`([\w/]+)/`", cells[1]))
+            names = re.findall(r"`(\w+\.py)`", cells[3])
+            found |= {normpath(f"{base}/{room}/{name}") for name in names}
+    return found
+
+
 def _is_directory(name: str, files: Mapping[str, str | None]) -> bool:
     return name == "." or any(file.startswith(f"{name}/") for file in files)
 
@@ -152,6 +166,19 @@ def test_page_of_the_plugin_has_every_metric() -> None:
         r"`(swa_\w+)(?:\{.*?\})?`", section(page("plugins/README.md"), "Log and metrics")
     )
     assert {name for name in told if name != "swa_vllm"} == {m.sample for m in METRICS.values()}
+
+
+def test_page_of_the_plugin_names_every_file_in_its_room() -> None:
+    there = {name for name in tree() if name.startswith("plugins/") and name.endswith(".py")}
+    assert rooms(page("plugins/README.md")) == {n for n in there if "__init__" not in n}
+
+
+def test_page_of_the_backend_names_every_file_and_room() -> None:
+    there = [PurePosixPath(name) for name in tree() if re.match(r"swa_backend/.*\.py$", name)]
+    files = {path.name for path in there if path.name != "__init__.py"}
+    folders = {f"{path.parent.name}/" for path in there if len(path.parts) > 2}
+    told = re.findall(r"`([\w/]+(?:\.py|/))`", section(page("swa_backend/README.md"), "Files"))
+    assert set(told) - {"__init__.py"} == files | folders
 
 
 def test_readme_is_a_page_and_not_a_book() -> None:
