@@ -1,4 +1,4 @@
-"""The README's table of results, from the figures that the benchmarks wrote to ``results/``.
+"""The table in ``results/README.md``, from the figures that the benchmarks wrote beside it.
 
 python examples/results_table.py
 """
@@ -10,25 +10,28 @@ from typing import Any
 
 RESULTS = Path(__file__).with_name("results")
 HERE, STOCK, FULL, HF = "this plugin", "stock vLLM", "full attention", "Hugging Face"
-_PEERS = (HERE, STOCK, FULL, HF)
+_ARMS = (HERE, STOCK, FULL, HF)
 Figures = Mapping[str, Any]
 Row = tuple[str, Mapping[str, str]]
 
 
 def table(directory: Path = RESULTS) -> str:
     """Markdown of the files that are there; the cells of a file's rows were measured in one run."""
-    lines = [f"| | {' | '.join(_PEERS)} |", f"|{' --- |' * (len(_PEERS) + 1)}"]
+    lines = [f"| | {' | '.join(_ARMS)} |", f"|{' --- |' * (len(_ARMS) + 1)}"]
     for name, rows in _ROWS.items():
         path = directory / f"{name}.json"
         figures = json.loads(path.read_text()) if path.exists() else None
         for label, cells in rows(figures) if figures else ():
-            lines.append(f"| {label} | {' | '.join(cells.get(peer, '-') for peer in _PEERS)} |")
+            lines.append(f"| {label} | {' | '.join(cells.get(arm, '-') for arm in _ARMS)} |")
     return "\n".join(lines)
 
 
 def _tight(figures: Figures) -> Iterator[Row]:
-    pooled = {name: peer for name, peer in figures["peers"].items() if name != HF}
-    yield f"{_work(figures)}, pool of two full ones: tokens/s", _medians(figures, "output", 1)
+    pooled = {name: arm for name, arm in figures["peers"].items() if name != HF}
+    yield (
+        f"{_work(figures)}, KV cache for two with full attention: tokens/s",
+        _medians(figures, "output", 1),
+    )
     yield "- requests at once, mean", _medians({"peers": pooled}, "running", 1)
     yield "- preemptions", _medians({"peers": pooled}, "preemptions", 0)
     yield "- TTFT p99, s", _medians(figures, "ttft_p99_ms", 1, 1e-3)
@@ -37,16 +40,19 @@ def _tight(figures: Figures) -> Iterator[Row]:
 
 
 def _plentiful(figures: Figures) -> Iterator[Row]:
-    yield f"{_work(figures)}, room for all: tokens/s", _medians(figures, "output", 1)
+    yield f"{_work(figures)}, KV cache for all: tokens/s", _medians(figures, "output", 1)
     yield "- prefill, tokens/s", _medians(figures, "prefill", 0)
     yield "- decoding, tokens/s", _medians(figures, "decode", 1)
     yield _times_as_fast(figures)
 
 
 def _decode(figures: Figures) -> Iterator[Row]:
-    head = f"W={figures['window']}, a step of {figures['batch']} requests"
-    yield f"{head}: 32k of context / 2k", _growth(figures, "decode_s", 2048)
-    yield "- a prompt token: 32k / 4k", _growth(figures, "prefill_s", 4096)
+    head = f"decoding step of {figures['batch']} requests, W={figures['window']}"
+    yield f"{head}: time behind 32k tokens / behind 2k", _growth(figures, "decode_s", 2048)
+    yield (
+        "- prefill, a prompt token: time behind 32k / behind 4k",
+        _growth(figures, "prefill_s", 4096),
+    )
 
 
 def _overhead(figures: Figures) -> Iterator[Row]:
@@ -54,12 +60,12 @@ def _overhead(figures: Figures) -> Iterator[Row]:
         name = f"together, prefix caching {caching}"
         cases = [case for case in figures["cases"] if case["name"] == name]
         lengths = ", ".join(f"{case['context'] // 1000}k" for case in cases)
-        label = f"us a step without the model, {figures['batch']} requests of {lengths}"
+        label = f"us of a step without the model, {figures['batch']} requests of {lengths}"
         yield (
             f"{label}, prefix caching {caching}",
             {
-                peer: ", ".join(str(case[key]) for case in cases)
-                for peer, key in ((HERE, "here_us"), (STOCK, "stock_us"))
+                arm: ", ".join(str(case[key]) for case in cases)
+                for arm, key in ((HERE, "here_us"), (STOCK, "stock_us"))
             },
         )
 
@@ -72,13 +78,12 @@ def _work(figures: Figures) -> str:
 
 def _times_as_fast(figures: Figures) -> Row:
     ratios = figures["ratios"].items()
-    return f"- {HERE}, times as fast", {name: f"{ratio:.2f}" for name, ratio in ratios}
+    return f"- {HERE} is so many times as fast", {name: f"{ratio:.2f}" for name, ratio in ratios}
 
 
 def _medians(figures: Figures, key: str, digits: int, factor: float = 1.0) -> dict[str, str]:
     return {
-        name: f"{factor * peer[key]['median']:.{digits}f}"
-        for name, peer in figures["peers"].items()
+        name: f"{factor * arm[key]['median']:.{digits}f}" for name, arm in figures["peers"].items()
     }
 
 

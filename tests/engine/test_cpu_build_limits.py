@@ -1,4 +1,4 @@
-"""What vLLM's CPU build itself refuses, gets wrong or dies of, so that the README may say so."""
+"""What vLLM's CPU build itself refuses, gets wrong or dies of, so that the pages may say so."""
 
 from collections.abc import Callable
 

@@ -86,7 +86,7 @@ def test_perplexity_is_the_dense_models(
 def test_sinks_keep_the_sense_of_a_stock_checkpoint(
     name: str, documented: tuple[float, ...], loss: float, demo_model: dict[str, Path]
 ) -> None:
-    """README's table: even where a plain window is over four times worse, sinks are within 20 %."""
+    """examples/README.md: where a plain window is over four times worse, sinks are within 20 %."""
     full, plain, sinks = (
         _expected(demo_model["full"], name, window, sinks)
         for window, sinks in ((None, 0), (WINDOW, 0), (WINDOW, 4))

@@ -1,4 +1,4 @@
-"""Committed results say where they come from, and the README tells them."""
+"""Committed results say where they come from, and the pages tell them."""
 
 import json
 from pathlib import Path
@@ -17,9 +17,12 @@ def test_results_name_their_command(path: Path) -> None:
         assert figures["conditions"]["quick"] == (path.stem == "kernels-h100")
 
 
-def test_readme_tells_the_results() -> None:
+def test_page_of_results_has_their_table() -> None:
+    assert f"\n\n{table()}\n\n" in (RESULTS / "README.md").read_text()
+
+
+def test_readme_tells_what_the_tight_pool_serves() -> None:
     readme = (RESULTS.parents[1] / "README.md").read_text()
-    assert table() in readme
-    peers = json.loads((RESULTS / "serve-tight.json").read_text())["peers"]
-    full, stock, here = (round(peers[name]["output"]["median"]) for name in (FULL, STOCK, HERE))
+    arms = json.loads((RESULTS / "serve-tight.json").read_text())["peers"]
+    full, stock, here = (round(arms[name]["output"]["median"]) for name in (FULL, STOCK, HERE))
     assert f"| {full} | {stock} | **{here}** |" in readme

@@ -243,8 +243,8 @@ def qwen3_8b(tmp_path: Path) -> Path:
     return path
 
 
-def test_the_24_gb_card_of_the_readme(qwen3_8b: Path, tmp_path: Path) -> None:
-    """2048 pages of 16 tokens; what the README's simulation of vLLM's scheduler measured."""
+def test_the_24_gb_card_of_the_results(qwen3_8b: Path, tmp_path: Path) -> None:
+    """2048 pages of 16 tokens: what vLLM's scheduler did there, by examples/results/README.md."""
     path = tmp_path / "plan.json"
     flags = ["--window", "1024", "--kv-memory", "4608MiB", "--prompt", "32000"]
     assert main(["plan", str(qwen3_8b), *flags, "--json", str(path)]) == 0
@@ -257,7 +257,7 @@ def test_the_24_gb_card_of_the_readme(qwen3_8b: Path, tmp_path: Path) -> None:
     }
     here = figures["requests"][0]["arms"]["this plugin"]
     assert here["peak_pages"] == 194
-    assert 25 < here["running"] < 31  # the README's 80 requests have a beginning and an end
+    assert 25 < here["running"] < 31  # the 80 requests of that page have a beginning and an end
 
 
 def _run(code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
