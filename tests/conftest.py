@@ -15,11 +15,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-import torch
-
-# Read by vLLM, OpenMP and Triton (which vLLM imports) when they are imported.
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"
+# Read by OpenMP (with torch), vLLM and Triton (which vLLM imports) when they are imported.
 os.environ.update(
     HF_HUB_OFFLINE="1",
     OMP_NUM_THREADS="1",
@@ -28,6 +24,11 @@ os.environ.update(
     VLLM_ENABLE_V1_MULTIPROCESSING="0",
     VLLM_NO_USAGE_STATS="1",
 )
+
+import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
 
 import pytest
 from filelock import FileLock

@@ -271,8 +271,13 @@ def test_override_takes_what_vllm_passes(override: Callable[..., Any], tree: Pat
     theirs = _parameters(_find(tree, *OVERRIDES[override]))
     ours = inspect.signature(override).parameters
     variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
-    # What we add for ourselves vLLM need not know.
-    added = {n for n, p in ours.items() if p.kind is p.KEYWORD_ONLY and p.default is not p.empty}
+    # What we add for ourselves vLLM need not know; only a class that we construct may require it.
+    is_constructed_here = override is WindowedAttention.__init__
+    added = {
+        n
+        for n, p in ours.items()
+        if p.kind is p.KEYWORD_ONLY and (p.default is not p.empty or is_constructed_here)
+    }
     named = [n for n, p in ours.items() if p.kind not in variadic and n not in added - set(theirs)]
     assert named == [n for n in theirs if n in named]
     if not any(p.kind is p.VAR_KEYWORD for p in ours.values()):
