@@ -51,7 +51,7 @@ def ray_cpu_platform() -> str | None:
 
 
 def stats(llm: "LLM | AsyncLLM") -> "dict[tuple[int, int], PageCounts]":
-    """What the page managers of an engine that this process started hold and did.
+    """Return what the page managers of an engine of this process hold and did.
 
     Returns:
         Counts by data parallel rank and KV group: what a server shows on ``/metrics``. Empty

@@ -13,7 +13,7 @@ class ConfigHook(VerifyAndUpdateConfig):
 
     @staticmethod
     def verify_and_update_config(vllm_config: VllmConfig) -> None:
-        """Refuse here what the model would; have metrics served, and nodes of a cluster checked.
+        """Refuse what cannot be served, have metrics served, and have Ray's nodes checked.
 
         The model checks again, in its own process, what vLLM made of the config since.
 

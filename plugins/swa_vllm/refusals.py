@@ -1,4 +1,4 @@
-"""What windowed layers refuse, by name and before weights are loaded."""
+"""What is refused together with a window, by name and before weights are loaded."""
 
 import multiprocessing
 import sys
@@ -21,7 +21,7 @@ PROVEN_SPECULATION = ("ngram", "eagle3")
 
 
 def check_servable(vllm_config: VllmConfig, swa: SWAConfig) -> None:
-    """Raise SWAConfigError if model or engine are set up in a way that windows are not exact in.
+    """Raise SWAConfigError for a model or an engine whose windows would not be exact.
 
     Raises:
         RuntimeError: another plugin holds the attention backend slot.

@@ -6,7 +6,7 @@ from swa_vllm.config.implementation import Implementation
 
 
 def windowed_backend(implementation: Implementation) -> type[AttentionBackend] | None:
-    """Backend of windowed layers; None leaves the choice to vLLM. Only what runs is imported."""
+    """The backend of windowed layers, imported only if it runs; None leaves the choice to vLLM."""
     if implementation is Implementation.KERNELS:
         from swa_vllm.attention.triton.backend import SWATritonBackend
 

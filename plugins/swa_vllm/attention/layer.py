@@ -1,4 +1,4 @@
-"""The attention layer of windowed layers."""
+"""The attention layer with a window."""
 
 from typing import Any
 

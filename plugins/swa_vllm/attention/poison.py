@@ -1,4 +1,4 @@
-"""Debugging aid: free pages hold NaN, so that whoever reads one is found out.
+"""For debugging: free pages hold NaN, which shows in the output of a layer that reads one.
 
 With ``debug_poison`` the attention backend looks at the scheduler's pool before each step, which
 works only where both live in one process.
@@ -92,7 +92,7 @@ class NaNCheck:
 
 
 class PoisonWatch:
-    """What a metadata builder does about poison in each step."""
+    """Poisons free pages before each step, and makes the check of the step's outputs."""
 
     def __init__(
         self, spec: AttentionSpec, layer_names: list[str], vllm_config: VllmConfig

@@ -36,7 +36,7 @@ class Rotation:
         return bool(self._rotary.is_neox_style)
 
     def __call__(self, states: torch.Tensor, distances: torch.Tensor) -> torch.Tensor:
-        """Queries or keys as if each stood ``distances`` positions further on.
+        """Rotate queries or keys as if each stood ``distances`` positions further on.
 
         Args:
             states: ``[n, num_heads, head_size]``, rotated at their positions.

@@ -25,7 +25,7 @@ class Implementation(Enum):
 
 
 def implementation_of(options: SWAOptions) -> Implementation:
-    """The implementation on this platform."""
+    """Choose the implementation for this platform."""
     if current_platform.is_cuda_alike() or options.impl is Impl.TRITON:
         return Implementation.KERNELS
     if current_platform.is_cpu():
@@ -36,7 +36,7 @@ def implementation_of(options: SWAOptions) -> Implementation:
 def prefill_pages_of(
     options: SWAOptions, implementation: Implementation, vllm_config: VllmConfig
 ) -> PrefillPages:
-    """Which pages of a prefill chunk are stored.
+    """Decide which pages of a prefill chunk are stored.
 
     Raises:
         SWAConfigError: survivors only are asked for where every page is needed.

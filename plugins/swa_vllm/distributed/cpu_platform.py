@@ -42,7 +42,7 @@ class RayCpuPlatform(CpuPlatform):
 
     @classmethod
     def check_and_update_config(cls, vllm_config: "VllmConfig") -> None:
-        """As vLLM's; Ray's workers also start with the variables that they read first."""
+        """Do as vLLM does, and give Ray's workers the variables that they read first."""
         super().check_and_update_config(vllm_config)
         parallel = vllm_config.parallel_config
         if not parallel.use_ray:

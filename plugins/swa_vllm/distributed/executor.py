@@ -13,7 +13,7 @@ class NodeCheckingRayExecutor(RayExecutorV2):
     """Refuses nodes without this package, or with another version of it."""
 
     def _build_runtime_env(self) -> dict[str, Any]:
-        """vLLM asks for it once it knows the nodes and before it starts the workers.
+        """Check the nodes, where vLLM knows them and has started no worker yet.
 
         Raises:
             SWAConfigError: a node lacks the package or has another version.

@@ -55,7 +55,7 @@ def check_installations(here: Installation, nodes: Mapping[str, Installation]) -
 
 
 def installation_on_nodes(node_ids: Mapping[str, str]) -> dict[str, Installation]:
-    """What Ray's nodes have, asked by a task on each.
+    """Ask each of Ray's nodes, by a task, what it has installed.
 
     Args:
         node_ids: Ray's id of a node, by its name.
@@ -87,7 +87,7 @@ def installation_on_nodes(node_ids: Mapping[str, str]) -> dict[str, Installation
 
 
 def installation_here() -> Installation:
-    """What this process runs."""
+    """Look up what this process runs."""
     return Installation(*_make_probe()())
 
 

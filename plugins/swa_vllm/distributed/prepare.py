@@ -1,4 +1,4 @@
-"""What a model that slides changes about an engine that Ray serves."""
+"""What an engine on Ray needs where its model slides."""
 
 from vllm.config import VllmConfig
 
@@ -6,7 +6,7 @@ from swa_backend.config import SWAConfigError
 
 
 def prepare_ray(vllm_config: VllmConfig) -> None:
-    """If a model that slides is served by Ray: have its nodes checked.
+    """Have the nodes checked, if Ray serves a model that slides.
 
     Raises:
         SWAConfigError: an executor whose nodes nobody would ask.

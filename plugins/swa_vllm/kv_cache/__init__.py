@@ -1,1 +1,1 @@
-"""What the engine core runs: the KV cache spec of a windowed layer, the manager of its pages."""
+"""What the engine core runs: the KV cache spec of windowed layers and their page manager."""

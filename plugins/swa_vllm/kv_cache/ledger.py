@@ -17,7 +17,7 @@ _LIVE = ("live_window", "live_sink", "live_prefill")
 
 @dataclass
 class Held:
-    """A request's pages: how many are real, and below which index all are dead already."""
+    """Pages of one request: how many are real, and below which index all are dead."""
 
     live: int = 0
     first_kept: int = 0
@@ -65,45 +65,45 @@ class PageLedger:
         return self._board.snapshot()
 
     def admit(self, request_id: str) -> Held:
-        """A request that holds nothing yet."""
+        """Begin to count a request that holds nothing yet."""
         held = self._held[request_id] = Held()
         self._board.add("requests_live", 1)
         self._board.add("reserved", self._max_per_request)
         return held
 
     def hit(self, request_id: str, num_pages: int, num_tokens: int) -> None:
-        """The prefix cache gave ``num_pages`` real pages for ``num_tokens`` tokens."""
+        """Count a prefix cache hit of ``num_pages`` real pages for ``num_tokens`` tokens."""
         self._hold(self._held[request_id], num_pages)
         self._board.add("prefix_hit_tokens", num_tokens)
 
     def take(self, held: Held, num_pages: int) -> None:
-        """A request took pages from the pool."""
+        """Count pages that a request took from the pool."""
         self._hold(held, num_pages)
         self._board.add("allocated", num_pages)
         self._board.raise_to("peak_live_per_request", held.live)
 
     def grant(self, request_id: str, num_pages: int) -> None:
-        """A request took pages that only the prefix cache needs."""
+        """Count pages that a request took for the prefix cache alone."""
         self.take(self._held[request_id], num_pages)
         self._log(request_id, num_pages, "of %s are stored for the prefix cache")
 
     def skip(self, request_id: str, num_pages: int) -> None:
-        """A prefill chunk passes over pages."""
+        """Count pages that a prefill chunk passed over."""
         self._board.add("skipped", num_pages)
         self._log(request_id, num_pages, "of %s need not be stored")
 
     def lose_prefix(self, num_tokens: int) -> None:
-        """A prompt missed the prefix cache because pages had been skipped."""
+        """Count tokens that missed the prefix cache because pages had been skipped."""
         self._board.add("prefix_lost_tokens", num_tokens)
 
     def leave_window(self, request_id: str, num_pages: int) -> None:
-        """Pages were given back that no later token sees."""
+        """Count pages that were given back because no later token sees them."""
         self._hold(self._held[request_id], -num_pages)
         self._board.add("freed_by_window", num_pages)
         self._log(request_id, num_pages, "of %s left its window")
 
     def end(self, request_id: str) -> None:
-        """A request gives back all that it holds, if it was admitted."""
+        """Count all that a request holds as given back, if it was admitted."""
         held = self._held.pop(request_id, None)
         if held is None:
             return

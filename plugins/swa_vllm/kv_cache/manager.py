@@ -91,7 +91,7 @@ class SWAManager(SinkPrefixHits):
         hit_blocks: Sequence[KVCacheBlock],
         num_computed_tokens: int,
     ) -> int:
-        """Pages that admitting a request may take from the pool at any time of its life.
+        """Pages that admission charges: the most that the request may take from the pool.
 
         vLLM deducts all pages below the hit's window from the cap and may so charge nothing for a
         long hit, whose request then takes pages that were promised to others.

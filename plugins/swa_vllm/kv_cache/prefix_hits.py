@@ -1,4 +1,4 @@
-"""The prefix cache of windowed layers: sink pages belong to every hit, and none is passed over."""
+"""The prefix cache of windowed layers, in which sink pages belong to every hit."""
 
 from collections.abc import Sequence
 from itertools import compress, takewhile
@@ -19,7 +19,7 @@ from swa_vllm.kv_cache.spec import SWASpec
 
 
 class SinkPrefixHits(SlidingWindowManager):
-    """vLLM's sliding window manager, whose prefix cache knows sink pages."""
+    """vLLM's sliding window manager with sink pages in its prefix cache hits."""
 
     @classmethod
     def find_longest_cache_hit(

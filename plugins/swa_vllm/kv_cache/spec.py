@@ -48,7 +48,7 @@ class SWASpec(SlidingWindowSpec):
         spare_tokens: int = 0,
         debug_poison: bool = False,
     ) -> "SWASpec":
-        """The same window, page size and dtype, managed by this plugin."""
+        """Make a spec like vLLM's ``spec`` whose pages this plugin manages."""
         num_steps = vllm_config.max_concurrent_batches
         speculation = vllm_config.speculative_config
         return cls(
@@ -78,7 +78,7 @@ class SWASpec(SlidingWindowSpec):
 
     @property
     def num_retained_tokens(self) -> int:
-        """Tells vLLM 0.33 to null no entry of a row: sinks lie below the window."""
+        """0, so that vLLM 0.33 nulls no entry of a row: sinks lie below the window."""
         return 0
 
     def max_num_blocks_per_req(self, vllm_config: VllmConfig, max_len: int) -> int:

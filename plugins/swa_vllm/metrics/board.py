@@ -31,7 +31,7 @@ _FIELD_OF = {(metric.sample, metric.kind): field for field, metric in METRICS.it
 
 @dataclass(frozen=True)
 class Owner:
-    """Whose counts a board has.
+    """The engine and KV group that a board counts for.
 
     Attributes:
         instance_id: vLLM's name of the engine; empty if nobody else may read its counts.
@@ -45,7 +45,7 @@ class Owner:
 
     @property
     def identifier(self) -> str:
-        """What its files are called; prometheus_client takes an underscore for a separator."""
+        """Name of the board's files; prometheus_client takes an underscore for a separator."""
         instance = self.instance_id.replace("_", "-")
         return f"swa-{instance}-{self.engine}-{self.group}-{os.getpid()}"
 

@@ -1,4 +1,4 @@
-"""What answers for the page managers' counts: vLLM's ``/metrics``, and :func:`swa_vllm.stats`.
+"""Where the page managers' counts are read: vLLM's ``/metrics``, and :func:`swa_vllm.stats`.
 
 One API server serves prometheus_client's default registry, where a collector of ours reads the
 engines' files. Several serve what lies in ``PROMETHEUS_MULTIPROC_DIR``, each the same: there the
@@ -44,7 +44,7 @@ class EngineCounts(Collector):
 
 
 def serve_counts(vllm_config: VllmConfig) -> None:
-    """Have the metrics of an engine that is about to be started, and whose model slides, served."""
+    """Have the metrics served of an engine that is about to start and whose model slides."""
     envs.set_metrics_dir(envs.get(envs.SHARED_METRICS_DIR) or _collector().path)
     if vllm_config.parallel_config.data_parallel_backend == "ray":  # engines are actors then
         envs.copy_to_ray(envs.METRICS_DIR)
@@ -73,7 +73,7 @@ def _is_alive(pid: int) -> bool:
 
 
 def engine_stats(llm: Any) -> dict[tuple[int, int], PageCounts]:
-    """See :func:`swa_vllm.stats`."""
+    """Read what :func:`swa_vllm.stats` returns."""
     config = getattr(llm, "llm_engine", llm).vllm_config
     directory = envs.get(envs.METRICS_DIR)
     counts = read_counts(board_files(directory, config.instance_id)) if directory else {}

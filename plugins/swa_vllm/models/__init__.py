@@ -1,1 +1,1 @@
-"""Windowed model classes."""
+"""The models whose layers may slide, and the guards that refuse windows in others."""

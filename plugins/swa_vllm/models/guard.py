@@ -16,7 +16,7 @@ from swa_vllm.models.stock import stock_class
 
 
 def refusing(base: type[nn.Module], reason: str) -> type[nn.Module]:
-    """``base``, but making a model with a window raises RuntimeError with ``reason``."""
+    """A subclass of ``base`` that raises RuntimeError with ``reason`` if a window is asked for."""
 
     class RefusesWindows(base):  # type: ignore[misc, valid-type]
         # Not in __init__: some stock classes make an instance of another class in __new__.

@@ -1,4 +1,4 @@
-"""What a step's batch needs on CPUs beyond vLLM's own metadata, found once per step and group.
+"""What CPU attention needs of a step's batch beyond vLLM's own metadata.
 
 Rows of the block table are indexed by position and may name freed pages below the window (a
 worker is never told of frees). vLLM's C++ operators take the rows as they are: they look at no page
@@ -15,7 +15,7 @@ from vllm.v1.attention.backends.utils import NULL_BLOCK_ID
 
 
 def rows_with_holes(batch: CommonAttentionMetadata, window: int, block_size: int) -> list[bool]:
-    """Which rows' chunks pass over pages that they do not store.
+    """Tell for each request whether its chunk passes over pages that are not stored.
 
     Args:
         batch: ``block_table_tensor`` int32 ``[num_reqs, max_pages]``, ``seq_lens`` int32
@@ -36,7 +36,7 @@ def rows_with_holes(batch: CommonAttentionMetadata, window: int, block_size: int
 
 
 def changed(batch: CommonAttentionMetadata, **changes: Any) -> CommonAttentionMetadata:
-    """``dataclasses.replace`` without its cost, which grows with the fields of the class."""
+    """Copy a batch with some fields changed, at less cost than ``dataclasses.replace``."""
     new = object.__new__(type(batch))
     vars(new).update(vars(batch), **changes)
     return new

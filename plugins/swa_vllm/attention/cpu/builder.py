@@ -1,4 +1,4 @@
-"""A step's metadata for windowed layers on CPUs."""
+"""The metadata of a step for windowed layers on CPUs."""
 
 from dataclasses import dataclass
 from functools import partial
@@ -95,7 +95,7 @@ class SWACPUMetadataBuilder(CPUAttentionMetadataBuilder):
         return PageLayout(shape, spec.dtype, partial(layer.impl.do_kv_cache_update, layer))
 
     def _make_wide_builder(self, device: torch.device) -> CPUAttentionMetadataBuilder | None:
-        """Builds for scratch pages whose heads are wider, if sinks are shifted."""
+        """Make the builder for scratch pages with wider heads, if sinks are shifted."""
         shift = getattr(self._layer.impl, "shift", None)
         if shift is None:
             return None
@@ -132,7 +132,7 @@ class SWACPUMetadataBuilder(CPUAttentionMetadataBuilder):
         return SWACPUMetadata(slots, parts, scratch, ghosts, distances, nan_check)
 
     def _rows_for_scratch(self, batch: CommonAttentionMetadata) -> list[bool]:
-        """Chunks with holes, and those of several queries that have left their sinks behind."""
+        """Tell which chunks need scratch: those with holes, and those beyond their sinks."""
         # No common window: vLLM put layers of different windows into one group, with its own spec.
         if batch.max_query_len == 1 or self.window_size < 1:
             return [False] * batch.num_reqs

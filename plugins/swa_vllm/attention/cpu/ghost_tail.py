@@ -1,4 +1,4 @@
-"""Sink tokens of decoding requests on CPUs: the ghost tail.
+"""The ghost tail: copies of sink tokens behind the newest token, for decoding on CPUs.
 
 vLLM's C++ attention sees one unbroken run of keys up to the query, and a window that left its sinks
 behind is two. A step that computes one token therefore writes copies of the ``S`` sinks into the
@@ -65,7 +65,7 @@ class GhostTail:
 def ghost_tail(
     batch: CommonAttentionMetadata, window: int, sink_tokens: int, block_size: int
 ) -> GhostTail:
-    """The ghost tails of those requests that compute one token and have left their sinks behind.
+    """Lay out ghost tails for requests that decode one token and have left their sinks behind.
 
     Args:
         batch: ``block_table_tensor`` int32 ``[num_reqs, max_pages]`` with ``sink_tokens`` slots

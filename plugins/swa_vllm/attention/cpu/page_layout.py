@@ -1,4 +1,4 @@
-"""Where vLLM's C++ operators put a token's numbers within a page.
+"""How vLLM's C++ operators arrange the elements of a token within a page.
 
 They pack keys and values for the processor at hand, in ways that are nowhere documented, and no
 operator reads a page back. What we need to know is asked of the operator that writes pages.
@@ -14,14 +14,14 @@ WriteTokens = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor],
 
 
 class PageLayout:
-    """Places of the numbers of each token in pages of one shape.
+    """Places of each token's elements in pages of one shape.
 
     Attributes:
         page_shape: ``(num_kv_heads, block_size, 2 * head_size)``.
     """
 
     def __init__(self, page_shape: tuple[int, int, int], dtype: torch.dtype, write: WriteTokens):
-        """Learn the layout by writing tokens that spell the number of each of their elements.
+        """Learn the layout by writing tokens that spell the index of each of their elements.
 
         Raises:
             RuntimeError: the operator does not just move what it is given.
@@ -46,7 +46,7 @@ class PageLayout:
         self._offsets = found.argsort().view(block_size, token_size)
 
     def elements(self, slots: torch.Tensor) -> torch.Tensor:
-        """Indices of the numbers of some tokens in the flat pages.
+        """Indices of the elements of some tokens in the flat pages.
 
         Args:
             slots: int64 ``[n]``.

@@ -1,4 +1,4 @@
-"""Cache-relative positions of sink tokens on CPUs: sinks lie just before the window.
+"""Cache-relative positions of sink tokens on CPUs: sinks seem to lie just before the window.
 
 For a query at ``p >= S + W`` that is a rotation of the sinks' scores by ``p - (S + W - 1)``
 positions (StreamingLLM, https://arxiv.org/abs/2309.17453); keys in the KV cache stay as they are.
@@ -91,7 +91,7 @@ class PositionShift:
     def widen_query(
         self, query: torch.Tensor, sinks: ShiftedScratch, kv_cache: torch.Tensor
     ) -> torch.Tensor:
-        """Queries with their scores of the sinks.
+        """Append to each query its scores of the sinks.
 
         Args:
             query: ``[num_tokens, num_heads, head_size]``.
@@ -150,7 +150,7 @@ def shifted_scratch(
     block_size: int,
     sink_tokens: int,
 ) -> ShiftedScratch:
-    """What the ``rows`` that ``layout`` lays out need."""
+    """Find what the requests of ``rows``, laid out by ``layout``, need of their sinks."""
     starts = rows.query_start_loc.tolist()
     last = last_unshifted(window, sink_tokens)
     sinks, within = torch.arange(sink_tokens), torch.arange(block_size)

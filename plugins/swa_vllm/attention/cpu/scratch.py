@@ -1,4 +1,4 @@
-"""Scratch pages: where prefill chunks are attended to that the KV cache cannot serve, on CPUs.
+"""Scratch pages: copies of what a prefill chunk sees, where the KV cache cannot serve it on CPUs.
 
 vLLM's C++ attention reads keys from pages only, and its mask is one unbroken run of keys up to the
 query. Two kinds of chunks are therefore laid out once a layer in scratch pages that all layers
@@ -139,7 +139,7 @@ def scratch_layout(
 
 
 def _chunks(rows: CommonAttentionMetadata) -> Iterator[tuple[int, range, int]]:
-    """Row, positions of its queries, and the first of its tokens in the batch."""
+    """Yield each request's row, the positions of its queries, and its first token in the batch."""
     starts, ends = rows.query_start_loc.tolist(), rows.seq_lens.tolist()
     for row, end in enumerate(ends):
         yield row, range(end - (starts[row + 1] - starts[row]), end), starts[row]

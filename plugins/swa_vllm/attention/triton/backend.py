@@ -23,7 +23,7 @@ from swa_vllm.config.implementation import FP8_DTYPES
 
 
 class SWATritonImpl(AttentionImpl[SWATritonMetadata]):
-    """Decoding requests read their window's pages, chunks their own keys and the window before.
+    """Attention by the kernels: decodes over their window's pages, chunks also over their own keys.
 
     Attributes:
         shift_start: position up to which queries keep their distance to sinks; None where they all
@@ -46,7 +46,7 @@ class SWATritonImpl(AttentionImpl[SWATritonMetadata]):
         sink_tokens: int = 0,
         shifted_by: Any = None,
     ) -> None:
-        """Take what vLLM's layer gives, and the plugin's own.
+        """Take the arguments of vLLM's attention layer, and the plugin's own.
 
         Args:
             sink_tokens: leading tokens that every query sees.
@@ -134,7 +134,7 @@ class SWATritonImpl(AttentionImpl[SWATritonMetadata]):
     def _shift(
         self, query: torch.Tensor, attn_metadata: SWATritonMetadata, out: torch.Tensor | None
     ) -> torch.Tensor:
-        """Queries with cache-relative distances to the sinks."""
+        """Rotate queries to cache-relative distances from the sinks."""
         assert self._rotation is not None
         assert attn_metadata.distances is not None
         num_tokens = len(attn_metadata.distances)

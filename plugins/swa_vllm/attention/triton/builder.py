@@ -1,4 +1,4 @@
-"""A step's metadata for windowed layers on this project's kernels: no copy to the host, no loop."""
+"""The metadata of a step for the kernels, made without a copy to the host or a loop."""
 
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -39,7 +39,7 @@ class Rows:
 
 @dataclass(frozen=True)
 class Scratch:
-    """Memory that layers use one after the other; vLLM's workspace, where it keeps one (GPUs).
+    """Memory that layers use one after the other, from vLLM's workspace where it has one (GPUs).
 
     Attributes:
         num_elements: fp32, for the largest batch of decodes.
@@ -50,7 +50,7 @@ class Scratch:
     shifted: tuple[tuple[int, ...], torch.dtype] | None = None
 
     def borrow(self) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        """Scratch and shifted queries; None where PyTorch has to allocate them."""
+        """Scratch and room for shifted queries; None where PyTorch has to allocate them."""
         if not is_workspace_manager_initialized():
             return None, None
         wanted: list[tuple[tuple[int, ...], torch.dtype]] = [((self.num_elements,), torch.float32)]
@@ -117,7 +117,7 @@ class SWATritonMetadataBuilder(AttentionMetadataBuilder[SWATritonMetadata]):
         log_layers(vllm_config, layer_names)
 
     def _reserve_scratch(self, impl: Any) -> Scratch:
-        """For the largest batches; vLLM's workspace has the room then, before its graphs are."""
+        """Reserve room for the largest batches, before vLLM captures its graphs."""
         config = self.vllm_config
         scheduler = config.scheduler_config
         graphs = config.compilation_config.max_cudagraph_capture_size or 0
