@@ -70,6 +70,14 @@ def attribute_names(modules: Modules) -> Iterator[Touch]:
             yield Touch(f"{file}:{node.lineno}", ast.unparse(node), node.attr)
 
 
+def imported_names(modules: Modules, packages: set[str]) -> Iterator[Touch]:
+    """Every name that is imported from a module of some packages."""
+    for file, node in _walk(modules):
+        if isinstance(node, ast.ImportFrom) and str(node.module).partition(".")[0] in packages:
+            for alias in node.names:
+                yield Touch(f"{file}:{node.lineno}", ast.unparse(node), alias.name)
+
+
 def used_names(modules: Modules) -> set[str]:
     """Names that are read, written, imported, passed by keyword, overridden or spelt in strings."""
     names = set()

@@ -167,12 +167,12 @@ MEMBERS: dict[str, set[str]] = {
     "vllm.v1.worker.worker_base:WorkerWrapperBase": {"worker"},
     # Other packages.
     "prometheus_client.metrics_core:Metric": {"samples"},
-    "prometheus_client.mmap_dict": {"MmapedDict", "mmap_key"},
+    "prometheus_client.mmap_dict": {"mmap_key"},
     "prometheus_client.mmap_dict:MmapedDict": {
         *("close", "read_all_values_from_file", "write_value"),
     },
     "prometheus_client.multiprocess:MultiProcessCollector": {"merge"},
-    "prometheus_client.registry": {"Collector", "REGISTRY"},
+    "prometheus_client.registry": {"REGISTRY"},
     "prometheus_client.registry:Collector": {"collect"},
     "prometheus_client.registry:CollectorRegistry": {"register"},
     "prometheus_client.samples:Sample": {"labels", "name", "value"},
@@ -181,11 +181,12 @@ MEMBERS: dict[str, set[str]] = {
     "ray.runtime_env": {"RuntimeEnv"},
     "ray.util": {"placement_group_table"},
     "ray.util.scheduling_strategies": {"NodeAffinitySchedulingStrategy"},
+    "triton.backends.compiler": {"GPUTarget"},
     "triton.compiler.compiler:CompiledKernel": {"asm", "metadata"},
     "triton.runtime.driver:DriverConfig": {"_active"},
+    "triton.runtime.interpreter": {"InterpretedFunction"},
     "triton.runtime.jit:JITFunction": {"run"},
     "xformers.ops.fmha": {"attn_bias", "memory_efficient_attention_forward"},
-    "xformers.ops.fmha.attn_bias": {"BlockDiagonalMask"},
     "xformers.ops.fmha.attn_bias:BlockDiagonalMask": {
         *("from_seqlens", "make_causal_from_bottomright", "make_local_attention_from_bottomright"),
     },
