@@ -11,6 +11,7 @@ stage() { printf '\n== %s\n' "$*"; "$@"; }
 stage "$bin/ruff" check
 stage "$bin/ruff" format --check
 stage "$bin/mypy"
+stage "$bin/lint-imports" --no-cache --no-logo
 stage "$bin/python" tests/audit.py
 for script in examples/*.sh examples/*/*.sh tests/*.sh .ci/run; do
     bash -n "$script"

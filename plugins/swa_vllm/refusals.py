@@ -158,14 +158,19 @@ def _check_engine(vllm_config: VllmConfig) -> None:
             "KV connectors and KV cache offloading (--kv-transfer-config, --kv-offloading-size) "
             "know nothing of the pages that a window frees; remove them, or serve full attention"
         )
-    for kind in ("pipeline_parallel", "decode_context_parallel", "prefill_context_parallel"):
-        size = getattr(vllm_config.parallel_config, f"{kind}_size")
+    parallel = vllm_config.parallel_config
+    sizes = {
+        "pipeline_parallel_size": parallel.pipeline_parallel_size,
+        "decode_context_parallel_size": parallel.decode_context_parallel_size,
+        "prefill_context_parallel_size": parallel.prefill_context_parallel_size,
+    }
+    for name, size in sizes.items():
         if size > 1:
             raise SWAConfigError(
-                f"{kind}_size={size} was not tested with windows; leave it at 1 (use "
+                f"{name}={size} was not tested with windows; leave it at 1 (use "
                 "tensor parallelism), or remove the window"
             )
-    if vllm_config.parallel_config.use_ubatching:
+    if parallel.use_ubatching:
         raise SWAConfigError(
             "microbatches (--enable-dbo, --ubatch-size) were not tested with windows; leave them "
             "out, or remove the window"

@@ -6,10 +6,13 @@ An upgrade of vLLM shall break a test here, by name, and not a user.
 import ast
 import dataclasses
 import filecmp
+import importlib
 import inspect
-from collections.abc import Callable
+import pkgutil
+from collections.abc import Callable, Iterable
 from functools import cache
 from importlib import metadata
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +32,12 @@ from swa_vllm.kv_cache.manager import SWAManager
 from swa_vllm.kv_cache.prefix_hits import SinkPrefixHits
 from swa_vllm.kv_cache.spec import SWASpec
 from swa_vllm.models.qwen3 import SWAQwen3ForCausalLM
-from swa_vllm.models.qwen3_moe import SWAQwen3MoeForCausalLM
 from swa_vllm.models.stock import STOCK
 from swa_vllm.models.windowed import WindowedModel
+from swa_vllm.tools.bench.serving.vllm_engine import RecordingScheduler
 from swa_vllm.tools.engines.forced import ForcedTokens
+from tests.helpers.name_scan import assigned_attributes, body_names, class_names, is_dunder
+from tests.helpers.upstream import CALLED, MEMBERS
 from tests.helpers.wheel_sources import official_sources
 
 INSTALLED = Path(vllm.__file__).parent
@@ -42,39 +47,29 @@ CPU_BUILD_DIFFERS_IN = {"_version.py", "platforms/__init__.py", "utils/cpu_trito
 ATTENTION = "model_executor/layers/attention/attention.py"
 BACKEND = "v1/attention/backend.py"
 CPU = "v1/attention/backends/cpu_attn.py"
-UTILS = "v1/attention/backends/utils.py"
-ENUM = "v1/attention/backends/registry.py"
 LOGITS = "v1/sample/logits_processor/__init__.py"
 LOGITS_INTERFACE = "v1/sample/logits_processor/interface.py"
-INTERFACES = "model_executor/models/interfaces.py"
 MANAGER = "v1/core/single_type_kv_cache_manager.py"
 MODEL_REGISTRY = "model_executor/models/registry.py"
-OMNI = "model_executor/models/qwen3_omni_moe_thinker.py"
 MODEL_CONFIG = "model_executor/models/config.py"
-PARALLEL = "config/parallel.py"
 PLATFORM = "platforms/cpu.py"
 PROMETHEUS = "v1/metrics/prometheus.py"
 RAY_ENV = "ray/ray_env.py"
 SERVE = "entrypoints/cli/serve.py"
-POOL = "v1/core/block_pool.py"
 RAY = "v1/executor/ray_executor_v2.py"
-REQUEST = "v1/request.py"
 VLLM_CONFIG = "config/vllm.py"
 CACHE_MANAGER = "v1/core/kv_cache_manager.py"
 QWEN3 = "model_executor/models/qwen3.py"
-QWEN3_MOE = "model_executor/models/qwen3_moe.py"
 QWEN2 = "model_executor/models/qwen2.py"
+SCHEDULER = "v1/core/sched/scheduler.py"
 REGISTRY = "v1/kv_cache_spec_registry.py"
 SPEC = "v1/kv_cache_interface.py"
-ROPE = "model_executor/layers/rotary_embedding/common.py"
-ROPE_BASE = "model_executor/layers/rotary_embedding/base.py"
-SPECULATION = "config/speculative.py"
-VL = "model_executor/models/qwen3_vl.py"
-VL_MOE = "model_executor/models/qwen3_vl_moe.py"
 
 # Each override, and where vLLM defines what it overrides.
 OVERRIDES: dict[Callable[..., Any], tuple[str, str]] = {
     ForcedTokens.validate_params.__func__: (LOGITS_INTERFACE, "LogitsProcessor.validate_params"),
+    RecordingScheduler.__init__: (SCHEDULER, "Scheduler.__init__"),
+    RecordingScheduler.schedule: (SCHEDULER, "Scheduler.schedule"),
     ForcedTokens.is_argmax_invariant: (LOGITS_INTERFACE, "LogitsProcessor.is_argmax_invariant"),
     ForcedTokens.new_req_logits_processor: (
         LOGITS,
@@ -154,85 +149,6 @@ OVERRIDES: dict[Callable[..., Any], tuple[str, str]] = {
         "CpuPlatform.check_and_update_config",
     ),
 }
-# Functions that we call, with the parameters that we pass by name.
-CALLED = {
-    (ATTENTION, "Attention.__init__"): {
-        *("num_kv_heads", "per_layer_sliding_window", "prefix", "attn_type", "attn_backend"),
-        *("cache_config", "quant_config"),
-    },
-    (QWEN3, "Qwen3ForCausalLM.__init__"): {"vllm_config", "prefix"},
-    (QWEN3_MOE, "Qwen3MoeForCausalLM.__init__"): {"vllm_config", "prefix"},
-    (INTERFACES, "SupportsMultiModal.get_language_model"): {"self"},
-    (CPU, "CPUAttentionBackendImpl.do_kv_cache_update"): {
-        *("layer", "key", "value", "kv_cache", "slot_mapping"),
-    },
-    (UTILS, "split_decodes_and_prefills"): {"common_attn_metadata", "decode_threshold"},
-    (BACKEND, "AttentionMetadataBuilder._init_reorder_batch_threshold"): {
-        *("reorder_batch_threshold", "supports_spec_as_decode"),
-    },
-    (MANAGER, "SlidingWindowManager.reachable_block_mask"): {
-        *("start_block", "end_block", "alignment_tokens", "kv_cache_spec", "use_eagle"),
-        *("retention_interval", "reachable_boundaries"),
-    },
-    (ROPE, "ApplyRotaryEmb.forward_static"): {
-        *("x", "cos", "sin", "is_neox_style", "enable_fp32_compute"),
-    },
-    (POOL, "BlockPool.touch"): {"blocks"},
-    (POOL, "BlockPool.get_new_blocks"): {"num_blocks"},
-    (POOL, "BlockPool.free_blocks"): {"ordered_blocks"},
-    (POOL, "BlockPool.get_num_free_blocks"): set(),
-    (POOL, "BlockPool.get_cached_block"): {"block_hash", "kv_cache_group_ids"},
-    (SPECULATION, "SpeculativeConfig.use_eagle"): set(),
-    (VLLM_CONFIG, "VllmConfig.max_concurrent_batches"): set(),
-    (VLLM_CONFIG, "VllmConfig.num_speculative_tokens"): set(),
-    (VLLM_CONFIG, "VllmConfig.num_lookahead_tokens"): set(),
-    (REGISTRY, "KVCacheSpecRegistry.register"): {"uniform_type_base_spec"},
-    (REGISTRY, "KVCacheSpecRegistry.check_kv_cache_spec_registry"): {"kv_cache_spec"},
-    (ENUM, "register_backend"): {"backend", "class_path"},
-    (ENUM, "AttentionBackendEnum.get_path"): set(),
-    (ENUM, "AttentionBackendEnum.is_overridden"): set(),
-}
-# Fields of records, and attributes set by constructors, that we read or write.
-FIELDS = {
-    (BACKEND, "CommonAttentionMetadata"): {
-        *("query_start_loc", "seq_lens", "max_seq_len", "block_table_tensor", "slot_mapping"),
-    },
-    (SPEC, "SlidingWindowSpec"): {"sliding_window", "extra_retained_tokens"},
-    (BACKEND, "AttentionBackend"): {"forward_includes_kv_cache_update"},
-    (VLLM_CONFIG, "VllmConfig"): {"instance_id", "kv_transfer_config", "speculative_config"},
-    (PARALLEL, "ParallelConfig"): {"data_parallel_index", "data_parallel_backend"},
-    (SPECULATION, "SpeculativeConfig"): {"method"},
-    (ENUM, "AttentionBackendEnum"): {"CUSTOM"},
-}
-ATTRIBUTES = {
-    (ATTENTION, "Attention.__init__"): {
-        *("num_heads", "head_size", "num_kv_heads", "sliding_window", "layer_name", "attn_type"),
-        *("attn_backend", "impl"),
-    },
-    (CPU, "CPUAttentionMetadataBuilder.__init__"): {"window_size", "block_size", "head_dim"},
-    (CPU, "CPUAttentionBackendImpl.__init__"): {"scale", "sliding_window", "head_size"},
-    (ROPE_BASE, "RotaryEmbeddingBase.__init__"): {"rotary_dim", "is_neox_style"},
-    (MANAGER, "SingleTypeKVCacheManager.__init__"): {
-        *("req_to_blocks", "block_pool", "block_size", "enable_caching", "kv_cache_group_id"),
-        *("kv_cache_spec", "use_eagle", "cache_hit_alignment_tokens", "_null_block"),
-        "max_admission_blocks_per_request",
-    },
-    (POOL, "BlockPool.__init__"): {"num_gpu_blocks", "hash_block_size", "null_block", "blocks"},
-    (REQUEST, "Request.__init__"): {
-        *("resumable", "shared_prefix_boundary", "skip_reading_prefix_cache"),
-    },
-    (QWEN3, "Qwen3DecoderLayer.__init__"): {"self_attn"},
-    (QWEN3, "Qwen3Attention.__init__"): {"attn", "rotary_emb"},
-    (QWEN3, "Qwen3ForCausalLM.__init__"): {"model"},
-    (QWEN2, "Qwen2Model.__init__"): {"layers"},
-    (QWEN3_MOE, "Qwen3MoeDecoderLayer.__init__"): {"self_attn"},
-    (QWEN3_MOE, "Qwen3MoeAttention.__init__"): {"attn", "rotary_emb"},
-    (QWEN3_MOE, "Qwen3MoeModel.__init__"): {"layers"},
-    (QWEN3_MOE, "Qwen3MoeForCausalLM.__init__"): {"model"},
-    (VL, "Qwen3LLMForCausalLM.__init__"): {"model"},
-    (VL_MOE, "Qwen3MoeLLMForCausalLM.__init__"): {"model"},
-    (OMNI, "Qwen3MoeLLMForCausalLM.__init__"): {"model"},
-}
 
 
 @pytest.fixture(params=["installed", "0.33.0"])
@@ -247,14 +163,35 @@ def _parsed(path: Path) -> ast.Module:
 
 
 def _find(tree: Path, file: str, qualname: str) -> Any:
-    """Syntax node of a class, or of a function in one."""
+    """Syntax node of a class, of a function in one, or without a name of the module."""
     node: Any = _parsed(tree / file)
-    for name in qualname.split("."):
+    for name in filter(None, qualname.split(".")):
         kinds = (ast.ClassDef, ast.FunctionDef)
         found = [n for n in node.body if isinstance(n, kinds) and n.name == name]
         assert found, f"{file} no longer defines {qualname}"
         node = found[-1]
     return node
+
+
+def _located(tree: Path, place: str) -> Any:
+    """Syntax node of a place, as :mod:`upstream` names it, in the package at ``tree``."""
+    module, _, qualname = place.partition(":")
+    path = tree.parent.joinpath(*module.split("."))
+    file = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+    return _find(tree, str(file.relative_to(tree)), qualname)
+
+
+def _installed(place: str) -> Path:
+    """Root of the installed package that a place is in."""
+    package = place.partition(":")[0].partition(".")[0]
+    spec = find_spec(package)
+    if spec is None or spec.origin is None:
+        pytest.skip(f"{package} is not installed")
+    return Path(spec.origin).parent
+
+
+def _of_vllm(places: Iterable[str]) -> list[str]:
+    return sorted(place for place in places if place.startswith("vllm."))
 
 
 def _parameters(function: ast.FunctionDef) -> list[str]:
@@ -284,26 +221,69 @@ def test_override_takes_what_vllm_passes(override: Callable[..., Any], tree: Pat
         assert set(theirs) <= set(named), "vLLM passes a parameter that the override drops"
 
 
-def test_every_override_is_held() -> None:
-    classes = (
-        *(WindowedAttention, SWASpec, SWAManager, SinkPrefixHits),
-        *(SWACPUMetadataBuilder, SWACPUImpl, SWACPUBackend),
-        *(SWATritonMetadataBuilder, SWATritonImpl, SWATritonBackend),
-        *(WindowedModel, SWAQwen3ForCausalLM, SWAQwen3MoeForCausalLM),
-        *(NodeCheckingRayExecutor, ConfigHook, RayCpuPlatform, ForcedTokens),
-    )
+def _derived() -> list[type]:
+    """Classes of the plugin that have a class of vLLM among their bases."""
+    prefix = f"{swa_vllm.__name__}."
+    modules = [
+        importlib.import_module(found.name)
+        for found in pkgutil.walk_packages(swa_vllm.__path__, prefix)
+        if not found.name.endswith("__main__")
+    ]
+    classes = {
+        cls
+        for module in modules
+        for cls in vars(module).values()
+        if inspect.isclass(cls) and cls.__module__.startswith(prefix) and _stock_bases(cls)
+    }
+    return sorted(classes, key=lambda cls: cls.__qualname__)
+
+
+def _stock_bases(cls: type) -> list[type]:
+    return [base for base in cls.__mro__ if base.__module__.startswith("vllm.")]
+
+
+DERIVED = _derived()
+
+
+def test_all_derived_classes_are_found() -> None:
+    known = {WindowedAttention, SWAManager, SWACPUImpl, SWAQwen3ForCausalLM, RecordingScheduler}
+    assert known < {*DERIVED}
+
+
+@pytest.mark.parametrize("cls", DERIVED, ids=_ids)
+def test_every_override_is_held(cls: type) -> None:
     dunders = ("init", "eq", "hash", "repr", "replace", "setattr", "delattr")
     generated = {f"__{name}__" for name in dunders}  # by dataclass
-    for cls in classes:
-        stock = [base for base in cls.__mro__ if base.__module__.startswith("vllm.")]
-        for name, member in vars(cls).items():
-            function = getattr(member, "__func__", member)
-            if not inspect.isfunction(function) or function.__module__ != cls.__module__:
-                continue
-            if dataclasses.is_dataclass(cls) and name in generated:
-                continue
-            if any(name in vars(base) for base in stock) or name == "__init__":
-                assert function in OVERRIDES, f"{cls.__name__}.{name} is not in OVERRIDES"
+    ours = [base for base in cls.__mro__ if base.__module__.startswith("swa_vllm.")]
+    for base, (name, member) in ((b, item) for b in ours for item in vars(b).items()):
+        function = getattr(member, "__func__", member)
+        if not inspect.isfunction(function) or function.__module__ != base.__module__:
+            continue
+        if dataclasses.is_dataclass(base) and name in generated:
+            continue
+        if any(name in vars(stock) for stock in _stock_bases(cls)) or name == "__init__":
+            assert function in OVERRIDES, f"{base.__name__}.{name} is not in OVERRIDES"
+
+
+@pytest.mark.parametrize("cls", DERIVED, ids=_ids)
+def test_no_name_of_ours_is_vllms_by_accident(cls: type, tree: Path) -> None:
+    """A new attribute of vLLM's under a name of ours would be overwritten unseen."""
+    ours = {
+        name
+        for base in cls.__mro__
+        if base.__module__.startswith("swa_vllm.")
+        for name in class_names(_located(_installed(base.__module__), _place(base)))
+    }
+    theirs = {
+        name for base in _stock_bases(cls) for name in class_names(_located(tree, _place(base)))
+    }
+    held = {function.__name__ for function in OVERRIDES}.union(*MEMBERS.values())
+    held.add("num_retained_tokens")  # not in 0.32; has a test of its own
+    assert {name for name in ours & theirs if not is_dunder(name)} <= held
+
+
+def _place(cls: type) -> str:
+    return f"{cls.__module__}:{cls.__qualname__}"
 
 
 @pytest.mark.parametrize("name", STOCK)
@@ -323,36 +303,34 @@ def test_architectures_have_the_classes_we_derive_from(tree: Path) -> None:
         assert theirs[architecture] == (STOCK[stock], stock)
 
 
-@pytest.mark.parametrize("called", CALLED, ids=_ids)
-def test_called_function_takes_what_we_pass(called: tuple[str, str], tree: Path) -> None:
-    assert set(_parameters(_find(tree, *called))) >= CALLED[called]
+@pytest.mark.parametrize("place", _of_vllm(CALLED))
+def test_called_function_of_vllm_takes_what_we_pass(place: str, tree: Path) -> None:
+    assert set(_parameters(_located(tree, place))) >= CALLED[place]
 
 
-@pytest.mark.parametrize("record", FIELDS, ids=_ids)
-def test_record_has_the_fields_we_use(record: tuple[str, str], tree: Path) -> None:
-    names = set()
-    for node in _find(tree, *record).body:
-        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
-            names.add(node.target.id)
-        elif isinstance(node, ast.Assign):
-            names |= {t.id for t in node.targets if isinstance(t, ast.Name)}
-    assert names >= FIELDS[record]
+@pytest.mark.parametrize("place", sorted(CALLED.keys() - _of_vllm(CALLED)))
+def test_called_function_takes_what_we_pass(place: str) -> None:
+    assert set(_parameters(_located(_installed(place), place))) >= CALLED[place]
 
 
-@pytest.mark.parametrize("constructor", ATTRIBUTES, ids=_ids)
-def test_constructor_sets_the_attributes_we_use(constructor: tuple[str, str], tree: Path) -> None:
-    assert _assigned_to_self(_find(tree, *constructor)) >= ATTRIBUTES[constructor]
+@pytest.mark.parametrize("place", _of_vllm(MEMBERS))
+def test_vllm_has_the_names_we_use(place: str, tree: Path) -> None:
+    assert _names_at(_located(tree, place)) >= MEMBERS[place]
 
 
-def _assigned_to_self(function: ast.FunctionDef) -> set[str]:
-    return {
-        node.attr
-        for node in ast.walk(function)
-        if isinstance(node, ast.Attribute)
-        and isinstance(node.ctx, ast.Store)
-        and isinstance(node.value, ast.Name)
-        and node.value.id == "self"
-    }
+@pytest.mark.parametrize("place", sorted(MEMBERS.keys() - _of_vllm(MEMBERS)))
+def test_other_package_has_the_names_we_use(place: str) -> None:
+    assert _names_at(_located(_installed(place), place)) >= MEMBERS[place]
+
+
+def _names_at(node: Any) -> set[str]:
+    """Names that a module, a class or a function gives to something."""
+    if isinstance(node, ast.FunctionDef):
+        return set(assigned_attributes(node))
+    if isinstance(node, ast.ClassDef):
+        return class_names(node)
+    imports = [n for n in node.body if isinstance(n, ast.ImportFrom)]
+    return body_names(node) | {a.asname or a.name for n in imports for a in n.names}
 
 
 def test_stock_model_asserts_on_mixed_layers_where_we_expect_it(tree: Path) -> None:

@@ -1,5 +1,6 @@
 """The files that managers count in: whose they are, who may read them, and until when."""
 
+import errno
 import logging
 import os
 import stat
@@ -109,6 +110,21 @@ def test_a_killed_engine_leaves_the_scrape_and_its_successor_starts_at_zero() ->
             engine.kill()
             engine.communicate()
         assert samples(generate_latest(registry).decode()) == {}
+
+
+def test_an_engine_whose_number_another_users_process_has_leaves_the_scrape(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    collector = scrape.EngineCounts()
+    monkeypatch.setenv(METRICS_DIR, collector.path)
+    PageBoard(Owner("7", 0, 1)).add("allocated", 5)
+    assert [*collector.collect()]
+
+    def kill(pid: int, signal: int) -> None:
+        raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
+
+    monkeypatch.setattr(os, "kill", kill)
+    assert [*collector.collect()] == []
 
 
 def _directory_for(model: Path, monkeypatch: pytest.MonkeyPatch, **kwargs: object) -> str | None:

