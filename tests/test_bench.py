@@ -23,7 +23,9 @@ from swa_vllm.tools.bench.attention.stock_kernel import real_triton
 from swa_vllm.tools.bench.attention.times import Case, Result, make_batch, measure, targets
 from swa_vllm.tools.bench.kernels import measure_all, work_of
 from swa_vllm.tools.cli import main
-from swa_vllm.tools.engines.scheduler import Arm, Engine, simulate
+from swa_vllm.tools.common.arms import Arm
+from swa_vllm.tools.engines.scheduler import simulate
+from swa_vllm.tools.engines.simulated import Engine
 
 BENCHMARKS = ["serve", "decode", "pages", "prefill", "sinks", "overhead", "kernels"]
 

@@ -16,7 +16,9 @@ from engine_tools import generate, managers, start_engine
 from swa_backend.metrics import METRICS, PageCounts
 from swa_backend.pages import WindowPages
 from swa_vllm.metrics.board import DIRECTORY, PageBoard
-from swa_vllm.tools.engines.scheduler import Arm, Engine, Simulation
+from swa_vllm.tools.common.arms import Arm
+from swa_vllm.tools.engines.scheduler import Simulation
+from swa_vllm.tools.engines.simulated import Engine
 from tiny_models import MIXED, WINDOW, random_prompts
 
 DASHBOARD = Path(__file__).parents[1] / "examples" / "grafana_dashboard.json"

@@ -44,7 +44,7 @@ builtin_*, custom_spec_register*, *uniform*             ours: specs; test_contra
 v1/core: prefix_replay, contiguous_kv_packing,          scratch groups, MLA and connectors only
 deferred_block_free, partial_prefix_cache_*
 v1/core/test_async_scheduler.py, test_scheduler.py      vLLM's scheduler, as it is, on our pages:
-                                                        test_page_machine.py, tools/simulate.py
+                                                        test_page_machine.py, engines/scheduler.py
 v1/attention/test_group_sliding_window.py               test_pages_in_engine.py (one group)
 v1/attention/test_backend_per_kind.py, e2e/*_per_kind   test_plugin.py (parts of each layer)
 v1/attention/test_attention_backends.py
@@ -111,8 +111,11 @@ from swa_backend.config import PrefillPages
 from swa_backend.window import is_visible
 from swa_vllm.kv_cache.manager import SWAManager
 from swa_vllm.kv_cache.spec import SWASpec
-from swa_vllm.tools.engines.layer import make_batch, make_layer
-from swa_vllm.tools.engines.scheduler import Arm, Engine, Simulation
+from swa_vllm.tools.common.arms import Arm
+from swa_vllm.tools.engines.batches import make_batch
+from swa_vllm.tools.engines.layer import make_layer
+from swa_vllm.tools.engines.scheduler import Simulation
+from swa_vllm.tools.engines.simulated import Engine
 
 ALL, AUTO = PrefillPages.ALL, PrefillPages.AUTO
 POLICIES = list(PrefillPages)

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 from swa_backend.pages import ceil_div
-from swa_vllm.tools.bench.form import say
 from swa_vllm.tools.bench.serving import launcher as peers
 from swa_vllm.tools.bench.serving.checkpoints import prepare_models
 from swa_vllm.tools.bench.serving.launcher import KINDS, Launcher, kinds_of
@@ -22,8 +21,9 @@ from swa_vllm.tools.bench.serving.process import Peer
 from swa_vllm.tools.bench.serving.records import spread
 from swa_vllm.tools.common import plots
 from swa_vllm.tools.common.arguments import check_number, check_numbers, numbers_of_tokens
+from swa_vllm.tools.common.progress import say
 from swa_vllm.tools.common.table import format_table
-from swa_vllm.tools.engines.scoring import check_table_can_grow, text_config
+from swa_vllm.tools.engines.setup import check_table_can_grow, text_config
 
 EXAMPLE = "--window 512 --contexts 2048,4096,32768 --batch 4"
 _QUICK_CONTEXTS = "512,1024,2048"

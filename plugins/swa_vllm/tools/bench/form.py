@@ -1,10 +1,9 @@
-"""What all benchmarks have in common: conditions, progress, figures as JSON, a picture."""
+"""What all benchmarks have in common: conditions, figures as JSON, a picture."""
 
 import argparse
 import os
 import platform
 import shlex
-import sys
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -24,11 +23,6 @@ _PACKAGES = (
     "flashinfer-python",
     "xformers",
 )
-
-
-def say(text: str) -> None:
-    """Progress, where figures do not go."""
-    print(f"{text} ...", file=sys.stderr, flush=True)
 
 
 def run(module: ModuleType, arguments: Sequence[str], args: argparse.Namespace) -> dict[str, Any]:

@@ -29,8 +29,8 @@ from swa_vllm.tools.bench.attention.times import (
     measure,
     targets,
 )
-from swa_vllm.tools.bench.form import say
 from swa_vllm.tools.common import plots
+from swa_vllm.tools.common.progress import say
 from swa_vllm.tools.common.table import format_table
 
 EXAMPLE = "--shape Qwen3-8B --json kernels.json"

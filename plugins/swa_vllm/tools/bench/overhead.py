@@ -12,20 +12,16 @@ from typing import Any
 
 import torch
 
-from swa_vllm.tools.bench.form import say
 from swa_vllm.tools.common import plots
 from swa_vllm.tools.common.arguments import check_numbers
-from swa_vllm.tools.common.sizing import Arm
+from swa_vllm.tools.common.arms import Arm
+from swa_vllm.tools.common.progress import say
 from swa_vllm.tools.common.table import format_table
 from swa_vllm.tools.common.timing import at_least_two_rounds, interleave
-from swa_vllm.tools.engines.layer import (
-    BLOCK_SIZE,
-    Layer,
-    make_batch,
-    make_layer,
-    make_window_batch,
-)
-from swa_vllm.tools.engines.scheduler import Engine, Simulation
+from swa_vllm.tools.engines.batches import BLOCK_SIZE, make_batch, make_window_batch
+from swa_vllm.tools.engines.layer import Layer, make_layer
+from swa_vllm.tools.engines.scheduler import Simulation
+from swa_vllm.tools.engines.simulated import Engine
 
 EXAMPLE = "--batch 32"
 _SCHEDULER = {c: f"scheduler and manager, prefix caching {'on' if c else 'off'}" for c in (0, 1)}

@@ -13,12 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from swa_backend.pages import WindowPages
-from swa_vllm.tools.bench.form import say
 from swa_vllm.tools.common import plots
 from swa_vllm.tools.common.arguments import check_numbers
-from swa_vllm.tools.common.sizing import Arm
+from swa_vllm.tools.common.arms import Arm
+from swa_vllm.tools.common.progress import say
 from swa_vllm.tools.common.table import format_table
-from swa_vllm.tools.engines.scheduler import Engine, Outcome, simulate
+from swa_vllm.tools.engines.scheduler import Outcome, simulate
+from swa_vllm.tools.engines.simulated import Engine
 
 EXAMPLE = "--window 1024 --block-size 16 --prompt 32000 --output 512 --num-requests 80"
 _HEADER = ("", "estimate", "running", "steps", "pages promised", "pages held", "preemptions")

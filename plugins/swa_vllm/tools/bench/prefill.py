@@ -13,12 +13,13 @@ from typing import Any
 import torch
 
 from swa_backend.pages import WindowPages
-from swa_vllm.tools.bench.form import say
 from swa_vllm.tools.common import plots
 from swa_vllm.tools.common.arguments import check_numbers
+from swa_vllm.tools.common.progress import say
 from swa_vllm.tools.common.table import format_table
 from swa_vllm.tools.common.timing import Times, at_least_two_rounds, interleave, milliseconds
-from swa_vllm.tools.engines.layer import BLOCK_SIZE, SHAPES, Layer, make_batch, make_layer
+from swa_vllm.tools.engines.batches import BLOCK_SIZE, make_batch
+from swa_vllm.tools.engines.layer import SHAPES, Layer, make_layer
 
 EXAMPLE = "--shape Qwen3-8B --window 1024 --chunk 2048"
 _HEADER = ("context + chunk", "stock ms", "here ms", "attention ratio", "layer ratio")

@@ -5,7 +5,8 @@
 
 import torch
 
-from swa_vllm.tools.engines.layer import make_batch, make_layer
+from swa_vllm.tools.engines.batches import make_batch
+from swa_vllm.tools.engines.layer import make_layer
 
 _WINDOW, _SINKS = 40, 4
 

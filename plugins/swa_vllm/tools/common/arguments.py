@@ -1,11 +1,28 @@
-"""What the tools refuse of a command line before they measure anything."""
+"""Options that several verbs have, and what is refused of a command line at once."""
 
 import argparse
 import os
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from swa_backend.config import MOST_TOKENS
+
+
+def add_window_arguments(parser: argparse.ArgumentParser) -> None:
+    """The plugin's options that decide what slides."""
+    parser.add_argument("--window", type=int, metavar="N", help="default: the checkpoint's")
+    parser.add_argument("--sink-tokens", type=int, default=0, metavar="N")
+    parser.add_argument(
+        "--full-attention-layers", metavar="LAYERS", help='such as "0-3,27", "every:4", "none"'
+    )
+
+
+def window_options(args: argparse.Namespace) -> dict[str, Any]:
+    """The ``swa`` section that the arguments mean."""
+    given = {name: getattr(args, name) for name in ("window", "full_attention_layers")}
+    options = {name: value for name, value in given.items() if value is not None}
+    return {**options, **({"sink_tokens": args.sink_tokens} if args.sink_tokens else {})}
 
 
 def check_numbers(args: argparse.Namespace, names: Iterable[str], least: int = 1) -> None:

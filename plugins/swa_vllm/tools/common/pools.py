@@ -9,8 +9,9 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from swa_backend.pages import ceil_div
+from swa_vllm.tools.common.arms import Arm
 from swa_vllm.tools.common.queueing import Workload, pages_of_one, running_at_once
-from swa_vllm.tools.common.sizing import Arm, KVGroups, Limits, groups_of
+from swa_vllm.tools.common.sizing import KVGroups, Limits, groups_of
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from enum import StrEnum
 from swa_backend.checkpoint import Checkpoint
 from swa_backend.pages import WindowPages, ceil_div
 from swa_backend.request_pages import PagePolicy
+from swa_vllm.tools.common.arms import Arm
 
 DTYPE_BYTES = {
     "bfloat16": 2,
@@ -25,14 +26,6 @@ MODEL_DTYPES = ("auto", "bfloat16", "float16", "half", "float32", "float")
 CACHE_DTYPES = ("auto", "bfloat16", "float16", "fp8", "fp8_e4m3", "fp8_e5m2")
 # Rotary embeddings whose max_position_embeddings is the scaled length already.
 _SCALED_ROPE = ("default", "yarn", "longrope", "llama3", "su")
-
-
-class Arm(StrEnum):
-    """Who manages the pages."""
-
-    FULL = "full attention"
-    STOCK = "stock vLLM"
-    SWA = "this plugin"
 
 
 class Device(StrEnum):

@@ -16,13 +16,18 @@ from swa_backend.checkpoint import Checkpoint, read_checkpoint
 from swa_backend.config import SWAOptions
 from swa_backend.layers import resolve_layers
 from swa_vllm.tools.common import plots
-from swa_vllm.tools.common.arguments import check_number, check_numbers
+from swa_vllm.tools.common.arguments import (
+    add_window_arguments,
+    check_number,
+    check_numbers,
+    window_options,
+)
+from swa_vllm.tools.common.arms import Arm
 from swa_vllm.tools.common.pools import Model, plan_need, plan_pool
 from swa_vllm.tools.common.queueing import Workload
 from swa_vllm.tools.common.sizing import (
     CACHE_DTYPES,
     MODEL_DTYPES,
-    Arm,
     Device,
     Limits,
     bytes_of_a_number,
@@ -77,22 +82,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--output", type=int, default=512, metavar="N", help="default: 512")
     plots.add_argument(parser)
-
-
-def add_window_arguments(parser: argparse.ArgumentParser) -> None:
-    """The plugin's options that decide what slides."""
-    parser.add_argument("--window", type=int, metavar="N", help="default: the checkpoint's")
-    parser.add_argument("--sink-tokens", type=int, default=0, metavar="N")
-    parser.add_argument(
-        "--full-attention-layers", metavar="LAYERS", help='such as "0-3,27", "every:4", "none"'
-    )
-
-
-def window_options(args: argparse.Namespace) -> dict[str, Any]:
-    """The ``swa`` section that the arguments mean."""
-    given = {name: getattr(args, name) for name in ("window", "full_attention_layers")}
-    options = {name: value for name, value in given.items() if value is not None}
-    return {**options, **({"sink_tokens": args.sink_tokens} if args.sink_tokens else {})}
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:

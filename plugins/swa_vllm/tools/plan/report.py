@@ -4,9 +4,10 @@ import argparse
 from collections.abc import Mapping
 from typing import Any
 
+from swa_vllm.tools.common.arms import Arm
 from swa_vllm.tools.common.pools import Model, Need, Pool
 from swa_vllm.tools.common.queueing import Workload
-from swa_vllm.tools.common.sizing import Arm, Limits
+from swa_vllm.tools.common.sizing import Limits
 
 Pools = Mapping[Arm, Pool]
 Needs = Mapping[Workload, Mapping[Arm, Need]]

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from swa_vllm.tools.bench.serving.process import Peer
-from swa_vllm.tools.common.sizing import Arm
+from swa_vllm.tools.common.arms import Arm
 
 
 @dataclass(frozen=True)

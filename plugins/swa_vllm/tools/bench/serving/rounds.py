@@ -1,21 +1,19 @@
 """Rounds of a served workload: peers checked, then timed in turns, and what an ideal would take."""
 
 import statistics
-import sys
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any
 
 from swa_backend.pages import WindowPages, ceil_div
-from swa_vllm.tools.bench.form import say
 from swa_vllm.tools.bench.serving import bound
 from swa_vllm.tools.bench.serving.checkpoints import vocabulary
 from swa_vllm.tools.bench.serving.launcher import HF_FULL, KINDS, Kind, Launcher
 from swa_vllm.tools.bench.serving.process import Peer
 from swa_vllm.tools.bench.serving.records import Served, spread
 from swa_vllm.tools.bench.serving.workload import Ask, make_prompts
-from swa_vllm.tools.eval.texts import token_bar
+from swa_vllm.tools.common.progress import say, token_bar
 
 _EXACT = "float32"
 _CHECKED_TOKENS = 16
@@ -70,7 +68,7 @@ def measure(launcher: Launcher, kinds: Mapping[str, Kind], rounds: Rounds) -> di
                 result = _serve(peer, rounds.asks, vocab, rounds.seed + index)
                 served[name].append(result)
                 rate = result.summary()["output"]
-                print(f"  {result.seconds:.1f} s, {rate:.1f} tokens/s", file=sys.stderr, flush=True)
+                say(f"  {result.seconds:.1f} s, {rate:.1f} tokens/s", is_result=True)
     figures = {KINDS[name].name: _figures(of_peer) for name, of_peer in served.items()}
     here = figures[KINDS["here"].name]
     return {
