@@ -10,24 +10,24 @@ from typing import Any
 
 RESULTS = Path(__file__).with_name("results")
 HERE, STOCK, FULL, HF = "this plugin", "stock vLLM", "full attention", "Hugging Face"
-_PEERS = (HERE, STOCK, FULL, HF)
+_ARMS = (HERE, STOCK, FULL, HF)
 Figures = Mapping[str, Any]
 Row = tuple[str, Mapping[str, str]]
 
 
 def table(directory: Path = RESULTS) -> str:
     """Markdown of the files that are there; the cells of a file's rows were measured in one run."""
-    lines = [f"| | {' | '.join(_PEERS)} |", f"|{' --- |' * (len(_PEERS) + 1)}"]
+    lines = [f"| | {' | '.join(_ARMS)} |", f"|{' --- |' * (len(_ARMS) + 1)}"]
     for name, rows in _ROWS.items():
         path = directory / f"{name}.json"
         figures = json.loads(path.read_text()) if path.exists() else None
         for label, cells in rows(figures) if figures else ():
-            lines.append(f"| {label} | {' | '.join(cells.get(peer, '-') for peer in _PEERS)} |")
+            lines.append(f"| {label} | {' | '.join(cells.get(arm, '-') for arm in _ARMS)} |")
     return "\n".join(lines)
 
 
 def _tight(figures: Figures) -> Iterator[Row]:
-    pooled = {name: peer for name, peer in figures["peers"].items() if name != HF}
+    pooled = {name: arm for name, arm in figures["peers"].items() if name != HF}
     yield f"{_work(figures)}, pool of two full ones: tokens/s", _medians(figures, "output", 1)
     yield "- requests at once, mean", _medians({"peers": pooled}, "running", 1)
     yield "- preemptions", _medians({"peers": pooled}, "preemptions", 0)
@@ -58,8 +58,8 @@ def _overhead(figures: Figures) -> Iterator[Row]:
         yield (
             f"{label}, prefix caching {caching}",
             {
-                peer: ", ".join(str(case[key]) for case in cases)
-                for peer, key in ((HERE, "here_us"), (STOCK, "stock_us"))
+                arm: ", ".join(str(case[key]) for case in cases)
+                for arm, key in ((HERE, "here_us"), (STOCK, "stock_us"))
             },
         )
 
@@ -77,8 +77,7 @@ def _times_as_fast(figures: Figures) -> Row:
 
 def _medians(figures: Figures, key: str, digits: int, factor: float = 1.0) -> dict[str, str]:
     return {
-        name: f"{factor * peer[key]['median']:.{digits}f}"
-        for name, peer in figures["peers"].items()
+        name: f"{factor * arm[key]['median']:.{digits}f}" for name, arm in figures["peers"].items()
     }
 
 

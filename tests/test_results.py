@@ -20,6 +20,6 @@ def test_results_name_their_command(path: Path) -> None:
 def test_readme_tells_the_results() -> None:
     readme = (RESULTS.parents[1] / "README.md").read_text()
     assert table() in readme
-    peers = json.loads((RESULTS / "serve-tight.json").read_text())["peers"]
-    full, stock, here = (round(peers[name]["output"]["median"]) for name in (FULL, STOCK, HERE))
+    arms = json.loads((RESULTS / "serve-tight.json").read_text())["peers"]
+    full, stock, here = (round(arms[name]["output"]["median"]) for name in (FULL, STOCK, HERE))
     assert f"| {full} | {stock} | **{here}** |" in readme
