@@ -39,15 +39,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     check_numbers(args, ("window", "sink_tokens"))
     rounds = at_least_two_rounds(args.rounds)
     shape = args.shape or ("Qwen3-0.6B" if args.quick else "Qwen3-8B")
-    context = 2 * args.window + args.sink_tokens
-    batches = {
-        "decode, 1 request": ([context], [1]),
-        "decode, 8 requests": ([context] * 8, [1] * 8),
-        "prefill, first chunk": ([0], [2 * args.window]),
-        "prefill, a later chunk": ([context], [2 * args.window]),
-    }
-    if not args.quick:
-        batches["decode, 32 requests"] = ([context] * 32, [1] * 32)
+    batches = _batches(args)
     longest = max(
         sum(c) + sum(q) + len(c) * (BLOCK_SIZE + args.sink_tokens) for c, q in batches.values()
     )
@@ -79,6 +71,20 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     )
     print(format_table(_HEADER, map(_row, cases)))
     return {"shape": shape, "window": args.window, "dtype": dtype, **options, "cases": cases}
+
+
+def _batches(args: argparse.Namespace) -> dict[str, tuple[list[int], list[int]]]:
+    """Name the batches to time: tokens before each request's queries, and its queries."""
+    context = 2 * args.window + args.sink_tokens
+    batches = {
+        "decode, 1 request": ([context], [1]),
+        "decode, 8 requests": ([context] * 8, [1] * 8),
+        "prefill, first chunk": ([0], [2 * args.window]),
+        "prefill, a later chunk": ([context], [2 * args.window]),
+    }
+    if not args.quick:
+        batches["decode, 32 requests"] = ([context] * 32, [1] * 32)
+    return batches
 
 
 def _row(case: Mapping[str, Any]) -> list[object]:

@@ -19,7 +19,7 @@ EXAMPLE = "Qwen3-8B --window 4096 --sink-tokens 4 --full-attention-layers every:
 
 
 class State(StrEnum):
-    """Whether one thing is as it should be."""
+    """The verdict on one thing that is checked."""
 
     OK = "ok"
     WRONG = "wrong"

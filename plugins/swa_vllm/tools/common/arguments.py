@@ -10,7 +10,7 @@ from swa_backend.config import MOST_TOKENS
 
 
 def add_window_arguments(parser: argparse.ArgumentParser) -> None:
-    """The plugin's options that decide what slides."""
+    """Add the plugin's options that decide what slides."""
     parser.add_argument("--window", type=int, metavar="N", help="default: the checkpoint's")
     parser.add_argument("--sink-tokens", type=int, default=0, metavar="N")
     parser.add_argument(
@@ -19,7 +19,7 @@ def add_window_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def window_options(args: argparse.Namespace) -> dict[str, Any]:
-    """The ``swa`` section that the arguments mean."""
+    """Spell the ``swa`` options that the arguments mean."""
     given = {name: getattr(args, name) for name in ("window", "full_attention_layers")}
     options = {name: value for name, value in given.items() if value is not None}
     return {**options, **({"sink_tokens": args.sink_tokens} if args.sink_tokens else {})}
@@ -56,16 +56,16 @@ def check_output(flag: str, path: Path) -> None:
 
 
 def is_number(text: str, least: int) -> bool:
-    """Whether an item of a list of numbers is one, from ``least`` on and below 10**9."""
+    """Say whether an item of a list is a number, from ``least`` on and below 10**9."""
     text = text.strip()
     return text.isdecimal() and len(text) < 10 and int(text) >= least
 
 
 def numbers_of_tokens(flag: str, text: str) -> list[int]:
-    """Items of a list such as ``2048,4096``.
+    """Read a list of numbers of tokens, such as ``2048,4096``.
 
     Raises:
-        ValueError: it is none.
+        ValueError: an item is no such number.
     """
     parts = text.split(",")
     if not all(is_number(part, 1) for part in parts):
@@ -76,7 +76,7 @@ def numbers_of_tokens(flag: str, text: str) -> list[int]:
 
 
 def told_by(error: Exception) -> str:
-    """What an error says, without what pydantic puts around those raised while vLLM is set up."""
+    """Unwrap what an error says: pydantic puts text around those raised while vLLM is set up."""
     if hasattr(error, "errors"):
         (first, *_) = error.errors()
         return str(first.get("ctx", {}).get("error", error))

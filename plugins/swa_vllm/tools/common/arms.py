@@ -1,10 +1,10 @@
-"""The arms of every comparison of pages: who manages them."""
+"""The arms that are compared wherever pages are counted."""
 
 from enum import StrEnum
 
 
 class Arm(StrEnum):
-    """Who manages the pages; the value is the arm's name in tables and figures."""
+    """An arm: who manages the pages. The value is its name in tables and figures."""
 
     FULL = "full attention"
     STOCK = "stock vLLM"

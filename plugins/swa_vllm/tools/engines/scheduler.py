@@ -145,7 +145,7 @@ class Simulation:
         return True
 
     def note(self, output: Any) -> None:
-        """Take note of a step that serves something, once its pages are taken."""
+        """Record a step that serves something, once its pages are taken; subclasses record more."""
         if self._count_pages:
             most = max(map(self.num_pages_of, output.num_scheduled_tokens))
             self._peak_pages = max(self._peak_pages, most)

@@ -1,4 +1,4 @@
-"""How engines that score a text are started: their options, and what is refused before a start."""
+"""The setup of engines that score a text: its options, and what is refused before a start."""
 
 import argparse
 from collections.abc import Mapping

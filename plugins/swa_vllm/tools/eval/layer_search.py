@@ -49,7 +49,7 @@ class Trials:
 
 
 def find_plan(trials: Trials, num_layers: int, budget: float, rounds: int) -> Search:
-    """Choose the layers that slide, so that a request takes ``budget`` of full attention's bytes.
+    """Choose the layers that slide, within a part ``budget`` of full attention's bytes.
 
     Raises:
         ValueError: a request takes more although all layers slide.

@@ -100,20 +100,11 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     print(beyond_the_window(args.window, args.sinks, every_layer_slides, needles, recalled[WINDOW]))
     if args.plot:
         plots.heat_maps(args.plot, maps)
-    return {
-        "model": args.model,
-        "options": options,
-        "needles": [
-            {
-                "length": needle.length,
-                "depth": needle.depth,
-                "distance": needle.distance,
-                FULL: full,
-                WINDOW: window,
-            }
-            for needle, full, window in zip(needles, *recalled.values(), strict=True)
-        ],
-    }
+    figures = [
+        {"length": n.length, "depth": n.depth, "distance": n.distance, FULL: full, WINDOW: window}
+        for n, full, window in zip(needles, *recalled.values(), strict=True)
+    ]
+    return {"model": args.model, "options": options, "needles": figures}
 
 
 def _lengths(args: argparse.Namespace) -> list[int]:

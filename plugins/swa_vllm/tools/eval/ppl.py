@@ -37,7 +37,7 @@ _HEADER = ("window", "sinks", "perplexity", "to full", "pages", "most pages", "M
 
 @dataclass(frozen=True)
 class WindowArm:
-    """A row of the table.
+    """An arm of the comparison: a window and a number of sinks.
 
     Attributes:
         window: None for full attention.

@@ -30,7 +30,7 @@ from swa_vllm.tools.common.sizing import (
     MODEL_DTYPES,
     Device,
     Limits,
-    bytes_of_a_number,
+    bytes_of_an_element,
     kv_heads_of_a_device,
     longest_text,
 )
@@ -54,7 +54,7 @@ _NUMBERS = (
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Options; those of vLLM have its names."""
+    """Add the options of ``swa plan``; those of vLLM have its names."""
     parser.add_argument("model", metavar="MODEL", help="a directory, or a config.json")
     add_window_arguments(parser)
     parser.add_argument("--block-size", type=int, help="tokens a page; default: 16, on CPUs 128")
@@ -85,7 +85,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    """Print the tables; returns the figures."""
+    """Print the pools and the requests in them; returns the figures."""
     plots.check(args.plot)
     checkpoint = read_checkpoint(Path(args.model))
     limits = _limits(args, checkpoint)
@@ -100,7 +100,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         sink_tokens=options.sink_tokens,
         kv_heads=kv_heads_of_a_device(checkpoint, args.tensor_parallel_size),
         head_dim=checkpoint.head_dim,
-        number_bytes=bytes_of_a_number(checkpoint, args.dtype, args.kv_cache_dtype),
+        number_bytes=bytes_of_an_element(checkpoint, args.dtype, args.kv_cache_dtype),
     )
     memory = None if args.kv_memory is None else parse_size(args.kv_memory)
     pools = {arm: plan_pool(arm, model, limits, memory) for arm in Arm}
@@ -120,10 +120,10 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def parse_size(text: str) -> int:
-    """Bytes that ``text`` means.
+    """Read a size such as ``16GiB``; returns bytes.
 
     Raises:
-        ValueError: no number with a unit.
+        ValueError: the text is no number with a unit.
     """
     found = re.fullmatch(r"(\d{1,18}(?:\.\d{1,18})?) ?([KMG]i?B)", text)
     size = 0 if found is None else int(float(found[1]) * _UNITS[found[2]])

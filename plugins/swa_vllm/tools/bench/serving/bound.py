@@ -49,7 +49,7 @@ class EngineSpeed:
         return cls(concurrency, measured[-1]["prefill_s"], steps)
 
     def to_json(self, asks: Sequence[Ask], seconds: float) -> dict[str, Any]:
-        """Set the least time for ``asks`` beside the ``seconds`` that they took."""
+        """Compute the least time for ``asks``, and its share of the ``seconds`` that they took."""
         least = makespan(asks, self.concurrency, self.prefill_s, self.step_s)
         return {**vars(self), "seconds": least, "reached": least / seconds}
 

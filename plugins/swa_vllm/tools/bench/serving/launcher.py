@@ -60,7 +60,7 @@ class Launcher:
         return process
 
     def _environment(self, arm: ServingArm) -> dict[str, str]:
-        """Variables that vLLM reads early."""
+        """Set the variables that vLLM reads when it is imported."""
         return {
             "OMP_NUM_THREADS": str(self.threads),
             "VLLM_CPU_OMP_THREADS_BIND": "nobind",

@@ -85,7 +85,7 @@ class ServedWorkload:
         }
 
     def curve(self, num_points: int = 60) -> list[tuple[float, int]]:
-        """List the tokens answered after so many seconds of work, about ``num_points`` times."""
+        """Count the tokens answered after so many seconds of work, at some ``num_points`` times."""
         now, tokens, points = 0.0, 0, [(0.0, 0)]
         for step in self.steps:
             now, tokens = now + step.seconds, tokens + step.answered
