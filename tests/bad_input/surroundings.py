@@ -16,7 +16,7 @@ from swa_vllm.compat import versions
 from swa_vllm.compat.envs import ALLOW_UNTESTED
 from swa_vllm.distributed.nodes import Installation, check_installations
 from swa_vllm.models.guard import refusing
-from swa_vllm.tools.check import steps as check_steps
+from swa_vllm.tools.check import steps
 from tests.bad_input.row import Bad
 from tests.helpers.ray_cluster import config_on_ray
 
@@ -42,9 +42,9 @@ def _checked(name: str, value: str) -> Situation:
     def situation(monkeypatch: pytest.MonkeyPatch, model: Path) -> None:
         monkeypatch.setenv(name, value)
         try:
-            check_steps.plugin()
-        except check_steps.ProblemError as problem:
-            raise check_steps.ProblemError(f"{problem}; {problem.remedy}", "") from problem
+            steps.plugin()
+        except steps.ProblemError as problem:
+            raise steps.ProblemError(f"{problem}; {problem.remedy}", "") from problem
 
     return situation
 
@@ -115,7 +115,7 @@ SURROUNDINGS = [
             f"VLLM_PLUGINS={value!r}",
             "leaves the plugin 'swa' out",
             "unset VLLM_PLUGINS, or add swa",
-            check_steps.ProblemError,
+            steps.ProblemError,
         )
         for value in ("", "other", "SWA")
     ),

@@ -8,7 +8,8 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from swa_vllm.tools.engines.scoring import NUM_EXTRA_TOKENS, Served, perplexity
+from swa_vllm.tools.engines.perplexity import perplexity
+from swa_vllm.tools.engines.scoring import NUM_EXTRA_TOKENS, ScoringEngine
 from tests.helpers.dense_qwen3 import Sight
 from tests.helpers.dense_text import DenseText
 from tests.helpers.engines import EngineFactory
@@ -73,7 +74,7 @@ def test_perplexity_is_the_dense_models(
         additional_config={"swa": {"window": WINDOW, "sink_tokens": sinks}},
     )
     for name in COUNTS_FROM:
-        served = _perplexity(model, name, lambda text: Served(llm).score(text).logprobs)
+        served = _perplexity(model, name, lambda text: ScoringEngine(llm).score(text).logprobs)
         expected = _expected(model, name, WINDOW, sinks)
         assert served == pytest.approx(expected, rel=tolerance), name
 

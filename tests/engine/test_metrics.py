@@ -15,7 +15,9 @@ from swa_backend.metrics import METRICS, PageCounts
 from swa_backend.pages import WindowPages
 from swa_vllm.compat.envs import METRICS_DIR
 from swa_vllm.metrics.board import PageBoard
-from swa_vllm.tools.engines.scheduler import Arm, Engine, Simulation
+from swa_vllm.tools.common.arms import Arm
+from swa_vllm.tools.engines.scheduler import Simulation
+from swa_vllm.tools.engines.simulated import Engine
 from tests.helpers.engines import EngineFactory, ModelFactory, generate, managers, start_engine
 from tests.helpers.paths import ROOT
 from tests.helpers.tiny_models import MIXED, WINDOW, random_prompts

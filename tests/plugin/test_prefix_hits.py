@@ -8,7 +8,9 @@ from collections.abc import Callable
 import pytest
 
 from swa_backend.config import PrefillPages
-from swa_vllm.tools.engines.scheduler import SAMPLED_TOKEN, Arm, Engine, Simulation
+from swa_vllm.tools.common.arms import Arm
+from swa_vllm.tools.engines.scheduler import SAMPLED_TOKEN, Simulation
+from swa_vllm.tools.engines.simulated import Engine
 
 Serve = Callable[[list[int], int], list[int]]
 

@@ -16,15 +16,19 @@ import torch
 from swa_backend.kernels.plans import Target
 from swa_backend.verify import aot, timing
 from swa_vllm.kv_cache.manager import SWAManager
-from swa_vllm.tools.bench.attention import arms as kernel_rivals
+from swa_vllm.tools.bench.attention import arms
 from swa_vllm.tools.bench.attention.arms import OURS, Batch, Call
+from swa_vllm.tools.bench.attention.decode_work import decode_work
 from swa_vllm.tools.bench.attention.prefill_work import prefill_work
 from swa_vllm.tools.bench.attention.stock_kernel import real_triton
-from swa_vllm.tools.bench.attention.times import Case, Result, make_batch, measure, targets
-from swa_vllm.tools.bench.kernels import measure_all, work_of
+from swa_vllm.tools.bench.attention.times import AttentionCase, Result, make_batch, measure, targets
+from swa_vllm.tools.bench.kernels import measure_all
 from swa_vllm.tools.cli import main
-from swa_vllm.tools.engines.scheduler import Arm, Engine, simulate
+from swa_vllm.tools.common.arms import Arm
+from swa_vllm.tools.engines.scheduler import simulate
+from swa_vllm.tools.engines.simulated import Engine
 
+H100 = Target("cuda", 90, num_processors=132)
 BENCHMARKS = ["serve", "decode", "pages", "prefill", "sinks", "overhead", "kernels"]
 
 
@@ -57,10 +61,10 @@ def test_pages_of_an_own_workload(tmp_path: Path) -> None:
     result = _swa("bench", "pages", *flags, *_files(path))
     (workload,) = _json(result, path)["workloads"]
     assert [arm["starts"] for arm in workload["arms"].values()] == [True] * 3
-    arms = workload["arms"]
-    assert arms["this plugin"]["peak_pages"] <= 6
-    assert arms["stock vLLM"]["peak_pages"] > 60
-    assert arms["this plugin"]["mean_running"] > arms["stock vLLM"]["mean_running"]
+    here, stock = (workload["arms"][name] for name in ("this plugin", "stock vLLM"))
+    assert here["peak_pages"] <= 6
+    assert stock["peak_pages"] > 60
+    assert here["mean_running"] > stock["mean_running"]
     assert "64 x 2000 + 99 tokens, W=64, pool 140 pages of 32" in result.stdout
 
 
@@ -146,14 +150,14 @@ def test_kernels_without_a_gpu_are_compared_by_what_they_do(tmp_path: Path) -> N
 @pytest.mark.parametrize("context", [0, 1000, 8192, 131077])
 @pytest.mark.parametrize("window", [512, 1024, 4096])
 def test_prefill_loads_a_key_for_many_rows(window: int, context: int) -> None:
-    work = prefill_work(Target("cuda", 90, 132), window, context, num_queries=8192, group=4)
+    work = prefill_work(H100, window, context, num_queries=8192, group=4)
     assert work["here"].num_keys * 7 <= work["stock"].num_keys
     # A small window fills less of the first and last tile, which are large on an H100.
     assert work["here"].tile_work <= (1.13 if window == 512 else 1.07)
 
 
 def test_a_split_of_the_text_leaves_programs_idle() -> None:
-    work = work_of(Case(1024, 131072, 1, torch.bfloat16))
+    work = decode_work(H100, AttentionCase(1024, 131072, 1, torch.bfloat16))
     assert (work["stock_programs"], work["stock_useful"]) == (128, 8)
     assert 1 < work["stock_read"] < 1.04
 
@@ -166,7 +170,7 @@ def test_kernels_cannot_be_compiled_under_the_interpreter(
     assert "unset TRITON_INTERPRET" in capsys.readouterr().err
 
 
-SMALL = Case(64, 150, 2, torch.float16, num_kv_heads=1, group=2, dtype=torch.float16)
+SMALL = AttentionCase(64, 150, 2, torch.float16, num_kv_heads=1, group=2, dtype=torch.float16)
 
 
 def _each_takes(microseconds: float) -> Callable[[Sequence[Call]], float]:
@@ -203,7 +207,7 @@ def test_gpu_benchmark_runs_through(capsys: pytest.CaptureFixture[str]) -> None:
 def test_wrong_output_is_not_timed() -> None:
     batch = make_batch(SMALL, torch.device("cpu"), cold_bytes=2 * SMALL.num_bytes)
     assert len(batch.tables) == 2
-    result = measure(SMALL, batch, {OURS: kernel_rivals.ours, "wrong": _zeros}, _each_takes(3.0))
+    result = measure(SMALL, batch, {OURS: arms.ours, "wrong": _zeros}, _each_takes(3.0))
     assert result.times == {OURS: 3.0}
     assert result.refused["wrong"].startswith("wrong: off by")
 
@@ -214,17 +218,17 @@ def test_own_kernel_must_be_right_before_it_is_timed() -> None:
         measure(SMALL, batch, {OURS: _zeros}, _each_takes(1.0))
 
 
-def test_rivals_refuse_what_they_cannot_do() -> None:
+def test_other_arms_refuse_what_they_cannot_do() -> None:
     case = replace(SMALL, kv_dtype=torch.float8_e4m3fn)
     batch = make_batch(case, torch.device("cpu"), cold_bytes=1)
     with pytest.raises(ValueError, match="wants fp8 queries too"):
-        kernel_rivals.flash_attn(batch)
+        arms.flash_attn(batch)
     with pytest.raises(ValueError, match="has no fp8 cache"):
-        kernel_rivals.xformers(batch)
+        arms.xformers(batch)
 
 
 def _result(seq_len: int, batch: int, window: int = 1024, **times: float) -> Result:
-    return Result(Case(window, seq_len, batch, torch.bfloat16), times)
+    return Result(AttentionCase(window, seq_len, batch, torch.bfloat16), times)
 
 
 def test_targets_say_met_missed_or_not_measured() -> None:

@@ -11,13 +11,14 @@ from typing import Any
 import pytest
 
 from swa_vllm.tools.bench.serve import losses
-from swa_vllm.tools.bench.serving import rounds as serve_rounds
+from swa_vllm.tools.bench.serving import rounds
+from swa_vllm.tools.bench.serving.arms import ARMS
 from swa_vllm.tools.bench.serving.bound import makespan, step_time
 from swa_vllm.tools.bench.serving.checkpoints import add_window
-from swa_vllm.tools.bench.serving.launcher import KINDS, Launcher
-from swa_vllm.tools.bench.serving.process import Peer
-from swa_vllm.tools.bench.serving.records import Served, Step, Timed, percentile
-from swa_vllm.tools.bench.serving.vllm_engine import Engine
+from swa_vllm.tools.bench.serving.launcher import Launcher
+from swa_vllm.tools.bench.serving.process import ArmProcess
+from swa_vllm.tools.bench.serving.records import ServedWorkload, Step, Timed, percentile
+from swa_vllm.tools.bench.serving.vllm_engine import SteppedEngine
 from swa_vllm.tools.bench.serving.workload import MIXES, Ask, read_trace
 from tests.helpers.engines import EngineFactory, ModelFactory
 from tests.helpers.tiny_models import FULL, SLIDING
@@ -40,17 +41,17 @@ def _swa(directory: Path, *arguments: str) -> dict[str, Any]:
     return dict(json.loads((directory / "figures.json").read_text()))
 
 
-def test_peers_serve_the_same_workload_in_turns(tmp_path: Path) -> None:
+def test_arms_serve_the_same_workload_in_turns(tmp_path: Path) -> None:
     trace = tmp_path / "trace.jsonl"
     trace.write_text('{"arrival": 0, "prompt_tokens": 40, "output_tokens": 30}\n' * 6)
     arguments = ["--trace", str(trace), "--window", "32", "--chunk", "64", "--threads", "1"]
     figures = _swa(tmp_path, "serve", *arguments, "--once", "hf", "--peers", "here,stock,hf")
-    here, stock, hf = (figures["peers"][KINDS[name].name] for name in ("here", "stock", "hf"))
-    assert [peer["rounds"] for peer in (here, stock, hf)] == [2, 2, 1]
-    assert figures["checked"]["equal"] == [[KINDS[name].name for name in ("here", "stock", "hf")]]
+    here, stock, hf = (figures["peers"][ARMS[name].name] for name in ("here", "stock", "hf"))
+    assert [arm["rounds"] for arm in (here, stock, hf)] == [2, 2, 1]
+    assert figures["checked"]["equal"] == [[ARMS[name].name for name in ("here", "stock", "hf")]]
     assert figures["pool_pages"] == 6  # three pages each, two requests
     assert here["peak_pages"]["high"] <= 6
-    assert [peer["curve"][-1][1] for peer in (here, stock, hf)] == [6 * 30] * 3
+    assert [arm["curve"][-1][1] for arm in (here, stock, hf)] == [6 * 30] * 3
     assert set(figures["bound"]["step_s"]) == {"1", "2", "3"}
     assert 0 < figures["bound"]["reached"] < 1.5
     assert figures["conditions"]["threads"] == 1
@@ -75,7 +76,7 @@ def test_steps_of_those_that_fit_are_timed_where_not_all_do(
 ) -> None:
     """A pool that never holds the batch once left no step to take the median of."""
     llm = engine(tiny_model(**FULL), max_model_len=128, num_gpu_blocks_override=1 + 8, **RECORDING)
-    answer = Engine(llm).decode(3, num_prompt=70, num_steps=4, seed=0, on_progress=print)
+    answer = SteppedEngine(llm).decode(3, num_prompt=70, num_steps=4, seed=0, on_progress=print)
     assert answer["batch"] == 2  # three pages each
     assert answer["decode_s"] > 0
     assert [len(tokens) for tokens in answer["tokens"]] == [4 + 1 + 1] * 3
@@ -86,7 +87,7 @@ def test_all_decode_together_behind_prompts_of_many_chunks(
 ) -> None:
     """The first once had its tokens before the last prompt was computed."""
     llm = engine(tiny_model(**SLIDING), max_num_batched_tokens=64, **RECORDING)
-    answer = Engine(llm).decode(3, num_prompt=200, num_steps=4, seed=0, on_progress=print)
+    answer = SteppedEngine(llm).decode(3, num_prompt=200, num_steps=4, seed=0, on_progress=print)
     assert answer["batch"] == 3
     assert len(answer["tokens"][0]) > 4 + 200 // 64
 
@@ -149,21 +150,23 @@ def test_steps_between_and_beyond_those_measured() -> None:
 def test_summary_by_hand() -> None:
     steps = [Step(8, 0, 2, 4, 0, 2, 2.0), Step(0, 2, 2, 5, 1, 2, 1.0), Step(0, 1, 1, 3, 0, 1, 0.5)]
     requests = [Timed(2.0, 3.0, [1, 2]), Timed(2.0, 3.5, [1, 2, 3])]
-    summary = Served(5.0, steps, requests).summary()
+    summary = ServedWorkload(5.0, steps, requests).summary()
     assert summary["output"] == 1.0
     assert summary["prefill"] == 4.0
     assert summary["decode"] == 2.0
     assert (summary["ttft_p50_ms"], summary["tpot_p50_ms"]) == (2000.0, 875.0)
     assert (summary["running"], summary["peak_running"]) == (pytest.approx(5 / 3), 2)
     assert (summary["peak_pages"], summary["preemptions"]) == (5, 1)
-    assert Served(5.0, steps, requests).curve() == [(0.0, 0), (2.0, 2), (3.0, 4), (3.5, 5)]
+    assert ServedWorkload(5.0, steps, requests).curve() == [(0.0, 0), (2.0, 2), (3.0, 4), (3.5, 5)]
 
 
 def test_ratio_is_of_the_rounds_that_both_served() -> None:
-    """Where the machine slows down: the medians of each peer's own rounds are 1.5 apart."""
-    here, peer = ([Served(float(n), [], []) for n in seconds] for seconds in ((2, 4, 9), (4, 9, 6)))
-    assert serve_rounds._ratio(here, peer) == 2.0
-    assert serve_rounds._ratio(here, peer[:1]) == 2.0  # of one that served once
+    """Where the machine slows down: the medians of each arm's own rounds are 1.5 apart."""
+    here, other = (
+        [ServedWorkload(float(n), [], []) for n in seconds] for seconds in ((2, 4, 9), (4, 9, 6))
+    )
+    assert rounds._ratio(here, other) == 2.0
+    assert rounds._ratio(here, other[:1]) == 2.0  # of one that served once
 
 
 def test_percentiles() -> None:
@@ -179,15 +182,15 @@ def test_losses_are_named() -> None:
     here = {name: {"median": 10.0} for name in metrics}
     faster = {**here, "output": {"median": 12.0}, "tpot_p50_ms": {"median": 5.0}}
     slower = {**here, "output": {"median": 8.0}, "tpot_p50_ms": {"median": 50.0}}
-    peers = {KINDS["here"].name: here, KINDS["stock"].name: faster, KINDS["full"].name: slower}
-    assert losses({"peers": peers}) == [
+    arms = {ARMS["here"].name: here, ARMS["stock"].name: faster, ARMS["full"].name: slower}
+    assert losses({"peers": arms}) == [
         "tokens/s, stock vLLM is 1.20 times better",
         "TPOT p50, ms, stock vLLM is 2.00 times better",
     ]
 
 
-class Parrot(Peer):
-    """A peer that answers every request with one token, without a process."""
+class Parrot(ArmProcess):
+    """An arm that answers every request with one token, without a process."""
 
     def __init__(self, name: str, token: int) -> None:
         self.name, self._token = name, token
@@ -197,26 +200,26 @@ class Parrot(Peer):
         return {"seconds": 1.0, "steps": [], "requests": requests}
 
 
-def test_peers_that_disagree_are_not_timed(tiny_model: Any) -> None:
-    kinds = {name: KINDS[name] for name in ("here", "stock", "full")}
+def test_arms_that_disagree_are_not_timed(tiny_model: Any) -> None:
+    arms = {name: ARMS[name] for name in ("here", "stock", "full")}
     launcher = Launcher(dict.fromkeys((True, False), tiny_model()), "float32", 1, {})
-    rounds = serve_rounds.Rounds([Ask(0, 100, 100)], 32, 1, frozenset(), 0)
-    peers = {name: Parrot(kind.name, int(name == "full")) for name, kind in kinds.items()}
-    checked = serve_rounds._check(launcher, kinds, rounds, peers)
+    work = rounds.Rounds([Ask(0, 100, 100)], 32, 1, frozenset(), 0)
+    running = {name: Parrot(arm.name, int(name == "full")) for name, arm in arms.items()}
+    checked = rounds._check(launcher, arms, work, running)
     assert checked["equal"] == [["this plugin", "stock vLLM"], ["full attention"]]
-    peers["stock"] = Parrot("stock vLLM", 1)
+    running["stock"] = Parrot("stock vLLM", 1)
     with pytest.raises(RuntimeError, match="this plugin and stock vLLM give other tokens"):
-        serve_rounds._check(launcher, kinds, rounds, peers)
+        rounds._check(launcher, arms, work, running)
 
 
-def test_a_peer_that_fails_says_why(tmp_path: Path) -> None:
+def test_an_arm_that_fails_says_why(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match=r"Hugging Face: .*nowhere"):
-        Launcher({True: tmp_path / "nowhere"}, "float32", 1, {}).start(KINDS["hf"])
+        Launcher({True: tmp_path / "nowhere"}, "float32", 1, {}).start(ARMS["hf"])
 
 
-def test_a_peer_that_dies_says_why() -> None:
+def test_an_arm_that_dies_says_why() -> None:
     with pytest.raises(RuntimeError, match=r"x ended with status 1:\n(.|\n)*No module named"):
-        Peer("x", "swa_vllm.tools.no_such_peer", {}, {})
+        ArmProcess("x", "swa_vllm.tools.no_such_arm", {}, {})
 
 
 def test_a_checkpoint_gets_a_window_or_none(tiny_model: Any, tmp_path: Path) -> None:

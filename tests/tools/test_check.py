@@ -19,7 +19,7 @@ import swa_vllm
 from swa_backend import ops
 from swa_backend.verify import smoke as smoke_module
 from swa_vllm.compat import versions
-from swa_vllm.tools.check import device as check_device
+from swa_vllm.tools.check import device
 from swa_vllm.tools.check.steps import ProblemError
 from swa_vllm.tools.cli import main
 from tests.helpers.engines import ModelFactory
@@ -32,7 +32,7 @@ Figures = tuple[int, dict[str, Any]]
 def check(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., Figures]:
     """Exit status and JSON of a check in this process, without its slow steps."""
     for step in ("kernels_are_right", "cpu_operators_are_right"):
-        monkeypatch.setattr(check_device, step, lambda: "not asked in this test")
+        monkeypatch.setattr(device, step, lambda: "not asked in this test")
 
     def run(*arguments: str) -> Figures:
         path = tmp_path / "check.json"
@@ -196,4 +196,4 @@ def test_a_process_that_dies_without_a_word_is_a_problem(tmp_path: Path) -> None
     """As by an instruction that the processor lacks."""
     (tmp_path / "dies.py").write_text("import os\nos.kill(os.getpid(), 9)\n")
     with pytest.raises(ProblemError, match="dies ended with status -9"):
-        check_device._in_a_process("dies", PYTHONPATH=str(tmp_path))
+        device._in_a_process("dies", PYTHONPATH=str(tmp_path))

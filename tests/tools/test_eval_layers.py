@@ -11,8 +11,8 @@ from safetensors.torch import load_file, save_file
 
 from swa_backend.pages import ceil_div
 from swa_vllm.tools.cli import main
-from swa_vllm.tools.eval.layers import Layers, Trials, curve_of, find_plan
-from swa_vllm.tools.eval.ppl import Measured
+from swa_vllm.tools.engines.perplexity import Measured
+from swa_vllm.tools.eval.layer_search import Layers, Trials, curve_of, find_plan
 from tests.helpers.trained_models import SLIDING, TEXT
 
 NUM_LAYERS = 8

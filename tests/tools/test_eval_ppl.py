@@ -17,13 +17,9 @@ from swa_backend.pages import WindowPages, ceil_div
 from swa_vllm.tools.cli import main
 from swa_vllm.tools.common import plots
 from swa_vllm.tools.engines.forced import FORCED_TOKENS, ForcedTokens
-from swa_vllm.tools.engines.scoring import (
-    FULL_ATTENTION,
-    NUM_EXTRA_TOKENS,
-    Served,
-    Setup,
-    perplexity,
-)
+from swa_vllm.tools.engines.perplexity import perplexity
+from swa_vllm.tools.engines.scoring import NUM_EXTRA_TOKENS, ScoringEngine
+from swa_vllm.tools.engines.setup import FULL_ATTENTION, Setup
 from swa_vllm.tools.eval.texts import tokens_of
 from tests.helpers.dense_qwen3 import DenseQwen3, Sight
 from tests.helpers.dense_text import DenseText
@@ -78,7 +74,7 @@ def check(case: Case, model: Path, length: int, engine: EngineFactory, num_piece
     seen = sight(model, window, sinks)
     for start in range(0, num_pieces * length, length):
         piece = text_tokens(model)[start : start + length]
-        got += Served(llm).score(piece).logprobs
+        got += ScoringEngine(llm).score(piece).logprobs
         expected += dense(model).logprobs(piece, range(length), seen).tolist()
     assert perplexity(got) == pytest.approx(perplexity(expected), rel=TOLERANCES[dtype])
 
@@ -239,7 +235,7 @@ def test_a_model_that_ignores_windows_is_refused(
     no_engine()
     resolve_here("LlamaForCausalLM")
     with pytest.raises(ValueError, match="has no window although one was asked for"):
-        Served.start(Setup(str(tiny_llama), 64), {"window": 8})
+        ScoringEngine.start(Setup(str(tiny_llama), 64), {"window": 8})
     no_engine()
 
 

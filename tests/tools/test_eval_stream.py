@@ -12,8 +12,10 @@ import torch
 from swa_backend.pages import WindowPages
 from swa_vllm.tools.cli import main
 from swa_vllm.tools.engines.forced import ForcedTokens
-from swa_vllm.tools.engines.scoring import Scored, Served, perplexity, text_config
-from swa_vllm.tools.eval.stream import Outcome, Stream, arms_of, look_at, make_stream
+from swa_vllm.tools.engines.perplexity import perplexity
+from swa_vllm.tools.engines.scoring import Scored, ScoringEngine
+from swa_vllm.tools.engines.setup import text_config
+from swa_vllm.tools.eval.stream import Stream, StreamOutcome, arms_of, look_at, make_stream
 from tests.helpers.dense_qwen3 import Sight
 from tests.helpers.dense_text import DenseText
 from tests.helpers.engines import EngineFactory
@@ -36,7 +38,7 @@ def stream(request: pytest.FixtureRequest) -> Stream:
     return make_stream(text_tokens(), int(request.param) * TRAINED, TRAINED)
 
 
-def serve(stream: Stream, engine: EngineFactory, *, shift: bool) -> tuple[Scored, Outcome]:
+def serve(stream: Stream, engine: EngineFactory, *, shift: bool) -> tuple[Scored, StreamOutcome]:
     options = {"window": WINDOW, "sink_tokens": SINKS, "position_shift": shift}
     llm = engine(
         SLIDING,
@@ -47,12 +49,12 @@ def serve(stream: Stream, engine: EngineFactory, *, shift: bool) -> tuple[Scored
         # NaN in free pages is tested elsewhere; at each of so many steps it is slow.
         additional_config={"swa": {**options, "debug_poison": False}},
     )
-    scored = Served(llm).score(stream.tokens, stream.num_decoded)
+    scored = ScoringEngine(llm).score(stream.tokens, stream.num_decoded)
     return scored, look_at(stream, scored)
 
 
 @pytest.fixture(scope="module")
-def shifted(stream: Stream, engine: EngineFactory) -> tuple[Scored, Outcome]:
+def shifted(stream: Stream, engine: EngineFactory) -> tuple[Scored, StreamOutcome]:
     return serve(stream, engine, shift=True)
 
 
@@ -70,24 +72,26 @@ def buckets(stream: Stream) -> list[range]:
     return [range(max(1, i), i + TRAINED) for i in range(0, len(stream.tokens), TRAINED)]
 
 
-def check_buckets(stream: Stream, outcome: Outcome, *, shift: bool) -> None:
+def check_buckets(stream: Stream, outcome: StreamOutcome, *, shift: bool) -> None:
     expected = [recompute(stream, bucket, shift=shift) for bucket in buckets(stream)]
     assert outcome.perplexities == pytest.approx(expected, rel=1e-3)
 
 
-def test_each_bucket_is_a_dense_recompute(stream: Stream, shifted: tuple[Scored, Outcome]) -> None:
+def test_each_bucket_is_a_dense_recompute(
+    stream: Stream, shifted: tuple[Scored, StreamOutcome]
+) -> None:
     check_buckets(stream, shifted[1], shift=True)
 
 
 def test_a_passage_far_beyond_the_trained_length_costs_the_same(
-    shifted: tuple[Scored, Outcome],
+    shifted: tuple[Scored, StreamOutcome],
 ) -> None:
     near, far = shifted[1].passages
     assert far == pytest.approx(near, rel=0.05)
 
 
 def test_half_of_the_stream_is_decoded_in_constant_pages(
-    stream: Stream, shifted: tuple[Scored, Outcome]
+    stream: Stream, shifted: tuple[Scored, StreamOutcome]
 ) -> None:
     scored, outcome = shifted
     half = len(stream.tokens) // 2

@@ -16,7 +16,7 @@ from swa_backend.checkpoint import read_checkpoint
 from swa_backend.config import SWAConfigError, SWAOptions
 from swa_backend.layers import resolve_layers
 from swa_vllm.tools.cli import main
-from swa_vllm.tools.common.sizing import bytes_of_a_number, kv_heads_of_a_device, longest_text
+from swa_vllm.tools.common.sizing import bytes_of_an_element, kv_heads_of_a_device, longest_text
 from tests.helpers.engines import EngineFactory, ModelFactory, scheduler
 from tests.helpers.tiny_models import (
     BY_LAYER_TYPES,
@@ -211,14 +211,14 @@ def test_the_longest_text_is_vllms(rope: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("dtype", ["auto", "float32", "half"])
 @pytest.mark.parametrize("checkpoint_dtype", ["bfloat16", "float16", "float32"])
-def test_a_number_takes_the_bytes_of_vllms_dtype(
+def test_an_element_takes_the_bytes_of_vllms_dtype(
     checkpoint_dtype: str, dtype: str, tmp_path: Path
 ) -> None:
     tiny_config(dtype=checkpoint_dtype, architectures=["Qwen3ForCausalLM"]).save_pretrained(
         tmp_path
     )
     config = ModelConfig(str(tmp_path), dtype=dtype, skip_tokenizer_init=True)
-    planned = bytes_of_a_number(read_checkpoint(tmp_path), dtype, "auto")
+    planned = bytes_of_an_element(read_checkpoint(tmp_path), dtype, "auto")
     assert planned == config.dtype.itemsize
 
 

@@ -24,10 +24,12 @@ import swa_backend
 import swa_vllm
 from swa_backend.config import PrefillPages
 from swa_vllm.kv_cache.spec import SWASpec
+from swa_vllm.tools.common.arms import Arm
 from swa_vllm.tools.common.pools import Model, plan_pool
 from swa_vllm.tools.common.queueing import Queue, Workload
-from swa_vllm.tools.common.sizing import Arm, KVGroups, Limits, groups_of
-from swa_vllm.tools.engines.scheduler import Engine, Simulation
+from swa_vllm.tools.common.sizing import KVGroups, Limits, groups_of
+from swa_vllm.tools.engines.scheduler import Simulation
+from swa_vllm.tools.engines.simulated import Engine
 from tests.helpers.wheel_sources import official_sources
 
 try:

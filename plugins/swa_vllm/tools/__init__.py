@@ -1,1 +1,1 @@
-"""The ``swa`` command: one room a verb; ``common`` and ``engines`` hold what verbs share."""
+"""The ``swa`` command: a room for each verb; ``common`` and ``engines`` hold what verbs share."""

@@ -7,11 +7,17 @@ import os
 import sys
 from collections.abc import Sequence
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from swa_vllm.tools.common.arguments import check_output, told_by
+
+# Each is ``<verb>/command.py``, a file of ``bench/`` or a file of ``eval/``, by its very name.
+_VERBS = ("plan", "check", "trace")
+_BENCHMARKS = ("serve", "decode", "pages", "prefill", "sinks", "overhead", "kernels")
+_EVALUATIONS = ("ppl", "needle", "stream", "layers")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -60,7 +66,8 @@ def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
         prog="swa", description=__doc__, epilog="example: swa check Qwen3-8B --window 4096"
     )
     commands = parser.add_subparsers(dest="command", required=True)
-    _add_operators_tools(commands)
+    for name in _VERBS:
+        _add_command(commands, name, _module(f"{name}.command"))
     bench = commands.add_parser(
         "bench",
         help="measure this plugin side by side with stock vLLM",
@@ -73,7 +80,7 @@ def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
         description="Measure what a window costs on a model and text of yours.",
         epilog="example: swa eval ppl MODEL --text FILE --windows full,256,128 --sinks 0,4",
     )
-    # These import vLLM, which other commands do without.
+    # These import vLLM, which other commands do without and which reads its environment then.
     if arguments[:1] == ["bench"]:
         _add_benchmarks(bench.add_subparsers(dest="bench", required=True), arguments)
     elif arguments[:1] == ["eval"]:
@@ -81,64 +88,38 @@ def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
     return parser
 
 
-def _add_operators_tools(commands: Any) -> None:
-    from swa_vllm.tools.check import command as check
-    from swa_vllm.tools.plan import command as plan
-    from swa_vllm.tools.trace import command as trace
-
-    for name, module in (("plan", plan), ("check", check), ("trace", trace)):
-        _add_command(commands, name, module)
-
-
 def _add_benchmarks(commands: Any, arguments: Sequence[str]) -> None:
-    # Here, because vLLM reads its environment when it is imported.
-    from swa_vllm.tools.bench import decode as bench_decode
-    from swa_vllm.tools.bench import form as bench_form
-    from swa_vllm.tools.bench import kernels as bench_kernels
-    from swa_vllm.tools.bench import overhead as bench_overhead
-    from swa_vllm.tools.bench import pages as bench_pages
-    from swa_vllm.tools.bench import prefill as bench_prefill
-    from swa_vllm.tools.bench import serve as bench_serve
-    from swa_vllm.tools.bench import sinks as bench_sinks
+    from swa_vllm.tools.bench import form
     from swa_vllm.tools.common import plots
 
-    for module in (
-        bench_serve,
-        bench_decode,
-        bench_pages,
-        bench_prefill,
-        bench_sinks,
-        bench_overhead,
-        bench_kernels,
-    ):
-        parser = _add_module(commands, "bench", module, "smaller sizes, for two cores")
+    for name in _BENCHMARKS:
+        module = _module(f"bench.{name}")
+        parser = _add_command(commands, name, module, "bench ")
+        parser.add_argument("--quick", action="store_true", help="smaller sizes, for two cores")
         plots.add_argument(parser)
-        parser.set_defaults(run=partial(bench_form.run, module, arguments))
+        parser.set_defaults(run=partial(form.run, module, arguments))
 
 
 def _add_evaluations(commands: Any) -> None:
-    from swa_vllm.tools.eval import layers as eval_layers
-    from swa_vllm.tools.eval import needle as eval_needle
-    from swa_vllm.tools.eval import ppl as eval_ppl
-    from swa_vllm.tools.eval import stream as eval_stream
-
-    for module in (eval_ppl, eval_needle, eval_stream, eval_layers):
-        _add_module(commands, "eval", module, "a fraction of the work, for a first look")
+    for name in _EVALUATIONS:
+        parser = _add_command(commands, name, _module(f"eval.{name}"), "eval ")
+        quick = "a fraction of the work, for a first look"
+        parser.add_argument("--quick", action="store_true", help=quick)
 
 
-def _add_module(
-    commands: Any, group: str, module: ModuleType, quick: str
-) -> argparse.ArgumentParser:
-    name = module.__name__.rpartition("_")[2]
-    parser = _add_command(commands, name, module, f"{group} ")
-    parser.add_argument("--quick", action="store_true", help=quick)
-    return parser
+def _module(name: str) -> ModuleType:
+    return import_module(f"swa_vllm.tools.{name}")
 
 
 def _add_command(
     commands: Any, name: str, module: ModuleType, group: str = ""
 ) -> argparse.ArgumentParser:
-    """A sub-command: ``module`` has its arguments, its action, an example, and a docstring."""
+    """Add a sub-command that ``module`` describes.
+
+    Args:
+        module: has ``add_arguments``, ``run`` and ``EXAMPLE``; its docstring is the help text.
+        group: the words before ``name`` on the command line, each with a blank behind it.
+    """
     summary = str(module.__doc__).strip().splitlines()[0]
     parser: argparse.ArgumentParser = commands.add_parser(
         name,

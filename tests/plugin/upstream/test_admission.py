@@ -10,7 +10,9 @@ from vllm.v1.kv_cache_interface import (
 )
 
 from swa_backend.config import PrefillPages
-from swa_vllm.tools.engines.scheduler import Arm, Engine, Simulation
+from swa_vllm.tools.common.arms import Arm
+from swa_vllm.tools.engines.scheduler import Simulation
+from swa_vllm.tools.engines.simulated import Engine
 from tests.plugin.upstream.pages import ALL, AUTO, POLICIES, full_spec, make_request, windowed_spec
 
 

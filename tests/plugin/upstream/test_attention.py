@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from swa_backend import ops
-from swa_vllm.tools.engines.layer import make_batch, make_layer
+from swa_vllm.tools.engines.batches import make_batch
+from swa_vllm.tools.engines.layer import make_layer
 from tests.helpers.kernels.cases import DecodeCase, check_decode
 from tests.helpers.kernels.prefill_cases import PrefillCase, check_prefill
 

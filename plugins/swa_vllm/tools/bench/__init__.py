@@ -1,1 +1,1 @@
-"""``swa bench``: one file a benchmark, each beside what it is compared with."""
+"""``swa bench``: a file for each benchmark, which parses, calls and prints."""

@@ -14,16 +14,16 @@ from pathlib import Path
 from typing import Any
 
 from swa_backend.pages import ceil_div
-from swa_vllm.tools.bench.form import say
-from swa_vllm.tools.bench.serving import launcher as peers
+from swa_vllm.tools.bench.serving.arms import ARMS, add_serving_arguments, arms_of
 from swa_vllm.tools.bench.serving.checkpoints import prepare_models
-from swa_vllm.tools.bench.serving.launcher import KINDS, Launcher, kinds_of
-from swa_vllm.tools.bench.serving.process import Peer
-from swa_vllm.tools.bench.serving.records import spread
+from swa_vllm.tools.bench.serving.launcher import Launcher
+from swa_vllm.tools.bench.serving.process import ArmProcess
 from swa_vllm.tools.common import plots
 from swa_vllm.tools.common.arguments import check_number, check_numbers, numbers_of_tokens
+from swa_vllm.tools.common.progress import say
+from swa_vllm.tools.common.spread import Spread
 from swa_vllm.tools.common.table import format_table
-from swa_vllm.tools.engines.scoring import check_table_can_grow, text_config
+from swa_vllm.tools.engines.setup import check_table_can_grow, text_config
 
 EXAMPLE = "--window 512 --contexts 2048,4096,32768 --batch 4"
 _QUICK_CONTEXTS = "512,1024,2048"
@@ -33,8 +33,8 @@ _UNITS = {"decode_s": 1e3, "prefill_s": 1e6}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Options."""
-    peers.add_arguments(parser, "here,stock,full", rounds=3)
+    """Add the options of ``swa bench decode``."""
+    add_serving_arguments(parser, "here,stock,full", rounds=3)
     parser.add_argument("--window", type=int, default=512, help="default: 512")
     parser.add_argument(
         "--contexts",
@@ -47,12 +47,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    """Print a table; returns the figures."""
+    """Print a table for each figure, a row for each length; returns the figures."""
     names = ("window", "batch", "rounds", "block_size", "threads", "full_to", "chunk")
     check_numbers(args, names)
     check_number("steps", args.steps, least=3)
-    kinds = kinds_of("--peers", args.peers)
-    if "hf" in kinds or "here" not in kinds:
+    arms = arms_of("--peers", args.peers)
+    if "hf" in arms or "here" not in arms:
         raise ValueError(
             f"--peers {args.peers}: engines are compared with here, this plugin; name it, and "
             "stock or full beside it"
@@ -61,10 +61,10 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as directory, ExitStack() as stack:
         launcher = _launcher(args, Path(directory), contexts)
         started = {}
-        for name, kind in kinds.items():
-            say(f"starting {kind.name}")
+        for name, arm in arms.items():
+            say(f"starting {arm.name}")
             longest = _max_model_len(args, _lengths_of(name, contexts, args.full_to))
-            started[name] = stack.enter_context(launcher.start(kind, max_model_len=longest))
+            started[name] = stack.enter_context(launcher.start(arm, max_model_len=longest))
         figures = _measure(args, started, contexts)
     told = ("window", "batch", "dtype", "block_size", "chunk", "rounds", "steps")
     result = {
@@ -78,7 +78,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def plot(path: Path, figures: Mapping[str, Any]) -> None:
-    """Time of a step by length."""
+    """Draw the time of a decoding step by length, a line for each arm."""
     series: dict[str, list[tuple[float, float]]] = {}
     for case in figures["cases"]:
         series.setdefault(case["peer"], []).append(
@@ -99,11 +99,11 @@ def _contexts(args: argparse.Namespace) -> list[int]:
 
 
 def _lengths_of(name: str, contexts: list[int], full_to: int) -> list[int]:
-    return contexts if KINDS[name].windowed else [n for n in contexts if n <= full_to]
+    return contexts if ARMS[name].windowed else [n for n in contexts if n <= full_to]
 
 
 def _max_model_len(args: argparse.Namespace, contexts: list[int]) -> int:
-    """For the steps to time, and those that the first request decodes while others prefill."""
+    """Make room for the steps to time, and for what the first decodes while others prefill."""
     return contexts[-1] + args.steps + 1 + ceil_div(args.batch * contexts[-1], args.chunk)
 
 
@@ -129,50 +129,59 @@ def _launcher(args: argparse.Namespace, directory: Path, contexts: list[int]) ->
 
 
 def _measure(
-    args: argparse.Namespace, started: Mapping[str, Peer], contexts: list[int]
+    args: argparse.Namespace, started: Mapping[str, ArmProcess], contexts: list[int]
 ) -> list[dict[str, Any]]:
-    once = kinds_of("--once", args.once)
+    once = arms_of("--once", args.once)
     _compare(args, started, contexts[0])
     taken: dict[tuple[str, int], list[dict[str, Any]]] = {}
     for index in range(args.rounds):
         for context in contexts:
-            for name, peer in started.items():
+            for name, process in started.items():
                 if index and name in once:
                     continue
                 if context in _lengths_of(name, contexts, args.full_to):
-                    say(f"round {index + 1} of {args.rounds}, {context} tokens, {peer.name}")
-                    answer = _decode(args, peer, context, seed=args.seed + index)
+                    say(f"round {index + 1} of {args.rounds}, {context} tokens, {process.name}")
+                    answer = _decode(args, process, context, seed=args.seed + index)
                     taken.setdefault((name, context), []).append(answer)
     return [
         {
-            "peer": KINDS[name].name,
+            "peer": ARMS[name].name,
             "context": context,
-            **{key: spread([answer[key] for answer in answers]) for key in _FIGURES},
+            **{
+                key: Spread.of_all([answer[key] for answer in answers]).to_json()
+                for key in _FIGURES
+            },
         }
         for (name, context), answers in sorted(taken.items(), key=lambda item: item[0][1])
     ]
 
 
-def _decode(args: argparse.Namespace, peer: Peer, context: int, seed: int) -> dict[str, Any]:
-    answer: dict[str, Any] = peer.ask(
+def _decode(
+    args: argparse.Namespace, process: ArmProcess, context: int, seed: int
+) -> dict[str, Any]:
+    answer: dict[str, Any] = process.ask(
         "decode", batch=args.batch, num_prompt=context, num_steps=args.steps, seed=seed
     )
     if answer["batch"] != args.batch:
-        raise RuntimeError(f"{peer.name} decoded {answer['batch']} of {args.batch} at once")
+        raise RuntimeError(f"{process.name} decoded {answer['batch']} of {args.batch} at once")
     return answer
 
 
-def _compare(args: argparse.Namespace, started: Mapping[str, Peer], context: int) -> None:
-    """Warm up; peers with the same window then decode the same, but for what rounding decides."""
+def _compare(args: argparse.Namespace, started: Mapping[str, ArmProcess], context: int) -> None:
+    """Warm up, and compare the tokens of arms with the same window.
+
+    Raises:
+        RuntimeError: they differ in fp32; elsewhere rounding may decide.
+    """
     say(f"comparing behind {context} tokens")
-    answers = {name: _decode(args, peer, context, seed=-1) for name, peer in started.items()}
+    answers = {name: _decode(args, process, context, seed=-1) for name, process in started.items()}
     first = {name: [row[:_COMPARED] for row in a["tokens"]] for name, a in answers.items()}
     if args.dtype == "float32" and first.get("stock", first["here"]) != first["here"]:
         raise RuntimeError("this plugin and stock vLLM decode other tokens in fp32")
 
 
 def _growth(cases: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
-    """Each peer's figures at its longest text, over those at its shortest."""
+    """Divide each arm's figures at its longest text by those at its shortest."""
     found = {}
     for name in dict.fromkeys(case["peer"] for case in cases):
         own = [case for case in cases if case["peer"] == name]
@@ -194,16 +203,11 @@ def _print(figures: Mapping[str, Any]) -> None:
                 found[first]["median"] / found[name]["median"] if name in found else None
                 for name in others
             ]
-            times = [_range(found.get(name), _UNITS[key]) for name in names]
+            times = [
+                Spread(**found[name]).text(_UNITS[key]) if name in found else None for name in names
+            ]
             rows.append([str(context), *times, *ratios])
         growth = [f"{figures['growth'][name][key]:.2f}" for name in names]
         rows.append(["longest / shortest", *growth, *([None] * len(others))])
         header = (f"context, {label}", *names, *(f"here / {name}" for name in others))
         print("\n" + format_table(header, rows))
-
-
-def _range(times: Mapping[str, float] | None, unit: float) -> str | None:
-    if times is None:
-        return None
-    low, median, high = (unit * times[key] for key in ("low", "median", "high"))
-    return f"{median:.2f} ({low:.2f} - {high:.2f})"

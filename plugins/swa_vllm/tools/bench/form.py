@@ -1,10 +1,9 @@
-"""What all benchmarks have in common: conditions, progress, figures as JSON, a picture."""
+"""The form of every benchmark: its conditions are printed, its figures written and drawn."""
 
 import argparse
 import os
 import platform
 import shlex
-import sys
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -26,13 +25,8 @@ _PACKAGES = (
 )
 
 
-def say(text: str) -> None:
-    """Progress, where figures do not go."""
-    print(f"{text} ...", file=sys.stderr, flush=True)
-
-
 def run(module: ModuleType, arguments: Sequence[str], args: argparse.Namespace) -> dict[str, Any]:
-    """Run a benchmark and print under which conditions; returns what ``--json`` writes.
+    """Run a benchmark, and print under which conditions; returns what ``--json`` writes.
 
     Args:
         module: its ``run`` prints a table and returns the figures, its ``plot`` draws these.
@@ -52,7 +46,7 @@ def run(module: ModuleType, arguments: Sequence[str], args: argparse.Namespace) 
 
 
 def conditions(args: argparse.Namespace) -> dict[str, Any]:
-    """The machine, versions, and what every benchmark was told."""
+    """Name the machine, the versions, and what every benchmark was told."""
     return {
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else _processor(),
         "cores": os.cpu_count(),

@@ -14,14 +14,14 @@ from typing import Any
 
 import torch
 
-from swa_backend.kernels.plans import NumberFormat, Target, plan_decode
-from swa_vllm.tools.bench.attention.arms import OURS, RIVALS
+from swa_backend.kernels.plans import Target
+from swa_vllm.tools.bench.attention.arms import ARMS, OURS
+from swa_vllm.tools.bench.attention.decode_work import decode_work
 from swa_vllm.tools.bench.attention.prefill_work import prefill_work
-from swa_vllm.tools.bench.attention.stock_kernel import compile_stock, stock_work
+from swa_vllm.tools.bench.attention.stock_kernel import compile_stock
 from swa_vllm.tools.bench.attention.times import (
     HEAD_DIM,
-    PAGE,
-    Case,
+    AttentionCase,
     Clock,
     Result,
     copy_bandwidth,
@@ -29,8 +29,8 @@ from swa_vllm.tools.bench.attention.times import (
     measure,
     targets,
 )
-from swa_vllm.tools.bench.form import say
 from swa_vllm.tools.common import plots
+from swa_vllm.tools.common.progress import say
 from swa_vllm.tools.common.table import format_table
 
 EXAMPLE = "--shape Qwen3-8B --json kernels.json"
@@ -52,19 +52,22 @@ _FACTS = ("registers", "spilled_bytes", "shared_bytes", "kv_buffers", "load_byte
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Options."""
+    """Add the options of ``swa bench kernels``."""
     parser.add_argument("--shape", choices=tuple(_SHAPES), default="Qwen3-8B")
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    """Print tables; returns the figures."""
+    """Print times, or without a GPU the work of kernels; returns the figures."""
     num_kv_heads, group = _SHAPES[args.shape]
     sizes = product(
         (1024,) if args.quick else _WINDOWS,
         (8192, 131072) if args.quick else _LENGTHS,
         (1, 64) if args.quick else _BATCHES,
     )
-    cases = [Case(*size, torch.bfloat16, num_kv_heads=num_kv_heads, group=group) for size in sizes]
+    cases = [
+        AttentionCase(*size, torch.bfloat16, num_kv_heads=num_kv_heads, group=group)
+        for size in sizes
+    ]
     if torch.cuda.is_available():
         windows = sorted({case.window for case in cases})
         chunks = [
@@ -87,7 +90,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def plot(path: Path, figures: Mapping[str, Any]) -> None:
-    """On a GPU the times of every case, elsewhere the bytes that a chunk loads."""
+    """Draw the times of every case, or without a GPU the keys that a chunk loads."""
     if figures["device"] is None:
         cases = figures["prefill"]
         groups = [f"W={c['window']}, {c['context']} tokens before" for c in cases]
@@ -97,15 +100,15 @@ def plot(path: Path, figures: Mapping[str, Any]) -> None:
         return
     cases = figures["cases"]
     groups = [f"W={c['window']}, {c['seq_len']}, {c['batch']} x {c['num_queries']}" for c in cases]
-    rivals = dict.fromkeys(rival for c in cases for rival in c["us"])
-    series = {rival: [c["us"].get(rival, 0.0) for c in cases] for rival in rivals}
+    arms = dict.fromkeys(arm for c in cases for arm in c["us"])
+    series = {arm: [c["us"].get(arm, 0.0) for c in cases] for arm in arms}
     plots.bars(path, groups, series, "us")
 
 
-def _print_work(cases: list[Case]) -> list[dict[str, Any]]:
+def _print_work(cases: list[AttentionCase]) -> list[dict[str, Any]]:
     figures, rows = [], []
     for case in cases:
-        work = work_of(case)
+        work = decode_work(_H100, case)
         figures.append(work)
         rows.append(
             (
@@ -146,39 +149,7 @@ def _print_prefill(windows: list[int], num_kv_heads: int, group: int) -> list[di
     return figures
 
 
-def work_of(case: Case) -> dict[str, Any]:
-    """Keys read and programs launched, here and by vLLM's Triton kernel, on an H100."""
-    plan = plan_decode(
-        _H100,
-        num_tokens=case.batch,
-        num_reqs=case.batch,
-        num_kv_heads=case.num_kv_heads,
-        group=case.group,
-        head_dim=HEAD_DIM,
-        page=PAGE,
-        window=case.window,
-        has_sinks=False,
-        is_ragged=False,
-        query_format=NumberFormat.BFLOAT16,
-        kv_format=NumberFormat.BFLOAT16,
-    )
-    lengths = range(case.seq_len, case.seq_len + 32)
-    stock = [stock_work(replace(case, seq_len=seq_len)) for seq_len in lengths]
-    return {
-        "window": case.window,
-        "seq_len": case.seq_len,
-        "batch": case.batch,
-        "num_bytes": case.num_bytes,
-        # Tiles begin where the window does, and the last is masked; test_kernels.py counts them.
-        "here_read": 1.0,
-        "here_programs": case.batch * case.num_kv_heads * plan.num_parts,
-        "stock_read": max(work.num_keys for work in stock) / case.window,
-        "stock_programs": stock[0].launched,
-        "stock_useful": stock[0].useful,
-    }
-
-
-def _print_compiled(shape: str, case: Case) -> dict[str, Any]:
+def _print_compiled(shape: str, case: AttentionCase) -> dict[str, Any]:
     from swa_backend.verify import gate
 
     here = gate.Case("decode", shape, torch.bfloat16, _H100).compile()
@@ -191,7 +162,7 @@ def _print_compiled(shape: str, case: Case) -> dict[str, Any]:
 
 def measure_all(
     shape: str,
-    cases: list[Case],
+    cases: list[AttentionCase],
     device: torch.device,
     clock: Clock,
     num_bytes: int = 512 << 20,
@@ -199,20 +170,20 @@ def measure_all(
     """Time every case with a cache of its dtype and with an fp8 cache, and print the result.
 
     Args:
-        num_bytes: of the keys that are cycled through, and of what is copied for comparison.
+        num_bytes: bytes of the keys that are cycled through, and of what is copied.
     """
     copied = copy_bandwidth(device, clock, num_bytes)
     results = []
     for case, is_fp8 in product(cases, (False, True)):
         typed = replace(case, kv_dtype=torch.float8_e4m3fn if is_fp8 else case.dtype)
         say(str(typed))
-        results.append(measure(typed, make_batch(typed, device, num_bytes), RIVALS, clock))
+        results.append(measure(typed, make_batch(typed, device, num_bytes), ARMS, clock))
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
     return report(shape, name, results, copied)
 
 
 def report(shape: str, device: str, results: list[Result], copied: float) -> dict[str, Any]:
-    """Print times and targets; returns them."""
+    """Print times and targets; returns them as figures."""
     print(f"\n{shape} on {device}, copy {copied:.0f} GB/s")
     _print_times("decodes", results, "of copy", lambda r: r.bandwidth(OURS) / copied)
     _print_times("chunks", results, "TFLOP/s", lambda r: r.speed(OURS))
@@ -254,8 +225,8 @@ def _print_times(
             continue
         size = case.num_queries if kind == "chunks" else case.batch
         name = str(case.kv_dtype).removeprefix("torch.")
-        times = (result.times.get(rival) for rival in RIVALS)
+        times = (result.times.get(arm) for arm in ARMS)
         rows.append((f"{case.window}, {case.seq_len}, {size}, {name}", *times, share(result)))
     if rows:
-        header = (f"W, length, {kind}, cache", *(f"{rival} us" for rival in RIVALS), unit)
+        header = (f"W, length, {kind}, cache", *(f"{arm} us" for arm in ARMS), unit)
         print("\n" + format_table(header, rows))

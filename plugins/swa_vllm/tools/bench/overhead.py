@@ -12,20 +12,17 @@ from typing import Any
 
 import torch
 
-from swa_vllm.tools.bench.form import say
 from swa_vllm.tools.common import plots
 from swa_vllm.tools.common.arguments import check_numbers
-from swa_vllm.tools.common.sizing import Arm
+from swa_vllm.tools.common.arms import Arm
+from swa_vllm.tools.common.progress import say
+from swa_vllm.tools.common.spread import Spread
 from swa_vllm.tools.common.table import format_table
 from swa_vllm.tools.common.timing import at_least_two_rounds, interleave
-from swa_vllm.tools.engines.layer import (
-    BLOCK_SIZE,
-    Layer,
-    make_batch,
-    make_layer,
-    make_window_batch,
-)
-from swa_vllm.tools.engines.scheduler import Engine, Simulation
+from swa_vllm.tools.engines.batches import BLOCK_SIZE, make_batch, make_window_batch
+from swa_vllm.tools.engines.layer import Layer, make_layer
+from swa_vllm.tools.engines.scheduler import Simulation
+from swa_vllm.tools.engines.simulated import Engine
 
 EXAMPLE = "--batch 32"
 _SCHEDULER = {c: f"scheduler and manager, prefix caching {'on' if c else 'off'}" for c in (0, 1)}
@@ -38,14 +35,14 @@ _HEADER = ("", "context", "stock us", "here us", "ratio", "stock, middle half", 
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Options."""
+    """Add the options of ``swa bench overhead``."""
     parser.add_argument("--window", type=int, default=512)
     parser.add_argument("--batch", type=int, default=32, help="decoding requests")
     parser.add_argument("--rounds", type=int, default=100)
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    """Print a table; returns the figures."""
+    """Print a row for each part of a step and each length; returns the figures."""
     check_numbers(args, ("window", "batch"))
     rounds = at_least_two_rounds(args.rounds)
     contexts = (2000, 8000) if args.quick else (2000, 8000, 32000, _MILLION)
@@ -79,7 +76,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def plot(path: Path, figures: Mapping[str, Any]) -> None:
-    """A step's parts by context."""
+    """Draw the parts of a step by context length."""
     series: dict[str, list[tuple[float, float]]] = {}
     for case in figures["cases"]:
         if case["name"] in (_SCHEDULER[0], _BUILDER, _ATTENTION):
@@ -96,7 +93,7 @@ def _caching(context: int) -> tuple[bool, ...]:
 def _row(case: Mapping[str, Any]) -> list[object]:
     spread = case.get("spread", {})
     halves = [
-        f"{1e6 * spread[arm]['low']:.0f} - {1e6 * spread[arm]['high']:.0f}" if spread else None
+        Spread(**spread[arm]).range_text(1e6, digits=0) if spread else None
         for arm in (Arm.STOCK, Arm.SWA)
     ]
     return [case[key] for key in ("name", "context", "stock_us", "here_us", "ratio")] + halves
@@ -105,7 +102,7 @@ def _row(case: Mapping[str, Any]) -> list[object]:
 def _decoding(
     arm: Arm, args: argparse.Namespace, context: int, caching: bool, rounds: int
 ) -> Simulation:
-    """A scheduler whose requests all decode at ``context``."""
+    """Step a scheduler until all its requests decode at ``context``."""
     # The first request has to run on until the last one's prompt is computed.
     num_output = rounds + 100 + args.batch * (context // _CHUNK + 1)
     longest = context + num_output
@@ -133,7 +130,11 @@ def _builders(layer: Layer, args: argparse.Namespace, context: int) -> dict[str,
 
 
 def _attention(layer: Layer, args: argparse.Namespace, context: int) -> dict[str, Any]:
-    """Storing and attending to a token of each request, whose pages are its window's only."""
+    """Prepare storing and attending to a token of each request, after comparing the outputs.
+
+    Raises:
+        RuntimeError: the outputs differ.
+    """
     batch = make_window_batch(context, args.batch, args.window)
     qkv = layer.random_inputs(args.batch)
     torch.nn.init.normal_(layer.attention.kv_cache)
@@ -161,7 +162,7 @@ def _case(name: str, context: int, steps: dict[str, Any], rounds: int) -> dict[s
 
 
 def _together(cases: list[dict[str, Any]], context: int, caching: bool) -> dict[str, Any]:
-    """A step's sum of scheduler, manager and builder."""
+    """Add up scheduler, manager and builder of a step."""
     parts = [
         c for c in cases if c["context"] == context and c["name"] in (_BUILDER, _SCHEDULER[caching])
     ]

@@ -13,12 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from swa_backend.pages import WindowPages
-from swa_vllm.tools.bench.form import say
 from swa_vllm.tools.common import plots
 from swa_vllm.tools.common.arguments import check_numbers
-from swa_vllm.tools.common.sizing import Arm
+from swa_vllm.tools.common.arms import Arm
+from swa_vllm.tools.common.progress import say
 from swa_vllm.tools.common.table import format_table
-from swa_vllm.tools.engines.scheduler import Engine, Outcome, simulate
+from swa_vllm.tools.engines.scheduler import Outcome, simulate
+from swa_vllm.tools.engines.simulated import Engine
 
 EXAMPLE = "--window 1024 --block-size 16 --prompt 32000 --output 512 --num-requests 80"
 _HEADER = ("", "estimate", "running", "steps", "pages promised", "pages held", "preemptions")
@@ -34,7 +35,7 @@ _CARD = Engine(
 
 
 @dataclass(frozen=True)
-class Workload:
+class EngineWorkload:
     """Requests of one size, and the engine that serves them."""
 
     name: str
@@ -59,7 +60,7 @@ _OWN: dict[str, int | None] = {
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Options of a workload of one's own; without any, the built-in ones run."""
+    """Add the options of a workload of one's own; without any, the built-in ones run."""
     for name, default in _OWN.items():
         flag = f"--{name.replace('_', '-')}"
         parser.add_argument(flag, type=int, help=f"default: {default}" if default else None)
@@ -67,7 +68,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    """Print a table a workload; returns the figures."""
+    """Print a table for each workload; returns the figures."""
     results = []
     for workload in _workloads(args):
         outcomes = {}
@@ -87,14 +88,14 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def plot(path: Path, figures: Mapping[str, Any]) -> None:
-    """Requests that ran at once."""
+    """Draw how many requests ran at once, on average."""
     workloads = figures["workloads"]
     groups = [f"{w['workload']}, {w['num_prompt']}, W={w['engine']['window']}" for w in workloads]
     series = {arm.value: [w["arms"][arm.value]["mean_running"] for w in workloads] for arm in Arm}
     plots.bars(path, groups, series, "requests that ran at once, mean")
 
 
-def _workloads(args: argparse.Namespace) -> Iterable[Workload]:
+def _workloads(args: argparse.Namespace) -> Iterable[EngineWorkload]:
     given = [name for name in _OWN if getattr(args, name) is not None]
     if args.window is None:
         if given or args.prefix_caching:
@@ -106,7 +107,7 @@ def _workloads(args: argparse.Namespace) -> Iterable[Workload]:
     return [_own(**{name: getattr(args, name) or _OWN[name] for name in _OWN}, args=args)]
 
 
-def _own(args: argparse.Namespace, **sizes: Any) -> Workload:
+def _own(args: argparse.Namespace, **sizes: Any) -> EngineWorkload:
     longest = sizes["prompt"] + sizes["output"]
     max_model_len = sizes["max_model_len"] or longest
     if max_model_len < longest:
@@ -130,26 +131,28 @@ def _own(args: argparse.Namespace, **sizes: Any) -> Workload:
         num_steps_in_flight=sizes["steps_in_flight"],
         prefix_caching=args.prefix_caching,
     )
-    return Workload("requests", engine, sizes["num_requests"], sizes["prompt"], sizes["output"])
+    return EngineWorkload(
+        "requests", engine, sizes["num_requests"], sizes["prompt"], sizes["output"]
+    )
 
 
-def _built_in(quick: bool) -> Iterator[Workload]:
+def _built_in(quick: bool) -> Iterator[EngineWorkload]:
     for window, chunk in ((64, 8192), (512, 8192), (1024, 2048), (1024, 8192)):
         engine = Engine(window, 32, 1024, chunk, 8192)
-        yield Workload(f"chunks of {chunk}", engine, 4, 6000, 32)
+        yield EngineWorkload(f"chunks of {chunk}", engine, 4, 6000, 32)
     for num_pages in (140, 260):
         engine = Engine(64, 32, num_pages, 2048, 8192)
-        yield Workload(f"pool of {num_pages} pages", engine, 64, 2000, 200)
+        yield EngineWorkload(f"pool of {num_pages} pages", engine, 64, 2000, 200)
     if quick:
         return
     for num_prompt in (32000, 16000, 8000, 2000):
-        yield Workload("24 GB card", _CARD, 80, num_prompt, 512)
+        yield EngineWorkload("24 GB card", _CARD, 80, num_prompt, 512)
     larger = replace(_CARD, max_num_batched_tokens=16384)
-    yield Workload("24 GB card, chunks of 16384", larger, 80, 32000, 512)
+    yield EngineWorkload("24 GB card, chunks of 16384", larger, 80, 32000, 512)
 
 
-def _serve(arm: Arm, workload: Workload) -> Outcome:
-    """The outcome; full attention gets the shortest max_model_len that the requests allow."""
+def _serve(arm: Arm, workload: EngineWorkload) -> Outcome:
+    """Serve a workload; full attention gets the shortest max_model_len that it allows."""
     engine = workload.engine
     if arm is Arm.FULL:
         engine = replace(engine, max_model_len=workload.num_prompt + workload.num_output)
@@ -157,7 +160,7 @@ def _serve(arm: Arm, workload: Workload) -> Outcome:
     return simulate(arm, engine, requests)
 
 
-def _print(workload: Workload, outcomes: dict[Arm, Outcome]) -> None:
+def _print(workload: EngineWorkload, outcomes: dict[Arm, Outcome]) -> None:
     engine = workload.engine
     print(
         f"\n{workload.name}: {workload.num_requests} x {workload.num_prompt} + "

@@ -13,19 +13,21 @@ from typing import Any
 import torch
 
 from swa_backend.pages import WindowPages
-from swa_vllm.tools.bench.form import say
 from swa_vllm.tools.common import plots
 from swa_vllm.tools.common.arguments import check_numbers
+from swa_vllm.tools.common.progress import say
+from swa_vllm.tools.common.spread import Spread
 from swa_vllm.tools.common.table import format_table
-from swa_vllm.tools.common.timing import Times, at_least_two_rounds, interleave, milliseconds
-from swa_vllm.tools.engines.layer import BLOCK_SIZE, SHAPES, Layer, make_batch, make_layer
+from swa_vllm.tools.common.timing import at_least_two_rounds, interleave
+from swa_vllm.tools.engines.batches import BLOCK_SIZE, make_batch
+from swa_vllm.tools.engines.layer import SHAPES, Layer, make_layer
 
 EXAMPLE = "--shape Qwen3-8B --window 1024 --chunk 2048"
 _HEADER = ("context + chunk", "stock ms", "here ms", "attention ratio", "layer ratio")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Options."""
+    """Add the options of ``swa bench prefill``."""
     parser.add_argument("--shape", choices=tuple(SHAPES), help="default: Qwen3-8B")
     parser.add_argument("--window", type=int, default=1024)
     parser.add_argument("--chunk", type=int, help="tokens of the prefill chunk (default: 2048)")
@@ -33,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    """Print a table; returns the figures."""
+    """Print a row for each context length; returns the figures."""
     check_numbers(args, ("window", "chunk"))
     chunk = args.chunk or (1024 if args.quick else 2048)
     rounds = at_least_two_rounds(args.rounds)
@@ -49,7 +51,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         stock, here = _time_chunk(layer, pages, context, chunk, rounds)
         ratio = here.median / stock.median
         layer_ratio = (rest + here.median) / (rest + stock.median)
-        times = (milliseconds(stock), milliseconds(here))
+        times = (stock.text(1e3), here.text(1e3))
         rows.append((f"{context} + {chunk}", *times, ratio, layer_ratio))
         cases.append(
             {
@@ -68,7 +70,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def plot(path: Path, figures: Mapping[str, Any]) -> None:
-    """Attention of a chunk."""
+    """Draw the time of attention to a chunk, with as many tokens before it."""
     cases, chunk = figures["cases"], figures["chunk"]
     names = {"stock vLLM": "stock_ms", "this plugin": "here_ms"}
     series = {name: [case[key] for case in cases] for name, key in names.items()}
@@ -78,7 +80,7 @@ def plot(path: Path, figures: Mapping[str, Any]) -> None:
 
 def _time_chunk(
     layer: Layer, pages: WindowPages, context: int, chunk: int, rounds: int
-) -> tuple[Times, Times]:
+) -> tuple[Spread, Spread]:
     qkv = layer.random_inputs(chunk)
     torch.nn.init.normal_(layer.attention.kv_cache)
     stock = layer.stock_builder.build(0, make_batch([context], [chunk]))

@@ -3,7 +3,7 @@
 Stock vLLM slides all layers, so all slide here; full attention is vLLM's. The three get a pool of
 the same bytes, which by default holds two longest requests of full attention. Hugging Face has no
 pool: it takes --hf-batch requests at a time, padded on the left, with the same windows. Before
-anything is timed the peers' greedy tokens are compared in fp32. "Bound" is the time in which an
+anything is timed the arms' greedy tokens are compared in fp32. "Bound" is the time in which an
 engine of the step times measured here could serve the workload with as many requests at once as
 windows fit into the pool. A trace has a line for each request:
 
@@ -17,13 +17,14 @@ from pathlib import Path
 from typing import Any
 
 from swa_backend.pages import ceil_div
-from swa_vllm.tools.bench.serving import launcher as peers
+from swa_vllm.tools.bench.serving.arms import ARMS, add_serving_arguments, arms_of
 from swa_vllm.tools.bench.serving.checkpoints import prepare_models
-from swa_vllm.tools.bench.serving.launcher import KINDS, Launcher, kinds_of
+from swa_vllm.tools.bench.serving.launcher import Launcher
 from swa_vllm.tools.bench.serving.rounds import Rounds, measure
 from swa_vllm.tools.bench.serving.workload import MIXES, Ask, read_trace
 from swa_vllm.tools.common import plots
 from swa_vllm.tools.common.arguments import check_number, check_numbers
+from swa_vllm.tools.common.spread import Spread
 from swa_vllm.tools.common.table import format_table
 
 EXAMPLE = "Qwen3-0.6B --window 128 --mix decode --pool-requests 2 --json serve.json"
@@ -46,8 +47,8 @@ _JUDGED = tuple(_ROWS)[:7]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Options."""
-    peers.add_arguments(parser, ",".join(KINDS), rounds=2)
+    """Add the options of ``swa bench serve``."""
+    add_serving_arguments(parser, ",".join(ARMS), rounds=2)
     parser.add_argument("--window", type=int, default=128, help="default: 128")
     parser.add_argument("--mix", choices=tuple(MIXES), default="decode", help="default: decode")
     parser.add_argument("--trace", type=Path, metavar="PATH", help="JSON lines, instead of a mix")
@@ -62,9 +63,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    """Print a table; returns the figures."""
-    kinds, once = kinds_of("--peers", args.peers), kinds_of("--once", args.once)
-    if "here" not in kinds or "here" in once:
+    """Print a column for each arm, and where this plugin loses; returns the figures."""
+    arms, once = arms_of("--peers", args.peers), arms_of("--once", args.once)
+    if "here" not in arms or "here" in once:
         raise ValueError(
             f"--peers {args.peers} --once {args.once}: here, this plugin, is compared with the "
             "others in every round; name it in --peers and not in --once"
@@ -92,15 +93,15 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             args.hf_batch,
         )
         rounds = Rounds(asks, args.window, args.rounds, frozenset(once), args.seed)
-        figures = {**_told(args, asks, num_pages), **measure(launcher, kinds, rounds)}
+        figures = {**_told(args, asks, num_pages), **measure(launcher, arms, rounds)}
     figures["lost"] = losses(figures)
     _print(figures)
     return figures
 
 
 def plot(path: Path, figures: Mapping[str, Any]) -> None:
-    """Tokens over time."""
-    series = {name: peer["curve"] for name, peer in figures["peers"].items()}
+    """Draw the tokens answered over time, a line for each arm."""
+    series = {name: arm["curve"] for name, arm in figures["peers"].items()}
     plots.lines(path, series, "seconds of work", "tokens answered", marks=False)
 
 
@@ -145,7 +146,7 @@ def _told(args: argparse.Namespace, asks: Sequence[Ask], num_pages: int) -> dict
 def _print(figures: Mapping[str, Any]) -> None:
     by_name = figures["peers"]
     rows = [
-        [label, *(peer[key]["median"] for peer in by_name.values())] for key, label in _ROWS.items()
+        [label, *(arm[key]["median"] for arm in by_name.values())] for key, label in _ROWS.items()
     ]
     rows.append(["seconds, least to most", *map(_range, by_name.values())])
     rows.append(["times as fast as it, here", *(figures["ratios"][name] for name in by_name)])
@@ -166,18 +167,17 @@ def _print(figures: Mapping[str, Any]) -> None:
         print(f"lost: {loss}")
 
 
-def _range(peer: Mapping[str, Any]) -> str:
-    seconds = peer["seconds"]
-    return f"{seconds['low']:.1f} - {seconds['high']:.1f}"
+def _range(arm: Mapping[str, Any]) -> str:
+    return Spread(**arm["seconds"]).range_text(digits=1)
 
 
 def losses(figures: Mapping[str, Any]) -> list[str]:
-    """Every figure in which a peer is better than this plugin, by more than 2 %."""
-    here = figures["peers"][KINDS["here"].name]
+    """List the figures in which another arm is better than this plugin by more than 2 %."""
+    here = figures["peers"][ARMS["here"].name]
     found = []
-    for name, peer in figures["peers"].items():
+    for name, arm in figures["peers"].items():
         for key in _JUDGED:
-            ours, theirs = here[key]["median"], peer[key]["median"]
+            ours, theirs = here[key]["median"], arm[key]["median"]
             if key in _MORE_IS_BETTER:
                 ours, theirs = theirs, ours
             if ours > 1.02 * theirs:

@@ -12,19 +12,21 @@ from typing import Any
 
 import torch
 
-from swa_vllm.tools.bench.form import say
 from swa_vllm.tools.common import plots
 from swa_vllm.tools.common.arguments import check_numbers
+from swa_vllm.tools.common.progress import say
+from swa_vllm.tools.common.spread import Spread
 from swa_vllm.tools.common.table import format_table
-from swa_vllm.tools.common.timing import Times, at_least_two_rounds, interleave, milliseconds
-from swa_vllm.tools.engines.layer import BLOCK_SIZE, SHAPES, Layer, make_batch, make_layer
+from swa_vllm.tools.common.timing import at_least_two_rounds, interleave
+from swa_vllm.tools.engines.batches import BLOCK_SIZE, make_batch
+from swa_vllm.tools.engines.layer import SHAPES, Layer, make_layer
 
 EXAMPLE = "--shape Qwen3-8B --window 1024 --sink-tokens 4"
 _HEADER = ("", "plain ms", "sinks ms", "attention ratio", "layer ratio")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Options."""
+    """Add the options of ``swa bench sinks``."""
     parser.add_argument("--shape", choices=tuple(SHAPES), help="default: Qwen3-8B")
     parser.add_argument("--window", type=int, default=1024)
     parser.add_argument("--sink-tokens", type=int, default=4)
@@ -33,19 +35,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    """Print a table; returns the figures."""
+    """Print a row for each batch; returns the figures."""
     check_numbers(args, ("window", "sink_tokens"))
     rounds = at_least_two_rounds(args.rounds)
     shape = args.shape or ("Qwen3-0.6B" if args.quick else "Qwen3-8B")
-    context = 2 * args.window + args.sink_tokens
-    batches = {
-        "decode, 1 request": ([context], [1]),
-        "decode, 8 requests": ([context] * 8, [1] * 8),
-        "prefill, first chunk": ([0], [2 * args.window]),
-        "prefill, a later chunk": ([context], [2 * args.window]),
-    }
-    if not args.quick:
-        batches["decode, 32 requests"] = ([context] * 32, [1] * 32)
+    batches = _batches(args)
     longest = max(
         sum(c) + sum(q) + len(c) * (BLOCK_SIZE + args.sink_tokens) for c, q in batches.values()
     )
@@ -79,13 +73,27 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     return {"shape": shape, "window": args.window, "dtype": dtype, **options, "cases": cases}
 
 
+def _batches(args: argparse.Namespace) -> dict[str, tuple[list[int], list[int]]]:
+    """Name the batches to time: tokens before each request's queries, and its queries."""
+    context = 2 * args.window + args.sink_tokens
+    batches = {
+        "decode, 1 request": ([context], [1]),
+        "decode, 8 requests": ([context] * 8, [1] * 8),
+        "prefill, first chunk": ([0], [2 * args.window]),
+        "prefill, a later chunk": ([context], [2 * args.window]),
+    }
+    if not args.quick:
+        batches["decode, 32 requests"] = ([context] * 32, [1] * 32)
+    return batches
+
+
 def _row(case: Mapping[str, Any]) -> list[object]:
-    times = [milliseconds(Times(**case["seconds"][name])) for name in ("plain", "sinks")]
+    times = [Spread(**case["seconds"][name]).text(1e3) for name in ("plain", "sinks")]
     return [case["name"], *times, case["attention_ratio"], case["layer_ratio"]]
 
 
 def plot(path: Path, figures: Mapping[str, Any]) -> None:
-    """What sinks cost."""
+    """Draw the time with sinks over that without, in attention and in the layer."""
     cases = figures["cases"]
     names = {"in attention": "attention_ratio", "in the layer": "layer_ratio"}
     series = {name: [case[key] for case in cases] for name, key in names.items()}
@@ -94,7 +102,7 @@ def plot(path: Path, figures: Mapping[str, Any]) -> None:
 
 def _time(
     layer: Layer, args: argparse.Namespace, contexts: list[int], queries: list[int], rounds: int
-) -> tuple[Times, Times]:
+) -> tuple[Spread, Spread]:
     qkv = layer.random_inputs(sum(queries))
     torch.nn.init.normal_(layer.attention.kv_cache)
     batch = make_batch(contexts, queries, spare_tokens=args.sink_tokens)

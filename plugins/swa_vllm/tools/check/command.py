@@ -11,16 +11,15 @@ from dataclasses import asdict, dataclass
 from enum import StrEnum
 from typing import Any
 
-from swa_vllm.tools.check import device as check_device
-from swa_vllm.tools.check import steps as check_steps
+from swa_vllm.tools.check import device, steps
+from swa_vllm.tools.common.arguments import add_window_arguments, window_options
 from swa_vllm.tools.common.terminal import GREEN, RED, YELLOW, paint
-from swa_vllm.tools.plan.command import add_window_arguments, window_options
 
 EXAMPLE = "Qwen3-8B --window 4096 --sink-tokens 4 --full-attention-layers every:4"
 
 
 class State(StrEnum):
-    """Of one thing that was looked at."""
+    """The verdict on one thing that is checked."""
 
     OK = "ok"
     WRONG = "wrong"
@@ -32,11 +31,12 @@ _COLOURS = {State.OK: GREEN, State.WRONG: RED, State.UNKNOWN: YELLOW}
 
 @dataclass(frozen=True)
 class Finding:
-    """What was found.
+    """What was found of one thing.
 
     Attributes:
-        what: the thing.
-        remedy: what to do about what is wrong, or why nothing was checked.
+        what: the name of the thing.
+        detail: what is there, what is wrong, or why nothing was checked.
+        remedy: what to do about what is wrong.
     """
 
     what: str
@@ -46,13 +46,13 @@ class Finding:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Options."""
+    """Add the options of ``swa check``."""
     parser.add_argument("model", metavar="MODEL", nargs="?", help="a local directory")
     add_window_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    """Print what is found, line by line; returns it, and sets the exit status."""
+    """Print each finding as it comes; returns all of them, and sets the exit status."""
     options = window_options(args)
     if args.model is None and options:
         raise ValueError(f"--{next(iter(options)).replace('_', '-')} is about a model: give MODEL")
@@ -70,25 +70,25 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def findings_of(model: str | None, options: dict[str, Any]) -> Iterator[Finding]:
-    """Everything in the order in which one thing needs the other, up to the first that is wrong."""
-    steps: list[tuple[str, Callable[[], str]]] = [
-        ("vLLM", check_steps.vllm_version),
-        ("plugin", check_steps.plugin),
-        ("models", check_steps.model_classes),
-        ("attention backend", check_steps.backend_slot),
-        ("page manager", check_steps.page_manager),
-        ("device", check_device.device),
-        ("Triton", check_device.triton_compiles),
-        ("kernels", check_device.kernels_are_right),
-        ("CPU operators", check_device.cpu_operators_are_right),
+    """Check one thing after the other, each before what needs it, up to the first that is wrong."""
+    todo: list[tuple[str, Callable[[], str]]] = [
+        ("vLLM", steps.vllm_version),
+        ("plugin", steps.plugin),
+        ("models", steps.model_classes),
+        ("attention backend", steps.backend_slot),
+        ("page manager", steps.page_manager),
+        ("device", device.device),
+        ("Triton", device.triton_compiles),
+        ("kernels", device.kernels_are_right),
+        ("CPU operators", device.cpu_operators_are_right),
     ]
     if model is not None:
-        steps.append((model, lambda: check_steps.layers_of(model, options)))
-    for what, step in steps:
+        todo.append((model, lambda: steps.layers_of(model, options)))
+    for what, step in todo:
         try:
             yield Finding(what, State.OK, step())
-        except check_steps.NotCheckedError as reason:
+        except steps.NotCheckedError as reason:
             yield Finding(what, State.UNKNOWN, str(reason))
-        except check_steps.ProblemError as problem:
+        except steps.ProblemError as problem:
             yield Finding(what, State.WRONG, str(problem), problem.remedy)
             return

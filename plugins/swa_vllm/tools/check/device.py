@@ -1,4 +1,4 @@
-"""Steps of `swa check` about the device: what serves there, and whether it is right."""
+"""The steps of ``swa check`` about the device: what serves on it, and whether it is right."""
 
 import os
 import platform
@@ -13,7 +13,7 @@ _T = TypeVar("_T")
 
 
 def device() -> str:
-    """What serves, and with what."""
+    """Check that this plugin serves on the device; names the device and what attention runs on."""
     from vllm.platforms import current_platform
 
     from swa_backend.kernels.device import target_of
@@ -33,7 +33,7 @@ def device() -> str:
 
 
 def triton_compiles() -> str:
-    """Whether Triton compiles: for this GPU, or without one for those that are in the gate."""
+    """Check that Triton compiles for this GPU, or without one for those that the gate lists."""
     if os.environ.get("TRITON_INTERPRET") == "1":
         raise NotCheckedError("TRITON_INTERPRET=1 makes Triton interpret; unset it to compile")
     from vllm.platforms import current_platform
@@ -56,7 +56,7 @@ def triton_compiles() -> str:
 
 
 def kernels_are_right() -> str:
-    """Whether kernels equal the oracle; on a CPU in a process whose Triton interprets."""
+    """Check that kernels equal the oracle; on a CPU in a process whose Triton interprets."""
     from vllm.platforms import current_platform
 
     if current_platform.is_cuda_alike():
@@ -71,7 +71,7 @@ def kernels_are_right() -> str:
 
 
 def cpu_operators_are_right() -> str:
-    """Whether one layer in an engine equals plain torch, where vLLM's CPU operators serve."""
+    """Check that one layer in an engine equals plain torch, where vLLM's CPU operators serve."""
     from vllm.platforms import current_platform
 
     if not current_platform.is_cpu():
@@ -81,7 +81,7 @@ def cpu_operators_are_right() -> str:
 
 
 def _in_a_process(module: str, **environment: str) -> float:
-    """What a module prints last."""
+    """Run a module of ours in a process of its own; returns the number that it prints last."""
     done = subprocess.run(  # noqa: S603 (a module of ours)
         [sys.executable, "-m", module],
         env={**os.environ, **environment},
@@ -100,7 +100,7 @@ _REPORT = "serve without windows here, and report this line with your versions"
 
 
 def _on_gpu(action: Callable[[Any], _T]) -> _T:
-    """What an action on the GPU gives."""
+    """Run an action on the GPU, and raise what goes wrong as a problem."""
     import torch
 
     try:

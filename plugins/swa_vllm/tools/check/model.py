@@ -1,4 +1,4 @@
-"""What each layer of a model would do, from vLLM's own configuration of it."""
+"""The table of what each layer of a model would do, from vLLM's own configuration of it."""
 
 from typing import Any
 
@@ -15,7 +15,9 @@ _HEADER = ("layers", "kind", "window", "sinks", "backend", "KV spec")
 
 
 def layer_table(model: str, options: dict[str, Any]) -> str:
-    """A line for each run of equal layers; before it vLLM's class of the model, behind it warnings.
+    """Make a line for each run of equal layers, below vLLM's class of the model.
+
+    Warnings about the options follow.
 
     Raises:
         ValueError, RuntimeError: vLLM or this plugin would refuse it.

@@ -1,17 +1,18 @@
-"""Whether windows are right on a CPU: one layer with sinks in an engine, against plain torch.
+"""A smoke test of windows on a CPU: one layer with sinks in an engine, against plain torch.
 
 ``python -m swa_vllm.tools.check.smoke_layer`` prints the error, relative to the largest output.
 """
 
 import torch
 
-from swa_vllm.tools.engines.layer import make_batch, make_layer
+from swa_vllm.tools.engines.batches import make_batch
+from swa_vllm.tools.engines.layer import make_layer
 
 _WINDOW, _SINKS = 40, 4
 
 
 def main() -> None:
-    """Decode with three requests, the longest of them beyond its window.
+    """Decode with three requests, the longest of them beyond its window, and print the error.
 
     Raises:
         RuntimeError: the output is wrong.

@@ -1,4 +1,4 @@
-"""Steps of `swa check`: each says what is there, or raises what is wrong."""
+"""The steps of ``swa check``: each returns what it finds, or raises what is wrong."""
 
 import platform
 from importlib.metadata import PackageNotFoundError, version
@@ -12,7 +12,7 @@ from swa_vllm.tools.common.arguments import told_by
 
 
 class ProblemError(Exception):
-    """What is wrong, and the remedy."""
+    """Something is wrong; ``remedy`` says what to do about it."""
 
     def __init__(self, detail: str, remedy: str) -> None:
         super().__init__(detail)
@@ -20,11 +20,11 @@ class ProblemError(Exception):
 
 
 class NotCheckedError(Exception):
-    """Why something cannot be checked here."""
+    """Something cannot be checked here, for the reason given."""
 
 
 def _version_of(*names: str) -> str | None:
-    """``name version`` of the first of the distributions that is installed."""
+    """Name the first of the distributions that is installed, with its version."""
     for name in names:
         try:
             return f"{name} {version(name)}"
@@ -34,7 +34,7 @@ def _version_of(*names: str) -> str | None:
 
 
 def vllm_version() -> str:
-    """vLLM's version, and what it stands on."""
+    """Check that vLLM is installed in a tested version; names it and what it runs on."""
     try:
         import vllm  # noqa: F401
     except ImportError as error:
@@ -61,7 +61,7 @@ def vllm_version() -> str:
 
 
 def plugin() -> str:
-    """Whether vLLM finds this plugin and loads it."""
+    """Check that vLLM finds this plugin and loads it."""
     from vllm.plugins import load_general_plugins
 
     from swa_vllm.distributed.nodes import DISTRIBUTION, installation_here
@@ -88,7 +88,7 @@ def plugin() -> str:
 
 
 def model_classes() -> str:
-    """Whether vLLM's registry has this plugin's models."""
+    """Check that vLLM's registry resolves to this plugin's models."""
     from vllm import ModelRegistry
 
     from swa_vllm.compat import architectures, versions
@@ -119,7 +119,7 @@ def model_classes() -> str:
 
 
 def backend_slot() -> str:
-    """Whether vLLM's free attention backend is this plugin's."""
+    """Check that vLLM's slot for a custom attention backend holds this plugin's."""
     from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
     from swa_vllm.compat.backend_slot import check_backend_slot
@@ -133,7 +133,7 @@ def backend_slot() -> str:
 
 
 def page_manager() -> str:
-    """What vLLM manages the pages of a windowed layer with."""
+    """Check that this plugin's manager has the pages of a windowed layer."""
     import torch
     from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 
@@ -153,7 +153,7 @@ def page_manager() -> str:
 
 
 def layers_of(model: str, options: dict[str, Any]) -> str:
-    """What each layer would do, as the start-up's table has it; vLLM reads the checkpoint."""
+    """Check that a model can be served; returns the table that its start-up would log."""
     from swa_vllm.tools.check.model import layer_table
 
     try:

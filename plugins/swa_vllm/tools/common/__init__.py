@@ -1,1 +1,1 @@
-"""What several verbs need and no engine: arguments, arithmetic, tables, pictures, times."""
+"""What several verbs share and what needs no engine: options, arithmetic, tables, pictures."""

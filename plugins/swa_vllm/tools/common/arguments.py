@@ -1,11 +1,28 @@
-"""What the tools refuse of a command line before they measure anything."""
+"""Options that several verbs have, and what is refused of a command line at once."""
 
 import argparse
 import os
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from swa_backend.config import MOST_TOKENS
+
+
+def add_window_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the plugin's options that decide what slides."""
+    parser.add_argument("--window", type=int, metavar="N", help="default: the checkpoint's")
+    parser.add_argument("--sink-tokens", type=int, default=0, metavar="N")
+    parser.add_argument(
+        "--full-attention-layers", metavar="LAYERS", help='such as "0-3,27", "every:4", "none"'
+    )
+
+
+def window_options(args: argparse.Namespace) -> dict[str, Any]:
+    """Spell the ``swa`` options that the arguments mean."""
+    given = {name: getattr(args, name) for name in ("window", "full_attention_layers")}
+    options = {name: value for name, value in given.items() if value is not None}
+    return {**options, **({"sink_tokens": args.sink_tokens} if args.sink_tokens else {})}
 
 
 def check_numbers(args: argparse.Namespace, names: Iterable[str], least: int = 1) -> None:
@@ -39,16 +56,16 @@ def check_output(flag: str, path: Path) -> None:
 
 
 def is_number(text: str, least: int) -> bool:
-    """Whether an item of a list of numbers is one, from ``least`` on and below 10**9."""
+    """Say whether an item of a list is a number, from ``least`` on and below 10**9."""
     text = text.strip()
     return text.isdecimal() and len(text) < 10 and int(text) >= least
 
 
 def numbers_of_tokens(flag: str, text: str) -> list[int]:
-    """Items of a list such as ``2048,4096``.
+    """Read a list of numbers of tokens, such as ``2048,4096``.
 
     Raises:
-        ValueError: it is none.
+        ValueError: an item is no such number.
     """
     parts = text.split(",")
     if not all(is_number(part, 1) for part in parts):
@@ -59,7 +76,7 @@ def numbers_of_tokens(flag: str, text: str) -> list[int]:
 
 
 def told_by(error: Exception) -> str:
-    """What an error says, without what pydantic puts around those raised while vLLM is set up."""
+    """Unwrap what an error says: pydantic puts text around those raised while vLLM is set up."""
     if hasattr(error, "errors"):
         (first, *_) = error.errors()
         return str(first.get("ctx", {}).get("error", error))

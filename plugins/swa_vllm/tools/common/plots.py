@@ -1,4 +1,4 @@
-"""Pictures, by matplotlib of the ``plot`` extra, imported when asked for."""
+"""Pictures, drawn with matplotlib, which the ``plot`` extra installs; imported when needed."""
 
 import argparse
 from collections.abc import Mapping, Sequence
@@ -11,7 +11,7 @@ from swa_vllm.tools.common.arguments import check_output
 
 @dataclass(frozen=True)
 class HeatMap:
-    """Values from 0 to 1, or None where there is none, by row and column."""
+    """A map of values from 0 to 1 by row and column, None where there is no value."""
 
     title: str
     values: Sequence[Sequence[float | None]]
@@ -22,15 +22,15 @@ class HeatMap:
 
 
 def add_argument(parser: argparse.ArgumentParser) -> None:
-    """The option of every tool that draws."""
+    """Add the option of every tool that draws."""
     parser.add_argument("--plot", type=Path, metavar="PATH", help="draw a PNG; needs matplotlib")
 
 
 def check(path: Path | None) -> None:
-    """Refuse what could not be drawn, before anything is measured.
+    """Refuse a picture that could not be drawn, before anything is measured.
 
     Raises:
-        ValueError: the name is no PNG's, or it cannot be written.
+        ValueError: the name is no PNG's, or the file cannot be written.
         RuntimeError: matplotlib is not installed.
     """
     if path is None:
@@ -58,7 +58,7 @@ def lines(
     marks: bool = True,
     from_zero: bool = False,
 ) -> None:
-    """A line for each series of (x, y)."""
+    """Draw a line for each series of (x, y)."""
     figure = new_figure(6, 4)
     axes = figure.subplots(1, 1, squeeze=False)[0]
     for name, points in series.items():
@@ -76,7 +76,7 @@ def lines(
 def bars(
     path: Path, groups: Sequence[str], series: Mapping[str, Sequence[float]], y_label: str
 ) -> None:
-    """A bar for each series in each group, beside one another."""
+    """Draw groups of bars, a bar for each series."""
     figure = new_figure(max(6, 1.3 * len(groups) + 2), 4)
     axis = figure.subplots(1, 1)
     width = 0.8 / len(series)
@@ -90,7 +90,7 @@ def bars(
 
 
 def heat_maps(path: Path, maps: Sequence[HeatMap]) -> None:
-    """The maps side by side."""
+    """Draw the maps side by side."""
     figure = new_figure(6 * len(maps), 4)
     axes = figure.subplots(1, len(maps), squeeze=False)[0]
     for axis, heat_map in zip(axes, maps, strict=True):
@@ -108,7 +108,7 @@ def heat_maps(path: Path, maps: Sequence[HeatMap]) -> None:
 
 
 def new_figure(width: float, height: float) -> Any:
-    """An empty picture of so many inches."""
+    """Make an empty picture of so many inches."""
     from matplotlib.figure import Figure  # of no window system
 
     return Figure(figsize=(width, height), layout="constrained", dpi=120)

@@ -1,7 +1,7 @@
-"""What an engine's KV cache would hold: full attention, stock vLLM's windows and this plugin.
+"""KV cache pools of each arm: their pages, and the requests that they hold.
 
-No vLLM is imported: :mod:`swa_vllm.tools.common.sizing` has its start-up's arithmetic,
-:mod:`swa_vllm.tools.common.queueing` its scheduler's.
+No vLLM is imported: :mod:`swa_vllm.tools.common.sizing` has the arithmetic of its start-up,
+:mod:`swa_vllm.tools.common.queueing` that of its scheduler.
 """
 
 from collections.abc import Callable, Sequence
@@ -9,18 +9,19 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from swa_backend.pages import ceil_div
+from swa_vllm.tools.common.arms import Arm
 from swa_vllm.tools.common.queueing import Workload, pages_of_one, running_at_once
-from swa_vllm.tools.common.sizing import Arm, KVGroups, Limits, groups_of
+from swa_vllm.tools.common.sizing import KVGroups, Limits, groups_of
 
 
 @dataclass(frozen=True)
 class Model:
-    """What of a model the KV cache depends on.
+    """The sizes of a model that its KV cache depends on.
 
     Attributes:
-        windows: a window a layer, None for full attention.
-        kv_heads: of one device.
-        number_bytes: bytes of a number in the cache.
+        windows: the window of each layer, None for full attention.
+        kv_heads: KV heads of one device.
+        number_bytes: bytes of an element of the cache.
     """
 
     windows: tuple[int | None, ...]
@@ -30,19 +31,19 @@ class Model:
     number_bytes: int
 
     def layer_page_bytes(self, page_size: int) -> int:
-        """Bytes of one layer's keys and values in a page."""
+        """Count the bytes of one layer's keys and values in a page."""
         return page_size * self.kv_heads * 2 * self.head_dim * self.number_bytes
 
 
 @dataclass(frozen=True)
 class Pool:
-    """The pages of one arm's engine.
+    """The pool of one arm's engine.
 
     Attributes:
-        page_bytes: of a page of the pool, in all layers of a group, padding included.
-        token_bytes: what a token adds to a long text, on average.
-        promised_pages: what a request of ``max_model_len`` may take.
-        num_pages: of the pool; None where its memory is not known.
+        page_bytes: bytes of a page in all layers of a group, padding included.
+        token_bytes: bytes that a token adds to a long text, on average.
+        promised_pages: pages that admission reserves for a request of ``max_model_len``.
+        num_pages: pages of the pool; None where its memory is not known.
         estimate: requests of ``max_model_len``, as vLLM's start-up line says.
         longest: longest ``max_model_len`` that the engine starts with, up to the one asked for.
     """
@@ -56,7 +57,7 @@ class Pool:
     longest: int | None = None
 
     def starts(self, limits: Limits) -> bool:
-        """Whether vLLM would start the engine."""
+        """Say whether vLLM would start the engine."""
         return self.longest == limits.max_model_len
 
     def to_json(self) -> dict[str, Any]:
@@ -75,7 +76,7 @@ class Pool:
 
 @dataclass(frozen=True)
 class Need:
-    """What requests of one size take.
+    """The pages that requests of one size take.
 
     Attributes:
         peak_pages: most that one holds in its life.
@@ -91,7 +92,7 @@ class Need:
 
 
 def plan_pool(arm: Arm, model: Model, limits: Limits, memory: int | None) -> Pool:
-    """The pool of an arm in ``memory`` bytes a device."""
+    """Plan the pool of an arm in ``memory`` bytes of each device; None leaves its size open."""
     groups = groups_of(arm, model.windows, model.sink_tokens, limits)
     group_layers = max(ceil_div(group.num_layers, group.num_groups) for group in groups)
     page_bytes = group_layers * model.layer_page_bytes(limits.block_size)
@@ -120,7 +121,7 @@ def plan_pool(arm: Arm, model: Model, limits: Limits, memory: int | None) -> Poo
 
 
 def plan_need(pool: Pool, limits: Limits, workload: Workload) -> Need:
-    """What requests of ``workload`` take of a pool."""
+    """Plan what requests of ``workload`` take of a pool."""
     peak, last = pages_of_one(pool.groups, limits, workload)
     running = None
     if pool.num_pages is not None and pool.starts(limits):
@@ -137,7 +138,7 @@ def _promised(groups: Sequence[KVGroups], limits: Limits) -> int:
 
 
 def _largest(holds: Callable[[int], bool], most: int) -> int:
-    """The largest number up to ``most`` for which a monotonic property holds; 0 for none."""
+    """Find the largest number up to ``most`` for which a monotonic property holds, or 0."""
     least = 0
     while least < most:
         middle = (least + most + 1) // 2

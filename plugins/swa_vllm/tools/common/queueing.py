@@ -1,4 +1,4 @@
-"""How many requests run at once: vLLM's scheduler, as far as pages and token budgets decide.
+"""A model of vLLM's scheduler: the requests that run at once, by pages and token budgets.
 
 All requests are alike and share nothing. vLLM 0.32 and 0.33, ``v1/core/sched/scheduler.py``: a step
 first serves what runs, in order of arrival, and preempts the newest where pages are short; then it
@@ -19,7 +19,7 @@ class Workload:
     """Requests of one size.
 
     Attributes:
-        num_requests: all there at the start; None for as many as can run.
+        num_requests: requests that are there at the start; None for as many as can run.
     """
 
     num_prompt: int
@@ -38,7 +38,7 @@ class _Request:
 
 
 class Queue:
-    """A scheduler of requests that are all alike.
+    """A scheduler whose requests are all alike, stepped by hand.
 
     Attributes:
         num_running: requests in each step so far.
@@ -62,7 +62,7 @@ class Queue:
 
     @property
     def num_held(self) -> int:
-        """Pages that requests hold now."""
+        """Number of pages that requests hold now."""
         return self._num_usable - self._num_free
 
     def step(self) -> bool:
@@ -126,7 +126,7 @@ class Queue:
         return admitted
 
     def _take(self, request: _Request, num_tokens: int) -> bool:
-        """Pages for a step of a running request; false if that had to be preempted itself."""
+        """Take pages for a step of a running request; false if it had to be preempted itself."""
         num_settled = request.num_computed - sum(request.in_flight)
         for group, table in zip(self._groups, request.tables, strict=True):
             self._num_free += group.num_groups * table.settle(num_settled)
@@ -185,7 +185,7 @@ class Queue:
 
 
 def pages_of_one(groups: Sequence[KVGroups], limits: Limits, workload: Workload) -> tuple[int, int]:
-    """Most pages of one request alone: of its whole life, and of its last step."""
+    """Count the pages of one request alone: the most in its life, and those at its last step."""
     num_pages = 1 + sum(
         group.num_groups * group.policy.num_entries(workload.num_prompt + workload.num_output)
         for group in groups
@@ -202,7 +202,7 @@ def pages_of_one(groups: Sequence[KVGroups], limits: Limits, workload: Workload)
 def running_at_once(
     groups: Sequence[KVGroups], num_pages: int, limits: Limits, workload: Workload
 ) -> float:
-    """Requests in a step, on average, while more wait than can run.
+    """Average the requests in a step while more wait than can run.
 
     Counted from the end of the first answer, over two answers' lengths.
     """

@@ -1,4 +1,4 @@
-"""What vLLM's start-up makes of a model's layers, as plain arithmetic: no vLLM is imported.
+"""The arithmetic of vLLM's start-up: what it makes of a model's layers. No vLLM is imported.
 
 vLLM 0.32 and 0.33: ``v1/core/kv_cache_utils.py``. ``tests/test_plan.py`` holds this against
 vLLM's own functions and against engines that were started.
@@ -10,6 +10,7 @@ from enum import StrEnum
 from swa_backend.checkpoint import Checkpoint
 from swa_backend.pages import WindowPages, ceil_div
 from swa_backend.request_pages import PagePolicy
+from swa_vllm.tools.common.arms import Arm
 
 DTYPE_BYTES = {
     "bfloat16": 2,
@@ -27,34 +28,26 @@ CACHE_DTYPES = ("auto", "bfloat16", "float16", "fp8", "fp8_e4m3", "fp8_e5m2")
 _SCALED_ROPE = ("default", "yarn", "longrope", "llama3", "su")
 
 
-class Arm(StrEnum):
-    """Who manages the pages."""
-
-    FULL = "full attention"
-    STOCK = "stock vLLM"
-    SWA = "this plugin"
-
-
 class Device(StrEnum):
-    """What serves: it decides defaults of vLLM, and whether sinks need slots of their own."""
+    """The device that serves: it decides vLLM's defaults, and whether sinks need own slots."""
 
     GPU = "gpu"
     CPU = "cpu"
 
     @property
     def block_size(self) -> int:
-        """vLLM's default page, in tokens."""
+        """Tokens of a page by vLLM's default."""
         return 16 if self is Device.GPU else 128
 
     @property
     def num_steps_in_flight(self) -> int:
-        """Two with asynchronous scheduling, vLLM's default on GPUs."""
+        """Steps in flight: two with asynchronous scheduling, vLLM's default on GPUs."""
         return 2 if self is Device.GPU else 1
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What the engine is started with.
+    """The limits that an engine is started with.
 
     Attributes:
         max_num_batched_tokens: most tokens of a step, which a prefill is cut into.
@@ -79,9 +72,9 @@ class KVGroups:
     """KV groups of one kind of layer; all manage their pages alike.
 
     Attributes:
-        num_groups: groups, each with a table of its own.
-        num_layers: layers of all of them.
-        num_padding: layers that exist for no other reason than that groups must be of one size.
+        num_groups: groups, each with a block table of its own.
+        num_layers: layers of all groups together.
+        num_padding: layers that vLLM adds so that all groups have one size.
     """
 
     policy: PagePolicy
@@ -91,7 +84,11 @@ class KVGroups:
 
 
 def split_layers(num_full: int, num_sliding: int) -> tuple[int, int, int]:
-    """Layers a group, groups of full layers and groups of sliding layers."""
+    """Split layers into groups of one size, as vLLM does.
+
+    Returns:
+        Layers of a group, groups of full layers and groups of sliding layers.
+    """
     fewest, most = sorted((num_full, num_sliding))
     if fewest == 0:
         return most, int(num_full > 0), int(num_sliding > 0)
@@ -102,13 +99,13 @@ def split_layers(num_full: int, num_sliding: int) -> tuple[int, int, int]:
 def groups_of(
     arm: Arm, windows: tuple[int | None, ...], sinks: int, limits: Limits
 ) -> list[KVGroups]:
-    """The KV groups of a model, full layers' first.
+    """Make the KV groups of a model, full layers' first.
 
     Stock vLLM refuses mixed layers and knows no sinks; its arm is what its page manager would do
     with the same layers.
 
     Args:
-        windows: a window a layer, None for full attention.
+        windows: the window of each layer, None for full attention.
         sinks: leading tokens that sliding layers keep.
     """
     sliding = [] if arm is Arm.FULL else [window for window in windows if window is not None]
@@ -137,10 +134,10 @@ def _sliding_policy(arm: Arm, window: int, sinks: int, limits: Limits) -> PagePo
 
 
 def kv_heads_of_a_device(checkpoint: Checkpoint, tensor_parallel_size: int) -> int:
-    """KV heads that each of the devices stores; more devices than heads have copies.
+    """Count the KV heads that each device stores; more devices than heads store copies.
 
     Raises:
-        ValueError: a number of devices that heads cannot be divided among.
+        ValueError: the heads cannot be divided among so many devices.
     """
     heads, num_queries = checkpoint.num_kv_heads, checkpoint.config.num_attention_heads
     few, many = sorted((heads, tensor_parallel_size))
@@ -152,11 +149,11 @@ def kv_heads_of_a_device(checkpoint: Checkpoint, tensor_parallel_size: int) -> i
     return max(1, heads // tensor_parallel_size)
 
 
-def bytes_of_a_number(checkpoint: Checkpoint, dtype: str, cache_dtype: str) -> int:
-    """Bytes of a number in the KV cache.
+def bytes_of_an_element(checkpoint: Checkpoint, dtype: str, cache_dtype: str) -> int:
+    """Look up the bytes of an element of the KV cache.
 
     Raises:
-        ValueError: the checkpoint does not say its dtype, or one that is unknown.
+        ValueError: the checkpoint names no dtype, or an unknown one.
     """
     if cache_dtype != "auto":
         return DTYPE_BYTES[cache_dtype]
@@ -172,7 +169,7 @@ def bytes_of_a_number(checkpoint: Checkpoint, dtype: str, cache_dtype: str) -> i
 
 
 def longest_text(checkpoint: Checkpoint) -> int:
-    """vLLM's ``max_model_len`` of a checkpoint, unless the user gives another."""
+    """Compute the ``max_model_len`` that vLLM takes from a checkpoint."""
     rope = checkpoint.config.rope_parameters
     factor = 1.0 if rope["rope_type"] in _SCALED_ROPE else rope.get("factor") or 1.0
     return int(checkpoint.max_positions * factor)

@@ -1,11 +1,16 @@
-"""Plain text tables."""
+"""The one formatter of plain text tables."""
 
 from collections.abc import Iterable, Sequence
 
 
-def format_table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    """Columns aligned: the first to the left, the others to the right."""
-    cells = [list(header), *([_text(cell) for cell in row] for row in rows)]
+def format_table(header: Sequence[str], rows: Iterable[Sequence[object]], digits: int = 2) -> str:
+    """Align columns: the first to the left, the others to the right.
+
+    Args:
+        rows: None is printed as a dash.
+        digits: behind the point of a float.
+    """
+    cells = [list(header), *([_text(cell, digits) for cell in row] for row in rows)]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     return "\n".join(
         "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip()
@@ -13,7 +18,7 @@ def format_table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str
     )
 
 
-def _text(cell: object) -> str:
+def _text(cell: object, digits: int) -> str:
     if isinstance(cell, float):
-        return f"{cell:.2f}"
+        return f"{cell:.{digits}f}"
     return "-" if cell is None else str(cell)

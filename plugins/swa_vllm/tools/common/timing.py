@@ -1,28 +1,20 @@
 """Times of alternatives, taken in turns so that a noisy machine is noisy for all of them."""
 
-import statistics
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
-
-@dataclass(frozen=True)
-class Times:
-    """Seconds a call took: median, and the middle half of all calls."""
-
-    median: float
-    low: float
-    high: float
-
-    def to_json(self) -> dict[str, float]:
-        return dict(vars(self))
+from swa_vllm.tools.common.spread import Spread
 
 
 def interleave(
     alternatives: Mapping[str, Callable[[], Any]], num_rounds: int, num_warm_up: int = 2
-) -> dict[str, Times]:
-    """Call every alternative once a round, ``num_rounds`` times, and time each call."""
+) -> dict[str, Spread]:
+    """Call every alternative once a round, ``num_rounds`` times, and time each call.
+
+    Returns:
+        Seconds of a call by alternative: the median, and the middle half of all calls.
+    """
     taken: dict[str, list[float]] = {name: [] for name in alternatives}
     for index in range(num_warm_up + num_rounds):
         for name, call in alternatives.items():
@@ -30,21 +22,15 @@ def interleave(
             call()
             if index >= num_warm_up:
                 taken[name].append(time.perf_counter() - start)
-    return {name: _times(seconds) for name, seconds in taken.items()}
-
-
-def _times(seconds: list[float]) -> Times:
-    low, median, high = statistics.quantiles(seconds, n=4)
-    return Times(median, low, high)
-
-
-def milliseconds(times: Times) -> str:
-    """Median, and the middle half in brackets."""
-    return f"{1e3 * times.median:.2f} ({1e3 * times.low:.2f} - {1e3 * times.high:.2f})"
+    return {name: Spread.of_middle_half(seconds) for name, seconds in taken.items()}
 
 
 def at_least_two_rounds(rounds: int) -> int:
-    """``rounds``, checked: a spread needs two."""
+    """Check a number of rounds, as a spread needs two.
+
+    Raises:
+        ValueError: it is less than two.
+    """
     if rounds < 2:
         raise ValueError(f"--rounds must be at least 2, got {rounds}")
     return rounds

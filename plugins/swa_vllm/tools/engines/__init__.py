@@ -1,1 +1,1 @@
-"""A small real part of vLLM (a scheduler, a layer, an engine), and what is measured on it."""
+"""Small real parts of vLLM (a scheduler, a layer, an engine), and what measures on them."""

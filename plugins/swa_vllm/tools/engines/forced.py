@@ -1,4 +1,4 @@
-"""Decoding of a given text: teacher forcing through vLLM's logits processors."""
+"""Teacher forcing: a given text is decoded, by means of vLLM's logits processors."""
 
 from collections.abc import Callable
 from typing import Any
@@ -11,7 +11,7 @@ FORCED_TOKENS = "swa_forced_tokens"  # in a request's extra_args
 
 
 class ForcedTokens(AdapterLogitsProcessor):
-    """Makes a request decode the tokens in its ``extra_args``, whatever the model would say.
+    """Make a request decode the tokens in its ``extra_args``, whatever the model would say.
 
     vLLM takes log-probabilities of the logits before processors change them (``logprobs_mode``
     ``raw_logprobs``, its default), so those of the forced tokens are the model's own.

@@ -1,4 +1,4 @@
-"""A windowed attention layer of real size, in an engine with random weights, beside vLLM's own."""
+"""A windowed layer of a real model's size with random weights, beside stock vLLM's attention."""
 
 import json
 import os
@@ -17,12 +17,10 @@ from vllm.v1.attention.backends.cpu_attn import (
 )
 
 from swa_backend import reference
-from swa_backend.pages import WindowPages, ceil_div
-from swa_backend.window import first_visible
 from swa_vllm.attention.cpu.builder import SWACPUMetadata
 from swa_vllm.tools.common.timing import interleave
+from swa_vllm.tools.engines.batches import BLOCK_SIZE
 
-BLOCK_SIZE = 32
 # Shapes of one layer; the vocabulary is cut, no text is made.
 SHAPES: dict[str, dict[str, int]] = {
     "Qwen3-8B": {
@@ -42,10 +40,11 @@ SHAPES: dict[str, dict[str, int]] = {
 
 @dataclass
 class Layer:
-    """A windowed layer and what stock vLLM would serve it with.
+    """A windowed layer in an engine, and what stock vLLM would serve it with.
 
     Attributes:
-        decoder: the decoder layer that holds it.
+        llm: the engine.
+        decoder: the decoder layer that holds the attention layer.
         attention: the attention layer; ``kv_cache`` ``[num_blocks, Hkv, block, 2 * head_size]``.
     """
 
@@ -58,7 +57,7 @@ class Layer:
     stock_impl: CPUAttentionBackendImpl
 
     def random_inputs(self, num_tokens: int) -> tuple[torch.Tensor, ...]:
-        """Random query, key and value ``[num_tokens, num_heads, head_size]``."""
+        """Make random queries, keys and values, ``[num_tokens, num_heads, head_size]`` each."""
         attention, generator = self.attention, torch.Generator().manual_seed(0)
         dtype = attention.kv_cache.dtype
         heads = (attention.num_heads, attention.num_kv_heads, attention.num_kv_heads)
@@ -68,7 +67,7 @@ class Layer:
         )
 
     def run_stock(self, metadata: CPUAttentionMetadata, *qkv: torch.Tensor) -> torch.Tensor:
-        """What vLLM does with the layer in one step: store keys and values, then attend."""
+        """Store keys and values and attend to them, as stock vLLM does in one step."""
         query, key, value = qkv
         cache, layer = self.attention.kv_cache, self.attention
         self.stock_impl.do_kv_cache_update(layer, key, value, cache, metadata.slot_mapping)
@@ -76,7 +75,7 @@ class Layer:
         return self.stock_impl.forward(layer, query, key, value, cache, metadata, output)
 
     def run(self, metadata: SWACPUMetadata, *qkv: torch.Tensor) -> torch.Tensor:
-        """What this plugin does with it."""
+        """Store keys and values and attend to them, as this plugin does in one step."""
         query, key, value = qkv
         output = torch.empty_like(query)
         cache = self.attention.kv_cache
@@ -92,7 +91,7 @@ class Layer:
         window: int,
         sink_tokens: int,
     ) -> float:
-        """Hold the outputs of the last request, every 97th query's, against plain torch.
+        """Compare the outputs of the last request, every 97th query's, with plain torch.
 
         Returns:
             The largest error, relative to the largest output.
@@ -116,7 +115,7 @@ class Layer:
         return float(error)
 
     def time_rest(self, num_tokens: int, rounds: int) -> float:
-        """Seconds of the decoder layer's projections and MLP for so many tokens."""
+        """Time the decoder layer's projections and MLP for so many tokens; returns seconds."""
         attention, decoder = self.attention, self.decoder
         dtype = attention.kv_cache.dtype
         hidden = torch.randn(num_tokens, decoder.self_attn.hidden_size).to(dtype)
@@ -143,35 +142,8 @@ def make_layer(
     Args:
         options: ``swa`` options beside the window.
     """
-    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
-    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
-    os.environ.setdefault("OMP_NUM_THREADS", str(os.cpu_count() or 1))
-    from vllm import LLM
-
-    model = {
-        **SHAPES[shape],
-        "architectures": ["Qwen3ForCausalLM"],
-        "model_type": "qwen3",
-        "vocab_size": 512,
-        "num_hidden_layers": 1,
-        "head_dim": 128,
-        "max_position_embeddings": max_model_len,
-    }
-    with tempfile.TemporaryDirectory() as directory:
-        with open(f"{directory}/config.json", "w") as file:
-            json.dump(model, file)
-        llm = LLM(
-            directory,
-            load_format="dummy",
-            skip_tokenizer_init=True,
-            enforce_eager=True,
-            max_model_len=max_model_len,
-            max_num_batched_tokens=max_model_len,
-            block_size=BLOCK_SIZE,
-            num_gpu_blocks_override=num_pages,
-            additional_config={"swa": {"window": window, **(options or {})}},
-        )
+    swa = {"window": window, **(options or {})}
+    llm = _start_engine(SHAPES[shape], max_model_len, num_pages, swa)
     runner = llm.llm_engine.model_executor.driver_worker.worker.model_runner
     config = llm.llm_engine.vllm_config
     decoder = runner.model.model.layers[0]
@@ -195,53 +167,35 @@ def make_layer(
     return Layer(llm, config, decoder, attention, builder, stock_builder, stock_impl)
 
 
-def make_batch(
-    context_lens: list[int],
-    query_lens: list[int],
-    pages: WindowPages | None = None,
-    spare_tokens: int = 0,
-) -> CommonAttentionMetadata:
-    """A step's batch as the model runner gives it to builders.
+def _start_engine(
+    shape: Mapping[str, int], max_model_len: int, num_pages: int, swa: Mapping[str, Any]
+) -> Any:
+    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+    os.environ.setdefault("OMP_NUM_THREADS", str(os.cpu_count() or 1))
+    from vllm import LLM
 
-    Args:
-        pages: leave the holes that this window allows; None stores every page.
-        spare_tokens: slots behind each request's newest token.
-    """
-    starts = torch.tensor([0, *query_lens], dtype=torch.int32).cumsum(0, dtype=torch.int32)
-    seq_lens = torch.tensor(context_lens, dtype=torch.int32) + starts.diff()
-    num_tokens, width = int(starts[-1]), ceil_div(int(seq_lens.max()) + spare_tokens, BLOCK_SIZE)
-    table = torch.zeros(len(query_lens), width, dtype=torch.int32)
-    next_page, slots = 1, []
-    for row, (context, length) in enumerate(zip(context_lens, query_lens, strict=True)):
-        num_pages = ceil_div(context + length + spare_tokens, BLOCK_SIZE)
-        table[row, :num_pages] = torch.arange(next_page, next_page + num_pages)
-        next_page += num_pages
-        if pages is not None:
-            holes = pages.holes(ceil_div(context, BLOCK_SIZE), context + length)
-            table[row, holes.start : holes.stop] = 0
-        positions = torch.arange(context, context + length)
-        slots.append(
-            table[row, positions // BLOCK_SIZE].long() * BLOCK_SIZE + positions % BLOCK_SIZE
+    model = {
+        **shape,
+        "architectures": ["Qwen3ForCausalLM"],
+        "model_type": "qwen3",
+        "vocab_size": 512,
+        "num_hidden_layers": 1,
+        "head_dim": 128,
+        "max_position_embeddings": max_model_len,
+    }
+    with tempfile.TemporaryDirectory() as directory:
+        with open(f"{directory}/config.json", "w") as file:
+            json.dump(model, file)
+        return LLM(
+            directory,
+            load_format="dummy",
+            skip_tokenizer_init=True,
+            enforce_eager=True,
+            max_model_len=max_model_len,
+            max_num_batched_tokens=max_model_len,
+            block_size=BLOCK_SIZE,
+            num_gpu_blocks_override=num_pages,
+            additional_config={"swa": dict(swa)},
         )
-    return CommonAttentionMetadata(
-        query_start_loc=starts,
-        query_start_loc_cpu=starts,
-        seq_lens=seq_lens,
-        num_reqs=len(query_lens),
-        num_actual_tokens=num_tokens,
-        max_query_len=max(query_lens),
-        max_seq_len=int(seq_lens.max()),
-        block_table_tensor=table,
-        slot_mapping=torch.cat(slots),
-    )
-
-
-def make_window_batch(context_len: int, num_reqs: int, window: int) -> CommonAttentionMetadata:
-    """A step of equal decoding requests, the pages of whose windows are numbered from 1 on."""
-    batch = make_batch([context_len] * num_reqs, [1] * num_reqs)
-    table, last = batch.block_table_tensor, context_len // BLOCK_SIZE
-    first = first_visible(context_len, window) // BLOCK_SIZE
-    table.zero_()
-    table[:, first : last + 1] = 1 + torch.arange(num_reqs * (last + 1 - first)).view(num_reqs, -1)
-    batch.slot_mapping = table[:, last].long() * BLOCK_SIZE + context_len % BLOCK_SIZE
-    return batch

@@ -1,1 +1,1 @@
-"""``swa eval``: one file an evaluation of what a window does to a model's answers."""
+"""``swa eval``: a file for each evaluation of what a window does to a model's answers."""

@@ -1,4 +1,4 @@
-"""Made-up prose, the same for the same seed: what the evaluations need that come without a text."""
+"""Made-up prose, for evaluations that are given no text."""
 
 import random
 from collections.abc import Iterator
@@ -10,7 +10,7 @@ _WHEN = ("before sunrise", "in the rain", "on a Sunday", "without a word", "afte
 
 
 def sentences(seed: int) -> Iterator[str]:
-    """Sentences without end, each with a blank before it."""
+    """Make sentences without end, each with a blank before it; the same for the same seed."""
     generator = random.Random(seed)  # noqa: S311 (the same text every time)
     while True:
         words = (generator.choice(part) for part in (_WHO, _DID, _WHERE, _WHEN))

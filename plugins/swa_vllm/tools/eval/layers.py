@@ -9,72 +9,30 @@ again beside them. Every trial is an engine of its own.
 
 import argparse
 import json
-import math
-import sys
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from swa_vllm.tools.common import plots
 from swa_vllm.tools.common.arguments import check_numbers
+from swa_vllm.tools.common.progress import say
 from swa_vllm.tools.common.table import format_table
-from swa_vllm.tools.engines.scoring import (
+from swa_vllm.tools.engines.perplexity import Measured, measure
+from swa_vllm.tools.engines.scoring import NUM_EXTRA_TOKENS, ScoringEngine
+from swa_vllm.tools.engines.setup import (
     FULL_ATTENTION,
-    NUM_EXTRA_TOKENS,
-    Served,
     add_setup_arguments,
     check_options,
     setup_of,
     text_config,
 )
-from swa_vllm.tools.eval.ppl import Measured, measure
-from swa_vllm.tools.eval.texts import cut, progress, tokens_of
+from swa_vllm.tools.eval.layer_search import Layers, Search, Trials, curve_of, find_plan
+from swa_vllm.tools.eval.texts import cut, tokens_of
 
 EXAMPLE = "Qwen/Qwen3-0.6B --text book.txt --budget 0.5 --window 1024 --sinks 4"
-Layers = frozenset[int]
-Measure = Callable[[Layers], Measured]
-
-
-@dataclass(frozen=True)
-class Search:
-    """What was found.
-
-    Attributes:
-        costs: of sliding each layer alone: relative growth of the perplexity.
-        order: layers, the cheapest first.
-        plan: layers that slide.
-    """
-
-    costs: dict[int, float]
-    order: tuple[int, ...]
-    plan: Layers
-
-
-@dataclass
-class Trials:
-    """Measurements, each made once."""
-
-    measure: Measure
-    made: dict[Layers, Measured] = field(default_factory=dict)
-
-    def __call__(self, sliding: Iterable[int]) -> Measured:
-        layers = frozenset(sliding)
-        if layers not in self.made:
-            self.made[layers] = self.measure(layers)
-        return self.made[layers]
-
-    def costs(self, sliding: Layers, others: Iterable[int]) -> dict[int, float]:
-        """Growth of the perplexity where one more layer slides, for each of the others."""
-        before = self(sliding).perplexity
-        return {
-            layer: self(sliding | {layer}).perplexity / before - 1
-            for layer in progress(sorted(others), "layers")
-        }
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Options."""
+    """Add the options of ``swa eval layers``."""
     add_setup_arguments(parser)
     parser.add_argument("--text", type=Path, required=True, help="UTF-8")
     parser.add_argument("--budget", type=float, default=0.5, help="part of the bytes (0.5)")
@@ -97,11 +55,11 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
     def serve(sliding: Layers) -> Measured:
         full = num_layers - len(sliding)
-        print(f"{len(sliding)} layers slide, {full} full ...", file=sys.stderr, flush=True)
-        with Served.start(setup, options_of(args, sliding, num_layers)) as served:
+        say(f"{len(sliding)} layers slide, {full} full")
+        with ScoringEngine.start(setup, options_of(args, sliding, num_layers)) as engine:
             if len(sliding) in (0, num_layers):
-                on_held_out[sliding] = measure(served, checked)
-            return measure(served, chosen_on)
+                on_held_out[sliding] = measure(engine, checked)
+            return measure(engine, chosen_on)
 
     trials = Trials(serve)
     search = find_plan(trials, num_layers, args.budget, 1 if args.quick else args.rounds)
@@ -109,8 +67,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         trials(search.order[: num_layers * quarter // 4])
     options = options_of(args, search.plan, num_layers)
     if search.plan not in on_held_out:
-        with Served.start(setup, options) as served:
-            on_held_out[search.plan] = measure(served, checked)
+        with ScoringEngine.start(setup, options) as engine:
+            on_held_out[search.plan] = measure(engine, checked)
     plans = {"full": Layers(), "plan": search.plan, "all slide": Layers(range(num_layers))}
     results = {name: on_held_out[plan] for name, plan in plans.items()}
     curve = curve_of(trials, search)
@@ -143,7 +101,7 @@ def _check(args: argparse.Namespace, hf_config: Any) -> None:
 
 
 def _texts(args: argparse.Namespace) -> tuple[list[list[int]], list[list[int]]]:
-    """Pieces that choose layers, and those that are held out."""
+    """Cut the text into pieces that choose layers and pieces that are held out."""
     pieces = cut(tokens_of(args.model, args.text), args.length)
     if len(pieces) <= args.pieces:
         raise ValueError(
@@ -155,7 +113,7 @@ def _texts(args: argparse.Namespace) -> tuple[list[list[int]], list[list[int]]]:
 
 
 def options_of(args: argparse.Namespace, sliding: Layers, num_layers: int) -> dict[str, Any]:
-    """The ``swa`` options with which these layers slide."""
+    """Spell the ``swa`` options with which these layers slide."""
     if not sliding:
         return dict(FULL_ATTENTION)
     options: dict[str, Any] = {"window": args.window}
@@ -164,50 +122,6 @@ def options_of(args: argparse.Namespace, sliding: Layers, num_layers: int) -> di
     full = sorted(set(range(num_layers)) - sliding)
     options["full_attention_layers"] = full or "none"
     return options
-
-
-def find_plan(trials: Trials, num_layers: int, budget: float, rounds: int) -> Search:
-    """The layers that slide within a part ``budget`` of full attention's bytes.
-
-    Raises:
-        ValueError: a request takes more although all layers slide.
-    """
-    every = Layers(range(num_layers))
-    full, least = trials(Layers()), trials(every)
-    limit = budget * full.pool_bytes
-    if least.pool_bytes > limit:
-        raise ValueError(
-            f"with all layers sliding a request takes {least.pool_bytes / full.pool_bytes:.3f} of "
-            f"full attention's bytes, more than --budget {budget}: take longer pieces (--length), "
-            "a smaller window or smaller pages (--block-size)"
-        )
-    costs = trials.costs(Layers(), every)
-    order = sorted(costs, key=lambda layer: costs[layer])
-    # Without padding so many would do; padding only adds.
-    saved = (full.pool_bytes - limit) / (full.pool_bytes - least.pool_bytes)
-    count = math.ceil(num_layers * saved)
-    while trials(order[:count]).pool_bytes > limit:
-        count += 1
-    plans = Layers(order[:count]), _greedy(trials, costs, count, rounds)
-    return Search(costs, tuple(order), min(plans, key=lambda plan: trials(plan).perplexity))
-
-
-def _greedy(trials: Trials, costs: dict[int, float], count: int, rounds: int) -> Layers:
-    sliding = Layers()
-    for done in range(1, rounds + 1):
-        if sliding:
-            costs = trials.costs(sliding, set(costs) - sliding)
-        left = sorted(costs, key=lambda layer: costs[layer])
-        sliding |= Layers(left[: math.ceil(count * done / rounds) - len(sliding)])
-        if len(sliding) == count:
-            return sliding
-    return sliding
-
-
-def curve_of(trials: Trials, search: Search) -> dict[Layers, Measured]:
-    """The plan, and what was measured of layers that slide in the order of their costs."""
-    in_order = {Layers(search.order[:count]) for count in range(len(search.order) + 1)}
-    return {s: m for s, m in trials.made.items() if s in in_order or s == search.plan}
 
 
 def _print(
@@ -226,21 +140,17 @@ def _print(
         for s, m in sorted(curve.items(), key=lambda item: len(item[0]))
     ]
     print("\non the text that chose the layers, as parts of full attention's")
-    print(format_table(("layers that slide", "KV groups", "bytes", "perplexity"), _rounded(rows)))
+    print(format_table(("layers that slide", "KV groups", "bytes", "perplexity"), rows, digits=3))
     reference = results["full"]
     last = [
         [n, m.perplexity, m.perplexity / reference.perplexity, m.pool_bytes / reference.pool_bytes]
         for n, m in results.items()
     ]
     print("\non held-out text")
-    print(format_table(("", "perplexity", "to full", "bytes"), _rounded(last)))
+    print(format_table(("", "perplexity", "to full", "bytes"), last, digits=3))
     print(
         f"\nfor a budget of {args.budget}:\n--additional-config '{json.dumps(additional_config)}'"
     )
-
-
-def _rounded(rows: Iterable[Sequence[object]]) -> list[list[object]]:
-    return [[f"{x:.3f}" if isinstance(x, float) else x for x in row] for row in rows]
 
 
 def _plot(path: Path, curve: dict[Layers, Measured], plan: Layers) -> None:

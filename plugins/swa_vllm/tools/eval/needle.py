@@ -8,7 +8,6 @@ many tokens before the answer the number stood.
 
 import argparse
 import random
-import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,10 +18,11 @@ from vllm import SamplingParams
 
 from swa_vllm.tools.common import plots
 from swa_vllm.tools.common.arguments import check_number, is_number
+from swa_vllm.tools.common.progress import say
 from swa_vllm.tools.common.table import format_table
-from swa_vllm.tools.engines.scoring import (
+from swa_vllm.tools.engines.scoring import ScoringEngine
+from swa_vllm.tools.engines.setup import (
     FULL_ATTENTION,
-    Served,
     Setup,
     add_setup_arguments,
     check_options,
@@ -43,7 +43,13 @@ Tokenize = Callable[[str], list[int]]
 
 @dataclass(frozen=True)
 class Needle:
-    """A prompt, the number that it asks for, and where that stands."""
+    """A prompt, the number that it asks for, and where that stands.
+
+    Attributes:
+        length: tokens asked for; the prompt has no more.
+        depth: where the sentence stands: 0 at the start, 1 at the end.
+        distance: tokens from the number to the end of the prompt.
+    """
 
     tokens: list[int]
     number: str
@@ -53,7 +59,7 @@ class Needle:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Options."""
+    """Add the options of ``swa eval needle``."""
     add_setup_arguments(parser)
     parser.add_argument("--window", type=int, default=1024, help="default: 1024")
     parser.add_argument("--sinks", type=int, default=4, help="default: 4")
@@ -65,7 +71,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    """Print tables; returns the figures."""
+    """Print recall by depth and by distance; returns the figures."""
     plots.check(args.plot)
     hf_config = text_config(args.model)
     options: dict[str, Any] = {"window": args.window, "sink_tokens": args.sinks}
@@ -94,20 +100,11 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     print(beyond_the_window(args.window, args.sinks, every_layer_slides, needles, recalled[WINDOW]))
     if args.plot:
         plots.heat_maps(args.plot, maps)
-    return {
-        "model": args.model,
-        "options": options,
-        "needles": [
-            {
-                "length": needle.length,
-                "depth": needle.depth,
-                "distance": needle.distance,
-                FULL: full,
-                WINDOW: window,
-            }
-            for needle, full, window in zip(needles, *recalled.values(), strict=True)
-        ],
-    }
+    figures = [
+        {"length": n.length, "depth": n.depth, "distance": n.distance, FULL: full, WINDOW: window}
+        for n, full, window in zip(needles, *recalled.values(), strict=True)
+    ]
+    return {"model": args.model, "options": options, "needles": figures}
 
 
 def _lengths(args: argparse.Namespace) -> list[int]:
@@ -130,7 +127,7 @@ def _lengths(args: argparse.Namespace) -> list[int]:
 def make_needles(
     tokenize: Tokenize, lengths: Sequence[int], num_depths: int, num_trials: int
 ) -> list[Needle]:
-    """Prompts for every length and depth, the same whenever they are made."""
+    """Make prompts of every length and depth, the same ones each time."""
     generator, needles = random.Random(0), []  # noqa: S311 (the same numbers every time)
     for length in lengths:
         for step in range(num_depths):
@@ -163,12 +160,12 @@ def _make_needle(
 def _ask(
     name: str, setup: Setup, options: Mapping[str, Any], needles: Sequence[Needle]
 ) -> list[list[int]]:
-    print(f"{name}: {len(needles)} prompts ...", file=sys.stderr, flush=True)
+    say(f"{name}: {len(needles)} prompts")
     params = SamplingParams(temperature=0.0, max_tokens=_ANSWER_TOKENS, detokenize=False)
-    with Served.start(setup, options) as served:
-        assert served.llm is not None
+    with ScoringEngine.start(setup, options) as engine:
+        assert engine.llm is not None
         prompts = [{"prompt_token_ids": needle.tokens} for needle in needles]
-        outputs = served.llm.generate(prompts, params)  # its bar is on stderr
+        outputs = engine.llm.generate(prompts, params)  # its bar is on stderr
     return [list(output.outputs[0].token_ids) for output in outputs]
 
 
@@ -215,7 +212,7 @@ def beyond_the_window(
     needles: Sequence[Needle],
     hits: Sequence[bool],
 ) -> str:
-    """What the window means for recall, and what was measured of it."""
+    """Say what the window means for recall, and what was measured of it."""
     # The question's last token is that far from the number, and sees less than `window` back.
     hidden = [h for n, h in zip(needles, hits, strict=True) if n.distance > window]
     seen = [h for n, h in zip(needles, hits, strict=True) if n.distance <= window]

@@ -8,7 +8,6 @@ other rows.
 """
 
 import argparse
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,19 +15,19 @@ from typing import Any
 
 from swa_vllm.tools.common import plots
 from swa_vllm.tools.common.arguments import is_number
+from swa_vllm.tools.common.progress import say
 from swa_vllm.tools.common.table import format_table
-from swa_vllm.tools.engines.scoring import (
+from swa_vllm.tools.engines.perplexity import Measured, measure
+from swa_vllm.tools.engines.scoring import NUM_EXTRA_TOKENS, ScoringEngine
+from swa_vllm.tools.engines.setup import (
     FULL_ATTENTION,
-    NUM_EXTRA_TOKENS,
-    Served,
     Setup,
     add_setup_arguments,
     check_options,
-    perplexity,
     setup_of,
     text_config,
 )
-from swa_vllm.tools.eval.texts import cut, progress, tokens_of
+from swa_vllm.tools.eval.texts import cut, tokens_of
 
 EXAMPLE = "Qwen/Qwen3-0.6B --text book.txt --windows full,1024,512 --sinks 0,4"
 FULL = "full"
@@ -37,34 +36,21 @@ _HEADER = ("window", "sinks", "perplexity", "to full", "pages", "most pages", "M
 
 
 @dataclass(frozen=True)
-class Arm:
-    """A row: ``window`` is None for full attention, ``options`` are those of ``swa``."""
+class WindowArm:
+    """An arm of the comparison: a window and a number of sinks.
+
+    Attributes:
+        window: None for full attention.
+        options: of ``swa``.
+    """
 
     window: int | None
     sinks: int
     options: dict[str, Any]
 
 
-@dataclass(frozen=True)
-class Measured:
-    """What an arm costs.
-
-    Attributes:
-        pages: that a decoding request holds behind a piece.
-        peak_pages: the most that one held at once.
-        pool_bytes: of ``pages``.
-        num_groups: KV groups of the engine.
-    """
-
-    perplexity: float
-    pages: int
-    peak_pages: int
-    pool_bytes: int
-    num_groups: int
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Options."""
+    """Add the options of ``swa eval ppl``."""
     add_setup_arguments(parser)
     parser.add_argument("--text", type=Path, required=True, help="UTF-8")
     parser.add_argument("--windows", default="full,1024", help="default: full,1024")
@@ -76,7 +62,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    """Print a table; returns the figures."""
+    """Print a row for each window and number of sinks; returns the figures."""
     plots.check(args.plot)
     hf_config = text_config(args.model)
     arms = arms_of(args, hf_config)
@@ -99,11 +85,11 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def arms_of(args: argparse.Namespace, hf_config: Any) -> list[Arm]:
-    """The rows that the command line asks for, each checked.
+def arms_of(args: argparse.Namespace, hf_config: Any) -> list[WindowArm]:
+    """List the rows that the command line asks for, and check each.
 
     Raises:
-        ValueError: no number where one is due, or what would have no effect.
+        ValueError: a number is missing, or an option would have no effect.
     """
     windows = [None if w == FULL else _number("--windows", w, 1) for w in args.windows.split(",")]
     sinks = [_number("--sinks", s, 0) for s in args.sinks.split(",")]
@@ -127,7 +113,7 @@ def arms_of(args: argparse.Namespace, hf_config: Any) -> list[Arm]:
                     "nothing would slide. Give longer pieces, or a smaller window"
                 )
             check_options(hf_config, options)
-            arms.append(Arm(window, count, options))
+            arms.append(WindowArm(window, count, options))
     return arms
 
 
@@ -153,31 +139,14 @@ def _options(args: argparse.Namespace, window: int | None, sinks: int) -> dict[s
     return options
 
 
-def _measure_arm(setup: Setup, arm: Arm, pieces: Sequence[Sequence[int]]) -> Measured:
+def _measure_arm(setup: Setup, arm: WindowArm, pieces: Sequence[Sequence[int]]) -> Measured:
     name = FULL if arm.window is None else f"window {arm.window}, {arm.sinks} sinks"
-    print(f"{name} ...", file=sys.stderr, flush=True)
-    with Served.start(setup, arm.options) as served:
-        return measure(served, pieces)
+    say(name)
+    with ScoringEngine.start(setup, arm.options) as engine:
+        return measure(engine, pieces)
 
 
-def measure(served: Served, pieces: Sequence[Sequence[int]]) -> Measured:
-    """Perplexity of all pieces together, and the pages of the request that held most."""
-    logprobs, held, peaks = list[float](), [], []
-    for piece in progress(pieces, "pieces"):
-        scored = served.score(piece)
-        logprobs += scored.logprobs
-        held.append(scored.pages[-1])
-        peaks.append(max(scored.pages))
-    return Measured(
-        perplexity(logprobs),
-        max(held),
-        max(peaks),
-        max(held) * served.bytes_per_page,
-        served.num_groups,
-    )
-
-
-def _row(arm: Arm, measured: Measured, full: float | None) -> list[object]:
+def _row(arm: WindowArm, measured: Measured, full: float | None) -> list[object]:
     window = FULL if arm.window is None else arm.window
     ratio = f"{measured.perplexity / full:.3f}" if full else None
     return [
@@ -191,7 +160,7 @@ def _row(arm: Arm, measured: Measured, full: float | None) -> list[object]:
     ]
 
 
-def _plot(path: Path, rows: Sequence[tuple[Arm, Measured]]) -> None:
+def _plot(path: Path, rows: Sequence[tuple[WindowArm, Measured]]) -> None:
     series: dict[str, list[tuple[float, float]]] = {}
     for arm, measured in rows:
         name = "full attention" if arm.window is None else f"{arm.sinks} sinks"

@@ -11,7 +11,6 @@ where they are, "window" has none, "full" is full attention.
 
 import argparse
 import os
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import cycle, islice
@@ -19,22 +18,23 @@ from pathlib import Path
 from typing import Any
 
 from swa_backend.layers import trained_len
+from swa_backend.pages import ceil_div
 from swa_vllm.tools.common import plots
+from swa_vllm.tools.common.progress import say, token_bar
 from swa_vllm.tools.common.table import format_table
 from swa_vllm.tools.engines.forced import ForcedTokens
-from swa_vllm.tools.engines.scoring import (
+from swa_vllm.tools.engines.perplexity import perplexity
+from swa_vllm.tools.engines.scoring import Scored, ScoringEngine
+from swa_vllm.tools.engines.setup import (
     FULL_ATTENTION,
-    Scored,
-    Served,
     Setup,
     add_setup_arguments,
     check_options,
-    perplexity,
     setup_of,
     text_config,
 )
 from swa_vllm.tools.eval.filler import sentences
-from swa_vllm.tools.eval.texts import token_bar, tokenizer_of, tokens_of
+from swa_vllm.tools.eval.texts import tokenizer_of, tokens_of
 
 EXAMPLE = "Qwen/Qwen3-0.6B --tokens 200000 --window 1024 --sinks 4"
 ARMS = ("shifted", "sinks", "window", "full")
@@ -45,7 +45,7 @@ _MAX_ROWS = 40
 
 @dataclass(frozen=True)
 class Stream:
-    """A text and where it is looked at.
+    """A text, the stretches that it is scored in, and how much of it is decoded.
 
     Attributes:
         trained: tokens that the model was trained on at most; the first so many come again at the
@@ -61,14 +61,14 @@ class Stream:
 
     @property
     def passages(self) -> tuple[range, range]:
-        """The same tokens half a trained length behind the start and at the end."""
+        """Where the same tokens stand: half a trained length behind the start, and at the end."""
         half, end = self.trained // 2, len(self.tokens)
         return range(half, self.trained), range(end - (self.trained - half), end)
 
 
 @dataclass(frozen=True)
-class Outcome:
-    """What an arm made of a stream.
+class StreamOutcome:
+    """What one arm's engine made of a stream.
 
     Attributes:
         perplexities, least_pages, most_pages: of each bucket.
@@ -84,7 +84,7 @@ class Outcome:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Options."""
+    """Add the options of ``swa eval stream``."""
     add_setup_arguments(parser)
     parser.add_argument("--tokens", type=int, help=f"default: {_TIMES} trained lengths")
     parser.add_argument("--window", type=int, default=1024, help="default: 1024")
@@ -96,7 +96,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    """Print tables; returns the figures."""
+    """Print each stretch and the passage that comes twice; returns the figures."""
     plots.check(args.plot)
     hf_config = text_config(args.model)
     arms = arms_of(args, hf_config)
@@ -122,7 +122,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def arms_of(args: argparse.Namespace, hf_config: Any) -> dict[str, dict[str, Any]]:
-    """The ``swa`` options of each arm that is asked for, checked."""
+    """List the ``swa`` options of each arm that is asked for, and check them."""
     window: dict[str, Any] = {"window": args.window}
     if args.full_attention_layers is not None:
         window["full_attention_layers"] = args.full_attention_layers
@@ -164,7 +164,7 @@ def _made_up(model: str, num_tokens: int) -> list[int]:
 
 
 def make_stream(text: Sequence[int], num_tokens: int, trained: int) -> Stream:
-    """``num_tokens`` of ``text``, repeated as needed; the last ``trained`` are the first again.
+    """Repeat ``text`` up to ``num_tokens``, of which the last ``trained`` are its first again.
 
     Raises:
         ValueError: the text is shorter than a trained length.
@@ -175,18 +175,18 @@ def make_stream(text: Sequence[int], num_tokens: int, trained: int) -> Stream:
             "give a longer one"
         )
     tokens = [*islice(cycle(text), num_tokens - trained), *text[:trained]]
-    bucket = trained * -(-num_tokens // (trained * _MAX_ROWS))
+    bucket = trained * ceil_div(num_tokens, trained * _MAX_ROWS)
     return Stream(tokens, trained, bucket, num_decoded=num_tokens // 2)
 
 
-def _serve(name: str, setup: Setup, options: dict[str, Any], stream: Stream) -> Outcome:
-    print(f"{name}: {len(stream.tokens)} tokens ...", file=sys.stderr, flush=True)
-    with Served.start(setup, options) as served, token_bar(len(stream.tokens)) as advance:
-        return look_at(stream, served.score(stream.tokens, stream.num_decoded, advance))
+def _serve(name: str, setup: Setup, options: dict[str, Any], stream: Stream) -> StreamOutcome:
+    say(f"{name}: {len(stream.tokens)} tokens")
+    with ScoringEngine.start(setup, options) as engine, token_bar(len(stream.tokens)) as advance:
+        return look_at(stream, engine.score(stream.tokens, stream.num_decoded, advance))
 
 
-def look_at(stream: Stream, scored: Scored) -> Outcome:
-    """Perplexity and pages of every bucket."""
+def look_at(stream: Stream, scored: Scored) -> StreamOutcome:
+    """Reduce what was scored to perplexity and pages of each stretch and of both passages."""
     # logprobs[i] is that of token i + 1.
     stretches = [
         range(max(1, start), min(start + stream.bucket, len(stream.tokens)))
@@ -200,7 +200,7 @@ def look_at(stream: Stream, scored: Scored) -> Outcome:
         return perplexity(scored.logprobs[stretch.start - 1 : stretch.stop - 1])
 
     first, last = stream.passages
-    return Outcome(
+    return StreamOutcome(
         [of(stretch) for stretch in stretches],
         [min(pages) for pages in held],
         [max(pages) for pages in held],
@@ -210,7 +210,7 @@ def look_at(stream: Stream, scored: Scored) -> Outcome:
 
 
 def _held_in(stretch: range, scored: Scored) -> list[int]:
-    """Pages after each step that ended in a stretch; where none did, after the next one."""
+    """List the pages after each step that ended in a stretch, or after the next step."""
     steps = list(zip(scored.computed, scored.pages, strict=True))
     within = [pages for computed, pages in steps if computed - 1 in stretch]
     # The request's last step left nothing to count.
@@ -218,7 +218,7 @@ def _held_in(stretch: range, scored: Scored) -> list[int]:
     return within or [next(after, scored.pages[-1])]
 
 
-def _print(stream: Stream, outcomes: dict[str, Outcome]) -> None:
+def _print(stream: Stream, outcomes: dict[str, StreamOutcome]) -> None:
     num_tokens, num_prompt = len(stream.tokens), len(stream.tokens) - stream.num_decoded
     print(
         f"{num_tokens} tokens, {num_tokens / stream.trained:.1f} times the trained length of "

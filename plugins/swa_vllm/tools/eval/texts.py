@@ -1,17 +1,14 @@
-"""Texts of the evaluations: tokens of a file, pieces of them."""
+"""Texts of the evaluations: a file's tokens, and pieces of them."""
 
-import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
 from transformers import AutoTokenizer
 
 
 def tokenizer_of(model: str) -> Any:
-    """The checkpoint's tokenizer.
+    """Load the checkpoint's tokenizer.
 
     Raises:
         ValueError: it has none.
@@ -23,7 +20,7 @@ def tokenizer_of(model: str) -> Any:
 
 
 def tokens_of(model: str, path: Path) -> list[int]:
-    """Tokens of a UTF-8 text, without those that a tokenizer would add.
+    """Read a UTF-8 text as tokens, without those that a tokenizer would add.
 
     Raises:
         ValueError: the text cannot be read.
@@ -38,10 +35,10 @@ def tokens_of(model: str, path: Path) -> list[int]:
 
 
 def cut(tokens: Sequence[int], length: int, max_pieces: int | None = None) -> list[list[int]]:
-    """Whole pieces of ``length`` tokens; what is left over is dropped.
+    """Cut a text into whole pieces of ``length`` tokens; what is left over is dropped.
 
     Raises:
-        ValueError: not a single piece.
+        ValueError: it does not fill a single piece.
     """
     if length < 2:
         raise ValueError(f"--length must be at least 2 tokens, got {length}")
@@ -52,15 +49,3 @@ def cut(tokens: Sequence[int], length: int, max_pieces: int | None = None) -> li
             "text, or a smaller --length"
         )
     return pieces[:max_pieces]
-
-
-def progress(items: Sequence[Any], unit: str) -> Iterable[Any]:
-    """``items``, with a bar on stderr."""
-    return tqdm(items, unit=f" {unit}", file=sys.stderr, leave=False, disable=None)
-
-
-@contextmanager
-def token_bar(num_tokens: int) -> Iterator[Callable[[int], None]]:
-    """A bar on stderr, moved by calls with the number of tokens done so far."""
-    with tqdm(total=num_tokens, unit=" tokens", file=sys.stderr, leave=False, disable=None) as bar:
-        yield lambda num_done: bar.update(num_done - bar.n)

@@ -16,16 +16,21 @@ from swa_backend.checkpoint import Checkpoint, read_checkpoint
 from swa_backend.config import SWAOptions
 from swa_backend.layers import resolve_layers
 from swa_vllm.tools.common import plots
-from swa_vllm.tools.common.arguments import check_number, check_numbers
+from swa_vllm.tools.common.arguments import (
+    add_window_arguments,
+    check_number,
+    check_numbers,
+    window_options,
+)
+from swa_vllm.tools.common.arms import Arm
 from swa_vllm.tools.common.pools import Model, plan_need, plan_pool
 from swa_vllm.tools.common.queueing import Workload
 from swa_vllm.tools.common.sizing import (
     CACHE_DTYPES,
     MODEL_DTYPES,
-    Arm,
     Device,
     Limits,
-    bytes_of_a_number,
+    bytes_of_an_element,
     kv_heads_of_a_device,
     longest_text,
 )
@@ -49,7 +54,7 @@ _NUMBERS = (
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Options; those of vLLM have its names."""
+    """Add the options of ``swa plan``; those of vLLM have its names."""
     parser.add_argument("model", metavar="MODEL", help="a directory, or a config.json")
     add_window_arguments(parser)
     parser.add_argument("--block-size", type=int, help="tokens a page; default: 16, on CPUs 128")
@@ -79,24 +84,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     plots.add_argument(parser)
 
 
-def add_window_arguments(parser: argparse.ArgumentParser) -> None:
-    """The plugin's options that decide what slides."""
-    parser.add_argument("--window", type=int, metavar="N", help="default: the checkpoint's")
-    parser.add_argument("--sink-tokens", type=int, default=0, metavar="N")
-    parser.add_argument(
-        "--full-attention-layers", metavar="LAYERS", help='such as "0-3,27", "every:4", "none"'
-    )
-
-
-def window_options(args: argparse.Namespace) -> dict[str, Any]:
-    """The ``swa`` section that the arguments mean."""
-    given = {name: getattr(args, name) for name in ("window", "full_attention_layers")}
-    options = {name: value for name, value in given.items() if value is not None}
-    return {**options, **({"sink_tokens": args.sink_tokens} if args.sink_tokens else {})}
-
-
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    """Print the tables; returns the figures."""
+    """Print the pools and the requests in them; returns the figures."""
     plots.check(args.plot)
     checkpoint = read_checkpoint(Path(args.model))
     limits = _limits(args, checkpoint)
@@ -111,7 +100,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         sink_tokens=options.sink_tokens,
         kv_heads=kv_heads_of_a_device(checkpoint, args.tensor_parallel_size),
         head_dim=checkpoint.head_dim,
-        number_bytes=bytes_of_a_number(checkpoint, args.dtype, args.kv_cache_dtype),
+        number_bytes=bytes_of_an_element(checkpoint, args.dtype, args.kv_cache_dtype),
     )
     memory = None if args.kv_memory is None else parse_size(args.kv_memory)
     pools = {arm: plan_pool(arm, model, limits, memory) for arm in Arm}
@@ -131,10 +120,10 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def parse_size(text: str) -> int:
-    """Bytes that ``text`` means.
+    """Read a size such as ``16GiB``; returns bytes.
 
     Raises:
-        ValueError: no number with a unit.
+        ValueError: the text is no number with a unit.
     """
     found = re.fullmatch(r"(\d{1,18}(?:\.\d{1,18})?) ?([KMG]i?B)", text)
     size = 0 if found is None else int(float(found[1]) * _UNITS[found[2]])

@@ -1,19 +1,21 @@
-"""What `swa plan` prints of its figures, and writes as JSON."""
+"""The figures of a plan, as text and as JSON."""
 
 import argparse
 from collections.abc import Mapping
 from typing import Any
 
+from swa_backend.pages import ceil_div
+from swa_vllm.tools.common.arms import Arm
 from swa_vllm.tools.common.pools import Model, Need, Pool
 from swa_vllm.tools.common.queueing import Workload
-from swa_vllm.tools.common.sizing import Arm, Limits
+from swa_vllm.tools.common.sizing import Limits
 
 Pools = Mapping[Arm, Pool]
 Needs = Mapping[Workload, Mapping[Arm, Need]]
 
 
 def describe(args: argparse.Namespace, model: Model, limits: Limits) -> str:
-    """The model and the engine, in three lines."""
+    """Describe the model and the engine in three lines."""
     sliding = [window for window in model.windows if window is not None]
     sinks = f", {model.sink_tokens} sink tokens" if model.sink_tokens else ""
     page = model.layer_page_bytes(limits.block_size)
@@ -34,10 +36,10 @@ def describe(args: argparse.Namespace, model: Model, limits: Limits) -> str:
 
 
 def pool_rows(pools: Pools) -> list[list[object]]:
-    """A row a figure, of all arms."""
+    """Make a row for each figure of a pool, with a column for each arm."""
     columns = []
     for pool in pools.values():
-        size = max(-(-group.num_layers // group.num_groups) for group in pool.groups)
+        size = max(ceil_div(group.num_layers, group.num_groups) for group in pool.groups)
         columns.append(
             {
                 "KV groups x layers": f"{sum(g.num_groups for g in pool.groups)} x {size}",
@@ -54,7 +56,7 @@ def pool_rows(pools: Pools) -> list[list[object]]:
 
 
 def need_rows(needs: Needs, *, with_pool: bool) -> tuple[list[str], list[list[object]]]:
-    """Header and rows: a row a prompt length."""
+    """Make the header, and a row for each prompt length."""
     short = dict(zip(Arm, ("full", "stock", "here"), strict=True))
     header = ["prompt"]
     for what in ("pages", "MiB", *(["at once"] if with_pool else [])):
@@ -71,7 +73,7 @@ def need_rows(needs: Needs, *, with_pool: bool) -> tuple[list[str], list[list[ob
 
 
 def notes(model: Model, limits: Limits, pools: Pools) -> list[str]:
-    """What the figures do not say by themselves."""
+    """List what the tables leave unsaid: what stock vLLM refuses, and what does not start."""
     notes = []
     if None in model.windows:
         notes.append(
@@ -98,7 +100,7 @@ def figures(
     pools: Pools,
     needs: Needs,
 ) -> dict[str, Any]:
-    """All of it."""
+    """Collect the whole plan for JSON."""
     return {
         "model": args.model,
         **vars(model),

@@ -1,16 +1,14 @@
-"""`swa trace` on a terminal or in a pipe."""
+"""The text of a trace, on a terminal or in a pipe."""
 
 import shutil
 import sys
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import TYPE_CHECKING
 
+from swa_backend.pages import ceil_div
 from swa_vllm.tools.common.table import format_table
 from swa_vllm.tools.common.terminal import BLUE, GREEN, GREY, YELLOW, paint
-
-if TYPE_CHECKING:
-    from swa_vllm.tools.trace.command import Row, Trace
+from swa_vllm.tools.trace.recording import Row, Trace
 
 _LEVELS, _PLAIN_LEVELS = " ▁▂▃▄▅▆▇█", " .:-=+*%#"
 # The kind that most of a request's pages are of.
@@ -18,8 +16,8 @@ _COLOURS = {"prefill": YELLOW, "window": BLUE, "sink": GREEN}
 _HEADER = ("request", "prompt", "window", "sink", "prefill", "held", "freed", "full attention")
 
 
-def print_trace(title: str, trace: "Trace") -> None:
-    """A line a request, the pool's beneath, and what they hold at most."""
+def print_trace(title: str, trace: Trace) -> None:
+    """Print a line for each request, two for the pool, and a table of what is held at most."""
     num_steps = len(trace.used)
     width = min(num_steps, max(20, shutil.get_terminal_size((100, 24)).columns - 20))
     most = max(max(row.held) for row in trace.rows)
@@ -38,14 +36,14 @@ def print_trace(title: str, trace: "Trace") -> None:
     print(format_table(_HEADER, [_figures(index, row) for index, row in enumerate(trace.rows)]))
 
 
-def _figures(index: int, row: "Row") -> list[object]:
-    """The most of everything."""
+def _figures(index: int, row: Row) -> list[object]:
+    """Make a row of the table: the most that the request has of each kind in a step."""
     kinds = (row.window, row.sink, row.prefill, row.held, row.gone, row.full)
     return [index, row.num_prompt, *map(max, kinds)]
 
 
-def _line(row: "Row", width: int, most: int) -> str:
-    """Levels in the colour of the most frequent kind."""
+def _line(row: Row, width: int, most: int) -> str:
+    """Draw the pages of a request over time, in the colour of the most frequent kind."""
     cells = zip(
         _levels(row.held, width, most),
         *(_bins(getattr(row, kind), width) for kind in _COLOURS),
@@ -56,15 +54,15 @@ def _line(row: "Row", width: int, most: int) -> str:
 
 
 def _levels(values: Sequence[int], width: int, most: int) -> str:
-    """A character of ``width`` ones for every few steps, the higher the more."""
+    """Draw ``width`` characters, each as high as the most in its part of the time."""
     encoding = sys.stdout.encoding or ""
     levels = _LEVELS if encoding.lower().startswith("utf") else _PLAIN_LEVELS
     top = len(levels) - 1
     # Rounded up: what is there is seen.
-    return "".join(levels[min(top, -(-value * top // most))] for value in _bins(values, width))
+    return "".join(levels[min(top, ceil_div(value * top, most))] for value in _bins(values, width))
 
 
 def _bins(values: Sequence[int], width: int) -> list[int]:
-    """The most in each of ``width`` parts of the time."""
+    """Find the most in each of ``width`` parts of the time."""
     edges = [index * len(values) // width for index in range(width + 1)]
     return [max(values[a:b]) for a, b in pairwise(edges)]

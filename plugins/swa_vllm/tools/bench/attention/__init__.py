@@ -1,1 +1,1 @@
-"""One attention call, timed beside others' kernels."""
+"""One attention call of this plugin's kernels, timed beside the kernels of others."""

@@ -1,7 +1,7 @@
-"""Attention by this project and by others, called alike.
+"""The arms of one attention call: this project's kernels and others', called alike.
 
-Each function prepares a batch and returns one call for each of its block tables. What a rival
-cannot do, or is not installed, raises ValueError or ImportError with the reason.
+Each function prepares a batch and returns one call for each of its block tables. It raises
+ValueError for what its kernels cannot do, and ImportError where they are not installed.
 """
 
 from collections.abc import Callable, Sequence
@@ -22,9 +22,9 @@ class Batch:
 
     Attributes:
         query: ``[num_tokens, Hq, D]``.
-        key, value: as query, ``[num_tokens, Hkv, D]``, the same tokens'; the pages of the first
+        key, value: ``[num_tokens, Hkv, D]`` of the same tokens and dtype; the pages of the first
             table hold them too.
-        kv_cache: as query or e4m3, ``[num_pages, Hkv, page, 2 * D]``.
+        kv_cache: of the query's dtype or e4m3, ``[num_pages, Hkv, page, 2 * D]``.
         tables: int32 ``[B, max_pages]``, several with different pages; entries below the window
             are page 0, as vLLM's null page.
         seq_lens: int32 ``[B]``, all ``seq_len``.
@@ -41,27 +41,29 @@ class Batch:
 
     @property
     def halves(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values, ``[num_pages, Hkv, page, D]`` each."""
+        """Keys and values of the cache, ``[num_pages, Hkv, page, D]`` each."""
         key, value = self.kv_cache.chunk(2, dim=-1)
         return key, value
 
     @property
     def num_queries(self) -> int:
-        """Of each request."""
+        """Queries of each request."""
         return len(self.query) // len(self.seq_lens)
 
     @property
     def start_loc(self) -> torch.Tensor:
+        """Index of each request's first query, and their number, int32 ``[B + 1]``."""
         starts = torch.arange(len(self.seq_lens) + 1, device=self.seq_lens.device)
         return (starts * self.num_queries).int()
 
     def refuse_fp8(self, reason: str) -> None:
+        """Raise ValueError with this reason if the cache holds e4m3."""
         if self.kv_cache.element_size() == 1:
             raise ValueError(reason)
 
 
 def ours(batch: Batch, impl: str = "triton") -> list[Call]:
-    """:func:`swa_backend.ops.decode_attention` or :func:`swa_backend.ops.prefill_attention`."""
+    """Attend with :mod:`swa_backend.ops`: decode or prefill, by the queries of a request."""
     out, start_loc = torch.empty_like(batch.query), batch.start_loc
 
     def run(table: torch.Tensor) -> torch.Tensor:
@@ -92,7 +94,10 @@ def ours(batch: Batch, impl: str = "triton") -> list[Call]:
 
 
 def vllm_triton(batch: Batch) -> list[Call]:
-    """TRITON_ATTN: its split kernel for up to 16 decodes of 8 KV heads, its plain one otherwise."""
+    """Attend as TRITON_ATTN does: a split kernel for few decodes, the plain one otherwise.
+
+    Few are up to 16 decodes of 8 KV heads.
+    """
     from vllm.v1.attention.backends.triton_attn import (
         MIN_LAUNCH_GRID_SIZE_2D,
         NUM_PAR_SOFTMAX_SEGMENTS,
@@ -142,7 +147,7 @@ def vllm_triton(batch: Batch) -> list[Call]:
 
 
 def flash_attn(batch: Batch) -> list[Call]:
-    """FLASH_ATTN, in the version that vLLM chooses for the device."""
+    """Attend as FLASH_ATTN does, in the version that vLLM chooses for the device."""
     batch.refuse_fp8("wants fp8 queries too")
     from vllm.v1.attention.backends.fa_utils import get_flash_attn_version
     from vllm.vllm_flash_attn import flash_attn_varlen_func
@@ -172,7 +177,7 @@ def flash_attn(batch: Batch) -> list[Call]:
 
 
 def flashinfer(batch: Batch) -> list[Call]:
-    """FlashInfer's paged attention, planned beforehand as vLLM does once a step."""
+    """Attend with FlashInfer's paged kernels, planned beforehand as vLLM does once a step."""
     from flashinfer import BatchDecodeWithPagedKVCacheWrapper, BatchPrefillWithPagedKVCacheWrapper
 
     num_reqs, num_pages = batch.tables[0].shape
@@ -206,7 +211,7 @@ def flashinfer(batch: Batch) -> list[Call]:
 
 
 def xformers(batch: Batch) -> list[Call]:
-    """xformers' local mask, which is not paged: what is seen is gathered beforehand, uncounted."""
+    """Attend with xformers' local mask; as it is not paged, keys are gathered before the clock."""
     batch.refuse_fp8("has no fp8 cache")
     from xformers.ops import fmha
 
@@ -235,7 +240,7 @@ def xformers(batch: Batch) -> list[Call]:
 
 
 OURS = "here"
-RIVALS: dict[str, Callable[[Batch], list[Call]]] = {
+ARMS: dict[str, Callable[[Batch], list[Call]]] = {
     OURS: ours,
     "TRITON_ATTN": vllm_triton,
     "FLASH_ATTN": flash_attn,

@@ -1,4 +1,4 @@
-"""What the prefill kernels load and multiply for one chunk: here, and vLLM's Triton kernel."""
+"""The keys that prefill kernels load and multiply for one chunk: ours, and vLLM's in Triton."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ _STOCK_ROWS = 16
 
 @dataclass(frozen=True)
 class PrefillWork:
-    """Of a chunk and one KV head.
+    """The work of a kernel for one chunk and one KV head.
 
     Attributes:
         num_keys: keys loaded from the L2 cache, over all query blocks.
@@ -31,7 +31,7 @@ class PrefillWork:
 def prefill_work(
     target: Target, window: int, context: int, num_queries: int, group: int
 ) -> dict[str, PrefillWork]:
-    """Figures of a bfloat16 chunk behind ``context`` tokens, by name: ``here`` and ``stock``."""
+    """Count the work of a bfloat16 chunk behind ``context`` tokens, ``here`` and by ``stock``."""
     plan = plan_prefill(
         target,
         group=group,
@@ -63,7 +63,7 @@ def prefill_work(
 def _blocks(
     window: int, context: int, num_queries: int, rows: int
 ) -> Iterator[tuple[int, int, int]]:
-    """First key and the one behind the last that a query block sees, and its queries."""
+    """Yield the first key of each query block, the one behind its last, and its queries."""
     for first in range(0, num_queries, rows):
         step = min(rows, num_queries - first)
         yield first_visible(context + first, window), context + first + step, step

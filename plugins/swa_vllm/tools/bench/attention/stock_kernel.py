@@ -1,4 +1,4 @@
-"""vLLM's Triton decode kernel as it is: what it reads and launches, and what it compiles to.
+"""vLLM's own Triton decode kernel: what it reads and launches, and what it compiles to.
 
 After ``vllm/v1/attention/ops/triton_unified_attention.py`` and ``backends/triton_attn.py``.
 """
@@ -9,7 +9,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
-from unittest.mock import patch
 
 import torch
 from vllm.v1.attention.backends.triton_attn import (
@@ -22,7 +21,7 @@ from swa_backend.kernels.plans import Target
 from swa_backend.pages import ceil_div
 from swa_backend.window import first_visible
 from swa_vllm.tools.bench.attention.arms import vllm_triton
-from swa_vllm.tools.bench.attention.times import HEAD_DIM, Case, make_batch
+from swa_vllm.tools.bench.attention.times import HEAD_DIM, AttentionCase, make_batch
 
 _OPS = "vllm.v1.attention.ops"
 _MODULES = ("triton_attention_helpers", "triton_unified_attention")
@@ -31,12 +30,12 @@ _ROWS = 16
 
 @dataclass(frozen=True)
 class StockWork:
-    """What vLLM launches for a batch of decoding requests of equal length.
+    """The work that vLLM launches for a batch of decoding requests of equal length.
 
     Attributes:
         num_keys: keys that a request reads for each KV head.
-        launched: programs.
-        useful: programs that read a key.
+        launched: programs that are started.
+        useful: programs of these that read a key.
     """
 
     num_keys: int
@@ -44,8 +43,8 @@ class StockWork:
     useful: int
 
 
-def stock_work(case: Case) -> StockWork:
-    """By the arithmetic of vLLM's launcher and kernel, for 16-bit queries."""
+def stock_work(case: AttentionCase) -> StockWork:
+    """Count by the arithmetic of vLLM's launcher and kernel, for 16-bit queries."""
     batch, seq_len, num_kv_heads = case.batch, case.seq_len, case.num_kv_heads
     is_split = batch <= MIN_LAUNCH_GRID_SIZE_2D // num_kv_heads
     num_segments = NUM_PAR_SOFTMAX_SEGMENTS if is_split else 1
@@ -60,8 +59,8 @@ def stock_work(case: Case) -> StockWork:
     )
 
 
-def compile_stock(case: Case, target: Target) -> Any:
-    """Facts (:class:`swa_backend.verify.aot.Facts`) of the split kernel for ``case``."""
+def compile_stock(case: AttentionCase, target: Target) -> Any:
+    """Compile the split kernel for ``case``; returns :class:`swa_backend.verify.aot.Facts`."""
     from swa_backend.verify import aot
 
     batch = make_batch(case, torch.device("cpu"), cold_bytes=1)
@@ -73,10 +72,19 @@ def compile_stock(case: Case, target: Target) -> Any:
 
 @contextmanager
 def real_triton(modules: dict[str, Any]) -> Iterator[None]:
-    """vLLM's kernels are Triton functions inside, also in a build that has a placeholder for it."""
+    """Make vLLM's kernels Triton functions inside, where its build has a placeholder for Triton.
+
+    Modules that are imported inside are forgotten behind it, and imported anew when needed.
+    """
     stand_in = ModuleType("vllm.triton_utils")
     vars(stand_in).update(modules, HAS_TRITON=True)
-    with patch.dict(sys.modules, {"vllm.triton_utils": stand_in}):
-        for module in _MODULES:
-            sys.modules.pop(f"{_OPS}.{module}", None)
+    before = dict(sys.modules)
+    sys.modules["vllm.triton_utils"] = stand_in
+    for module in _MODULES:
+        sys.modules.pop(f"{_OPS}.{module}", None)
+    try:
         yield
+    finally:
+        for name in sys.modules.keys() - before.keys():
+            del sys.modules[name]
+        sys.modules.update(before)

@@ -1,4 +1,4 @@
-"""Attention timed against others on the same batches, and the targets that decide."""
+"""Arms of attention timed on the same batches, and the targets that the times are held to."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -22,13 +22,13 @@ _CHECKED_TOGETHER = 512
 
 
 @dataclass(frozen=True)
-class Case:
+class AttentionCase:
     """Requests of equal length in one layer of Qwen3: decoding ones, or prefill chunks.
 
     Attributes:
         seq_len: tokens, including the queries.
-        num_queries: of each request; 1 decodes.
-        dtype: of queries and of a chunk's own keys and values.
+        num_queries: queries of each request; 1 decodes.
+        dtype: dtype of queries and of a chunk's own keys and values.
     """
 
     window: int
@@ -42,18 +42,18 @@ class Case:
 
     @property
     def first_key(self) -> int:
-        """The first that a query sees."""
+        """The first key that a query sees."""
         return first_visible(self.seq_len - self.num_queries, self.window)
 
     @property
     def num_bytes(self) -> int:
-        """Of the keys and values that the queries see: the least that can be read."""
+        """Bytes of the keys and values that the queries see: the least that can be read."""
         rows = self.batch * (self.seq_len - self.first_key) * self.num_kv_heads
         return rows * 2 * HEAD_DIM * self.kv_dtype.itemsize
 
     @property
     def num_flops(self) -> int:
-        """Of both products of the queries with what they see."""
+        """Operations of both products of the queries with what they see."""
         positions = range(self.seq_len - self.num_queries, self.seq_len)
         visible = sum(num_visible(position, self.window) for position in positions)
         return 4 * HEAD_DIM * self.batch * self.num_kv_heads * self.group * visible
@@ -61,25 +61,25 @@ class Case:
 
 @dataclass(frozen=True)
 class Result:
-    """Microseconds of a case by name, or why there are none."""
+    """Microseconds of a case by arm, or why an arm was not timed."""
 
-    case: Case
+    case: AttentionCase
     times: dict[str, float] = field(default_factory=dict)
     refused: dict[str, str] = field(default_factory=dict)
 
     def bandwidth(self, name: str) -> float:
-        """GB/s of the least that can be read."""
+        """GB/s at which an arm reads the least that can be read."""
         return self.case.num_bytes / self.times[name] / 1e3
 
     def speed(self, name: str) -> float:
-        """TFLOP/s of the least that can be computed."""
+        """TFLOP/s at which an arm computes the least that can be computed."""
         return self.case.num_flops / self.times[name] / 1e6
 
 
-def make_batch(case: Case, device: torch.device, cold_bytes: int) -> Batch:
-    """Random tensors; block tables whose different pages hold at least ``cold_bytes``.
+def make_batch(case: AttentionCase, device: torch.device, cold_bytes: int) -> Batch:
+    """Make random tensors, and block tables whose different pages hold ``cold_bytes`` or more.
 
-    Several times what a GPU's caches hold, a layer finds its keys cold, as after other layers.
+    With several times what a GPU's caches hold, a call finds its keys cold, as behind other layers.
     """
     generator = torch.Generator(device).manual_seed(0)
     first_page = case.first_key // PAGE
@@ -116,9 +116,12 @@ def make_batch(case: Case, device: torch.device, cold_bytes: int) -> Batch:
 
 
 def measure(
-    case: Case, batch: Batch, rivals: Mapping[str, Callable[[Batch], list[Call]]], clock: Clock
+    case: AttentionCase,
+    batch: Batch,
+    arms: Mapping[str, Callable[[Batch], list[Call]]],
+    clock: Clock,
 ) -> Result:
-    """Times of those that give the oracle's output.
+    """Time the arms that give the oracle's output.
 
     Raises:
         RuntimeError: this project's own output is wrong.
@@ -126,7 +129,7 @@ def measure(
     expected = _expected(batch).float()
     bound = _TOLERANCE * float(batch.kv_cache.float().abs().max())
     result = Result(case)
-    for name, prepare in rivals.items():
+    for name, prepare in arms.items():
         try:
             calls = prepare(batch)
             error = float((calls[0]().float() - expected).abs().max())
@@ -145,7 +148,7 @@ def measure(
 
 
 def _expected(batch: Batch) -> torch.Tensor:
-    """The oracle's output; of chunks densely in fp64, a block of queries after the other."""
+    """Compute the oracle's output; of chunks in fp64, one block of queries after the other."""
     if batch.num_queries == 1:
         return ours(batch, impl="torch")[0]()
     page, device = batch.kv_cache.shape[2], batch.query.device
@@ -165,14 +168,14 @@ def _expected(batch: Batch) -> torch.Tensor:
 
 
 def copy_bandwidth(device: torch.device, clock: Clock, num_bytes: int) -> float:
-    """GB/s that a copy reads and writes."""
+    """Measure the GB/s that a copy reads and writes."""
     source = torch.zeros(num_bytes, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     return 2 * num_bytes / clock([lambda: target.copy_(source)]) / 1e3
 
 
 def targets(results: Sequence[Result], copied: float) -> list[dict[str, Any]]:
-    """The figures that decide: what is wanted, the worst measured, whether it was met.
+    """Compare the times with their targets: what is wanted, the worst measured, whether it was met.
 
     ``worst`` and ``met`` are None where nothing was measured. All are of decoding.
     """
@@ -183,8 +186,8 @@ def targets(results: Sequence[Result], copied: float) -> list[dict[str, Any]]:
     def latency(windows: Callable[[int], bool]) -> list[float]:
         return [r.times[OURS] for r in single if windows(r.case.window)]
 
-    def against(rival: str, chosen: Sequence[Result]) -> list[float]:
-        return [r.times[OURS] / r.times[rival] for r in chosen if rival in r.times]
+    def against(arm: str, chosen: Sequence[Result]) -> list[float]:
+        return [r.times[OURS] / r.times[arm] for r in chosen if arm in r.times]
 
     growth = []
     for case, own in times.items():

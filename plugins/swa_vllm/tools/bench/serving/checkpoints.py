@@ -1,4 +1,4 @@
-"""Checkpoints that peers share: one's weights with and without a window, or random ones."""
+"""Checkpoints that all arms share: the same weights, with and without a window."""
 
 import json
 from pathlib import Path
@@ -8,13 +8,13 @@ import torch
 
 
 def add_window(model: Path, directory: Path, window: int | None) -> Path:
-    """A checkpoint of ``model``'s files in which all layers slide, or none.
+    """Make a checkpoint of ``model``'s files in which all layers slide, or none.
 
     It says so in ``config.json``, where vLLM and Hugging Face look: stock vLLM slides all layers
     or none, and takes no window from ``--hf-overrides``.
 
     Raises:
-        ValueError: no dense Qwen3 of Hugging Face's format in a directory.
+        ValueError: ``model`` is no directory with a dense Qwen3 in Hugging Face's format.
     """
     try:
         config: dict[str, Any] = json.loads((model / "config.json").read_text())
@@ -43,7 +43,7 @@ def add_window(model: Path, directory: Path, window: int | None) -> Path:
 
 
 def save_random(directory: Path, max_position_embeddings: int, seed: int = 0) -> Path:
-    """A small Qwen3 of random weights: 2 layers of 2 KV heads, 2 million parameters.
+    """Save a small Qwen3 of random weights: 2 layers of 2 KV heads, 2 million parameters.
 
     Its answers are not those of an untrained model, which barely look at the text: weights are
     large, so that the best token is clear and depends on what is visible.
@@ -73,10 +73,13 @@ def save_random(directory: Path, max_position_embeddings: int, seed: int = 0) ->
 def prepare_models(
     model: Path | None, directory: Path, window: int, longest: int, seed: int
 ) -> dict[bool, Path]:
-    """The checkpoints of peers in ``directory``: all layers sliding by True, all full by False.
+    """Make the checkpoints of all arms in ``directory``.
 
     Args:
         model: None is one of random weights, made for texts of ``longest`` tokens.
+
+    Returns:
+        The checkpoint with all layers sliding by True, that with all full by False.
     """
     model = model or save_random(directory / "random", longest, seed)
     return {
@@ -86,5 +89,5 @@ def prepare_models(
 
 
 def vocabulary(model: Path) -> int:
-    """Tokens that a checkpoint knows."""
+    """Read how many tokens a checkpoint knows."""
     return int(json.loads((model / "config.json").read_text())["vocab_size"])

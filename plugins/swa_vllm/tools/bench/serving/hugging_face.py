@@ -1,4 +1,4 @@
-"""Hugging Face's ``generate`` as a peer: static batches, padded on the left, its own caches."""
+"""Hugging Face's ``generate`` as an arm: static batches, padded on the left, its own caches."""
 
 import time
 from collections.abc import Callable, Mapping
@@ -19,7 +19,7 @@ class Generator:
     """A model in this process, on its first GPU if there is one."""
 
     def __init__(self, model: str, dtype: str, batch: int) -> None:
-        """``batch`` requests at a time, in the order of their arrival."""
+        """Load a checkpoint; ``batch`` requests are served at a time."""
         self._device = "cuda" if torch.cuda.is_available() else "cpu"
         self._model: Any = AutoModelForCausalLM.from_pretrained(
             model, dtype=dtype, attn_implementation="sdpa"
@@ -28,7 +28,7 @@ class Generator:
         self._batch = batch
 
     def facts(self) -> dict[str, Any]:
-        """What it is."""
+        """Describe the model: its threads, its dtype and its batch."""
         return {
             "threads": torch.get_num_threads(),
             "dtype": str(self._model.dtype).removeprefix("torch."),
@@ -42,7 +42,7 @@ class Generator:
         arrivals: list[float],
         on_progress: Progress,
     ) -> dict[str, Any]:
-        """Serve all to their end; a batch starts when all of it has arrived."""
+        """Serve all to their end by arrival; a batch starts when all of its requests are there."""
         steps, requests, start = list[Step](), list[Timed](), time.perf_counter()
         for first in range(0, len(prompts), self._batch):
             part = slice(first, first + self._batch)
@@ -70,7 +70,7 @@ class Generator:
     def _generate(
         self, prompts: list[list[int]], num_tokens: int, num_done: int, on_progress: Progress
     ) -> tuple[list[list[int]], list[float]]:
-        """Greedy tokens of each prompt, and the time when each of them was known."""
+        """Generate greedy tokens for each prompt, and note the time when each step's were known."""
         longest = max(map(len, prompts))
         padding = [longest - len(prompt) for prompt in prompts]
         rows = [[_PADDING] * n + prompt for n, prompt in zip(padding, prompts, strict=True)]
@@ -97,7 +97,7 @@ class Generator:
 def start(
     threads: int, **arguments: Any
 ) -> tuple[dict[str, Any], Mapping[str, Callable[..., Any]]]:
-    """A :class:`Generator` with these arguments."""
+    """Load a :class:`Generator` with these arguments; returns its facts and its commands."""
     torch.set_num_threads(threads)
     generator = Generator(**arguments)
     return generator.facts(), {"serve": generator.serve}

@@ -1,7 +1,7 @@
-"""Something to be compared with, in a process of its own that stays: JSON lines in and out.
+"""An arm of a served workload in a process of its own that stays: JSON lines in and out.
 
-A peer loads once and works when told, so that peers can take turns; while it waits it takes no
-processor time.
+The process loads a model once and works when told, so that arms can take turns; while it waits it
+takes no processor time.
 """
 
 import contextlib
@@ -18,8 +18,8 @@ Progress = Callable[[int], None]
 Handler = Callable[..., Any]
 
 
-class Peer:
-    """The parent's side: a context manager that ends the process."""
+class ArmProcess:
+    """The parent's side of an arm's process: a context manager that ends it."""
 
     def __init__(
         self, name: str, module: str, arguments: Mapping[str, Any], env: Mapping[str, str]
@@ -27,7 +27,7 @@ class Peer:
         """Start ``python -m module``, which calls :func:`answer`; ``env`` is added to ours.
 
         Attributes:
-            facts: what the peer says of itself.
+            facts: what the arm says of itself.
 
         Raises:
             RuntimeError: it does not start.
@@ -48,7 +48,7 @@ class Peer:
             self.__exit__(None, None, None)
             raise
 
-    def __enter__(self) -> "Peer":
+    def __enter__(self) -> "ArmProcess":
         return self
 
     def __exit__(
@@ -70,10 +70,14 @@ class Peer:
         self._errors.close()
 
     def ask(self, command: str, on_progress: Progress = lambda _: None, **arguments: Any) -> Any:
-        """The answer to a command; ``on_progress`` gets the number of tokens made so far.
+        """Send a command and wait for its answer.
+
+        Args:
+            on_progress: called with the number of tokens made so far.
+            arguments: of the command.
 
         Raises:
-            RuntimeError: the peer failed; what it said last is in the message.
+            RuntimeError: the arm failed; what it said last is in the message.
         """
         assert self._process.stdin
         with contextlib.suppress(BrokenPipeError):  # reading says why
@@ -96,24 +100,26 @@ class Peer:
 
 
 def answer(start: Callable[..., tuple[dict[str, Any], Mapping[str, Handler]]]) -> None:
-    """The child's side: its ``main``.
+    """Answer commands until the parent closes the pipe: the ``main`` of the child.
 
     Args:
-        start: gets the arguments; returns the facts, and what answers each command. A handler gets
-            the command's arguments and ``on_progress``.
+        start: gets the arguments; returns the facts, and a handler for each command. A handler
+            gets the command's arguments and ``on_progress``.
     """
     channel = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what libraries print is no answer
 
-    def say(kind: str, value: Any) -> None:
+    def reply(kind: str, value: Any) -> None:
         print(json.dumps([kind, value]), file=channel, flush=True)
 
     try:
         facts, handlers = start(**json.loads(sys.argv[1]))
-        say("answer", facts)
+        reply("answer", facts)
         for line in sys.stdin:
             command, arguments = json.loads(line)
-            say("answer", handlers[command](**arguments, on_progress=lambda n: say("progress", n)))
+            reply(
+                "answer", handlers[command](**arguments, on_progress=lambda n: reply("progress", n))
+            )
     except (ValueError, RuntimeError, OSError) as error:
-        say("error", str(error))
+        reply("error", str(error))
         raise

@@ -1,4 +1,4 @@
-"""What a served workload took: notes of steps and requests, and their summary."""
+"""Records of a served workload: its steps, its requests, and their summary."""
 
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
@@ -15,9 +15,9 @@ class Step:
     Attributes:
         prefill, decode: tokens that it computed; what a preemption lost and is computed again
             counts as prefill.
-        requests: that it served.
-        pages: of the pool that were held; 0 where there is no pool.
-        preempted: requests that lost their pages before it.
+        requests: how many requests it served.
+        pages: pages of the pool that were held; 0 where there is no pool.
+        preempted: how many requests lost their pages before it.
         answered: tokens that requests got from it.
     """
 
@@ -40,16 +40,16 @@ class Timed:
 
 
 @dataclass(frozen=True)
-class Served:
-    """A workload, served to its end in ``seconds``; requests are in the order of arrival."""
+class ServedWorkload:
+    """A workload that was served to its end in ``seconds``; requests by their arrival."""
 
     seconds: float
     steps: Sequence[Step]
     requests: Sequence[Timed]
 
     @classmethod
-    def from_json(cls, values: Mapping[str, Any]) -> "Served":
-        """As a peer answers."""
+    def from_json(cls, values: Mapping[str, Any]) -> "ServedWorkload":
+        """Read what an arm's process answers."""
         return cls(
             values["seconds"],
             [Step(**step) for step in values["steps"]],
@@ -57,7 +57,7 @@ class Served:
         )
 
     def summary(self) -> dict[str, float]:
-        """Figures by name; those of tokens are tokens a second, those of time milliseconds.
+        """Sum up in figures by name: tokens are tokens a second, latencies milliseconds.
 
         ``prefill`` is the rate of steps that prefill, which may decode for others too, ``decode``
         that of all other steps.
@@ -85,7 +85,7 @@ class Served:
         }
 
     def curve(self, num_points: int = 60) -> list[tuple[float, int]]:
-        """Tokens that requests have after so many seconds of work, thinned."""
+        """Count the tokens answered after so many seconds of work, at some ``num_points`` times."""
         now, tokens, points = 0.0, 0, [(0.0, 0)]
         for step in self.steps:
             now, tokens = now + step.seconds, tokens + step.answered
@@ -95,15 +95,10 @@ class Served:
 
 
 def percentile(values: Sequence[float], percent: int) -> float:
-    """Linear between neighbours; 0 of no values."""
+    """Interpolate a percentile linearly between neighbours; 0 of no values."""
     if len(values) < 2:
         return sum(values)
     return statistics.quantiles(values, n=100, method="inclusive")[percent - 1]
-
-
-def spread(values: Sequence[float]) -> dict[str, float]:
-    """Median, least and most of what rounds gave."""
-    return {"median": statistics.median(values), "low": min(values), "high": max(values)}
 
 
 def _rate(parts: Iterable[tuple[int, float]]) -> float:

@@ -1,4 +1,4 @@
-"""A vLLM engine as a peer: it serves a workload and says what each step and request took.
+"""A vLLM engine as an arm: it serves a workload and says what each step and request took.
 
 Whether this plugin is in it decides ``VLLM_PLUGINS``, as for any vLLM.
 """
@@ -24,7 +24,7 @@ _VOCABULARY = 500  # of prompts whose sense does not matter; no model has less
 
 
 class RecordingScheduler(Scheduler):
-    """vLLM's, with a note of every step."""
+    """vLLM's scheduler, with a record of every step."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -52,7 +52,7 @@ class RecordingScheduler(Scheduler):
         return num_tokens == 1 and request.num_computed_tokens > request.num_prompt_tokens
 
 
-class Engine:
+class SteppedEngine:
     """An engine in this process that is stepped by hand."""
 
     def __init__(self, llm: LLM) -> None:
@@ -61,7 +61,7 @@ class Engine:
         self._count = 0
 
     def facts(self) -> dict[str, Any]:
-        """What it is; the bytes are the pool's."""
+        """Describe the engine: its KV cache specs, the pages and bytes of its pool, its threads."""
         config = self._scheduler.kv_cache_config
         return {
             "specs": sorted({type(g.kv_cache_spec).__name__ for g in config.kv_cache_groups}),
@@ -78,7 +78,7 @@ class Engine:
         arrivals: list[float],
         on_progress: Progress,
     ) -> dict[str, Any]:
-        """Serve all to their end; steps, and what each request took.
+        """Serve all to their end, and record steps and what each request took.
 
         Args:
             outputs: tokens of each answer.
@@ -123,9 +123,9 @@ class Engine:
         """Prefill ``batch`` random prompts and decode behind all of them together.
 
         Returns:
-            ``prefill_s``: seconds of a prompt token; ``decode_s``: of a step, the median of those
-            with the most requests, but the first; ``batch``: how many these were, as a pool may
-            not hold all at once; ``tokens`` of each answer.
+            ``prefill_s``, seconds of a prompt token; ``decode_s``, seconds of a step, the median
+            of those with the most requests, but the first; ``batch``, how many these were, as a
+            pool may not hold all at once; ``tokens`` of each answer.
         """
         prompts = make_prompts([num_prompt] * batch, _VOCABULARY, seed)
         # The first go on until the last prompt is computed, where max_model_len lets them.
@@ -161,7 +161,7 @@ class Engine:
 def start(
     threads: int, **arguments: Any
 ) -> tuple[dict[str, Any], Mapping[str, Callable[..., Any]]]:
-    """An engine with these arguments of ``LLM``."""
+    """Start an engine with these arguments of ``LLM``; returns its facts and its commands."""
     torch.set_num_threads(threads)
     llm = LLM(
         **arguments,
@@ -170,7 +170,7 @@ def start(
         async_scheduling=False,  # a step's time is then its own
         scheduler_cls="swa_vllm.tools.bench.serving.vllm_engine.RecordingScheduler",
     )
-    engine = Engine(llm)
+    engine = SteppedEngine(llm)
     return engine.facts(), {"serve": engine.serve, "decode": engine.decode}
 
 

@@ -1,18 +1,17 @@
-"""What a serving benchmark asks for: lengths and arrivals, built-in or from a trace."""
+"""The requests of a serving benchmark, of a built-in mix or from a trace."""
 
 import json
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 _KEYS = ("arrival", "prompt_tokens", "output_tokens")
 
 
 @dataclass(frozen=True)
 class Ask:
-    """A request.
+    """A request: when it comes, and how long it is.
 
     Attributes:
         arrival: seconds after the start.
@@ -34,7 +33,7 @@ def _same(num_prompt: int, num_output: int) -> Callable[[int, int], list[Ask]]:
 
 
 def _chat(count: int, seed: int) -> list[Ask]:
-    """One request a second on average; lengths of a median of 200 and 120 tokens, long tails."""
+    """Make one request a second on average; medians of 200 and 120 tokens, with long tails."""
     generator, now, asks = random.Random(seed), 0.0, []  # noqa: S311 (no secret)
     for _ in range(count):
         lengths = (
@@ -54,10 +53,10 @@ MIXES: dict[str, Callable[[int, int], list[Ask]]] = {
 
 
 def read_trace(path: Path) -> list[Ask]:
-    """Requests of a JSON lines file, in the order of their arrival.
+    """Read requests from a JSON lines file, in the order of their arrival.
 
     Raises:
-        ValueError: it cannot be read, or a line is no request.
+        ValueError: the file cannot be read, or a line is no request.
     """
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
@@ -87,11 +86,6 @@ def _ask(path: Path, number: int, line: str) -> Ask:
 
 
 def make_prompts(lengths: Sequence[int], vocab_size: int, seed: int) -> list[list[int]]:
-    """Random tokens, the same for the same seed."""
+    """Make prompts of random tokens, the same for the same seed."""
     generator = random.Random(seed)  # noqa: S311 (no secret)
     return [generator.choices(range(vocab_size), k=length) for length in lengths]
-
-
-def to_json(asks: Sequence[Ask]) -> list[dict[str, Any]]:
-    """As a trace has them."""
-    return [dict(vars(ask)) for ask in asks]

@@ -1,0 +1,65 @@
+"""The arms of a served workload: this plugin, vLLM without it, and Hugging Face."""
+
+import argparse
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from swa_vllm.tools.common.arms import Arm
+
+
+@dataclass(frozen=True)
+class ServingArm:
+    """An arm that serves requests in a process of its own.
+
+    Attributes:
+        name: the arm's name in tables and figures.
+        windowed: whether its layers slide.
+        spec: vLLM's KV cache spec that says so; None where it is not vLLM.
+    """
+
+    name: str
+    windowed: bool
+    spec: str | None
+    with_plugin: bool = False
+
+
+# By the names on the command line.
+ARMS = {
+    "here": ServingArm(Arm.SWA.value, True, "SWASpec", with_plugin=True),
+    "stock": ServingArm(Arm.STOCK.value, True, "SlidingWindowSpec"),
+    "full": ServingArm(Arm.FULL.value, False, "FullAttentionSpec"),
+    "hf": ServingArm("Hugging Face", True, None),
+}
+HF_FULL = ServingArm("Hugging Face, full attention", False, None)  # to check only
+
+
+def add_serving_arguments(parser: argparse.ArgumentParser, names: str, rounds: int) -> None:
+    """Add the options of benchmarks that serve; ``names`` and ``rounds`` are defaults."""
+    parser.add_argument(
+        "model",
+        metavar="MODEL",
+        nargs="?",
+        type=Path,
+        help="directory of a dense Qwen3 (default: a small one of random weights)",
+    )
+    parser.add_argument("--dtype", default="float32", help="default: %(default)s")
+    parser.add_argument("--block-size", type=int, default=32, help="tokens of a page (32)")
+    parser.add_argument("--chunk", type=int, default=2048, help="tokens of a prefill chunk (2048)")
+    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="default: all cores")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--peers", default=names, metavar="NAMES", help=f"default: {names}")
+    parser.add_argument("--once", default="", metavar="NAMES", help="arms of one round only")
+    parser.add_argument("--rounds", type=int, default=rounds, help="default: %(default)s")
+
+
+def arms_of(flag: str, text: str) -> dict[str, ServingArm]:
+    """Look up arms by their names on the command line.
+
+    Raises:
+        ValueError: there is no such arm.
+    """
+    names = [name for name in text.split(",") if name]
+    if unknown := [name for name in names if name not in ARMS]:
+        raise ValueError(f"{flag} {text}: no peer {unknown[0]!r}; there are {', '.join(ARMS)}")
+    return {name: arm for name, arm in ARMS.items() if name in names}

@@ -1,0 +1,25 @@
+"""What a tool tells on stderr while it works; figures go to stdout."""
+
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from tqdm import tqdm
+
+
+def say(text: str, *, is_result: bool = False) -> None:
+    """Tell on stderr what is done next, or what came of it."""
+    print(text if is_result else f"{text} ...", file=sys.stderr, flush=True)
+
+
+def progress(items: Sequence[Any], unit: str) -> Iterable[Any]:
+    """Iterate over ``items`` with a bar on stderr."""
+    return tqdm(items, unit=f" {unit}", file=sys.stderr, leave=False, disable=None)
+
+
+@contextmanager
+def token_bar(num_tokens: int) -> Iterator[Callable[[int], None]]:
+    """Show a bar on stderr; the function yielded sets it to the number of tokens done so far."""
+    with tqdm(total=num_tokens, unit=" tokens", file=sys.stderr, leave=False, disable=None) as bar:
+        yield lambda num_done: bar.update(num_done - bar.n)

@@ -1,0 +1,48 @@
+"""Perplexity of pieces of a text in an engine, and the pages that a request of one holds."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from swa_vllm.tools.common.progress import progress
+from swa_vllm.tools.engines.scoring import ScoringEngine
+
+
+@dataclass(frozen=True)
+class Measured:
+    """The perplexity of an engine, and what its longest request takes of the pool.
+
+    Attributes:
+        pages: that a decoding request holds behind a piece.
+        peak_pages: the most that one held at once.
+        pool_bytes: bytes of ``pages``.
+        num_groups: KV groups of the engine.
+    """
+
+    perplexity: float
+    pages: int
+    peak_pages: int
+    pool_bytes: int
+    num_groups: int
+
+
+def measure(engine: ScoringEngine, pieces: Sequence[Sequence[int]]) -> Measured:
+    """Score all pieces together, and note the pages of the request that held most."""
+    logprobs, held, peaks = list[float](), [], []
+    for piece in progress(pieces, "pieces"):
+        scored = engine.score(piece)
+        logprobs += scored.logprobs
+        held.append(scored.pages[-1])
+        peaks.append(max(scored.pages))
+    return Measured(
+        perplexity(logprobs),
+        max(held),
+        max(peaks),
+        max(held) * engine.bytes_per_page,
+        engine.num_groups,
+    )
+
+
+def perplexity(logprobs: Sequence[float]) -> float:
+    """Perplexity of tokens that a model gives these log-probabilities, in nats."""
+    return math.exp(-math.fsum(logprobs) / len(logprobs))

@@ -1,0 +1,116 @@
+"""What a trace records: the pages that requests hold, step by step, in vLLM's real scheduler."""
+
+import argparse
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from swa_backend.pages import WindowPages, ceil_div
+from swa_vllm.tools.common.arms import Arm
+
+if TYPE_CHECKING:
+    from swa_vllm.tools.engines.simulated import Engine
+
+
+@dataclass
+class Row:
+    """One request, step by step; a step in which it does not run has zeros.
+
+    Attributes:
+        window, sink, prefill: pages that it holds.
+        gone: pages that full attention would hold beside them.
+    """
+
+    num_prompt: int
+    window: list[int] = field(default_factory=list)
+    sink: list[int] = field(default_factory=list)
+    prefill: list[int] = field(default_factory=list)
+    gone: list[int] = field(default_factory=list)
+
+    @property
+    def held(self) -> list[int]:
+        """Pages that the request holds in each step."""
+        parts = zip(self.window, self.sink, self.prefill, strict=True)
+        return [sum(kinds) for kinds in parts]
+
+    @property
+    def full(self) -> list[int]:
+        """Pages that full attention would hold in each step."""
+        return [held + gone for held, gone in zip(self.held, self.gone, strict=True)]
+
+    def note(self, pages: WindowPages, held: int, num_computed: int) -> None:
+        """Add a step in which the request holds ``held`` pages of ``num_computed`` tokens."""
+        window, sink, prefill = pages.kinds(held)
+        self.window.append(window)
+        self.sink.append(sink)
+        self.prefill.append(prefill)
+        self.gone.append(ceil_div(num_computed, pages.page_size) - held if held else 0)
+
+
+@dataclass(frozen=True)
+class Trace:
+    """The pages of all requests and of the pool in each step.
+
+    Attributes:
+        rows: one request each, in the order of their arrival.
+        used: pages of the pool that are held in each step.
+        full: those that full attention would hold.
+        num_pages: pages of the pool that requests can have.
+    """
+
+    rows: tuple[Row, ...]
+    used: tuple[int, ...]
+    full: tuple[int, ...]
+    num_pages: int
+
+    def to_json(self) -> dict[str, Any]:
+        return {**vars(self), "rows": [vars(row) for row in self.rows]}
+
+
+def record(args: argparse.Namespace, prompts: list[int]) -> Trace:
+    """Serve the prompts on vLLM's scheduler, all there at the start, and note every step.
+
+    Raises:
+        ValueError: the pool does not hold the longest of them.
+    """
+    from swa_vllm.tools.engines.scheduler import Simulation  # which imports vLLM
+
+    pages = WindowPages(args.window, args.block_size, args.sink_tokens)
+    rows = {str(index): Row(num_prompt) for index, num_prompt in enumerate(prompts)}
+
+    class Recorder(Simulation):
+        def note(self, output: Any) -> None:
+            for name, row in rows.items():
+                row.note(pages, self.num_pages_of(name), self.num_computed_of(name))
+
+    simulation = Recorder(Arm.SWA, _engine(args, max(prompts)))
+    num_pages = simulation.engine.num_pages
+    if not simulation.starts:
+        raise ValueError(
+            f"--pool-tokens {args.pool_tokens} is {num_pages} pages, one of which is never "
+            f"given out, and the longest request may take {simulation.cap}; give more"
+        )
+    for first, (name, row) in enumerate(rows.items()):
+        simulation.add(name, range(first, first + row.num_prompt), args.output)
+    while simulation.step():
+        pass
+    return Trace(
+        rows=tuple(rows.values()),
+        used=tuple(map(sum, zip(*(row.held for row in rows.values()), strict=True))),
+        full=tuple(map(sum, zip(*(row.full for row in rows.values()), strict=True))),
+        num_pages=num_pages - 1,
+    )
+
+
+def _engine(args: argparse.Namespace, longest_prompt: int) -> "Engine":
+    from swa_vllm.tools.engines.simulated import Engine
+
+    return Engine(
+        window=args.window,
+        block_size=args.block_size,
+        num_pages=args.pool_tokens // args.block_size,
+        max_num_batched_tokens=args.max_num_batched_tokens,
+        max_model_len=longest_prompt + args.output,
+        max_num_seqs=min(256, args.max_num_batched_tokens),
+        num_steps_in_flight=args.steps_in_flight,
+        sink_tokens=args.sink_tokens,
+    )
