@@ -145,6 +145,8 @@ def test_links_of_a_page_resolve(name: str) -> None:
 @pytest.mark.parametrize("name", pages())
 def test_tests_and_scripts_that_a_page_names_are_there(name: str) -> None:
     text = page(name)
+    if name == "tests/plugin/upstream/README.md":  # its first column names vLLM's own tests
+        text = "\n".join(line[56:] for line in text.splitlines())
     tests = {path.rpartition("/")[2] for path in tree() if path.startswith("tests/")}
     assert set(TEST_FILE.findall(text)) <= tests
     assert set(SCRIPT.findall(text)) <= set(tree())
