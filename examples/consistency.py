@@ -123,7 +123,7 @@ def free_engine() -> None:
 
 
 def main() -> None:
-    """Command line."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(description="Perplexity under the trained and other windows.")
     parser.add_argument("--model", type=Path, default=DATA / "tiny-swa-sliding")
     parser.add_argument("--text", type=Path, default=DATA / "acts-1-7.txt", help="UTF-8")

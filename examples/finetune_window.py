@@ -43,7 +43,7 @@ def with_window(config: Qwen3Config, window: int) -> Qwen3Config:
 
 
 def trained_parameters(model: Qwen3ForCausalLM) -> list[torch.nn.Parameter]:
-    """Those of attention and norms; the others are frozen."""
+    """Parameters of attention and norms, the only ones that are trained."""
     trained = []
     for name, parameter in model.named_parameters():
         parameter.requires_grad_("self_attn" in name or "norm" in name)
@@ -120,7 +120,7 @@ def finetune(model: Path, text: str, out_dir: Path, *, window: int, steps: int) 
 
 
 def main() -> None:
-    """Command line."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(description="Fine-tune a Qwen3 with a window.")
     parser.add_argument("model", type=Path, help="checkpoint of a dense Qwen3")
     parser.add_argument("text", type=Path, help="training text, UTF-8")

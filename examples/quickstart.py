@@ -43,7 +43,7 @@ class Server:
         args: Sequence[str] = (),
         environment: Mapping[str, str] | None = None,
     ) -> None:
-        """Start it; ``environment`` is what it needs beside :func:`server_environment`."""
+        """Start the server; ``environment`` is what it needs beside :func:`server_environment`."""
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
@@ -225,7 +225,7 @@ def exit_on_signal(number: int, frame: FrameType | None) -> None:
 
 
 def main() -> None:
-    """Command line."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(description="Serve the demo model with a window.")
     parser.add_argument("--keep", action="store_true", help="leave the server running")
     parser.add_argument("--model", type=Path, help="checkpoint (default: the mixed demo model)")

@@ -199,7 +199,7 @@ def make_checkpoint(
 
 
 def main() -> None:
-    """Command line."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(description="Train a tiny Qwen3 with its window.")
     parser.add_argument("text", type=Path, help="training text, UTF-8")
     parser.add_argument("out_dir", type=Path, help="checkpoint to write; must not exist")

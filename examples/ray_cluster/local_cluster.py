@@ -60,7 +60,7 @@ class LocalRayCluster:
         self._start([*head, *place], python, {})
 
     def add_node(self, python: Path | str = sys.executable, **environment: str) -> psutil.Popen:
-        """One more node with one logical device.
+        """Start one more node with one logical device.
 
         Args:
             python: runs the node and its workers.
@@ -92,7 +92,7 @@ class LocalRayCluster:
         shutil.rmtree(self._directory, ignore_errors=True)
 
     def processes(self) -> list[psutil.Process]:
-        """The nodes' processes, their workers among them."""
+        """List the nodes' processes, their workers among them."""
         return [process for node in self._nodes for process in _family(node)]
 
     def _start(

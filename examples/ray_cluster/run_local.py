@@ -87,7 +87,7 @@ def demonstrate(model: Path) -> None:
 
 
 def main() -> None:
-    """Command line."""
+    """Run the command line."""
     signal.signal(signal.SIGTERM, exit_on_signal)
     if torch.cuda.is_available():
         sys.exit("error: this shows Ray on a machine without GPUs, and here is one; see README.md")
