@@ -18,7 +18,7 @@ Call = Callable[[], torch.Tensor]
 
 @dataclass(frozen=True)
 class Batch:
-    """Requests of equal length and as many queries each: one that decodes, or a chunk.
+    """Requests of equal length, each with one query that decodes or with those of a chunk.
 
     Attributes:
         query: ``[num_tokens, Hq, D]``.
