@@ -1,8 +1,9 @@
 """Compiles launches without a GPU and reads what came out: registers, memory, loads.
 
-Works where ``TRITON_INTERPRET`` is not set; with it there is nothing to compile.
+Triton must not interpret: with ``TRITON_INTERPRET=1`` there is nothing to compile.
 """
 
+import json
 import re
 import subprocess
 import tempfile
@@ -11,14 +12,15 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import triton
 from triton.backends.compiler import GPUTarget
-from triton.runtime.jit import JITFunction
+from triton.compiler import ASTSource
 
+from swa_backend.kernels.device import compile_target
 from swa_backend.kernels.plans import Target
 from swa_backend.kernels.tiles import IS_INTERPRETED
+from swa_backend.pages import ceil_div
 
 _KIB = 1024
 # Bytes of shared memory of a multiprocessor, by compute capability; a program may have 1 KiB less,
@@ -68,7 +70,9 @@ def triton_modules() -> dict[str, Any]:
 
 @contextmanager
 def compiling(target: Target) -> Iterator[dict[str, Any]]:
-    """Launches inside compile for ``target``, exactly as there, and start nothing.
+    """Compile the launches inside for ``target``, exactly as there, and start none of them.
+
+    Holds for the whole process: Triton has one driver and one set of hooks.
 
     Yields:
         The compiled kernels, by the names of their functions.
@@ -80,20 +84,36 @@ def compiling(target: Target) -> Iterator[dict[str, Any]]:
         raise RuntimeError(
             "kernels cannot be compiled under Triton's interpreter; unset TRITON_INTERPRET"
         )
+    driver = _Driver(target)
     compiled: dict[str, Any] = {}
-    run = JITFunction.run
 
-    def compile_only(function: Any, *args: Any, **kwargs: Any) -> Any:
-        kernel = run(function, *args, **{**kwargs, "warmup": True})
-        compiled[function.__name__] = kernel
-        return kernel
+    def compile_only(*, fn: Any, compile: dict[str, Any], **_: Any) -> bool:
+        function = fn.jit_function
+        compiled[function.__name__] = triton.compile(
+            ASTSource(function, compile["signature"], compile["constants"], *compile["configs"]),
+            target=driver.get_current_target(),
+            options=_as_given(json.loads(compile["specialization_data"])["options"]),
+        )
+        return True
 
-    # Not by set_active, which cannot be undone where there is no driver to go back to.
-    with (
-        patch.object(triton.runtime.driver, "_active", _Driver(target)),
-        patch.object(JITFunction, "run", compile_only),
-    ):
-        yield compiled
+    # Before it compiles, Triton asks its cache hook whether somebody else does; then it neither
+    # keeps a kernel nor launches one.
+    with triton.knobs.runtime.scope(), compile_target(target):
+        triton.knobs.runtime.jit_cache_hook = compile_only
+        triton.runtime.driver.set_active(driver)
+        try:
+            yield compiled
+        finally:
+            # Not by reset_active, which looks for a GPU at once; without a driver Triton does so
+            # when it needs one.
+            triton.runtime.driver.set_active(None)
+
+
+def _as_given(value: Any) -> Any:
+    """A compiler's options after JSON, which has made lists of their tuples."""
+    if isinstance(value, dict):
+        return {name: _as_given(item) for name, item in value.items()}
+    return tuple(map(_as_given, value)) if isinstance(value, list) else value
 
 
 class _Driver:
@@ -107,7 +127,7 @@ class _Driver:
         return GPUTarget(self._target.backend, self._target.arch, warp)
 
     def get_current_device(self) -> int | str:
-        """Triton keeps what it has compiled by device."""
+        """Name the device by its architecture: Triton keeps a kernel's binder by device."""
         return self._target.arch
 
     def get_current_stream(self, device: Any) -> int:
@@ -129,7 +149,7 @@ def _nvidia_facts(kernel: Any, target: Target) -> Facts:
     arch, shared = int(target.arch), kernel.metadata.shared
     num_threads = 32 * kernel.metadata.num_warps
     # Registers are given out in units of 8 a thread.
-    registers = -(-used["REG"] // 8) * 8 * num_threads
+    registers = ceil_div(used["REG"], 8) * 8 * num_threads
     return Facts(
         registers=used["REG"],
         spilled_bytes=used["STACK"] + used["LOCAL"],

@@ -7,6 +7,7 @@ one; on a CPU it needs ``TRITON_INTERPRET=1``.
 import torch
 
 from swa_backend import ops, reference
+from swa_backend.pages import ceil_div
 
 # Not a multiple of the page, so that both ends of the window lie within one.
 _WINDOW, _SINKS, _PAGE, _NUM_KV_HEADS, _GROUP, _HEAD_DIM = 40, 4, 16, 2, 4, 128
@@ -29,7 +30,7 @@ def smoke(device: torch.device) -> float:
     def random(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, generator=generator).to(device, torch.bfloat16)
 
-    pages = [-(-length // _PAGE) for length in _LENGTHS]
+    pages = [ceil_div(length, _PAGE) for length in _LENGTHS]
     table = torch.zeros(len(_LENGTHS), max(pages), dtype=torch.int32)
     first = 1
     for row, count in enumerate(pages):

@@ -9,7 +9,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
-from unittest.mock import patch
 
 import torch
 from vllm.v1.attention.backends.triton_attn import (
@@ -76,7 +75,13 @@ def real_triton(modules: dict[str, Any]) -> Iterator[None]:
     """vLLM's kernels are Triton functions inside, also in a build that has a placeholder for it."""
     stand_in = ModuleType("vllm.triton_utils")
     vars(stand_in).update(modules, HAS_TRITON=True)
-    with patch.dict(sys.modules, {"vllm.triton_utils": stand_in}):
-        for module in _MODULES:
-            sys.modules.pop(f"{_OPS}.{module}", None)
+    before = dict(sys.modules)
+    sys.modules["vllm.triton_utils"] = stand_in
+    for module in _MODULES:
+        sys.modules.pop(f"{_OPS}.{module}", None)
+    try:
         yield
+    finally:
+        for name in sys.modules.keys() - before.keys():
+            del sys.modules[name]
+        sys.modules.update(before)
