@@ -9,6 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
+from swa_backend.attention_call import AttentionCall
 from swa_backend.kernels.plans import DecodePlan, Target
 from swa_backend.kernels.tiles import as_operand, attend, load_pages, load_rows, request_of
 
@@ -169,18 +170,13 @@ def merge_kernel(
 
 
 def launch_decode(
+    call: AttentionCall,
     out: torch.Tensor,
     partial: torch.Tensor,
     lse: torch.Tensor,
-    query: torch.Tensor,
-    sink_query: torch.Tensor,
     kv_cache: torch.Tensor,
-    block_table: torch.Tensor,
-    seq_lens: torch.Tensor,
-    query_start_loc: torch.Tensor | None,
     *,
     window: int,
-    sink_tokens: int,
     score_scale: float,
     value_scale: float,
     plan: DecodePlan,
@@ -190,11 +186,15 @@ def launch_decode(
 
     Args:
         partial, lse: fp32 scratch, contiguous, ``[num_tokens, Hq, plan.num_parts(, HEAD_DIM)]``.
-        kv_cache: e4m3 as bytes where the target does not read it.
-        score_scale: of the scores in base 2.
+        kv_cache: the call's, or its bytes where the target does not read e4m3.
+        window: as :meth:`AttentionCall.reach` says.
+        score_scale: factor of the products of queries and cached keys, for scores in base 2.
+        value_scale: factor of cached values.
     """
+    query, query_start_loc = call.query, call.query_start_loc
+    sink_query = query if call.sink_query is None else call.sink_query
     num_tokens, num_heads, head_dim = query.shape
-    num_reqs, num_kv_heads = seq_lens.shape[0], kv_cache.shape[1]
+    num_reqs, num_kv_heads = call.seq_lens.shape[0], kv_cache.shape[1]
     constants = plan.constants()
     constants["DOT"] = tl.dtype(plan.dot)
     grid = (plan.num_blocks(num_tokens, num_reqs), num_kv_heads, plan.num_parts)
@@ -204,16 +204,16 @@ def launch_decode(
         query,
         sink_query,
         kv_cache,
-        block_table,
-        seq_lens,
+        call.block_table,
+        call.seq_lens,
         query_start_loc,
         *query.stride()[:2],
         *sink_query.stride()[:2],
         *kv_cache.stride(),
-        block_table.stride(0),
+        call.block_table.stride(0),
         num_reqs,
         window,
-        sink_tokens,
+        call.sink_tokens,
         score_scale,
         value_scale,
         **constants,

@@ -5,17 +5,12 @@ import math
 import torch
 
 from swa_backend import reference
+from swa_backend.attention_call import PrefillCall
 from swa_backend.kernels.device import on_device_of
 from swa_backend.kernels.plans import plan_prefill
-from swa_backend.ops import xformers_prefill
-from swa_backend.ops.checks import (
-    check_for_kernels,
-    check_integers,
-    check_like,
-    check_requests,
-    describe,
-)
+from swa_backend.ops.checks import check_for_kernels, check_prefill_call
 from swa_backend.ops.dispatch import FORMATS, readable, resolve
+from swa_backend.ops.xformers_prefill import prefill_by_xformers
 
 
 def prefill_attention(
@@ -65,86 +60,46 @@ def prefill_attention(
     Raises:
         TypeError, ValueError: a dtype, shape or number other than these.
     """
-    check_requests(
-        query,
-        kv_cache,
-        block_table,
-        seq_lens,
-        query_start_loc,
-        window=window,
-        sink_tokens=sink_tokens,
-        sink_query=sink_query,
-        scale=scale,
-        k_scale=k_scale,
-        v_scale=v_scale,
-        out=out,
+    call = PrefillCall(
+        query=query,
         key=key,
         value=value,
-    )
-    # Required here, as it is not where each request has one query.
-    check_integers("query_start_loc", query_start_loc, torch.int32, (seq_lens.shape[0] + 1,))
-    own_shape = (query.shape[0], kv_cache.shape[1], query.shape[2])
-    if key.shape != own_shape or key.dtype != query.dtype:
-        raise TypeError(
-            f"key must have query's dtype and tokens and the cache's heads, {list(own_shape)}; "
-            f"query is {describe(query)}, key {describe(key)}"
-        )
-    check_like("value", value, key, "key")
-    chosen = resolve(impl, kv_cache.device, others=("xformers",))
-    implementations = {
-        "torch": reference.prefill_attention,
-        "triton": _prefill,
-        "xformers": xformers_prefill.prefill_attention,
-    }
-    return implementations[chosen](
-        query,
-        key,
-        value,
-        kv_cache,
-        block_table,
-        query_start_loc,
-        seq_lens,
+        kv_cache=kv_cache,
+        block_table=block_table,
+        query_start_loc=query_start_loc,
+        seq_lens=seq_lens,
         window=window,
         sink_tokens=sink_tokens,
-        scale=query.shape[2] ** -0.5 if scale is None else scale,
+        scale=scale,
         sink_query=sink_query,
         k_scale=k_scale,
         v_scale=v_scale,
-        out=torch.empty_like(query) if out is None else out,
     )
+    check_prefill_call(call, out)
+    chosen = resolve(impl, kv_cache.device, others=("xformers",))
+    out = torch.empty_like(query) if out is None else out
+    if chosen == "torch":
+        return reference.prefill_attention(**call.arguments(), out=out)
+    return _prefill(call, out) if chosen == "triton" else prefill_by_xformers(call, out)
 
 
-def _prefill(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    kv_cache: torch.Tensor,
-    block_table: torch.Tensor,
-    query_start_loc: torch.Tensor,
-    seq_lens: torch.Tensor,
-    *,
-    window: int | None,
-    sink_tokens: int,
-    scale: float,
-    sink_query: torch.Tensor | None,
-    k_scale: float,
-    v_scale: float,
-    out: torch.Tensor,
-) -> torch.Tensor:
+def _prefill(call: PrefillCall, out: torch.Tensor) -> torch.Tensor:
+    """Launch the kernel for ``call``; returns ``out``."""
+    query, kv_cache = call.query, call.kv_cache
     num_tokens, num_heads, head_dim = query.shape
-    check_for_kernels(head_dim, query=query, key=key, value=value, sink_query=sink_query, out=out)
-    pages, factor, target = readable(kv_cache)
+    check_for_kernels(
+        head_dim, query=query, key=call.key, value=call.value, sink_query=call.sink_query, out=out
+    )
+    readable_cache, factor, target = readable(kv_cache)
     if num_tokens == 0:
         return out
-    # The most keys that a table can name: full attention is a window of so many.
-    capacity = max(1, block_table.shape[1] * kv_cache.shape[2])
-    size = capacity if window is None else min(window, capacity)
+    window, has_sinks = call.reach()
     plan = plan_prefill(
         target,
         group=num_heads // kv_cache.shape[1],
         head_dim=head_dim,
         page=kv_cache.shape[2],
-        has_sinks=sink_tokens > 0 and size < capacity,
+        has_sinks=has_sinks,
         query_format=FORMATS[query.dtype],
         kv_format=FORMATS[kv_cache.dtype],
     )
@@ -152,20 +107,13 @@ def _prefill(
 
     with on_device_of(kv_cache):
         launch_prefill(
+            call,
             out,
-            query,
-            query if sink_query is None else sink_query,
-            key,
-            value,
-            pages,
-            block_table,
-            query_start_loc,
-            seq_lens,
-            window=size,
-            sink_tokens=sink_tokens,
-            score_scale=scale * math.log2(math.e),
-            key_scale=k_scale * factor,
-            value_scale=v_scale * factor,
+            readable_cache,
+            window=window,
+            score_scale=call.softmax_scale * math.log2(math.e),
+            key_scale=call.k_scale * factor,
+            value_scale=call.v_scale * factor,
             plan=plan,
             target=target,
         )

@@ -1,0 +1,56 @@
+"""One call of paged attention: what it reads, and how.
+
+:mod:`swa_backend.ops` builds it from a caller's arguments and checks it once; implementations and
+launchers take it as one argument, with what they write beside it.
+"""
+
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class AttentionCall:
+    """Arguments of :func:`swa_backend.ops.decode_attention`, which describes them."""
+
+    query: torch.Tensor
+    kv_cache: torch.Tensor
+    block_table: torch.Tensor
+    seq_lens: torch.Tensor
+    query_start_loc: torch.Tensor | None
+    window: int | None
+    sink_tokens: int
+    scale: float | None
+    sink_query: torch.Tensor | None
+    k_scale: float
+    v_scale: float
+
+    def arguments(self) -> dict[str, Any]:
+        """The arguments by name, as the oracle takes them."""
+        return {field.name: getattr(self, field.name) for field in fields(self)}
+
+    @property
+    def softmax_scale(self) -> float:
+        """Scale of the scores, ``D ** -0.5`` by default."""
+        return self.query.shape[2] ** -0.5 if self.scale is None else self.scale
+
+    def reach(self) -> tuple[int, bool]:
+        """How far queries see, and whether they see sinks beyond.
+
+        Returns:
+            The window in tokens, at most as many as a row of the block table has slots for: full
+            attention is a window of so many. And whether sinks can lie below it.
+        """
+        capacity = max(1, self.block_table.shape[1] * self.kv_cache.shape[2])
+        window = capacity if self.window is None else min(self.window, capacity)
+        return window, self.sink_tokens > 0 and window < capacity
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class PrefillCall(AttentionCall):
+    """Arguments of :func:`swa_backend.ops.prefill_attention`, which describes them."""
+
+    query_start_loc: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
