@@ -1,4 +1,4 @@
-"""One call of paged attention: what it reads, and how.
+"""The arguments of a call of paged attention, as one value.
 
 :mod:`swa_backend.ops` builds it from a caller's arguments and checks it once; implementations and
 launchers take it as one argument, with what they write beside it.
@@ -27,7 +27,7 @@ class AttentionCall:
     v_scale: float
 
     def arguments(self) -> dict[str, Any]:
-        """The arguments by name, as the oracle takes them."""
+        """Give the arguments by name, as the oracle takes them."""
         return {field.name: getattr(self, field.name) for field in fields(self)}
 
     @property
@@ -36,11 +36,11 @@ class AttentionCall:
         return self.query.shape[2] ** -0.5 if self.scale is None else self.scale
 
     def reach(self) -> tuple[int, bool]:
-        """How far queries see, and whether they see sinks beyond.
+        """Say how far a query sees.
 
         Returns:
-            The window in tokens, at most as many as a row of the block table has slots for: full
-            attention is a window of so many. And whether sinks can lie below it.
+            The window in tokens, at most the slots that a row of the block table names, which
+            stand for full attention too; and whether sinks can lie below that window.
         """
         capacity = max(1, self.block_table.shape[1] * self.kv_cache.shape[2])
         window = capacity if self.window is None else min(self.window, capacity)

@@ -49,7 +49,7 @@ def decode_kernel(
     IS_RAGGED: tl.constexpr,
     DOT: tl.constexpr,
 ):
-    """Attention of one block of queries, one KV head and one part of the keys.
+    """Compute attention of one block of queries, one KV head and one part of the keys.
 
     A block is up to ``ROWS_PER_BLOCK`` queries of one request times ``GROUP`` heads. Part
     ``NUM_SPLITS`` are the sinks below the window, the others the window. Writes the part's output
@@ -147,7 +147,7 @@ def merge_kernel(
     PARTS: tl.constexpr,
     IS_RAGGED: tl.constexpr,
 ):
-    """Output of one query and head from its parts; zeros where nothing was seen."""
+    """Merge the parts of one query and head into its output; zeros if it saw no key."""
     token = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1)
     row = token * tl.num_programs(1) + head

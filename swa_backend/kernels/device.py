@@ -23,7 +23,7 @@ def compile_target(target: Target) -> Iterator[None]:
 
 
 def target_of(device: torch.device) -> Target:
-    """What the kernels need to know of ``device``.
+    """Give the target that kernels for tensors on ``device`` are compiled for.
 
     Raises:
         ValueError: no kernel runs there.
@@ -33,7 +33,7 @@ def target_of(device: torch.device) -> Target:
 
 @cache
 def detect_target(device: torch.device) -> Target:
-    """What the kernels need to know of a device that is here; see :func:`target_of`."""
+    """Ask a device what it is; raises as :func:`target_of`, which callers use instead."""
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
         num_processors = properties.multi_processor_count
@@ -51,6 +51,6 @@ def detect_target(device: torch.device) -> Target:
 
 
 def on_device_of(tensor: torch.Tensor) -> AbstractContextManager[object]:
-    """A context whose launches go to the GPU that ``tensor`` is on; empty for a CPU tensor."""
+    """Open a context whose launches go to the GPU of ``tensor``; nothing for a CPU tensor."""
     place: AbstractContextManager[object] = torch.cuda.device_of(tensor)  # type: ignore[no-untyped-call]
     return place

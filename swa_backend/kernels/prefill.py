@@ -1,4 +1,4 @@
-"""Prefill attention of ragged chunks: their own keys from activations, those before from pages.
+"""Prefill attention of ragged chunks: their own keys as tensors, the keys before in pages.
 
 Query blocks of all requests lie one behind the other; each reads the tiles between the first key
 that its first query sees and its last query, and none outside. The running softmax is that of Dao
@@ -63,10 +63,10 @@ def prefill_kernel(
     HAS_SINKS: tl.constexpr,
     DOT: tl.constexpr,
 ):
-    """Output of one block of queries and one KV head.
+    """Compute the output of one block of queries and one KV head.
 
-    A block is up to ``ROWS_PER_BLOCK`` queries of one request times ``GROUP`` heads. What lies
-    behind the last request is one more, without keys: it becomes zeros.
+    A block is up to ``ROWS_PER_BLOCK`` queries of one request times ``GROUP`` heads. Rows behind
+    the last request's count as one more request, which has no keys: they become zeros.
     """
     block = tl.program_id(0)
     kv_head = tl.program_id(1)

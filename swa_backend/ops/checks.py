@@ -1,4 +1,4 @@
-"""What the operations on pages accept; shapes and dtypes only, nothing that waits for a device."""
+"""Checks of what the operations on pages accept: shapes and dtypes, no wait for a device."""
 
 import math
 from typing import TypeGuard
@@ -13,7 +13,7 @@ FP8_DTYPES = (torch.float8_e4m3fn, torch.float8_e5m2)
 
 
 def describe(tensor: object) -> str:
-    """Dtype and shape, for messages; of what is no tensor its type."""
+    """Describe a tensor by dtype and shape, and anything else by its type, for messages."""
     if not isinstance(tensor, torch.Tensor):
         return f"a {type(tensor).__name__}"
     return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
@@ -24,7 +24,7 @@ def _is_tensor(value: object) -> TypeGuard[torch.Tensor]:
 
 
 def check_rows(name: str, rows: torch.Tensor) -> None:
-    """Raise unless ``rows`` is ``[num_tokens, heads, D]`` of a dtype that queries have."""
+    """Raise unless ``rows`` is ``[num_tokens, heads, D]`` of a dtype that queries may have."""
     if not _is_tensor(rows) or rows.dim() != 3 or rows.dtype not in QUERY_DTYPES:
         raise TypeError(
             f"{name} must be float32, float16 or bfloat16 [num_tokens, heads, head_dim]; "
@@ -48,7 +48,7 @@ def check_table(table: torch.Tensor, states: torch.Tensor) -> None:
 
 
 def check_cache(kv_cache: torch.Tensor, rows: torch.Tensor, name: str) -> None:
-    """Raise where ``rows [num_tokens, heads, D]`` and the cache do not go together."""
+    """Raise unless ``rows [num_tokens, heads, D]`` can be attended or stored with the cache."""
     check_rows(name, rows)
     if not _is_tensor(kv_cache) or kv_cache.dtype not in (rows.dtype, *FP8_DTYPES):
         raise TypeError(
@@ -77,7 +77,7 @@ def check_cache(kv_cache: torch.Tensor, rows: torch.Tensor, name: str) -> None:
 def check_integers(
     name: str, tensor: object, dtype: torch.dtype, shape: tuple[int | None, ...]
 ) -> None:
-    """Raise unless ``tensor`` has this dtype and shape, where None is any size, and dense rows."""
+    """Raise unless ``tensor`` has contiguous rows and this dtype and shape (None: any size)."""
     if not (
         _is_tensor(tensor)
         and tensor.dtype == dtype
@@ -110,7 +110,7 @@ def check_scratch(scratch: torch.Tensor, kv_cache: torch.Tensor) -> None:
 def check_call(
     call: AttentionCall, out: torch.Tensor | None, **others: torch.Tensor | None
 ) -> None:
-    """Raise for what no attention over pages takes; ``others`` have to be on the cache's device."""
+    """Raise unless the arguments fit together; ``others`` must be on the cache's device too."""
     query, kv_cache = call.query, call.kv_cache
     check_cache(kv_cache, query, "query")
     check_integers("seq_lens", call.seq_lens, torch.int32, (None,))
@@ -138,7 +138,7 @@ def check_call(
 
 
 def check_prefill_call(call: PrefillCall, out: torch.Tensor | None) -> None:
-    """Raise for what no prefill attention takes."""
+    """Raise unless the arguments, the chunk's own keys and values included, fit together."""
     query, key = call.query, call.key
     check_call(call, out, key=key, value=call.value)
     own_shape = (query.shape[0], call.kv_cache.shape[1], query.shape[2])
@@ -159,7 +159,7 @@ def check_like(name: str, tensor: torch.Tensor | None, like: torch.Tensor, like_
 
 
 def check_window(window: int | None, sink_tokens: int, has_sink_query: bool) -> None:
-    """Raise for a window below 1, fewer than 0 sinks, or a sink query that nothing would meet."""
+    """Raise for a window below 1, fewer than 0 sinks, or a sink query that no key would meet."""
     if window is not None and not is_count(window):
         raise ValueError(
             f"window must be an integer >= 1 and below 2**31, or None for full attention; got "
@@ -191,7 +191,7 @@ def check_same_device(like: torch.Tensor, like_name: str, **others: torch.Tensor
 
 
 def check_head_dim(head_dim: int, remedy: str) -> None:
-    """Raise for heads that the kernels cannot serve."""
+    """Raise for a head dimension that the kernels do not have."""
     if head_dim < 16 or head_dim & (head_dim - 1):
         raise ValueError(
             f"the kernels need a head_dim that is a power of two and at least 16, got {head_dim}; "
@@ -200,7 +200,7 @@ def check_head_dim(head_dim: int, remedy: str) -> None:
 
 
 def check_for_kernels(head_dim: int, **rows: torch.Tensor | None) -> None:
-    """Raise for what the oracle takes but a kernel does not."""
+    """Raise for a head dimension or strides that the oracle takes but the kernels do not."""
     check_head_dim(head_dim, 'use impl="torch"')
     for name, tensor in rows.items():
         if tensor is not None and tensor.stride(-1) != 1:

@@ -1,4 +1,4 @@
-"""Attention of decoding requests over the pages of their window."""
+"""The operation that attends from decoding requests to the pages of their windows."""
 
 import math
 
@@ -29,7 +29,7 @@ def decode_attention(
     scratch: torch.Tensor | None = None,
     impl: str = "auto",
 ) -> torch.Tensor:
-    """Attention of each request's last tokens over its pages, as :mod:`swa_backend.window` says.
+    """Attend from each request's last tokens to its pages, as :mod:`swa_backend.window` says.
 
     Slots without a visible key, and table entries of pages without one, are not read. The launch
     depends on shapes, ``window`` and ``sink_tokens`` only, so a CUDA graph can hold it.
@@ -43,11 +43,11 @@ def decode_attention(
         seq_lens: int32 ``[num_reqs]``, tokens including the queries; 0 marks a padded row.
         window: tokens a query sees, itself included; None for all.
         sink_tokens: leading tokens that every query sees.
-        scale: of the scores, positive; ``D ** -0.5`` by default.
+        scale: factor of the scores, positive; ``D ** -0.5`` by default.
         sink_query: as query; meets the sinks below the window instead of it.
         query_start_loc: int32 ``[num_reqs + 1]``; request ``r`` has the queries from entry ``r`` to
             entry ``r + 1``, the last of them at position ``seq_lens[r] - 1``. One each by default.
-        k_scale, v_scale: what the numbers of an fp8 cache are multiplied by.
+        k_scale, v_scale: factors of the elements of an fp8 cache.
         out: where to write, as query.
         scratch: fp32 ``[n]``, overwritten, ``n`` at least :func:`decode_scratch_size`; allocated by
             default.
@@ -95,7 +95,7 @@ def decode_scratch_size(
     sink_tokens: int = 0,
     device: torch.device,
 ) -> int:
-    """Elements of scratch for every batch of 1 to ``max_tokens`` queries on ``device``.
+    """Count the scratch elements that any batch of 1 to ``max_tokens`` queries needs on ``device``.
 
     Raises:
         ValueError: no kernel runs there.
@@ -155,7 +155,7 @@ def _divide(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Divide scratch into outputs ``[num_tokens, Hq, num_parts, D]`` and log-sum-exps of the parts.
 
-    Allocates it where the caller gave none.
+    Allocates scratch if the caller gave none.
     """
     num_tokens, num_heads, head_dim = query.shape
     num_rows = num_tokens * num_heads * plan.num_parts

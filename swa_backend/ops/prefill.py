@@ -1,4 +1,4 @@
-"""Attention of prefill chunks over their own keys and the pages before them."""
+"""The operation that attends from prefill chunks to their own keys and the pages before them."""
 
 import math
 
@@ -31,15 +31,15 @@ def prefill_attention(
     out: torch.Tensor | None = None,
     impl: str = "auto",
 ) -> torch.Tensor:
-    """Attention of each request's last tokens: over their own keys, and over pages before these.
+    """Attend from each request's last tokens to their own keys and to the pages before these.
 
-    Of pages only keys that a query sees and that lie before the request's first query are read:
-    the chunk itself need not be stored. The launch depends on shapes, ``window`` and
+    From pages the operation reads only keys that a query sees and that lie before the request's
+    first query: the chunk itself need not be stored. The launch depends on shapes, ``window`` and
     ``sink_tokens`` only.
 
     Args:
         query: fp32, fp16 or bf16 ``[num_tokens, Hq, D]``, ``Hq`` a multiple of ``Hkv``.
-        key, value: the same tokens', as query, ``[num_tokens, Hkv, D]``.
+        key, value: keys and values of the same tokens, query's dtype, ``[num_tokens, Hkv, D]``.
         kv_cache: the same dtype, or fp8 (e4m3fn, e5m2), ``[num_pages, Hkv, page, 2 * D]``.
         block_table: int32 ``[num_reqs, max_pages]``, page ids in the order of positions.
         query_start_loc: int32 ``[num_reqs + 1]``; request ``r`` has the tokens from entry ``r`` to
@@ -47,10 +47,10 @@ def prefill_attention(
         seq_lens: int32 ``[num_reqs]``, tokens including these; 0 marks a padded row.
         window: tokens a query sees, itself included; None for all.
         sink_tokens: leading tokens that every query sees.
-        scale: of the scores, positive; ``D ** -0.5`` by default.
+        scale: factor of the scores, positive; ``D ** -0.5`` by default.
         sink_query: as query; meets the sinks below the window instead of it.
-        k_scale, v_scale: what the numbers of an fp8 cache are multiplied by; ``key`` and ``value``
-            are taken as they are.
+        k_scale, v_scale: factors of the elements of an fp8 cache; ``key`` and ``value`` are taken
+            as they are.
         out: where to write, as query.
         impl: also ``"xformers"``, which waits for the host and has no sinks.
 

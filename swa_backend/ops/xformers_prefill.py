@@ -1,8 +1,8 @@
 """Prefill attention by xformers: a local mask over each chunk's window before it, and the chunk.
 
 No mask of xformers is both paged and local (``make_paged`` on a local mask drops the window), so
-what the chunks see of their pages is copied together first, which waits for the lengths on the
-host; and none has sinks. A chunk's tokens are not stored here either.
+the keys that chunks see in their pages are gathered into one tensor first, which waits for the
+lengths on the host. No mask has sinks. A chunk's tokens need not be stored here either.
 """
 
 import torch
@@ -15,7 +15,7 @@ def prefill_by_xformers(call: PrefillCall, out: torch.Tensor) -> torch.Tensor:
     """Write what :func:`swa_backend.ops.prefill_attention` computes to ``out``, and return it.
 
     Raises:
-        ValueError: sinks.
+        ValueError: the call has sinks.
         NotImplementedError: xformers has no operator for the device, with its reasons.
     """
     if call.sink_tokens:

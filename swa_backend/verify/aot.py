@@ -36,13 +36,13 @@ _THREADS = {80: 2048, 86: 1536, 89: 1536, 90: 2048, 100: 2048, 120: 1536}
 
 @dataclass(frozen=True)
 class Facts:
-    """What a compiled kernel takes.
+    """Resources that a compiled kernel takes, and instructions that it uses.
 
     Attributes:
-        registers: a thread's.
+        registers: registers of a thread.
         spilled_bytes: a thread's stack and local memory; on AMD spilled registers.
-        shared_bytes: a program's.
-        shared_limit: the most that a program can have on the device.
+        shared_bytes: shared memory of a program.
+        shared_limit: most shared memory that a program can have on the device.
         kv_buffers: buffers of the smallest ring of ``[tile, head_dim]`` tiles; 1 overlaps nothing.
         load_bytes: narrowest asynchronous copy of keys and values; where there is none, narrowest
             vector load. None if every load is of 4 bytes.
@@ -64,7 +64,7 @@ class Facts:
 
 
 def triton_modules() -> dict[str, Any]:
-    """Triton and its language, by the names under which kernels know them."""
+    """Give Triton and its language by the names that kernels use for them."""
     return {"triton": triton, "tl": triton.language}
 
 
@@ -110,14 +110,14 @@ def compiling(target: Target) -> Iterator[dict[str, Any]]:
 
 
 def _as_given(value: Any) -> Any:
-    """A compiler's options after JSON, which has made lists of their tuples."""
+    """Restore a compiler's options from JSON, which has made lists of their tuples."""
     if isinstance(value, dict):
         return {name: _as_given(item) for name, item in value.items()}
     return tuple(map(_as_given, value)) if isinstance(value, list) else value
 
 
 class _Driver:
-    """What Triton asks a GPU's driver before it compiles."""
+    """The part of a GPU's driver that Triton asks before it compiles."""
 
     def __init__(self, target: Target) -> None:
         self._target = target
@@ -135,7 +135,7 @@ class _Driver:
 
 
 def read_facts(kernel: Any, target: Target) -> Facts:
-    """Facts of what :func:`compiling` gave."""
+    """Read the facts of a kernel that :func:`compiling` gave."""
     return _amd_facts(kernel) if target.backend == "hip" else _nvidia_facts(kernel, target)
 
 
@@ -186,7 +186,7 @@ def _amd_facts(kernel: Any) -> Facts:
 
 
 def _product(assembly: str) -> str | None:
-    # The first reach the full rate of sm_100 and sm_90; the last is AMD's.
+    # The first two reach the full rate of sm_100 and sm_90; the last is AMD's.
     names = ("UTCHMMA", "HGMMA", "HMMA", "v_mfma")
     return next((name for name in names if re.search(rf"\b{name}", assembly)), None)
 
@@ -197,7 +197,7 @@ def _is_serialized(code: str) -> bool:
 
 
 def _kv_buffers(kernel: Any) -> int:
-    """The leading size of the rings that the pipeline keeps loaded tiles in."""
+    """Find the leading size of the smallest ring that the pipeline keeps loaded tiles in."""
     rings = re.findall(r"local_alloc :.*memdesc<(\d+)x\d+x\d+x", kernel.asm["ttgir"])
     return min(map(int, rings), default=1)
 
@@ -211,7 +211,7 @@ def _nvidia_load_bytes(ptx: str) -> int | None:
 
 
 def _run_tool(name: str, *arguments: str) -> str:
-    """Output of one of the NVIDIA tools that Triton brings."""
+    """Run one of the NVIDIA tools that Triton brings; returns its output."""
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
     command = [str(tool), *arguments]
     done = subprocess.run(command, capture_output=True, text=True, check=True)  # noqa: S603 (Triton's)
