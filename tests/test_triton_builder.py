@@ -286,7 +286,7 @@ def test_layers_allocate_nothing(
     monkeypatch.setattr(torch.accelerator, "empty_cache", lambda: None)
     workspace.init_workspace_manager(CPU)
     for name in ("empty", "empty_like"):
-        monkeypatch.setattr(ops.torch, name, partial(_refuse_inside_a_layer, getattr(torch, name)))
+        monkeypatch.setattr(torch, name, partial(_refuse_inside_a_layer, getattr(torch, name)))
     try:
         setup.group.create_metadata_builders(setup.config, CPU, kernel_block_size=PAGE)
         workspace.lock_workspace()
