@@ -19,11 +19,11 @@ _TEXT_MODELS = (
     "qwen3_omni_moe_text",
     "qwen3_asr_text",
 )
-# What a text config inside is that does not say it, by the type of the whole.
+# Model type of a nested text config that does not name its own, by the type of the whole.
 _UNSAID = {"qwen3_asr": "qwen3"}
 _REMEDY = "give the config.json of a Qwen3"
 _NESTED = ("thinker_config", "text_config")
-# What transformers' Qwen3Config fills in.
+# Defaults of transformers' Qwen3Config.
 _DENSE_DEFAULTS = {"head_dim": 128, "sliding_window": 4096, "max_window_layers": 28}
 _MOE_DEFAULTS = {"sliding_window": 4096}
 
@@ -33,11 +33,11 @@ class Checkpoint:
     """What a plan needs to know of a model.
 
     Attributes:
-        config: of the text layers, as :func:`swa_backend.layers.resolve_layers` reads it.
-        num_layers: text layers.
-        num_kv_heads: KV heads a layer, of all devices together.
-        head_dim: numbers of a key, and of a value.
-        dtype: of the weights by name; None where the config does not say.
+        config: the text layers' config, as :func:`swa_backend.layers.resolve_layers` reads it.
+        num_layers: number of text layers.
+        num_kv_heads: KV heads of a layer, those of all devices together.
+        head_dim: elements of a key, and of a value.
+        dtype: name of the weights' dtype; None where the config does not say.
         max_positions: ``max_position_embeddings``.
     """
 
@@ -53,9 +53,9 @@ def read_checkpoint(path: Path) -> Checkpoint:
     """Read a checkpoint's directory or its config.json.
 
     Raises:
-        ValueError: nothing there, not JSON, not a Qwen3, or keys that are missing or nonsense.
+        ValueError: no such file, not JSON, not a Qwen3, or a key that is missing or wrong.
     """
-    # Unlike Path.is_dir it takes what may not be looked at for a file, which cannot be read then.
+    # Unlike Path.is_dir this does not raise where a directory may not be read: reading does.
     file = path / "config.json" if os.path.isdir(path) else path
     raw = _load(file)
     text = dict(raw)
@@ -106,7 +106,7 @@ def _load(file: Path) -> dict[str, Any]:
 
 
 def _check_types(file: Path, text: dict[str, Any]) -> None:
-    """Raise for what transformers would refuse of the keys that decide about layers."""
+    """Raise for a key about layers whose type transformers would refuse."""
     for keys, fits, allowed in (
         (("rope_parameters", "rope_scaling"), dict, "an object"),
         (("use_sliding_window",), bool, "true or false"),
@@ -129,7 +129,7 @@ def _wrong(file: Path, key: str, allowed: str, value: object) -> str:
 
 
 def _with_defaults(text: dict[str, Any]) -> dict[str, Any]:
-    """The config as transformers completes it; that of derived models it leaves alone."""
+    """Complete a config as transformers does, which leaves those of derived models alone."""
     rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
     text = {**text, "rope_parameters": {**rope, "rope_type": rope.get("rope_type", "default")}}
     if "type" in rope:  # the older name

@@ -119,7 +119,7 @@ class SWAOptions:
 
 
 def parse_layers(spec: str | Iterable[int], num_layers: int) -> frozenset[int]:
-    """Layer indices named by ``spec`` (see :attr:`SWAOptions.full_attention_layers`).
+    """Parse the layers that ``spec`` names (see :attr:`SWAOptions.full_attention_layers`).
 
     Raises:
         SWAConfigError: text that does not parse, or an index outside ``0..num_layers-1``.
@@ -195,7 +195,7 @@ def _parse_part(part: str, spec: str, num_layers: int) -> set[int]:
     if (index := _index(part)) is not None:
         return {index}
     if first is not None and last is not None and first <= last:
-        # Both ends, so that one outside of the model is seen; never a range as long as they say.
+        # Both ends, so that one outside of the model is found, and no range beyond the model.
         return {first, last, *range(first, min(last, num_layers))}
     raise SWAConfigError(
         f"swa.full_attention_layers={spec!r}: cannot read {part!r}; write indices and ranges "

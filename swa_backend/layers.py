@@ -37,7 +37,7 @@ class LayerPlan:
 
     @property
     def layer_types(self) -> list[str]:
-        """The plan in the words of transformers' ``layer_types``."""
+        """The kind of each layer, as transformers' ``layer_types`` names it."""
         return [FULL if window is None else SLIDING for window in self.windows]
 
 
@@ -48,7 +48,7 @@ def resolve_layers(
     hf_overrides: Mapping[str, Any] | None = None,
     max_model_len: int | None = None,
 ) -> LayerPlan:
-    """The window of every layer of a Qwen3: dense, MoE, or the text layers of a derived model.
+    """Resolve the window of every layer of a Qwen3: dense, MoE, or a derived model's text layers.
 
     Options win over the checkpoint; in the checkpoint an explicit ``layer_types`` wins over
     ``max_window_layers``. transformers (5.19) knows neither for MoE and slides every layer once
@@ -160,7 +160,7 @@ def _warnings(
 
 
 def trained_len(hf_config: Any) -> int:
-    """Longest text in tokens that the model was trained on, before any RoPE scaling."""
+    """Give the longest text in tokens that the model was trained on, before any RoPE scaling."""
     rope: Mapping[str, Any] = getattr(hf_config, "rope_parameters", None) or {}
     trained = rope.get("original_max_position_embeddings") or hf_config.max_position_embeddings
     return int(trained)
@@ -183,7 +183,7 @@ def _checkpoint_layer_types(hf_config: Any, num_layers: int, options: SWAOptions
 
 
 def _uniform_layer_types(hf_config: Any, num_layers: int, options: SWAOptions) -> list[str]:
-    """All layers or none: what transformers does with a Qwen3-MoE without ``layer_types``."""
+    """Give every layer one kind, as transformers does for a Qwen3-MoE without ``layer_types``."""
     if not getattr(hf_config, "use_sliding_window", None):
         return [FULL] * num_layers
     first = getattr(hf_config, "max_window_layers", None)

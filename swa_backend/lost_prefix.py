@@ -9,7 +9,7 @@ from collections.abc import Callable, Hashable, Sequence
 
 
 class SkippedPages:
-    """Hashes of the pages skipped last, oldest first."""
+    """Remembers the hashes of the pages that were skipped last."""
 
     def __init__(self, capacity: int) -> None:
         self._capacity = capacity
@@ -30,15 +30,15 @@ class SkippedPages:
         num_needed: int,
         is_cached: Callable[[Hashable], bool],
     ) -> int:
-        """Pages by which a hit would have been longer, had no page been skipped.
+        """Count the pages by which a hit would have been longer, had no page been skipped.
 
         An upper bound: the pool might have reused a page by now, the cache might have been reset,
         and in a model with other kinds of layers those may not have had the prefix either.
 
         Args:
-            hashes: of all the prompt's pages that may be hit, in the order of positions.
+            hashes: hashes of the prompt's pages that may be hit, in the order of positions.
             num_hit: how many of them were hit.
-            num_needed: pages in a row below its end that a hit needs.
+            num_needed: pages in a row that a hit needs below its end.
             is_cached: whether the prefix cache holds a page.
         """
         if not any(page_hash in self._hashes for page_hash in hashes[num_hit:]):

@@ -16,11 +16,11 @@ class PageCounts:
         prefix_lost_tokens: prompt tokens computed again because pages that would have served them
             from the prefix cache had been skipped.
         live_window: pages held now that are no more than decoding needs; see
-            :meth:`swa_backend.pages.WindowPages.kinds`. Of all live pages one that is shared by two
-            requests counts for each.
+            :meth:`swa_backend.pages.WindowPages.kinds`. A live page of any kind that two requests
+            share counts twice.
         live_sink: pages held now for sink tokens.
         live_prefill: pages held now beyond both, for chunks, steps in flight and the prefix cache.
-        reserved: the most that the live requests could hold, were each as long as can be.
+        reserved: most pages that the live requests could hold, were each of max_model_len.
         requests_live: requests that hold pages now.
         peak_live_per_request: most pages one request held after an allocation.
         window_tokens: tokens a query sees, itself included.
@@ -49,11 +49,11 @@ class PageCounts:
 
 @dataclass(frozen=True)
 class Metric:
-    """A Prometheus metric, or one kind of it; its labels ``engine`` and ``group`` go unsaid.
+    """A Prometheus metric, or one kind of it; all have the labels ``engine`` and ``group`` too.
 
     Attributes:
-        name: of the metric; samples of a counter add ``_total``.
-        kind: value of the label ``kind``, of metrics that have it.
+        name: the metric's name; samples of a counter add ``_total``.
+        kind: value of the label ``kind``, for metrics that have it.
     """
 
     name: str
@@ -71,7 +71,7 @@ _LIVE = (
     "KV pages that requests hold now, by what for: the window, sink tokens, or beyond both "
     "a prefill chunk, steps in flight and the prefix cache."
 )
-# By the field of PageCounts that each one shows.
+# Keys are the fields of PageCounts that the metrics show.
 METRICS = {
     "allocated": Metric(
         "swa_pages_allocated", "counter", "KV pages taken from the pool for new tokens."

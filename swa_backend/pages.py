@@ -18,7 +18,7 @@ from swa_backend.window import first_visible
 
 
 def ceil_div(numerator: int, denominator: int) -> int:
-    """``numerator / denominator`` rounded up."""
+    """Divide and round up."""
     return -(-numerator // denominator)
 
 
@@ -66,7 +66,7 @@ class WindowPages:
         return max(seen, self.num_hit_pages) + 1
 
     def kinds(self, num_held: int, num_ahead_tokens: int = 0) -> tuple[int, int, int]:
-        """What the pages that a request holds are for.
+        """Say what the pages that a request holds are for.
 
         Args:
             num_ahead_tokens: slots that a step takes beyond its own tokens.
@@ -92,8 +92,8 @@ class WindowPages:
     def first_survivor(self, num_tokens: int) -> int:
         """First window page that a step ending before position ``num_tokens`` must leave behind.
 
-        Counted back from the last token's page and not from its window: where the same text comes
-        again, vLLM finds it in the prefix cache by the :attr:`num_hit_pages` below that one.
+        It is counted back from the last token's page and not from its window: if the same text
+        comes again, vLLM finds it in the prefix cache by the :attr:`num_hit_pages` below that one.
         """
         last = (num_tokens - 1) // self.page_size
         return max(0, last - self.max_survivors + 1)
@@ -110,12 +110,12 @@ class WindowPages:
     def max_held(self, num_steps: int, num_in_flight_tokens: int, lookahead_tokens: int = 0) -> int:
         """Most pages that a request of any length holds; without rollback the exact maximum.
 
-        Those that the next query sees, and what each step leaves behind that is scheduled but not
-        yet settled; or, where chunks are too short to leave holes, one unbroken span.
+        These are the pages that the next query sees, and those that each step leaves behind that
+        is scheduled but not yet settled; or one unbroken span, if chunks are too short for holes.
 
         Args:
             num_steps: steps in flight at once.
-            num_in_flight_tokens: tokens of all of them.
+            num_in_flight_tokens: tokens of all steps in flight together.
             lookahead_tokens: slots that a step takes beyond its own tokens.
         """
         # The page of the next query is held even where a window of one sees nothing before it.
@@ -132,7 +132,7 @@ class WindowPages:
     ) -> int:
         """Pages that a request of at most ``longest`` tokens, slots ahead included, may ever hold.
 
-        Start-up sizing promises them, admission charges them; see :meth:`max_held`.
+        Start-up sizing and admission both count with this number; see :meth:`max_held`.
         """
         held = self.max_held(num_steps, num_in_flight_tokens, lookahead_tokens)
         return min(held, ceil_div(longest, self.page_size))

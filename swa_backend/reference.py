@@ -14,7 +14,7 @@ def visible_mask(
     window: int | None,
     sink_tokens: int = 0,
 ) -> torch.Tensor:
-    """Boolean mask of :func:`swa_backend.window.is_visible` over two position vectors.
+    """Evaluate :func:`swa_backend.window.is_visible` over two position vectors.
 
     Args:
         query_positions: int ``[Q]``.
@@ -33,8 +33,9 @@ def visible_mask(
 def sliding_window_mask_4d(
     query_len: int, key_len: int, window: int | None, dtype: torch.dtype = torch.float32
 ) -> torch.Tensor:
-    """Additive mask of the last ``query_len`` of ``key_len`` positions, as Hugging Face's eager
-    attention takes it.
+    """Make the additive mask of the last ``query_len`` of ``key_len`` positions.
+
+    Hugging Face's eager attention takes it in this form. Serves tests and documentation only.
 
     Returns:
         ``dtype`` ``[1, 1, query_len, key_len]``: 0 where visible, the dtype's minimum elsewhere.
@@ -50,7 +51,9 @@ def sliding_window_mask_4d(
 def slice_cache(
     key: torch.Tensor, value: torch.Tensor, window: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The part of a dense cache that a next token can still see: its last ``window - 1`` keys.
+    """Take the part of a dense cache that a next token can still see: the last ``window - 1`` keys.
+
+    Serves tests and documentation only: the window as rolling caches keep it.
 
     Args:
         key, value: ``[..., num_tokens, head_dim]``.
@@ -63,7 +66,9 @@ def slice_cache(
 
 
 def gather_pages(pages: torch.Tensor, block_table: torch.Tensor, num_tokens: int) -> torch.Tensor:
-    """The first ``num_tokens`` rows behind a block table.
+    """Gather the rows of the first ``num_tokens`` tokens by a block table.
+
+    Serves tests and documentation only: what a block table means.
 
     Args:
         pages: ``[num_blocks, num_kv_heads, block, head_dim]``.
@@ -83,7 +88,7 @@ def attention(
     mask: torch.Tensor,
     scale: float | None = None,
 ) -> torch.Tensor:
-    """Masked softmax attention in the inputs' precision; a row that sees nothing gives zeros.
+    """Compute masked softmax attention in the inputs' precision; zeros for rows without a key.
 
     Args:
         query: ``[num_heads, Q, head_dim]``.
@@ -112,7 +117,7 @@ def write_pages(
     k_scale: float = 1.0,
     v_scale: float = 1.0,
 ) -> None:
-    """What :func:`swa_backend.ops.write_pages` does."""
+    """Do what :func:`swa_backend.ops.write_pages` does, token by token."""
     head_dim, page = key.shape[-1], kv_cache.shape[2]
     largest = torch.finfo(kv_cache.dtype).max
     for token, slot in enumerate(slot_mapping.tolist()):
@@ -145,7 +150,7 @@ def decode_attention(
     v_scale: float = 1.0,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """What :func:`swa_backend.ops.decode_attention` computes, query by query, in fp64.
+    """Compute what :func:`swa_backend.ops.decode_attention` does, query by query, in fp64.
 
     Also takes fp64 queries, whose output is then not rounded.
     """
@@ -159,7 +164,7 @@ def decode_attention(
             position = seq_len - starts[request + 1] + token
             everything = torch.arange(max(seq_len, 0))
             visible = visible_mask(torch.tensor([position]), everything, window, sink_tokens)[0]
-            # Entries of the others may be stale.
+            # Table entries of the other positions may be stale.
             positions = visible.nonzero().flatten()
             rows = _gather_rows(kv_cache, block_table[request], positions)
             key, value = rows.chunk(2, dim=-1)
@@ -188,7 +193,7 @@ def prefill_attention(
     v_scale: float = 1.0,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """What :func:`swa_backend.ops.prefill_attention` computes, query by query, in fp64.
+    """Compute what :func:`swa_backend.ops.prefill_attention` does, query by query, in fp64.
 
     Also takes fp64 queries, whose output is then not rounded.
     """
@@ -221,7 +226,7 @@ def prefill_attention(
 def _gather_rows(
     kv_cache: torch.Tensor, table: torch.Tensor, positions: torch.Tensor
 ) -> torch.Tensor:
-    """Cached keys and values at ``positions [K]``, fp64 ``[Hkv, K, 2 * D]``."""
+    """Gather cached keys and values at ``positions [K]``, fp64 ``[Hkv, K, 2 * D]``."""
     page = kv_cache.shape[2]
     pages = table.cpu()[positions // page].long()
     rows = kv_cache[pages.to(kv_cache.device), :, (positions % page).to(kv_cache.device)]
@@ -236,7 +241,7 @@ def _attend(
     is_shifted: torch.Tensor,
     scale: float | None,
 ) -> torch.Tensor:
-    """One query's attention ``[Hq, D]``; keys that ``is_shifted [K]`` meet ``shifted_query``."""
+    """Attend from one query ``[Hq, D]``; keys where ``is_shifted [K]`` meet ``shifted_query``."""
     group = query.shape[0] // key.shape[0]
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     key, value = (x.repeat_interleave(group, dim=0) for x in (key, value))
@@ -253,7 +258,7 @@ def rotate_back(
     is_neox: bool = True,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """What :func:`swa_backend.ops.rotate_back` computes, in complex fp64 numbers."""
+    """Compute what :func:`swa_backend.ops.rotate_back` does, in complex fp64 numbers."""
     size = table.shape[1]
     cos, sin = (table[distances.abs()].double() / table[0, 0].double()).chunk(2, dim=-1)
     turns = torch.complex(cos, -sin * distances.sign()[:, None])[:, None]

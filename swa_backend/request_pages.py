@@ -1,7 +1,7 @@
-"""What a request holds in the KV cache, step by step, from sizes alone: no engine, no torch.
+"""The pages that a request holds, step by step, from sizes alone (imports no engine, no torch).
 
-:class:`RequestPages` is the bookkeeping of a page manager without its pages; which ones are needed
-:mod:`swa_backend.pages` says, to the manager and here.
+:class:`RequestPages` counts the pages of a request as the page manager allocates and frees them.
+Both ask :mod:`swa_backend.pages` which pages are needed.
 """
 
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from swa_backend.pages import WindowPages, ceil_div
 
 @dataclass(frozen=True)
 class PagePolicy:
-    """How the pages of one layer are managed.
+    """Rules by which the pages of one layer are managed.
 
     Attributes:
         page_size: tokens a page.
@@ -28,20 +28,20 @@ class PagePolicy:
     cap: int | None = None
 
     def num_entries(self, num_tokens: int) -> int:
-        """Entries of the table of a request of ``num_tokens``, pages or holes."""
+        """Count the block table's entries, pages or holes, of a request of ``num_tokens``."""
         return ceil_div(num_tokens + self.spare_tokens, self.page_size)
 
     def charge(self, num_tokens: int) -> int:
-        """Pages that must be free when a request of ``num_tokens`` is admitted."""
+        """Count the pages that must be free when a request of ``num_tokens`` is admitted."""
         entries = self.num_entries(num_tokens)
         return entries if self.cap is None else min(self.cap, entries)
 
 
 class RequestPages:
-    """One request's pages in one layer.
+    """Pages of one request in one layer.
 
     Attributes:
-        live: pages that it holds now.
+        live: number of pages that the request holds now.
     """
 
     __slots__ = ("_death", "_num_entries", "_policy", "_ranges", "live")
@@ -54,7 +54,7 @@ class RequestPages:
         self.live = 0
 
     def settle(self, num_settled: int) -> int:
-        """Free what no token from ``num_settled`` on sees; returns how many pages."""
+        """Free the pages that no token from ``num_settled`` on sees; returns how many."""
         window = self._policy.window
         if window is None or num_settled < self._death:
             return 0
@@ -70,14 +70,14 @@ class RequestPages:
         return before - self.live
 
     def missing(self, num_tokens: int) -> int:
-        """Pages that a step ending before ``num_tokens`` has to take."""
+        """Count the pages that a step ending before ``num_tokens`` has to allocate."""
         entries = self._policy.num_entries(num_tokens)
         if entries <= self._num_entries:
             return 0
         return entries - self._num_entries - len(self._holes(num_tokens))
 
     def take(self, num_tokens: int) -> None:
-        """Take them."""
+        """Allocate the pages that :meth:`missing` counts."""
         entries = self._policy.num_entries(num_tokens)
         if entries <= self._num_entries:
             return

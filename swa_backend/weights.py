@@ -1,7 +1,7 @@
-"""A checkpoint's safetensors files held against its config, by their headers: nothing is loaded.
+"""Checks of a checkpoint's safetensors files against its config; only their headers are read.
 
-vLLM stacks projections and counts a stack as loaded once one of them was: a checkpoint that lacks
-``q_proj`` of a layer is served, with whatever the memory held before.
+vLLM stacks projections and counts a stack as loaded once one of them was loaded: it serves a
+checkpoint that lacks ``q_proj`` of a layer with whatever the memory held before.
 """
 
 import json
@@ -13,7 +13,7 @@ from typing import Any
 _INDEX = "model.safetensors.index.json"
 _REMEDY = "download or copy the checkpoint again"
 _MODULE = re.compile(r"(?:^|\.)layers\.(\d+)\.((?:self_attn|mlp)\.\w+)\.")
-# Some checkpoints have these in one, as vLLM does.
+# Some checkpoints stack these projections, as vLLM does.
 _STACKS = {
     "self_attn.qkv_proj": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
     "mlp.gate_up_proj": ("mlp.gate_proj", "mlp.up_proj"),
@@ -26,14 +26,14 @@ Tensors = dict[str, tuple[str, tuple[int, ...]]]
 
 
 def check_weights(directory: Path, config: Any) -> None:
-    """Refuse weights that are incomplete or not those of the config.
+    """Refuse weights that are incomplete or do not match the config.
 
-    Without safetensors files there is nothing to check, and vLLM says what it misses. Names and
-    shapes are those of plain Qwen3 models; of quantized ones the names only.
+    Without safetensors files there is nothing to check, and vLLM reports what it misses. Names and
+    shapes are checked for plain Qwen3 models; for quantized ones only names.
 
     Args:
-        directory: of the checkpoint.
-        config: of the text layers.
+        directory: the checkpoint's directory.
+        config: the text layers' config.
 
     Raises:
         ValueError: a file that is missing or cut short, a layer without a weight, a wrong shape.
@@ -48,7 +48,7 @@ def check_weights(directory: Path, config: Any) -> None:
 
 
 def read_header(file: Path) -> Tensors:
-    """Dtype and shape of every tensor in a safetensors file.
+    """Read the dtype and shape of every tensor in a safetensors file.
 
     Raises:
         ValueError: the file is no safetensors file, or shorter than its header says.
@@ -129,7 +129,7 @@ def _check_shapes(directory: Path, config: Any, tensors: Tensors) -> None:
 
 
 def _shapes(config: Any) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Shapes that are the same in all layers."""
+    """Give name and shape of the weights whose shapes follow from the config alone."""
     hidden, head_dim = config.hidden_size, config.head_dim
     queries = config.num_attention_heads * head_dim
     keys = config.num_key_value_heads * head_dim

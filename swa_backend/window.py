@@ -17,30 +17,30 @@ def is_visible(query: int, key: int, window: int | None, sink_tokens: int = 0) -
 
 
 def first_visible(query: int, window: int | None) -> int:
-    """Lowest position inside the window of the query at ``query`` (sinks aside)."""
+    """Give the lowest position inside the window of the query at ``query``, sinks aside."""
     return 0 if window is None else max(0, query - window + 1)
 
 
 def num_visible(query: int, window: int | None, sink_tokens: int = 0) -> int:
-    """How many keys the query at position ``query`` sees; a sink inside the window counts once."""
+    """Count the keys that the query at ``query`` sees; a sink inside the window counts once."""
     first = first_visible(query, window)
     return query + 1 - first + min(sink_tokens, first)
 
 
 def last_unshifted(window: int, sink_tokens: int) -> int:
-    """Last position whose query sees everything: with position shift, those behind it are put here.
+    """Give the last position whose query sees every key before it.
 
-    A query at ``p`` beyond it meets the sinks as if ``p`` were this position (StreamingLLM's
-    cache-relative positions, https://arxiv.org/abs/2309.17453).
+    With position shift, a query beyond it meets the sinks as if it stood at this position
+    (StreamingLLM's cache-relative positions, https://arxiv.org/abs/2309.17453).
     """
     return sink_tokens + window - 1
 
 
 def flash_attention_window(window: int | None) -> tuple[int, int]:
-    """``window`` as FlashAttention's ``(left, right)``: keys before and after the query's own."""
+    """Convert to FlashAttention's ``(left, right)``: keys before and after the query's own."""
     return (-1, -1) if window is None else (window - 1, 0)
 
 
 def flashinfer_window_left(window: int | None) -> int:
-    """``window`` as FlashInfer's ``window_left``: keys before the query's own, -1 for all."""
+    """Convert to FlashInfer's ``window_left``: keys before the query's own, -1 for all."""
     return -1 if window is None else window - 1

@@ -1,1 +1,1 @@
-"""Triton kernels, plans and launchers; :mod:`swa_backend.ops` validates and allocates."""
+"""Triton kernels, their plans and launchers; :mod:`swa_backend.ops` validates and allocates."""

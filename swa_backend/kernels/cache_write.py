@@ -1,4 +1,4 @@
-"""Stores keys and values in their pages."""
+"""A kernel that stores keys and values in their pages."""
 
 import torch
 import triton
@@ -48,7 +48,7 @@ def write_kernel(
     PAGE: tl.constexpr,
     MANTISSA: tl.constexpr,
 ):
-    """Store one token's keys and values, all heads; ``MANTISSA`` 0 stores numbers as they are."""
+    """Store one token's keys and values, all heads; ``MANTISSA`` 0 stores elements as they are."""
     token = tl.program_id(0).to(tl.int64)
     slot = tl.load(slot_mapping_ptr + token).to(tl.int64)
     if slot < 0:

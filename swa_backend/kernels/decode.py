@@ -9,6 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
+from swa_backend.attention_call import AttentionCall
 from swa_backend.kernels.plans import DecodePlan, Target
 from swa_backend.kernels.tiles import as_operand, attend, load_pages, load_rows, request_of
 
@@ -48,7 +49,7 @@ def decode_kernel(
     IS_RAGGED: tl.constexpr,
     DOT: tl.constexpr,
 ):
-    """Attention of one block of queries, one KV head and one part of the keys.
+    """Compute attention of one block of queries, one KV head and one part of the keys.
 
     A block is up to ``ROWS_PER_BLOCK`` queries of one request times ``GROUP`` heads. Part
     ``NUM_SPLITS`` are the sinks below the window, the others the window. Writes the part's output
@@ -146,7 +147,7 @@ def merge_kernel(
     PARTS: tl.constexpr,
     IS_RAGGED: tl.constexpr,
 ):
-    """Output of one query and head from its parts; zeros where nothing was seen."""
+    """Merge the parts of one query and head into its output; zeros if it saw no key."""
     token = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1)
     row = token * tl.num_programs(1) + head
@@ -169,18 +170,13 @@ def merge_kernel(
 
 
 def launch_decode(
+    call: AttentionCall,
     out: torch.Tensor,
     partial: torch.Tensor,
     lse: torch.Tensor,
-    query: torch.Tensor,
-    sink_query: torch.Tensor,
     kv_cache: torch.Tensor,
-    block_table: torch.Tensor,
-    seq_lens: torch.Tensor,
-    query_start_loc: torch.Tensor | None,
     *,
     window: int,
-    sink_tokens: int,
     score_scale: float,
     value_scale: float,
     plan: DecodePlan,
@@ -190,11 +186,15 @@ def launch_decode(
 
     Args:
         partial, lse: fp32 scratch, contiguous, ``[num_tokens, Hq, plan.num_parts(, HEAD_DIM)]``.
-        kv_cache: e4m3 as bytes where the target does not read it.
-        score_scale: of the scores in base 2.
+        kv_cache: the call's, or its bytes where the target does not read e4m3.
+        window: as :meth:`AttentionCall.reach` says.
+        score_scale: factor of the products of queries and cached keys, for scores in base 2.
+        value_scale: factor of cached values.
     """
+    query, query_start_loc = call.query, call.query_start_loc
+    sink_query = query if call.sink_query is None else call.sink_query
     num_tokens, num_heads, head_dim = query.shape
-    num_reqs, num_kv_heads = seq_lens.shape[0], kv_cache.shape[1]
+    num_reqs, num_kv_heads = call.seq_lens.shape[0], kv_cache.shape[1]
     constants = plan.constants()
     constants["DOT"] = tl.dtype(plan.dot)
     grid = (plan.num_blocks(num_tokens, num_reqs), num_kv_heads, plan.num_parts)
@@ -204,16 +204,16 @@ def launch_decode(
         query,
         sink_query,
         kv_cache,
-        block_table,
-        seq_lens,
+        call.block_table,
+        call.seq_lens,
         query_start_loc,
         *query.stride()[:2],
         *sink_query.stride()[:2],
         *kv_cache.stride(),
-        block_table.stride(0),
+        call.block_table.stride(0),
         num_reqs,
         window,
-        sink_tokens,
+        call.sink_tokens,
         score_scale,
         value_scale,
         **constants,

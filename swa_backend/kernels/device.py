@@ -1,20 +1,39 @@
-"""The device that kernels are launched on."""
+"""The device that kernels are launched on, or compiled for."""
 
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from contextvars import ContextVar
 from functools import cache
 
 import torch
 
 from swa_backend.kernels.plans import Target
 
+_compile_target: ContextVar[Target | None] = ContextVar("compile_target", default=None)
 
-@cache
+
+@contextmanager
+def compile_target(target: Target) -> Iterator[None]:
+    """Let every device pass for ``target``, to compile kernels for a GPU that is not here."""
+    token = _compile_target.set(target)
+    try:
+        yield
+    finally:
+        _compile_target.reset(token)
+
+
 def target_of(device: torch.device) -> Target:
-    """What the kernels need to know of ``device``.
+    """Give the target that kernels for tensors on ``device`` are compiled for.
 
     Raises:
         ValueError: no kernel runs there.
     """
+    return _compile_target.get() or detect_target(device)
+
+
+@cache
+def detect_target(device: torch.device) -> Target:
+    """Ask a device what it is; raises as :func:`target_of`, which callers use instead."""
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
         num_processors = properties.multi_processor_count
@@ -32,6 +51,6 @@ def target_of(device: torch.device) -> Target:
 
 
 def on_device_of(tensor: torch.Tensor) -> AbstractContextManager[object]:
-    """Launches inside go to the GPU that ``tensor`` is on; nothing for a CPU tensor."""
+    """Open a context whose launches go to the GPU of ``tensor``; nothing for a CPU tensor."""
     place: AbstractContextManager[object] = torch.cuda.device_of(tensor)  # type: ignore[no-untyped-call]
     return place

@@ -1,4 +1,4 @@
-"""How a kernel is launched on a device: tiles, splits, dtypes (no triton, no torch).
+"""Launch plans: tiles, splits and dtypes of a kernel on a device (imports no triton, no torch).
 
 The launch depends on shapes and the device only, never on lengths or table entries, so a captured
 CUDA graph stays right. The ahead-of-time gate compiles what these plans say.
@@ -11,16 +11,16 @@ from typing import Any
 
 from swa_backend.pages import ceil_div
 
-# What fits on a multiprocessor; see the committed table of the ahead-of-time gate.
+# Programs that fit on a multiprocessor, by the table of the ahead-of-time gate.
 _PROGRAMS_PER_PROCESSOR = 4
-# Compute capability whose tiles were chosen by the clock, on an H100.
+# Compute capability whose tiles were chosen by measured times (H100).
 _TIMED = 90
-# Beyond it the merge would read as much as it saves.
+# With more splits, the merge would read as much as they save.
 _MAX_SPLITS = 32
 # Rows of the smallest matrix product of the tensor cores.
 _MIN_ROWS = 16
-# Rows of a prefill block, each of which uses every key that is loaded; and where registers would be
-# spilled, because products take their operands from registers and something else needs some too.
+# Rows of a prefill block, each of which uses every key that is loaded; and fewer of them where
+# products take their operands from registers and more rows would spill.
 _PREFILL_ROWS = 128
 _FEWER_PREFILL_ROWS = 64
 # Compute capabilities whose products read operands from shared memory (wgmma, tcgen05).
@@ -32,7 +32,7 @@ _MAX_REGISTERS = 128
 
 
 class NumberFormat(StrEnum):
-    """Of queries, caches and products. The values are Triton's names."""
+    """Format of the elements of queries, caches and products, by Triton's names."""
 
     FLOAT32 = "fp32"
     FLOAT16 = "fp16"
@@ -42,12 +42,13 @@ class NumberFormat(StrEnum):
 
     @property
     def num_bytes(self) -> int:
+        """Bytes of one element."""
         return {"fp32": 4, "fp16": 2, "bf16": 2}.get(self.value, 1)
 
 
 @dataclass(frozen=True)
 class Target:
-    """A device.
+    """A device that kernels are compiled for.
 
     Attributes:
         backend: ``"cuda"``, ``"hip"``, or ``"cpu"`` for Triton's interpreter.
@@ -55,7 +56,7 @@ class Target:
         num_processors: multiprocessors or compute units.
 
     Raises:
-        ValueError: NVIDIA devices below compute capability 8.0, by name.
+        ValueError: an NVIDIA device below compute capability 8.0.
     """
 
     backend: str
@@ -76,11 +77,11 @@ class Target:
 
     def options(self) -> dict[str, Any]:
         """Compiler options of every kernel."""
-        # Fusion is said explicitly: its default differs between Triton's versions and backends.
+        # Fusion is explicit because its default differs between Triton's versions and backends.
         return {"num_warps": 4, "enable_fp_fusion": True}
 
     def decode_options(self, num_kv_bytes: int) -> dict[str, Any]:
-        """Compiler options of the decode kernel, for a cache of numbers of so many bytes."""
+        """Compiler options of the decode kernel for a cache of elements of ``num_kv_bytes``."""
         if self.backend != "cuda":
             return {**self.options(), "num_stages": 2}
         has_large_tiles = self.arch == _TIMED and num_kv_bytes == 2
@@ -91,7 +92,7 @@ class Target:
 
     @property
     def has_registers_to_spare(self) -> bool:
-        """Whether operands of products need no registers, or there are twice as many (AMD)."""
+        """Whether products read no operands from registers, or there are twice as many (AMD)."""
         return self.backend != "cuda" or self.arch in _PRODUCTS_FROM_SHARED
 
     def prefill_options(self, has_sinks: bool) -> dict[str, Any]:
@@ -104,7 +105,7 @@ class Target:
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """Compile-time constants of a kernel; the names are its parameters' in lower case."""
+    """Compile-time constants of a kernel, named as its parameters in lower case."""
 
     head_dim: int
     group: int
@@ -116,23 +117,24 @@ class Plan:
     dot: str
 
     def constants(self) -> dict[str, Any]:
+        """Give the constants by the names of the kernel's parameters."""
         return {name.upper(): value for name, value in asdict(self).items()}
 
 
 @dataclass(frozen=True, kw_only=True)
 class DecodePlan(Plan):
-    """Of the decode kernel."""
+    """Compile-time constants of the decode kernel."""
 
     num_splits: int
     is_ragged: bool
 
     @property
     def num_parts(self) -> int:
-        """Parts that the keys of a row are divided into."""
+        """Number of parts that the keys of a row are divided into."""
         return self.num_splits + self.has_sinks
 
     def num_blocks(self, num_tokens: int, num_reqs: int) -> int:
-        """Query blocks: enough for any division of the tokens among the requests."""
+        """Number of query blocks that is enough however the requests share the tokens."""
         return num_tokens // self.rows_per_block + num_reqs if self.is_ragged else num_reqs
 
 
@@ -152,7 +154,7 @@ def plan_decode(
     query_format: NumberFormat,
     kv_format: NumberFormat,
 ) -> DecodePlan:
-    """The plan of one call; ``window`` is the most keys that a query may see."""
+    """Plan one decode call; ``window`` is the most keys that a query may see, sinks aside."""
     tile = {4: 16, 2: 64 if target.arch == _TIMED else 32, 1: 32}[kv_format.num_bytes]
     rows = _rows(group)
     rows_per_block = rows // group if is_ragged else 1
@@ -175,10 +177,10 @@ def plan_decode(
 
 
 class PrefillPlan(Plan):
-    """Of the prefill kernel."""
+    """Compile-time constants of the prefill kernel."""
 
     def num_blocks(self, num_tokens: int, num_reqs: int) -> int:
-        """Query blocks: enough for any division of the tokens, and what lies behind the last."""
+        """Number of query blocks that is enough for all requests and the rows behind the last."""
         return num_tokens // self.rows_per_block + num_reqs + 1
 
 
@@ -193,7 +195,7 @@ def plan_prefill(
     query_format: NumberFormat,
     kv_format: NumberFormat,
 ) -> PrefillPlan:
-    """The plan of one call. Products are in the query's format, which holds every fp8 number."""
+    """Plan one prefill call; products are in the query's format, which holds every fp8 value."""
     is_fp8 = kv_format is not query_format
     is_tight = not target.has_registers_to_spare
     rows = _FEWER_PREFILL_ROWS if is_tight and (has_sinks or is_fp8) else _PREFILL_ROWS
@@ -212,17 +214,17 @@ def plan_prefill(
 
 
 def choose_splits(num_tiles: int, num_programs: int, target: Target) -> int:
-    """Parts that the window's tiles are divided into, so that one wave fills the device.
+    """Choose into how many parts to divide the window's tiles, so that one wave fills the device.
 
     Args:
-        num_programs: programs without a split.
+        num_programs: programs that a launch without splits would have.
     """
     span = ceil_div(num_tiles, min(num_tiles, _wanted_splits(num_programs, target)))
     return ceil_div(num_tiles, span)
 
 
 def max_splits(target: Target, num_tokens: int, num_kv_heads: int, group: int) -> int:
-    """The most splits of a decode plan of ``num_tokens`` queries, whatever the window."""
+    """Give the most splits that a decode plan of ``num_tokens`` queries has for any window."""
     num_blocks = max(1, num_tokens // (_rows(group) // group))
     return _wanted_splits(num_blocks * num_kv_heads, target)
 
@@ -234,17 +236,17 @@ def _wanted_splits(num_programs: int, target: Target) -> int:
 
 
 def _rows(group: int) -> int:
-    """Of a decode block: those of one query at least."""
+    """Give the rows of a decode block, which hold one query with its group of heads at least."""
     return max(_MIN_ROWS, 1 << (group - 1).bit_length())
 
 
 def _dot_format(
     target: Target, query_format: NumberFormat, kv_format: NumberFormat
 ) -> NumberFormat:
-    """Of the matrix products. Every fp8 number is an fp16 number, and conversion is cheap."""
+    """Choose the format of the matrix products; fp16 holds every fp8 value, converted cheaply."""
     if query_format is NumberFormat.FLOAT32:
         return NumberFormat.FLOAT32
     if kv_format.num_bytes == 1:
         return NumberFormat.FLOAT16
-    # Triton's interpreter computes bfloat16 products of the bits.
+    # Triton's interpreter would multiply the bits of bfloat16 elements as integers.
     return NumberFormat.FLOAT32 if target.backend == "cpu" else query_format

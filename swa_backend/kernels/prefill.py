@@ -1,4 +1,4 @@
-"""Prefill attention of ragged chunks: their own keys from activations, those before from pages.
+"""Prefill attention of ragged chunks: their own keys as tensors, the keys before in pages.
 
 Query blocks of all requests lie one behind the other; each reads the tiles between the first key
 that its first query sees and its last query, and none outside. The running softmax is that of Dao
@@ -9,6 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
+from swa_backend.attention_call import PrefillCall
 from swa_backend.kernels.plans import PrefillPlan, Target
 from swa_backend.kernels.tiles import (
     as_operand,
@@ -62,10 +63,10 @@ def prefill_kernel(
     HAS_SINKS: tl.constexpr,
     DOT: tl.constexpr,
 ):
-    """Output of one block of queries and one KV head.
+    """Compute the output of one block of queries and one KV head.
 
-    A block is up to ``ROWS_PER_BLOCK`` queries of one request times ``GROUP`` heads. What lies
-    behind the last request is one more, without keys: it becomes zeros.
+    A block is up to ``ROWS_PER_BLOCK`` queries of one request times ``GROUP`` heads. Rows behind
+    the last request's count as one more request, which has no keys: they become zeros.
     """
     block = tl.program_id(0)
     kv_head = tl.program_id(1)
@@ -176,18 +177,11 @@ def prefill_kernel(
 
 
 def launch_prefill(
+    call: PrefillCall,
     out: torch.Tensor,
-    query: torch.Tensor,
-    sink_query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
     kv_cache: torch.Tensor,
-    block_table: torch.Tensor,
-    query_start_loc: torch.Tensor,
-    seq_lens: torch.Tensor,
     *,
     window: int,
-    sink_tokens: int,
     score_scale: float,
     key_scale: float,
     value_scale: float,
@@ -197,11 +191,14 @@ def launch_prefill(
     """Launch the kernel.
 
     Args:
-        kv_cache: e4m3 as bytes where the target does not read it.
-        score_scale: of the scores in base 2.
-        key_scale, value_scale: of what the cache holds.
+        kv_cache: the call's, or its bytes where the target does not read e4m3.
+        window: as :meth:`AttentionCall.reach` says.
+        score_scale: factor of the products of queries and keys, for scores in base 2.
+        key_scale, value_scale: factors of cached keys and of cached values.
     """
-    num_tokens, num_reqs = query.shape[0], seq_lens.shape[0]
+    query, key, value = call.query, call.key, call.value
+    sink_query = query if call.sink_query is None else call.sink_query
+    num_tokens, num_reqs = query.shape[0], call.seq_lens.shape[0]
     constants = plan.constants()
     constants["DOT"] = tl.dtype(plan.dot)
     prefill_kernel[(plan.num_blocks(num_tokens, num_reqs), kv_cache.shape[1])](
@@ -211,20 +208,20 @@ def launch_prefill(
         key,
         value,
         kv_cache,
-        block_table,
-        query_start_loc,
-        seq_lens,
+        call.block_table,
+        call.query_start_loc,
+        call.seq_lens,
         *out.stride()[:2],
         *query.stride()[:2],
         *sink_query.stride()[:2],
         *key.stride()[:2],
         *value.stride()[:2],
         *kv_cache.stride(),
-        block_table.stride(0),
+        call.block_table.stride(0),
         num_tokens,
         num_reqs,
         window,
-        sink_tokens,
+        call.sink_tokens,
         score_scale,
         key_scale,
         value_scale,

@@ -1,4 +1,4 @@
-"""Moves rotated queries to earlier positions, by the model's own table of cosines and sines."""
+"""A kernel that moves rotated queries to earlier positions, by the model's table of rotations."""
 
 import torch
 import triton
@@ -24,12 +24,12 @@ def rotate_kernel(
     ROTARY_DIM: tl.constexpr,
     IS_NEOX: tl.constexpr,
 ):
-    """All heads of one token; numbers behind ``ROTARY_DIM`` stay as they are."""
+    """Rotate all heads of one token; elements from ``ROTARY_DIM`` on stay as they are."""
     token = tl.program_id(0).to(tl.int64)
     distance = tl.load(distances_ptr + token)
     heads = tl.arange(0, HEADS)[:, None]
     dims = tl.arange(0, HEAD_DIM)
-    # Numbers are rotated in pairs: neighbours, or those half of the rotated numbers apart.
+    # Elements are rotated in pairs: neighbours, or those half of ``ROTARY_DIM`` apart.
     HALF: tl.constexpr = ROTARY_DIM // 2
     if IS_NEOX:
         is_first = dims < HALF
@@ -67,7 +67,7 @@ def launch_rotate(
     is_neox: bool,
     target: Target,
 ) -> None:
-    """Launch the kernel, a program for each token."""
+    """Launch the kernel, one program for each token."""
     num_tokens, num_heads, head_dim = states.shape
     rotate_kernel[(num_tokens,)](
         out,

@@ -1,4 +1,4 @@
-"""What the kernels share: rows of a query block, tiles of keys and values, the running softmax."""
+"""Functions that the kernels share: query blocks, tiles of keys and values, running softmax."""
 
 import triton
 import triton.language as tl
@@ -10,7 +10,7 @@ IS_INTERPRETED = isinstance(tl.sum, InterpretedFunction)
 
 @triton.jit
 def request_of(query_start_loc_ptr, num_reqs, block, ROWS_PER_BLOCK: tl.constexpr):
-    """The last request whose first query block is at or before ``block``.
+    """Find the last request whose first query block is at or before ``block``.
 
     Request ``r`` starts at block ``query_start_loc[r] // ROWS_PER_BLOCK + r``, which leaves room
     for its last, partly filled block whatever the lengths are: no host needs to know them.
@@ -28,7 +28,7 @@ def request_of(query_start_loc_ptr, num_reqs, block, ROWS_PER_BLOCK: tl.constexp
 
 @triton.jit
 def load_pages(table_ptr, keys, stop, PAGE: tl.constexpr):
-    """Page id of every key below ``stop``; the table's other entries may be stale: not read."""
+    """Load the page id of every key below ``stop``; other entries may be stale and are not read."""
     return tl.load(table_ptr + keys // PAGE, mask=keys < stop, other=0)
 
 
@@ -41,7 +41,7 @@ def load_rows(
     HEAD_DIM: tl.constexpr,
     IS_MASKED: tl.constexpr = True,
 ):
-    """Rows ``[TILE, HEAD_DIM]`` at int64 element offsets ``slots [TILE]``, or all if not masked."""
+    """Load rows ``[TILE, HEAD_DIM]`` at the element offsets ``slots [TILE]``, int64."""
     dims = tl.arange(0, HEAD_DIM)
     pointers = base_ptr + slots[:, None] + dims[None, :] * stride_dim
     mask = is_read[:, None] if IS_MASKED else None
@@ -50,10 +50,10 @@ def load_rows(
 
 @triton.jit
 def seen_by_all(start, stop, seen_start, seen_stop, TILE: tl.constexpr):
-    """Of the tiles from ``start`` those whose keys lie from ``seen_start`` to ``seen_stop``.
+    """Find the tiles, counted from ``start``, whose keys lie from ``seen_start`` to ``seen_stop``.
 
     Returns:
-        Where they begin and end; the same twice if there is none.
+        The position where the first begins and where the last ends; equal if there is none.
     """
     low = start + tl.cdiv(tl.maximum(seen_start - start, 0), TILE) * TILE
     low = tl.minimum(low, stop)
@@ -62,7 +62,7 @@ def seen_by_all(start, stop, seen_start, seen_stop, TILE: tl.constexpr):
 
 @triton.jit
 def as_operand(x, DOT: tl.constexpr):
-    """``x`` in the dtype of the matrix product; bytes are fp8 e4m3, as 1/256 of their values.
+    """Convert ``x`` to the dtype of the product; bytes are fp8 e4m3 and become 1/256 of it.
 
     Shifted into place, the bits of an e4m3 number are those of an fp16 number whose exponent bias
     is larger by 8. Triton has no e4m3 for devices below 8.9; there the caller passes bytes.
@@ -89,13 +89,13 @@ def attend(
     DOT: tl.constexpr,
     IS_MASKED: tl.constexpr = True,
 ):
-    """One step of attention with a running softmax in base 2 (Dao et al., arXiv 2307.08691).
+    """Take one step of attention with a running softmax in base 2 (Dao et al., arXiv 2307.08691).
 
     Args:
         q, k, v: ``[ROWS, HEAD_DIM]``, ``[TILE, HEAD_DIM]`` twice, in the dtype of the products.
         keys: positions ``[TILE]``; a row sees those from ``row_start`` to ``row_stop`` ``[ROWS]``.
         top, total: fp32 ``[ROWS]``: largest score so far, sum of ``2 ** (score - top)``.
-        acc: fp32 ``[ROWS, HEAD_DIM]``, values by these weights.
+        acc: fp32 ``[ROWS, HEAD_DIM]``, sum of the values times these weights.
         IS_MASKED: false where every row sees all keys.
 
     Returns:

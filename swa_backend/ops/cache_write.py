@@ -1,4 +1,4 @@
-"""Keys and values written to the slots of a paged cache."""
+"""The operation that stores keys and values in the slots of a paged cache."""
 
 import torch
 
@@ -32,9 +32,9 @@ def write_pages(
     Args:
         key, value: fp32, fp16 or bf16 ``[num_tokens, Hkv, D]``.
         kv_cache: the same dtype, or fp8 (e4m3fn, e5m2), ``[num_pages, Hkv, page, 2 * D]``.
-        slot_mapping: int64 ``[num_slots]``, ``page_id * page + offset`` of the first tokens; a
-            negative one is not stored.
-        k_scale, v_scale: an fp8 cache holds numbers divided by them, to the nearest, saturated.
+        slot_mapping: int64 ``[num_slots]``, ``page_id * page + offset`` of the first tokens;
+            tokens with a negative slot are not stored.
+        k_scale, v_scale: divisors of what an fp8 cache holds, rounded to nearest, saturated.
 
     Raises:
         TypeError, ValueError: a dtype, shape or number other than these.

@@ -1,9 +1,11 @@
-"""What the operations on pages accept; shapes and dtypes only, nothing that waits for a device."""
+"""Checks of what the operations on pages accept: shapes and dtypes, no wait for a device."""
 
 import math
+from typing import TypeGuard
 
 import torch
 
+from swa_backend.attention_call import AttentionCall, PrefillCall
 from swa_backend.config import is_count
 
 QUERY_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -11,18 +13,18 @@ FP8_DTYPES = (torch.float8_e4m3fn, torch.float8_e5m2)
 
 
 def describe(tensor: object) -> str:
-    """Dtype and shape, for messages; of what is no tensor its type."""
+    """Describe a tensor by dtype and shape, and anything else by its type, for messages."""
     if not isinstance(tensor, torch.Tensor):
         return f"a {type(tensor).__name__}"
     return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
 
 
-def _is_tensor(value: object) -> bool:
+def _is_tensor(value: object) -> TypeGuard[torch.Tensor]:
     return isinstance(value, torch.Tensor)
 
 
 def check_rows(name: str, rows: torch.Tensor) -> None:
-    """Raise unless ``rows`` is ``[num_tokens, heads, D]`` of a dtype that queries have."""
+    """Raise unless ``rows`` is ``[num_tokens, heads, D]`` of a dtype that queries may have."""
     if not _is_tensor(rows) or rows.dim() != 3 or rows.dtype not in QUERY_DTYPES:
         raise TypeError(
             f"{name} must be float32, float16 or bfloat16 [num_tokens, heads, head_dim]; "
@@ -46,7 +48,7 @@ def check_table(table: torch.Tensor, states: torch.Tensor) -> None:
 
 
 def check_cache(kv_cache: torch.Tensor, rows: torch.Tensor, name: str) -> None:
-    """Raise where ``rows [num_tokens, heads, D]`` and the cache do not go together."""
+    """Raise unless ``rows [num_tokens, heads, D]`` can be attended or stored with the cache."""
     check_rows(name, rows)
     if not _is_tensor(kv_cache) or kv_cache.dtype not in (rows.dtype, *FP8_DTYPES):
         raise TypeError(
@@ -73,20 +75,20 @@ def check_cache(kv_cache: torch.Tensor, rows: torch.Tensor, name: str) -> None:
 
 
 def check_integers(
-    name: str, tensor: torch.Tensor, dtype: torch.dtype, shape: tuple[int | None, ...]
+    name: str, tensor: object, dtype: torch.dtype, shape: tuple[int | None, ...]
 ) -> None:
-    """Raise unless ``tensor`` has this dtype and shape, where None is any size, and dense rows."""
-    fits = (
+    """Raise unless ``tensor`` has contiguous rows and this dtype and shape (None: any size)."""
+    if not (
         _is_tensor(tensor)
+        and tensor.dtype == dtype
         and tensor.dim() == len(shape)
         and all(size in (None, got) for size, got in zip(shape, tensor.shape, strict=True))
-    )
-    if not fits or tensor.dtype != dtype:
+    ):
         wanted = ", ".join("any" if size is None else str(size) for size in shape)
         raise TypeError(
             f"{name} must be {str(dtype).removeprefix('torch.')} [{wanted}]; got {describe(tensor)}"
         )
-    if tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
+    if tensor.stride(-1) != 1 and tensor.shape[-1] > 1:
         raise ValueError(
             f"{name} must be contiguous in its last dimension, got strides {tensor.stride()}; "
             f"call {name}.contiguous()"
@@ -105,44 +107,47 @@ def check_scratch(scratch: torch.Tensor, kv_cache: torch.Tensor) -> None:
     check_same_device(kv_cache, "kv_cache", scratch=scratch)
 
 
-def check_requests(
-    query: torch.Tensor,
-    kv_cache: torch.Tensor,
-    block_table: torch.Tensor,
-    seq_lens: torch.Tensor,
-    query_start_loc: torch.Tensor | None,
-    *,
-    window: int | None,
-    sink_tokens: int,
-    sink_query: torch.Tensor | None,
-    scale: float | None,
-    k_scale: float,
-    v_scale: float,
-    out: torch.Tensor | None,
-    **others: torch.Tensor,
+def check_call(
+    call: AttentionCall, out: torch.Tensor | None, **others: torch.Tensor | None
 ) -> None:
-    """Raise for what no attention over pages takes; ``others`` have to be on the cache's device."""
+    """Raise unless the arguments fit together; ``others`` must be on the cache's device too."""
+    query, kv_cache = call.query, call.kv_cache
     check_cache(kv_cache, query, "query")
-    check_integers("seq_lens", seq_lens, torch.int32, (None,))
-    num_reqs = seq_lens.shape[0]
-    check_integers("block_table", block_table, torch.int32, (num_reqs, None))
-    if query_start_loc is not None:
-        check_integers("query_start_loc", query_start_loc, torch.int32, (num_reqs + 1,))
-    check_like("sink_query", sink_query, query, "query")
+    check_integers("seq_lens", call.seq_lens, torch.int32, (None,))
+    num_reqs = call.seq_lens.shape[0]
+    check_integers("block_table", call.block_table, torch.int32, (num_reqs, None))
+    # A decode call without it has one query a request; a prefill call needs it.
+    if call.query_start_loc is not None or isinstance(call, PrefillCall):
+        check_integers("query_start_loc", call.query_start_loc, torch.int32, (num_reqs + 1,))
+    check_like("sink_query", call.sink_query, query, "query")
     check_like("out", out, query, "query")
-    check_window(window, sink_tokens, sink_query is not None)
-    check_scales(scale=1.0 if scale is None else scale, k_scale=k_scale, v_scale=v_scale)
+    check_window(call.window, call.sink_tokens, call.sink_query is not None)
+    scale = 1.0 if call.scale is None else call.scale
+    check_scales(scale=scale, k_scale=call.k_scale, v_scale=call.v_scale)
     check_same_device(
         kv_cache,
         "kv_cache",
         query=query,
-        block_table=block_table,
-        seq_lens=seq_lens,
-        query_start_loc=query_start_loc,
-        sink_query=sink_query,
+        block_table=call.block_table,
+        seq_lens=call.seq_lens,
+        query_start_loc=call.query_start_loc,
+        sink_query=call.sink_query,
         out=out,
         **others,
     )
+
+
+def check_prefill_call(call: PrefillCall, out: torch.Tensor | None) -> None:
+    """Raise unless the arguments, the chunk's own keys and values included, fit together."""
+    query, key = call.query, call.key
+    check_call(call, out, key=key, value=call.value)
+    own_shape = (query.shape[0], call.kv_cache.shape[1], query.shape[2])
+    if key.shape != own_shape or key.dtype != query.dtype:
+        raise TypeError(
+            f"key must have query's dtype and tokens and the cache's heads, {list(own_shape)}; "
+            f"query is {describe(query)}, key {describe(key)}"
+        )
+    check_like("value", call.value, key, "key")
 
 
 def check_like(name: str, tensor: torch.Tensor | None, like: torch.Tensor, like_name: str) -> None:
@@ -154,7 +159,7 @@ def check_like(name: str, tensor: torch.Tensor | None, like: torch.Tensor, like_
 
 
 def check_window(window: int | None, sink_tokens: int, has_sink_query: bool) -> None:
-    """Raise for a window below 1, fewer than 0 sinks, or a sink query that nothing would meet."""
+    """Raise for a window below 1, fewer than 0 sinks, or a sink query that no key would meet."""
     if window is not None and not is_count(window):
         raise ValueError(
             f"window must be an integer >= 1 and below 2**31, or None for full attention; got "
@@ -177,15 +182,16 @@ def check_scales(**scales: float) -> None:
 
 def check_same_device(like: torch.Tensor, like_name: str, **others: torch.Tensor | None) -> None:
     """Raise for a tensor on another device than ``like``."""
+    device = like.device
     for name, tensor in others.items():
-        if tensor is not None and tensor.device != like.device:
+        if tensor is not None and tensor.device != device:
             raise ValueError(
-                f"{name} is on {tensor.device}, {like_name} on {like.device}; move it there"
+                f"{name} is on {tensor.device}, {like_name} on {device}; move it there"
             )
 
 
 def check_head_dim(head_dim: int, remedy: str) -> None:
-    """Raise for heads that the kernels cannot serve."""
+    """Raise for a head dimension that the kernels do not have."""
     if head_dim < 16 or head_dim & (head_dim - 1):
         raise ValueError(
             f"the kernels need a head_dim that is a power of two and at least 16, got {head_dim}; "
@@ -194,7 +200,7 @@ def check_head_dim(head_dim: int, remedy: str) -> None:
 
 
 def check_for_kernels(head_dim: int, **rows: torch.Tensor | None) -> None:
-    """Raise for what the oracle takes but a kernel does not."""
+    """Raise for a head dimension or strides that the oracle takes but the kernels do not."""
     check_head_dim(head_dim, 'use impl="torch"')
     for name, tensor in rows.items():
         if tensor is not None and tensor.stride(-1) != 1:

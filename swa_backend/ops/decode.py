@@ -1,14 +1,14 @@
-"""Attention of decoding requests over the pages of their window."""
+"""The operation that attends from decoding requests to the pages of their windows."""
 
 import math
-from functools import partial
 
 import torch
 
 from swa_backend import reference
+from swa_backend.attention_call import AttentionCall
 from swa_backend.kernels.device import on_device_of, target_of
 from swa_backend.kernels.plans import DecodePlan, max_splits, plan_decode
-from swa_backend.ops.checks import check_for_kernels, check_requests, check_scratch
+from swa_backend.ops.checks import check_call, check_for_kernels, check_scratch
 from swa_backend.ops.dispatch import FORMATS, readable, resolve
 
 
@@ -29,7 +29,7 @@ def decode_attention(
     scratch: torch.Tensor | None = None,
     impl: str = "auto",
 ) -> torch.Tensor:
-    """Attention of each request's last tokens over its pages, as :mod:`swa_backend.window` says.
+    """Attend from each request's last tokens to its pages, as :mod:`swa_backend.window` says.
 
     Slots without a visible key, and table entries of pages without one, are not read. The launch
     depends on shapes, ``window`` and ``sink_tokens`` only, so a CUDA graph can hold it.
@@ -43,11 +43,11 @@ def decode_attention(
         seq_lens: int32 ``[num_reqs]``, tokens including the queries; 0 marks a padded row.
         window: tokens a query sees, itself included; None for all.
         sink_tokens: leading tokens that every query sees.
-        scale: of the scores, positive; ``D ** -0.5`` by default.
+        scale: factor of the scores, positive; ``D ** -0.5`` by default.
         sink_query: as query; meets the sinks below the window instead of it.
         query_start_loc: int32 ``[num_reqs + 1]``; request ``r`` has the queries from entry ``r`` to
             entry ``r + 1``, the last of them at position ``seq_lens[r] - 1``. One each by default.
-        k_scale, v_scale: what the numbers of an fp8 cache are multiplied by.
+        k_scale, v_scale: factors of the elements of an fp8 cache.
         out: where to write, as query.
         scratch: fp32 ``[n]``, overwritten, ``n`` at least :func:`decode_scratch_size`; allocated by
             default.
@@ -58,20 +58,20 @@ def decode_attention(
     Raises:
         TypeError, ValueError: a dtype, shape or number other than these.
     """
-    check_requests(
-        query,
-        kv_cache,
-        block_table,
-        seq_lens,
-        query_start_loc,
+    call = AttentionCall(
+        query=query,
+        kv_cache=kv_cache,
+        block_table=block_table,
+        seq_lens=seq_lens,
+        query_start_loc=query_start_loc,
         window=window,
         sink_tokens=sink_tokens,
-        sink_query=sink_query,
         scale=scale,
+        sink_query=sink_query,
         k_scale=k_scale,
         v_scale=v_scale,
-        out=out,
     )
+    check_call(call, out)
     if scratch is not None:
         check_scratch(scratch, kv_cache)
     if query_start_loc is None and query.shape[0] != seq_lens.shape[0]:
@@ -79,22 +79,11 @@ def decode_attention(
             f"got {query.shape[0]} queries for {seq_lens.shape[0]} requests: give query_start_loc, "
             "without which each request has one"
         )
-    is_torch = resolve(impl, kv_cache.device) == "torch"
-    run = reference.decode_attention if is_torch else partial(_decode, scratch=scratch)
-    return run(
-        query,
-        kv_cache,
-        block_table,
-        seq_lens,
-        window=window,
-        sink_tokens=sink_tokens,
-        scale=query.shape[2] ** -0.5 if scale is None else scale,
-        sink_query=sink_query,
-        query_start_loc=query_start_loc,
-        k_scale=k_scale,
-        v_scale=v_scale,
-        out=torch.empty_like(query) if out is None else out,
-    )
+    chosen = resolve(impl, kv_cache.device)
+    out = torch.empty_like(query) if out is None else out
+    if chosen == "torch":
+        return reference.decode_attention(**call.arguments(), out=out)
+    return _decode(call, out, scratch)
 
 
 def decode_scratch_size(
@@ -106,7 +95,7 @@ def decode_scratch_size(
     sink_tokens: int = 0,
     device: torch.device,
 ) -> int:
-    """Elements of scratch for every batch of 1 to ``max_tokens`` queries on ``device``.
+    """Count the scratch elements that any batch of 1 to ``max_tokens`` queries needs on ``device``.
 
     Raises:
         ValueError: no kernel runs there.
@@ -119,41 +108,28 @@ def decode_scratch_size(
     return num_parts * num_heads * (head_dim + 1)
 
 
-def _decode(
-    query: torch.Tensor,
-    kv_cache: torch.Tensor,
-    block_table: torch.Tensor,
-    seq_lens: torch.Tensor,
-    *,
-    window: int | None,
-    sink_tokens: int,
-    scale: float,
-    sink_query: torch.Tensor | None,
-    query_start_loc: torch.Tensor | None,
-    k_scale: float,
-    v_scale: float,
-    out: torch.Tensor,
-    scratch: torch.Tensor | None,
-) -> torch.Tensor:
+def _decode(call: AttentionCall, out: torch.Tensor, scratch: torch.Tensor | None) -> torch.Tensor:
+    """Launch the kernels for ``call``; returns ``out``."""
+    query, kv_cache = call.query, call.kv_cache
     num_tokens, num_heads, head_dim = query.shape
-    check_for_kernels(head_dim, query=query, sink_query=sink_query, out=out)
-    pages, factor, target = readable(kv_cache)
-    if num_tokens == 0 or seq_lens.shape[0] == 0:
+    check_for_kernels(head_dim, query=query, sink_query=call.sink_query, out=out)
+    readable_cache, factor, target = readable(kv_cache)
+    num_reqs = call.seq_lens.shape[0]
+    if num_tokens == 0 or num_reqs == 0:
         return out.zero_()
-    # The most keys that a table can name: full attention is a window of so many.
-    capacity = block_table.shape[1] * kv_cache.shape[2]
-    size = capacity if window is None else min(window, capacity)
+    window, has_sinks = call.reach()
+    num_kv_heads = kv_cache.shape[1]
     plan = plan_decode(
         target,
         num_tokens=num_tokens,
-        num_reqs=seq_lens.shape[0],
-        num_kv_heads=kv_cache.shape[1],
-        group=num_heads // kv_cache.shape[1],
+        num_reqs=num_reqs,
+        num_kv_heads=num_kv_heads,
+        group=num_heads // num_kv_heads,
         head_dim=head_dim,
         page=kv_cache.shape[2],
-        window=size,
-        has_sinks=sink_tokens > 0 and size < capacity,
-        is_ragged=query_start_loc is not None,
+        window=window,
+        has_sinks=has_sinks,
+        is_ragged=call.query_start_loc is not None,
         query_format=FORMATS[query.dtype],
         kv_format=FORMATS[kv_cache.dtype],
     )
@@ -161,18 +137,13 @@ def _decode(
 
     with on_device_of(kv_cache):
         launch_decode(
+            call,
             out,
             *_divide(query, plan, scratch),
-            query,
-            query if sink_query is None else sink_query,
-            pages,
-            block_table,
-            seq_lens,
-            query_start_loc,
-            window=size,
-            sink_tokens=sink_tokens,
-            score_scale=scale * k_scale * factor * math.log2(math.e),
-            value_scale=v_scale * factor,
+            readable_cache,
+            window=window,
+            score_scale=call.softmax_scale * call.k_scale * factor * math.log2(math.e),
+            value_scale=call.v_scale * factor,
             plan=plan,
             target=target,
         )
@@ -182,7 +153,10 @@ def _decode(
 def _divide(
     query: torch.Tensor, plan: DecodePlan, scratch: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """For outputs of the parts ``[num_tokens, Hq, num_parts, D]``, and for their log-sum-exps."""
+    """Divide scratch into outputs ``[num_tokens, Hq, num_parts, D]`` and log-sum-exps of the parts.
+
+    Allocates scratch if the caller gave none.
+    """
     num_tokens, num_heads, head_dim = query.shape
     num_rows = num_tokens * num_heads * plan.num_parts
     num_needed = num_rows * (head_dim + 1)

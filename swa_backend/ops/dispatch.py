@@ -1,4 +1,4 @@
-"""Which implementation of an operation runs, and what the kernels call its dtypes."""
+"""The choice of an operation's implementation, and the kernels' view of a cache."""
 
 import torch
 
@@ -13,15 +13,15 @@ FORMATS = {
     torch.float8_e4m3fn: NumberFormat.E4M3,
     torch.float8_e5m2: NumberFormat.E5M2,
 }
-# An e4m3 number whose bits are shifted to fp16 is 1/256 of its value.
+# An e4m3 element whose bits are shifted to fp16 is 1/256 of its value.
 _SHIFTED_E4M3 = 256.0
 
 
 def resolve(impl: str, device: torch.device, others: tuple[str, ...] = ()) -> str:
-    """The implementation that ``impl`` means on ``device``, ``others`` being allowed too.
+    """Resolve ``impl`` to an implementation on ``device``; ``others`` are allowed too.
 
     Raises:
-        ValueError: none of those there are.
+        ValueError: an unknown name.
     """
     allowed = (*IMPLEMENTATIONS, *others)
     if impl not in allowed:
@@ -32,7 +32,7 @@ def resolve(impl: str, device: torch.device, others: tuple[str, ...] = ()) -> st
 
 
 def readable(kv_cache: torch.Tensor) -> tuple[torch.Tensor, float, Target]:
-    """The cache as the device's kernels read it, the factor of its numbers, and the device.
+    """Give the cache as its device's kernels read it, the factor of its elements, and the target.
 
     Raises:
         ValueError: no kernel runs there.

@@ -1,4 +1,4 @@
-"""Rotated queries moved to other positions."""
+"""The operation that moves rotated queries to other positions."""
 
 import torch
 
@@ -24,18 +24,18 @@ def rotate_back(
     out: torch.Tensor | None = None,
     impl: str = "auto",
 ) -> torch.Tensor:
-    """Rotated queries as if each stood ``distances`` positions earlier.
+    """Rotate queries, already rotated to their positions, back by ``distances`` positions.
 
     Args:
         states: fp32, fp16 or bf16 ``[num_tokens, heads, D]``.
         distances: int64 ``[num_tokens]``, of either sign, at most the table's last position.
         table: of the same or another of these dtypes, ``[num_positions, R]``, ``R <= D`` even: the
             cosines of each position, then the sines, all multiplied by one factor (YaRN's).
-        is_neox: numbers ``i`` and ``i + R / 2`` are a pair; ``2 * i`` and ``2 * i + 1`` if false.
+        is_neox: elements ``i`` and ``i + R / 2`` are a pair; if false, ``2 * i`` and ``2 * i + 1``.
         out: where to write, as states.
 
     Returns:
-        As states; numbers from ``R`` on are copied.
+        As states; elements from ``R`` on are copied.
 
     Raises:
         TypeError, ValueError: a dtype, shape or number other than these.

@@ -1,67 +1,53 @@
 """Prefill attention by xformers: a local mask over each chunk's window before it, and the chunk.
 
 No mask of xformers is both paged and local (``make_paged`` on a local mask drops the window), so
-what the chunks see of their pages is copied together first, which waits for the lengths on the
-host; and none has sinks. A chunk's tokens are not stored here either.
+the keys that chunks see in their pages are gathered into one tensor first, which waits for the
+lengths on the host. No mask has sinks. A chunk's tokens need not be stored here either.
 """
 
 import torch
 
+from swa_backend.attention_call import PrefillCall
 from swa_backend.window import first_visible
 
 
-def prefill_attention(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    kv_cache: torch.Tensor,
-    block_table: torch.Tensor,
-    query_start_loc: torch.Tensor,
-    seq_lens: torch.Tensor,
-    *,
-    window: int | None,
-    sink_tokens: int,
-    scale: float,
-    sink_query: torch.Tensor | None,
-    k_scale: float,
-    v_scale: float,
-    out: torch.Tensor,
-) -> torch.Tensor:
-    """What :func:`swa_backend.ops.prefill_attention` computes.
+def prefill_by_xformers(call: PrefillCall, out: torch.Tensor) -> torch.Tensor:
+    """Write what :func:`swa_backend.ops.prefill_attention` computes to ``out``, and return it.
 
     Raises:
-        ValueError: sinks.
+        ValueError: the call has sinks.
         NotImplementedError: xformers has no operator for the device, with its reasons.
     """
-    if sink_tokens:
+    if call.sink_tokens:
         raise ValueError(
-            f'xformers has no mask with sinks, got sink_tokens={sink_tokens}; use impl="triton"'
+            f"xformers has no mask with sinks, got sink_tokens={call.sink_tokens}; use "
+            'impl="triton"'
         )
     out.zero_()
-    starts = query_start_loc.tolist()
+    key, value, device = call.key, call.value, call.kv_cache.device
+    starts = call.query_start_loc.tolist()
     keys, values, num_queries, num_keys = [], [], [], []
     tokens: list[int] = []
-    for request, seq_len in enumerate(seq_lens.tolist()):
+    for request, seq_len in enumerate(call.seq_lens.tolist()):
         own = range(starts[request], starts[request + 1])
         if not own or not seq_len:
             continue
         context = seq_len - len(own)
-        positions = torch.arange(
-            min(first_visible(context, window), context), context, device=kv_cache.device
-        )
-        page = kv_cache.shape[2]
-        pages = block_table[request, positions // page].long()
-        rows = kv_cache[pages, :, positions % page].float()  # [num_positions, Hkv, 2 * D]
+        first = min(first_visible(context, call.window), context)
+        positions = torch.arange(first, context, device=device)
+        page = call.kv_cache.shape[2]
+        pages = call.block_table[request, positions // page].long()
+        rows = call.kv_cache[pages, :, positions % page].float()  # [num_positions, Hkv, 2 * D]
         cached_key, cached_value = rows.chunk(2, dim=-1)
-        keys += [(cached_key * k_scale).to(key.dtype), key[own.start : own.stop]]
-        values += [(cached_value * v_scale).to(key.dtype), value[own.start : own.stop]]
+        keys += [(cached_key * call.k_scale).to(key.dtype), key[own.start : own.stop]]
+        values += [(cached_value * call.v_scale).to(key.dtype), value[own.start : own.stop]]
         tokens += own
         num_queries.append(len(own))
         num_keys.append(len(positions) + len(own))
     if tokens:
-        index = torch.tensor(tokens, device=query.device)
-        states = query[index], torch.cat(keys), torch.cat(values)
-        out[index] = _attend(*states, num_queries, num_keys, window, scale)
+        index = torch.tensor(tokens, device=device)
+        states = call.query[index], torch.cat(keys), torch.cat(values)
+        out[index] = _attend(*states, num_queries, num_keys, call.window, call.softmax_scale)
     return out
 
 
@@ -74,6 +60,7 @@ def _attend(
     window: int | None,
     scale: float,
 ) -> torch.Tensor:
+    """Attention of gathered keys, request by request: ``num_keys`` for the last ``num_queries``."""
     from xformers.ops import fmha
 
     mask = fmha.attn_bias.BlockDiagonalMask.from_seqlens(num_queries, num_keys, device=query.device)

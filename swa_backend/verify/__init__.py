@@ -1,1 +1,1 @@
-"""What compiles the kernels ahead of time and proves them; nothing that serves imports it."""
+"""Compiling the kernels ahead of time and proving them; nothing that serves imports this."""

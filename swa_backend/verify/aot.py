@@ -1,8 +1,9 @@
 """Compiles launches without a GPU and reads what came out: registers, memory, loads.
 
-Works where ``TRITON_INTERPRET`` is not set; with it there is nothing to compile.
+Triton must not interpret: with ``TRITON_INTERPRET=1`` there is nothing to compile.
 """
 
+import json
 import re
 import subprocess
 import tempfile
@@ -11,14 +12,15 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import triton
 from triton.backends.compiler import GPUTarget
-from triton.runtime.jit import JITFunction
+from triton.compiler import ASTSource
 
+from swa_backend.kernels.device import compile_target
 from swa_backend.kernels.plans import Target
 from swa_backend.kernels.tiles import IS_INTERPRETED
+from swa_backend.pages import ceil_div
 
 _KIB = 1024
 # Bytes of shared memory of a multiprocessor, by compute capability; a program may have 1 KiB less,
@@ -34,13 +36,13 @@ _THREADS = {80: 2048, 86: 1536, 89: 1536, 90: 2048, 100: 2048, 120: 1536}
 
 @dataclass(frozen=True)
 class Facts:
-    """What a compiled kernel takes.
+    """Resources that a compiled kernel takes, and instructions that it uses.
 
     Attributes:
-        registers: a thread's.
+        registers: registers of a thread.
         spilled_bytes: a thread's stack and local memory; on AMD spilled registers.
-        shared_bytes: a program's.
-        shared_limit: the most that a program can have on the device.
+        shared_bytes: shared memory of a program.
+        shared_limit: most shared memory that a program can have on the device.
         kv_buffers: buffers of the smallest ring of ``[tile, head_dim]`` tiles; 1 overlaps nothing.
         load_bytes: narrowest asynchronous copy of keys and values; where there is none, narrowest
             vector load. None if every load is of 4 bytes.
@@ -62,13 +64,15 @@ class Facts:
 
 
 def triton_modules() -> dict[str, Any]:
-    """Triton and its language, by the names under which kernels know them."""
+    """Give Triton and its language by the names that kernels use for them."""
     return {"triton": triton, "tl": triton.language}
 
 
 @contextmanager
 def compiling(target: Target) -> Iterator[dict[str, Any]]:
-    """Launches inside compile for ``target``, exactly as there, and start nothing.
+    """Compile the launches inside for ``target``, exactly as there, and start none of them.
+
+    Holds for the whole process: Triton has one driver and one set of hooks.
 
     Yields:
         The compiled kernels, by the names of their functions.
@@ -80,24 +84,40 @@ def compiling(target: Target) -> Iterator[dict[str, Any]]:
         raise RuntimeError(
             "kernels cannot be compiled under Triton's interpreter; unset TRITON_INTERPRET"
         )
+    driver = _Driver(target)
     compiled: dict[str, Any] = {}
-    run = JITFunction.run
 
-    def compile_only(function: Any, *args: Any, **kwargs: Any) -> Any:
-        kernel = run(function, *args, **{**kwargs, "warmup": True})
-        compiled[function.__name__] = kernel
-        return kernel
+    def compile_only(*, fn: Any, compile: dict[str, Any], **_: Any) -> bool:
+        function = fn.jit_function
+        compiled[function.__name__] = triton.compile(
+            ASTSource(function, compile["signature"], compile["constants"], *compile["configs"]),
+            target=driver.get_current_target(),
+            options=_as_given(json.loads(compile["specialization_data"])["options"]),
+        )
+        return True
 
-    # Not by set_active, which cannot be undone where there is no driver to go back to.
-    with (
-        patch.object(triton.runtime.driver, "_active", _Driver(target)),
-        patch.object(JITFunction, "run", compile_only),
-    ):
-        yield compiled
+    # Before it compiles, Triton asks its cache hook whether somebody else does; then it neither
+    # keeps a kernel nor launches one.
+    with triton.knobs.runtime.scope(), compile_target(target):
+        triton.knobs.runtime.jit_cache_hook = compile_only
+        triton.runtime.driver.set_active(driver)
+        try:
+            yield compiled
+        finally:
+            # Not by reset_active, which looks for a GPU at once; without a driver Triton does so
+            # when it needs one.
+            triton.runtime.driver.set_active(None)
+
+
+def _as_given(value: Any) -> Any:
+    """Restore a compiler's options from JSON, which has made lists of their tuples."""
+    if isinstance(value, dict):
+        return {name: _as_given(item) for name, item in value.items()}
+    return tuple(map(_as_given, value)) if isinstance(value, list) else value
 
 
 class _Driver:
-    """What Triton asks a GPU's driver before it compiles."""
+    """The part of a GPU's driver that Triton asks before it compiles."""
 
     def __init__(self, target: Target) -> None:
         self._target = target
@@ -107,7 +127,7 @@ class _Driver:
         return GPUTarget(self._target.backend, self._target.arch, warp)
 
     def get_current_device(self) -> int | str:
-        """Triton keeps what it has compiled by device."""
+        """Name the device by its architecture: Triton keeps a kernel's binder by device."""
         return self._target.arch
 
     def get_current_stream(self, device: Any) -> int:
@@ -115,7 +135,7 @@ class _Driver:
 
 
 def read_facts(kernel: Any, target: Target) -> Facts:
-    """Facts of what :func:`compiling` gave."""
+    """Read the facts of a kernel that :func:`compiling` gave."""
     return _amd_facts(kernel) if target.backend == "hip" else _nvidia_facts(kernel, target)
 
 
@@ -129,7 +149,7 @@ def _nvidia_facts(kernel: Any, target: Target) -> Facts:
     arch, shared = int(target.arch), kernel.metadata.shared
     num_threads = 32 * kernel.metadata.num_warps
     # Registers are given out in units of 8 a thread.
-    registers = -(-used["REG"] // 8) * 8 * num_threads
+    registers = ceil_div(used["REG"], 8) * 8 * num_threads
     return Facts(
         registers=used["REG"],
         spilled_bytes=used["STACK"] + used["LOCAL"],
@@ -166,7 +186,7 @@ def _amd_facts(kernel: Any) -> Facts:
 
 
 def _product(assembly: str) -> str | None:
-    # The first reach the full rate of sm_100 and sm_90; the last is AMD's.
+    # The first two reach the full rate of sm_100 and sm_90; the last is AMD's.
     names = ("UTCHMMA", "HGMMA", "HMMA", "v_mfma")
     return next((name for name in names if re.search(rf"\b{name}", assembly)), None)
 
@@ -177,7 +197,7 @@ def _is_serialized(code: str) -> bool:
 
 
 def _kv_buffers(kernel: Any) -> int:
-    """The leading size of the rings that the pipeline keeps loaded tiles in."""
+    """Find the leading size of the smallest ring that the pipeline keeps loaded tiles in."""
     rings = re.findall(r"local_alloc :.*memdesc<(\d+)x\d+x\d+x", kernel.asm["ttgir"])
     return min(map(int, rings), default=1)
 
@@ -191,7 +211,7 @@ def _nvidia_load_bytes(ptx: str) -> int | None:
 
 
 def _run_tool(name: str, *arguments: str) -> str:
-    """Output of one of the NVIDIA tools that Triton brings."""
+    """Run one of the NVIDIA tools that Triton brings; returns its output."""
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
     command = [str(tool), *arguments]
     done = subprocess.run(command, capture_output=True, text=True, check=True)  # noqa: S603 (Triton's)

@@ -1,4 +1,4 @@
-"""Every kernel compiled for every device at Qwen3's shapes, and the limits that they must keep.
+"""A gate: every kernel compiled for every device at Qwen3's shapes keeps its limits.
 
 ``python -m swa_backend.verify.gate`` prints the table that ``tests/data/kernels.txt`` holds.
 """
@@ -6,7 +6,6 @@
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from unittest.mock import patch
 
 import torch
 import triton
@@ -24,7 +23,7 @@ TARGETS = (
     Target("cuda", 120, 188),  # RTX PRO 6000, RTX 50
     Target("hip", "gfx942", 304),  # MI300X
 )
-# Query heads to a KV head; all have 8 KV heads of 128 numbers.
+# Query heads to a KV head; all have 8 KV heads of 128 elements.
 GROUPS = {"Qwen3-8B": 4, "Qwen3-0.6B": 2}
 _NAMES = {torch.bfloat16: "bf16", torch.float8_e4m3fn: "e4m3", torch.float8_e5m2: "e5m2"}
 # The instructions that reach the tensor cores' full rate, of wgmma and tcgen05 in PTX.
@@ -43,17 +42,14 @@ class Case:
 
     @property
     def name(self) -> str:
+        """The first columns of the case's line in the table."""
         arch = self.target.arch
         device = arch if isinstance(arch, str) else f"sm_{arch}"
         return f"{self.kernel:14}{self.shape:12}{_NAMES[self.kv_dtype]:9}{device:8}"
 
     def compile(self) -> Facts:
-        """Facts of what a launch on the device compiles to."""
-        with (
-            compiling(self.target) as kernels,
-            patch("swa_backend.ops.dispatch.target_of", lambda _: self.target),
-            patch("swa_backend.ops.rotate.target_of", lambda _: self.target),
-        ):
+        """Compile a launch for the device; returns the facts of the kernel."""
+        with compiling(self.target) as kernels:
             if self.kernel == "write":
                 _launch_write(self.kv_dtype)
             elif self.kernel == "rotate":
@@ -78,7 +74,7 @@ def _launch_rotate(group: int) -> None:
 
 
 def _launch_decode(case: Case) -> None:
-    """One request; or two that verify drafts."""
+    """Launch decode attention of one request, or of two that verify drafts."""
     is_ragged = case.kernel == "decode ragged"
     num_reqs, num_tokens = (2, 8) if is_ragged else (1, 1)
     num_heads = _NUM_KV_HEADS * GROUPS[case.shape]
@@ -95,7 +91,7 @@ def _launch_decode(case: Case) -> None:
 
 
 def _launch_prefill(case: Case) -> None:
-    """Two chunks of four tokens."""
+    """Launch prefill attention of two chunks of four tokens."""
     query, own = (
         torch.zeros(8, heads, _HEAD_DIM, dtype=torch.bfloat16)
         for heads in (_NUM_KV_HEADS * GROUPS[case.shape], _NUM_KV_HEADS)
@@ -115,12 +111,12 @@ def _launch_prefill(case: Case) -> None:
 
 
 def _cache(dtype: torch.dtype) -> torch.Tensor:
-    """More than 2 GB, as on a GPU: on AMD smaller ones compile to other loads. Never touched."""
+    """Reserve a cache of over 2 GB, as on a GPU: on AMD smaller ones compile to other loads."""
     return torch.empty(2**16 + 1, _NUM_KV_HEADS, _PAGE, 2 * _HEAD_DIM, dtype=dtype)
 
 
 def cases() -> Iterator[Case]:
-    """All of them."""
+    """Give every case of the table."""
     wide, e4m3, _ = _NAMES
     for target in TARGETS:
         for shape in GROUPS:
@@ -128,7 +124,7 @@ def cases() -> Iterator[Case]:
                 yield Case("decode", shape, kv_dtype, target)
             yield Case("decode sinks", shape, wide, target)
             yield Case("decode ragged", shape, wide, target)
-        # These two know nothing of groups: both shapes compile to the same.
+        # The merge and the write have no groups: both shapes compile to the same.
         yield Case("merge", "Qwen3-8B", wide, target)
         for kv_dtype in (wide, e4m3):
             yield Case("prefill", "Qwen3-8B", kv_dtype, target)
@@ -140,26 +136,23 @@ def cases() -> Iterator[Case]:
 
 
 def compile_decode(target: Target) -> None:
-    """Compile what Qwen3-8B decodes with on a device.
+    """Compile the decode kernel of Qwen3-8B for a device.
 
     Raises:
         RuntimeError: under Triton's interpreter.
     """
-    with (
-        compiling(target),
-        patch("swa_backend.ops.dispatch.target_of", lambda _: target),
-    ):
+    with compiling(target):
         _launch_decode(Case("decode", "Qwen3-8B", torch.bfloat16, target))
 
 
 def compile_all() -> Iterator[tuple[Case, Facts]]:
-    """Every case with its facts, compiled by as many processes as there are processors."""
+    """Compile every case, in as many processes as there are processors, and give its facts."""
     with ProcessPoolExecutor() as pool:
         yield from zip(cases(), pool.map(Case.compile, cases()), strict=True)
 
 
 def violations(case: Case, facts: Facts) -> list[str]:
-    """Limits that the case does not keep."""
+    """List the limits that the case does not keep."""
     decodes = case.kernel.startswith("decode")
     reads_keys = decodes or case.kernel.startswith("prefill")
     width = 16 if case.kv_dtype.itemsize == 2 else 8
@@ -188,7 +181,7 @@ def violations(case: Case, facts: Facts) -> list[str]:
 
 
 def format_row(name: str, facts: Facts) -> str:
-    """A line of the table."""
+    """Format a line of the table."""
     cells = (
         facts.registers,
         facts.spilled_bytes,

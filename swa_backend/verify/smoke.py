@@ -1,4 +1,4 @@
-"""Whether the kernels run and are right here: one small batch of each, against the oracle.
+"""A smoke test: one small batch of each kernel, run here, against the oracle.
 
 ``python -m swa_backend.verify.smoke`` does it in this process's Triton, on a GPU where there is
 one; on a CPU it needs ``TRITON_INTERPRET=1``.
@@ -7,6 +7,7 @@ one; on a CPU it needs ``TRITON_INTERPRET=1``.
 import torch
 
 from swa_backend import ops, reference
+from swa_backend.pages import ceil_div
 
 # Not a multiple of the page, so that both ends of the window lie within one.
 _WINDOW, _SINKS, _PAGE, _NUM_KV_HEADS, _GROUP, _HEAD_DIM = 40, 4, 16, 2, 4, 128
@@ -15,7 +16,7 @@ _CHUNK = 50
 
 
 def smoke(device: torch.device) -> float:
-    """Write, decode and prefill in bfloat16 on ``device``.
+    """Write, decode and prefill in bfloat16 on ``device``, and compare with the oracle.
 
     Returns:
         The largest error of an output, in units of the rounding of bfloat16 at that output's scale.
@@ -29,7 +30,7 @@ def smoke(device: torch.device) -> float:
     def random(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, generator=generator).to(device, torch.bfloat16)
 
-    pages = [-(-length // _PAGE) for length in _LENGTHS]
+    pages = [ceil_div(length, _PAGE) for length in _LENGTHS]
     table = torch.zeros(len(_LENGTHS), max(pages), dtype=torch.int32)
     first = 1
     for row, count in enumerate(pages):
@@ -87,7 +88,7 @@ def _prefill(
     cache: torch.Tensor,
     table: torch.Tensor,
 ) -> float:
-    """A chunk at the end of the longest request, whose last tokens it replaces."""
+    """Prefill a chunk in place of the longest request's last tokens; returns its error."""
     starts = torch.tensor([0, _CHUNK], dtype=torch.int32, device=query.device)
     lengths = torch.tensor([_LENGTHS[-1]], dtype=torch.int32, device=query.device)
     inputs = (cache, table, starts, lengths)
@@ -104,7 +105,7 @@ def _prefill(
 
 
 def _compared(kernel: str, found: torch.Tensor, exact: torch.Tensor) -> float:
-    """Error in units of bfloat16's rounding of the largest output; weights are rounded too."""
+    """Give the error in roundings of bfloat16 at the largest output; weights are rounded too."""
     unit = torch.finfo(torch.bfloat16).eps * float(exact.abs().max())
     error = float((found.cpu().double() - exact).abs().max()) / unit
     if not error <= 2.0:

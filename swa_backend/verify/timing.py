@@ -1,4 +1,4 @@
-"""Times of GPU work, without the host's part."""
+"""Measurement of GPU time without the host's part."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -7,9 +7,9 @@ import triton.testing
 
 
 def median_us(calls: Sequence[Callable[[], Any]]) -> float:
-    """Microseconds of one call: the median over replays of a CUDA graph that holds all of them.
+    """Measure a call in microseconds: the median over replays of a CUDA graph that holds all calls.
 
-    Calls that work on different memory, more of it than the L2 cache holds, find it cold.
+    Calls that work on different memory, more of it than the L2 cache holds, find that cache cold.
     """
 
     def run() -> None:

@@ -24,16 +24,33 @@ from swa_backend.verify import gate
 lines = [(gate.format_row(c.name, f), gate.violations(c, f)) for c, f in gate.compile_all()]
 print(json.dumps(lines))
 """
+COMPILE_ONE = """
+import torch, triton
+from swa_backend.kernels import device
+from swa_backend.verify import gate
+gate.compile_decode(gate.TARGETS[0])
+assert triton.knobs.runtime.jit_cache_hook is None
+assert triton.runtime.driver._active is None
+try:
+    device.target_of(torch.device("cpu"))
+except ValueError as error:
+    print(error)
+"""
+
+
+def run_compiling(code: str) -> str:
+    """Output of a process whose Triton compiles."""
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    command = [sys.executable, "-c", code]
+    result = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr[-3000:]
+    return result.stdout
 
 
 @pytest.fixture(scope="module")
 def compiled() -> list[tuple[str, list[str]]]:
     """A line of the table and the broken limits of every case."""
-    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    command = [sys.executable, "-c", COMPILE]
-    result = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stderr[-3000:]
-    return [(line, broken) for line, broken in json.loads(result.stdout)]
+    return [(line, broken) for line, broken in json.loads(run_compiling(COMPILE))]
 
 
 def test_every_kernel_keeps_its_limits(compiled: list[tuple[str, list[str]]]) -> None:
@@ -99,6 +116,10 @@ def test_prefill_without_the_fast_products_is_named() -> None:
 )
 def test_products_that_wait_are_seen(code: str, is_serialized: bool) -> None:
     assert aot._is_serialized(code) is is_serialized
+
+
+def test_compiling_for_another_device_leaves_no_trace() -> None:
+    assert run_compiling(COMPILE_ONE).startswith('impl="triton" does not run on cpu tensors')
 
 
 def test_compiling_under_the_interpreter_is_refused() -> None:

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from swa_backend import ops, reference
-from swa_backend.kernels.device import target_of
+from swa_backend.kernels.device import compile_target, detect_target, target_of
 from swa_backend.kernels.plans import (
     NumberFormat,
     Target,
@@ -57,7 +57,14 @@ def test_target_of_a_gpu(hip: str | None, target: Target, monkeypatch: pytest.Mo
     )
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
     monkeypatch.setattr(torch.version, "hip", hip)
-    assert target_of.__wrapped__(torch.device("cuda", 0)) == target
+    assert detect_target.__wrapped__(torch.device("cuda", 0)) == target
+
+
+def test_a_device_passes_for_the_target_that_is_compiled_for() -> None:
+    here = target_of(torch.device("cpu"))
+    with compile_target(H100):
+        assert target_of(torch.device("cpu")) == target_of(torch.device("meta")) == H100
+    assert target_of(torch.device("cpu")) == here
 
 
 def test_auto_is_the_oracle_on_the_cpu() -> None:

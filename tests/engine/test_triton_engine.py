@@ -136,10 +136,10 @@ def test_kernels_on_a_cpu_without_the_interpreter_are_refused(
     tiny_model: ModelFactory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tiles, "IS_INTERPRETED", False)
-    device.target_of.cache_clear()
+    device.detect_target.cache_clear()
     arguments = EngineArgs(
         str(tiny_model(**SLIDING)), additional_config={"swa": {"impl": "triton"}}
     )
     with pytest.raises(ValueError, match="On a CPU set TRITON_INTERPRET=1 before the engine"):
         arguments.create_engine_config()
-    device.target_of.cache_clear()
+    device.detect_target.cache_clear()

@@ -14,6 +14,7 @@ import swa_backend
 
 # In the order of their imports.
 MODULES = (
+    "attention_call",
     "kernels.plans",
     "kernels.tiles",
     "kernels.decode",
@@ -81,7 +82,7 @@ def assert_caught(
 
 
 DECODE, TILES, WRITE, OPS = "kernels.decode", "kernels.tiles", "kernels.cache_write", "ops.decode"
-PREFILL, DISPATCH, PREFILL_OP = "kernels.prefill", "ops.dispatch", "ops.prefill"
+PREFILL, DISPATCH, CALL = "kernels.prefill", "ops.dispatch", "attention_call"
 ROTATE = "kernels.rotate"
 MUTANTS = (
     Mutant(
@@ -186,7 +187,7 @@ MUTANTS = (
     Mutant("fp8 sign lost", TILES, "((wide & 0x80) << 8) | ", ""),
     Mutant("fp8 exponent off by one", DISPATCH, "_SHIFTED_E4M3 = 256.0", "_SHIFTED_E4M3 = 128.0"),
     Mutant("score scale of base e", OPS, "* math.log2(math.e)", "* 1.0"),
-    Mutant("key scale forgotten", OPS, "scale * k_scale *", "scale * "),
+    Mutant("key scale forgotten", OPS, "scale * call.k_scale *", "scale * "),
     Mutant("negative slot stored", WRITE, "slot < 0", "slot < -9"),
     Mutant(
         "32-bit slot arithmetic", WRITE, "ptr + token).to(tl.int64)", "ptr + token).to(tl.int32)"
@@ -292,7 +293,7 @@ PREFILL_MUTANTS = (
         "rows % GROUP * tl.num_programs(1) + kv_head",
     ),
     Mutant(
-        "sinks taken for absent", PREFILL_OP, "sink_tokens > 0 and size", "sink_tokens > 9 and size"
+        "sinks taken for absent", CALL, "sink_tokens > 0 and window", "sink_tokens > 9 and window"
     ),
 )
 ROTATE_MUTANTS = (

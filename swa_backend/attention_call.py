@@ -1,0 +1,56 @@
+"""The arguments of a call of paged attention, as one value.
+
+:mod:`swa_backend.ops` builds it from a caller's arguments and checks it once; implementations and
+launchers take it as one argument, with what they write beside it.
+"""
+
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class AttentionCall:
+    """Arguments of :func:`swa_backend.ops.decode_attention`, which describes them."""
+
+    query: torch.Tensor
+    kv_cache: torch.Tensor
+    block_table: torch.Tensor
+    seq_lens: torch.Tensor
+    query_start_loc: torch.Tensor | None
+    window: int | None
+    sink_tokens: int
+    scale: float | None
+    sink_query: torch.Tensor | None
+    k_scale: float
+    v_scale: float
+
+    def arguments(self) -> dict[str, Any]:
+        """Give the arguments by name, as the oracle takes them."""
+        return {field.name: getattr(self, field.name) for field in fields(self)}
+
+    @property
+    def softmax_scale(self) -> float:
+        """Scale of the scores, ``D ** -0.5`` by default."""
+        return self.query.shape[2] ** -0.5 if self.scale is None else self.scale
+
+    def reach(self) -> tuple[int, bool]:
+        """Say how far a query sees.
+
+        Returns:
+            The window in tokens, at most the slots that a row of the block table names, which
+            stand for full attention too; and whether sinks can lie below that window.
+        """
+        capacity = max(1, self.block_table.shape[1] * self.kv_cache.shape[2])
+        window = capacity if self.window is None else min(self.window, capacity)
+        return window, self.sink_tokens > 0 and window < capacity
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class PrefillCall(AttentionCall):
+    """Arguments of :func:`swa_backend.ops.prefill_attention`, which describes them."""
+
+    query_start_loc: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
