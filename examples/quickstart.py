@@ -6,6 +6,7 @@ python examples/quickstart.py [--keep] [--model DIR]
 import argparse
 import contextlib
 import json
+import math
 import os
 import re
 import signal
@@ -206,7 +207,7 @@ def demonstrate(server: Server, num_layers: int) -> None:
         raise QuickstartError(f"no sliding layer in the server's log {server.log_path}")
     # A block of the pool holds one page for each layer of a KV group.
     pages = held * group
-    full_pages = -(-num_tokens // PAGE_SIZE) * num_layers
+    full_pages = math.ceil(num_tokens / PAGE_SIZE) * num_layers
     print(
         f"\nKV pages held after {num_tokens} tokens ({PAGE_SIZE} tokens of one layer a page): "
         f"{pages}; full attention in all {num_layers} layers: {full_pages} "

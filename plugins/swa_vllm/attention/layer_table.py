@@ -9,6 +9,7 @@ from vllm.logger import init_logger
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.models.utils import extract_layer_index
 
+from swa_backend.table import format_table
 from swa_vllm.attention.layer import WindowedAttention
 
 logger = init_logger(f"vllm.{__name__}")
@@ -47,13 +48,12 @@ def lines_of_layers(
     header: tuple[str, ...], described: Iterable[tuple[int, tuple[str, ...]]]
 ) -> list[str]:
     """A line for each run of layers that are described alike."""
-    rows = [header]
+    rows = []
     for description, run in groupby(described, key=lambda item: item[1]):
         indices = [index for index, _ in run]
         span = f"{indices[0]}-{indices[-1]}" if len(indices) > 1 else str(indices[0])
         rows.append((span, *description))
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
+    return format_table(header, rows, num_left=len(header)).splitlines()
 
 
 def _describe(vllm_config: VllmConfig, layer: Attention) -> tuple[str, ...]:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from swa_backend.pages import ceil_div
+from swa_backend.table import format_table
 from swa_vllm.tools.bench.serving.arms import ARMS, add_serving_arguments, arms_of
 from swa_vllm.tools.bench.serving.checkpoints import prepare_models
 from swa_vllm.tools.bench.serving.launcher import Launcher
@@ -22,7 +23,6 @@ from swa_vllm.tools.common import plots
 from swa_vllm.tools.common.arguments import check_number, check_numbers, numbers_of_tokens
 from swa_vllm.tools.common.progress import say
 from swa_vllm.tools.common.spread import Spread
-from swa_vllm.tools.common.table import format_table
 from swa_vllm.tools.engines.setup import check_table_can_grow, text_config
 
 EXAMPLE = "--window 512 --contexts 2048,4096,32768 --batch 4"

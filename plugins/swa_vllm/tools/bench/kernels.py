@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from swa_backend.kernels.plans import Target
+from swa_backend.table import format_table
 from swa_vllm.tools.bench.attention.arms import ARMS, OURS
 from swa_vllm.tools.bench.attention.decode_work import decode_work
 from swa_vllm.tools.bench.attention.prefill_work import prefill_work
@@ -31,7 +32,6 @@ from swa_vllm.tools.bench.attention.times import (
 )
 from swa_vllm.tools.common import plots
 from swa_vllm.tools.common.progress import say
-from swa_vllm.tools.common.table import format_table
 
 EXAMPLE = "--shape Qwen3-8B --json kernels.json"
 # KV heads, and query heads to each.

@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from swa_backend.pages import WindowPages
+from swa_backend.table import format_table
 from swa_vllm.tools.common import plots
 from swa_vllm.tools.common.arguments import check_numbers
 from swa_vllm.tools.common.arms import Arm
 from swa_vllm.tools.common.progress import say
-from swa_vllm.tools.common.table import format_table
 from swa_vllm.tools.engines.scheduler import Outcome, simulate
 from swa_vllm.tools.engines.simulated import Engine
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from swa_backend.pages import ceil_div
+from swa_backend.table import format_table
 from swa_vllm.tools.bench.serving.arms import ARMS, add_serving_arguments, arms_of
 from swa_vllm.tools.bench.serving.checkpoints import prepare_models
 from swa_vllm.tools.bench.serving.launcher import Launcher
@@ -25,7 +26,6 @@ from swa_vllm.tools.bench.serving.workload import MIXES, Ask, read_trace
 from swa_vllm.tools.common import plots
 from swa_vllm.tools.common.arguments import check_number, check_numbers
 from swa_vllm.tools.common.spread import Spread
-from swa_vllm.tools.common.table import format_table
 
 EXAMPLE = "Qwen3-0.6B --window 128 --mix decode --pool-requests 2 --json serve.json"
 _ROWS = {

@@ -12,11 +12,11 @@ from typing import Any
 
 import torch
 
+from swa_backend.table import format_table
 from swa_vllm.tools.common import plots
 from swa_vllm.tools.common.arguments import check_numbers
 from swa_vllm.tools.common.progress import say
 from swa_vllm.tools.common.spread import Spread
-from swa_vllm.tools.common.table import format_table
 from swa_vllm.tools.common.timing import at_least_two_rounds, interleave
 from swa_vllm.tools.engines.batches import BLOCK_SIZE, make_batch
 from swa_vllm.tools.engines.layer import SHAPES, Layer, make_layer

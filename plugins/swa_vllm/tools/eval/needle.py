@@ -16,10 +16,10 @@ from typing import Any
 
 from vllm import SamplingParams
 
+from swa_backend.table import format_table
 from swa_vllm.tools.common import plots
 from swa_vllm.tools.common.arguments import check_number, is_number
 from swa_vllm.tools.common.progress import say
-from swa_vllm.tools.common.table import format_table
 from swa_vllm.tools.engines.scoring import ScoringEngine
 from swa_vllm.tools.engines.setup import (
     FULL_ATTENTION,

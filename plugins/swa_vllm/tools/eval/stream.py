@@ -19,9 +19,9 @@ from typing import Any
 
 from swa_backend.layers import trained_len
 from swa_backend.pages import ceil_div
+from swa_backend.table import format_table
 from swa_vllm.tools.common import plots
 from swa_vllm.tools.common.progress import say, token_bar
-from swa_vllm.tools.common.table import format_table
 from swa_vllm.tools.engines.forced import ForcedTokens
 from swa_vllm.tools.engines.perplexity import perplexity
 from swa_vllm.tools.engines.scoring import Scored, ScoringEngine

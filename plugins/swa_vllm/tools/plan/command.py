@@ -15,6 +15,7 @@ from typing import Any
 from swa_backend.checkpoint import Checkpoint, read_checkpoint
 from swa_backend.config import SWAOptions
 from swa_backend.layers import resolve_layers
+from swa_backend.table import format_table
 from swa_vllm.tools.common import plots
 from swa_vllm.tools.common.arguments import (
     add_window_arguments,
@@ -34,7 +35,6 @@ from swa_vllm.tools.common.sizing import (
     kv_heads_of_a_device,
     longest_text,
 )
-from swa_vllm.tools.common.table import format_table
 from swa_vllm.tools.plan.pictures import plot_plan
 from swa_vllm.tools.plan.report import describe, figures, need_rows, notes, pool_rows
 

@@ -28,7 +28,7 @@ def describe(args: argparse.Namespace, model: Model, limits: Limits) -> str:
         f"{args.model}: {len(model.windows)} layers, {len(sliding)} of them sliding (W={sliding[0]}"
         f"{sinks})\n"
         f"a token takes {a_token:g} KiB in all layers ({model.kv_heads} KV heads of "
-        f"{model.head_dim}, {model.number_bytes} bytes a number){devices}{memory}\n"
+        f"{model.head_dim}, {model.number_bytes} bytes an element){devices}{memory}\n"
         f"pages of {limits.block_size} tokens, chunks of {limits.max_num_batched_tokens}, "
         f"{limits.num_steps_in_flight} step(s) in flight, at most {limits.max_num_seqs} requests "
         f"of {limits.max_model_len} tokens\n"

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from itertools import pairwise
 
 from swa_backend.pages import ceil_div
-from swa_vllm.tools.common.table import format_table
+from swa_backend.table import format_table
 from swa_vllm.tools.common.terminal import BLUE, GREEN, GREY, YELLOW, paint
 from swa_vllm.tools.trace.recording import Row, Trace
 

@@ -3,8 +3,14 @@
 from collections.abc import Iterable, Sequence
 
 
-def format_table(header: Sequence[str], rows: Iterable[Sequence[object]], digits: int = 2) -> str:
-    """Align columns: the first to the left, the others to the right.
+def format_table(
+    header: Sequence[str],
+    rows: Iterable[Sequence[object]],
+    *,
+    digits: int = 2,
+    num_left: int = 1,
+) -> str:
+    """Align columns: the first ``num_left`` to the left, the others to the right.
 
     Args:
         rows: None is printed as a dash.
@@ -13,7 +19,10 @@ def format_table(header: Sequence[str], rows: Iterable[Sequence[object]], digits
     cells = [list(header), *([_text(cell, digits) for cell in row] for row in rows)]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     return "\n".join(
-        "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip()
+        "  ".join(
+            cell.ljust(width) if column < num_left else cell.rjust(width)
+            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
         for row in cells
     )
 
