@@ -96,7 +96,7 @@ class SWAOptions:
             )
         if unknown := sorted(map(str, set(raw) - set(OPTION_KEYS))):
             raise SWAConfigError(
-                f"swa: unknown key {', '.join(unknown)}{_meant(unknown[0])}; allowed are "
+                f"swa: unknown key {', '.join(unknown)}{_close_key(unknown[0])}; allowed are "
                 f"{', '.join(OPTION_KEYS)}"
             )
         checks: dict[str, Callable[[Any], Any]] = {
@@ -127,7 +127,7 @@ def parse_layers(spec: str | Iterable[int], num_layers: int) -> frozenset[int]:
     if isinstance(spec, str):
         layers = set[int]()
         for part in spec.split(","):
-            layers |= _parse_part(part.strip(), spec, num_layers)
+            layers |= _parse_layer_range(part.strip(), spec, num_layers)
     else:
         layers = set(spec)
     shown = spec if isinstance(spec, str) else sorted(layers)
@@ -180,19 +180,19 @@ def _checked_layers(value: object) -> str | tuple[int, ...]:
     )
 
 
-def _parse_part(part: str, spec: str, num_layers: int) -> set[int]:
+def _parse_layer_range(part: str, spec: str, num_layers: int) -> set[int]:
     kind, _, step = part.partition("every:")
-    first, last = (_index(text) for text in part.partition("-")[::2])
+    first, last = (_layer_index(text) for text in part.partition("-")[::2])
     if part == "none" and spec.strip() == "none":
         return set()
-    if not kind and (stride := _index(step)):
+    if not kind and (stride := _layer_index(step)):
         if stride > num_layers:
             raise SWAConfigError(
                 f"swa.full_attention_layers={spec!r}: every:{stride} names none of this model's "
                 f'{num_layers} layers; give a smaller number, or "none"'
             )
         return set(range(stride - 1, num_layers, stride))
-    if (index := _index(part)) is not None:
+    if (index := _layer_index(part)) is not None:
         return {index}
     if first is not None and last is not None and first <= last:
         # Both ends, so that one outside of the model is found, and no range beyond the model.
@@ -203,10 +203,10 @@ def _parse_part(part: str, spec: str, num_layers: int) -> set[int]:
     )
 
 
-def _index(text: str) -> int | None:
+def _layer_index(text: str) -> int | None:
     return int(text) if text.isdecimal() and len(text) < 10 else None
 
 
-def _meant(key: str) -> str:
+def _close_key(key: str) -> str:
     close = get_close_matches(key.lower(), OPTION_KEYS, n=1)
     return f" (did you mean {close[0]}?)" if close else ""
