@@ -7,8 +7,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from swa_backend.config import is_count
 from swa_backend.layers import FULL, SLIDING
+from swa_backend.options import is_count
 
 # Text stacks that are a plain Qwen3, by transformers' model type.
 _TEXT_MODELS = (

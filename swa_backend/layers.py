@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from swa_backend.config import (
+from swa_backend.options import (
     SERVE_FULL,
     USE_OPTIONS,
     Impl,

@@ -9,9 +9,9 @@ from vllm.config import VllmConfig
 from vllm.platforms import current_platform
 from vllm.v1.kv_cache_interface import is_quantized_kv_cache
 
-from swa_backend.config import SWAConfigError
 from swa_backend.kernels.device import target_of
 from swa_backend.kernels.plans import Target
+from swa_backend.options import SWAConfigError
 from swa_backend.weights import check_weights
 from swa_vllm.compat.backend_slot import check_backend_slot
 from swa_vllm.config.implementation import FP8_DTYPES

@@ -6,7 +6,7 @@ from typing import TypeGuard
 import torch
 
 from swa_backend.attention_call import AttentionCall, PrefillCall
-from swa_backend.config import is_count
+from swa_backend.options import is_count
 
 QUERY_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 FP8_DTYPES = (torch.float8_e4m3fn, torch.float8_e5m2)

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from vllm.v1.kv_cache_interface import SlidingWindowSpec
 
-from swa_backend.config import PrefillPages
+from swa_backend.options import PrefillPages
 from swa_backend.pages import WindowPages, ceil_div, max_span
 from swa_backend.window import is_visible
 from swa_vllm.kv_cache.spec import SWASpec

@@ -5,7 +5,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from swa_backend.config import SWAConfigError
+from swa_backend.options import SWAConfigError
 from tests.bad_input.row import Bad
 from tests.helpers.tiny_models import BY_LAYER_TYPES, FULL, MIXED, ROPE, SLIDING
 

@@ -11,7 +11,7 @@ from vllm.engine.arg_utils import EngineArgs
 from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 
 from swa_backend import __version__
-from swa_backend.config import SWAConfigError
+from swa_backend.options import SWAConfigError
 from swa_vllm.compat import versions
 from swa_vllm.compat.envs import ALLOW_UNTESTED
 from swa_vllm.distributed.nodes import Installation, check_installations

@@ -8,7 +8,7 @@ import random
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from swa_backend.config import PrefillPages
+from swa_backend.options import PrefillPages
 from swa_backend.pages import ceil_div
 from tests.helpers.tiny_models import FULL, ROPE, random_prompts
 

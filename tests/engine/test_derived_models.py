@@ -15,7 +15,7 @@ from vllm import EngineArgs, ModelRegistry
 from vllm.model_executor.model_loader.utils import initialize_model
 
 import swa_vllm
-from swa_backend.config import SWAConfigError
+from swa_backend.options import SWAConfigError
 from swa_vllm.compat import architectures, versions
 from swa_vllm.models import derived, guard
 from tests.helpers.derived_models import KINDS, projection, save_derived

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from swa_backend.config import PrefillPages
+from swa_backend.options import PrefillPages
 from tests.helpers.engines import EngineFactory, ModelFactory, generate, managers, num_free_pages
 from tests.helpers.exactness import LENGTHS, check_exact
 from tests.helpers.pairwise import pairwise

@@ -8,8 +8,8 @@ import pytest
 from vllm import LLM, EngineArgs
 from vllm.config import VllmConfig
 
-from swa_backend.config import SWAConfigError
 from swa_backend.metrics import PageCounts
+from swa_backend.options import SWAConfigError
 from swa_backend.pages import WindowPages, ceil_div
 from swa_vllm.attention.cpu.builder import SWACPUMetadataBuilder
 from swa_vllm.config import swa_config

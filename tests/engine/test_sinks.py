@@ -11,7 +11,7 @@ import torch
 from vllm import LLM, EngineArgs
 from vllm.v1.metrics.reader import Counter
 
-from swa_backend.config import PrefillPages, SWAConfigError
+from swa_backend.options import PrefillPages, SWAConfigError
 from swa_backend.pages import WindowPages
 from swa_vllm.attention.cpu.ghost_tail import SinkCopies
 from swa_vllm.attention.cpu.page_layout import PageLayout

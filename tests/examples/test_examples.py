@@ -17,7 +17,7 @@ import httpx
 import psutil
 import pytest
 
-from swa_backend.config import SWAOptions
+from swa_backend.options import SWAOptions
 from tests.helpers.paths import ROOT
 
 pytestmark = pytest.mark.alone

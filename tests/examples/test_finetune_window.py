@@ -12,8 +12,8 @@ from transformers import Qwen3Config
 
 import finetune_window
 from finetune_window import LENGTH_IN_WINDOWS, finetune, lr_factor
-from swa_backend.config import SWAOptions
 from swa_backend.layers import resolve_layers
+from swa_backend.options import SWAOptions
 from swa_vllm.tools.eval.texts import tokens_of
 from tests.helpers.dense_qwen3 import Sight
 from tests.helpers.dense_text import DenseText

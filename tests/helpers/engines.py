@@ -15,8 +15,8 @@ from vllm.lora.request import LoRARequest
 from vllm.outputs import CompletionOutput
 from vllm.v1.engine.core_client import InprocClient
 
-from swa_backend.config import SWAConfigError, SWAOptions
 from swa_backend.layers import resolve_layers
+from swa_backend.options import SWAConfigError, SWAOptions
 from swa_vllm.kv_cache.manager import SWAManager
 from tests.helpers.page_checks import held_pages
 from tests.helpers.tiny_models import PAGE_SIZE, WINDOW, random_prompts

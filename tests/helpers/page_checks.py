@@ -8,7 +8,7 @@ from typing import Any
 
 from vllm.v1.core.block_pool import BlockPool
 
-from swa_backend.config import PrefillPages
+from swa_backend.options import PrefillPages
 from swa_backend.pages import ceil_div
 from swa_backend.window import first_visible
 from swa_vllm.kv_cache.manager import SWAManager

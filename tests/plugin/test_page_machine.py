@@ -22,7 +22,7 @@ from vllm.v1.core.single_type_kv_cache_manager import SlidingWindowManager
 
 import swa_backend
 import swa_vllm
-from swa_backend.config import PrefillPages
+from swa_backend.options import PrefillPages
 from swa_backend.pages import WindowPages
 from swa_vllm.kv_cache.manager import SWAManager
 from tests.helpers.wheel_sources import official_sources

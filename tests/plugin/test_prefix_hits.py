@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import pytest
 
-from swa_backend.config import PrefillPages
+from swa_backend.options import PrefillPages
 from swa_vllm.tools.common.arms import Arm
 from swa_vllm.tools.engines.scheduler import SAMPLED_TOKEN, Simulation
 from swa_vllm.tools.engines.simulated import Engine

@@ -20,7 +20,7 @@ from vllm.v1.worker.gpu import attn_utils
 from vllm.v1.worker.utils import AttentionGroup
 
 from swa_backend import ops, reference
-from swa_backend.config import SWAConfigError
+from swa_backend.options import SWAConfigError
 from swa_vllm.attention import layer_table as report
 from swa_vllm.attention.backends import windowed_backend
 from swa_vllm.attention.layer import WindowedAttention

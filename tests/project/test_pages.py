@@ -10,8 +10,8 @@ from posixpath import normpath
 
 import pytest
 
-from swa_backend.config import OPTION_KEYS, SWAOptions
 from swa_backend.metrics import METRICS
+from swa_backend.options import OPTION_KEYS, SWAOptions
 
 ROOT = Path(__file__).parents[2]
 MAX_README_LINES = 220

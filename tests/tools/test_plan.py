@@ -13,8 +13,8 @@ from vllm import LLM, SamplingParams
 from vllm.config import ModelConfig, ParallelConfig
 
 from swa_backend.checkpoint import read_checkpoint
-from swa_backend.config import SWAConfigError, SWAOptions
 from swa_backend.layers import resolve_layers
+from swa_backend.options import SWAConfigError, SWAOptions
 from swa_vllm.tools.cli import main
 from swa_vllm.tools.common.sizing import bytes_of_an_element, kv_heads_of_a_device, longest_text
 from tests.helpers.engines import EngineFactory, ModelFactory, scheduler

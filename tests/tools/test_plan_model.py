@@ -22,7 +22,7 @@ from vllm.v1.kv_cache_interface import (
 
 import swa_backend
 import swa_vllm
-from swa_backend.config import PrefillPages
+from swa_backend.options import PrefillPages
 from swa_vllm.kv_cache.spec import SWASpec
 from swa_vllm.tools.common.arms import Arm
 from swa_vllm.tools.common.pools import Model, plan_pool

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from vllm.model_executor.layers.rotary_embedding.common import ApplyRotaryEmb
 
-from swa_backend.config import SWAConfigError
+from swa_backend.options import SWAConfigError
 
 
 class Rotation:

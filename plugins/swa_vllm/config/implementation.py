@@ -6,7 +6,7 @@ import torch
 from vllm.config import VllmConfig
 from vllm.platforms import current_platform
 
-from swa_backend.config import Impl, PrefillPages, SWAConfigError, SWAOptions
+from swa_backend.options import Impl, PrefillPages, SWAConfigError, SWAOptions
 
 # vLLM's names of KV cache dtypes whose pages are bytes to it, and what the bytes are.
 FP8_DTYPES = {

@@ -6,10 +6,12 @@ from typing import Any
 
 from vllm.config import VllmConfig
 
-from swa_backend.config import PrefillPages, SWAOptions
 from swa_backend.layers import LayerPlan, resolve_layers
+from swa_backend.options import OPTION_KEYS, USE_OPTIONS, PrefillPages, SWAConfigError, SWAOptions
 from swa_vllm.config.implementation import Implementation, implementation_of, prefill_pages_of
-from swa_vllm.config.options import parse_additional_config
+
+# Of these no other plugin is known: found beside "swa", they were meant to be in it.
+_OURS_ALONE = frozenset(OPTION_KEYS) - {"enabled", "impl"}
 
 
 @dataclass(frozen=True)
@@ -71,6 +73,23 @@ class SWAConfig:
     def spare_tokens(self) -> int:
         """Slots behind the newest token: the CPU backend writes copies of the sinks there."""
         return 0 if self.uses_kernels else self.options.sink_tokens
+
+
+def parse_additional_config(additional: object) -> SWAOptions:
+    """Validate what vLLM has as ``--additional-config``: its ``swa`` section, if any.
+
+    Raises:
+        SWAConfigError: as :meth:`SWAOptions.from_dict`; options that are not inside ``swa``.
+    """
+    if not isinstance(additional, Mapping):
+        return SWAOptions()
+    for key in map(str, additional):
+        if key in _OURS_ALONE or (key.lower() == "swa" and key != "swa"):
+            raise SWAConfigError(
+                f"--additional-config has {key!r} where nothing reads it; options of windows "
+                f'belong into an object "swa". Write {USE_OPTIONS}'
+            )
+    return SWAOptions.from_dict(additional.get("swa", {}))
 
 
 def wants_windows_decided(vllm_config: VllmConfig) -> bool:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from swa_backend.config import SWAConfigError
+from swa_backend.options import SWAConfigError
 
 DISTRIBUTION = "swa-backend"
 # A node answers once Ray has started a worker on it.

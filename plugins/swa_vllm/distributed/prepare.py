@@ -2,7 +2,7 @@
 
 from vllm.config import VllmConfig
 
-from swa_backend.config import SWAConfigError
+from swa_backend.options import SWAConfigError
 
 
 def prepare_ray(vllm_config: VllmConfig) -> None:

@@ -15,9 +15,9 @@ from vllm.logger import init_logger
 from vllm.v1.core.kv_cache_utils import KVCacheBlock
 from vllm.v1.request import Request
 
-from swa_backend.config import PrefillPages
 from swa_backend.lost_prefix import SkippedPages
 from swa_backend.metrics import PageCounts
+from swa_backend.options import PrefillPages
 from swa_backend.pages import ceil_div
 from swa_vllm.kv_cache import live_managers
 from swa_vllm.kv_cache.ledger import Held, PageLedger

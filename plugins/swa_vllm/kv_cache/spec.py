@@ -5,7 +5,7 @@ from dataclasses import dataclass, fields
 from vllm.config import VllmConfig
 from vllm.v1.kv_cache_interface import KVCacheSpec, SlidingWindowSpec
 
-from swa_backend.config import PrefillPages
+from swa_backend.options import PrefillPages
 from swa_backend.pages import WindowPages, ceil_div
 
 

@@ -9,7 +9,7 @@ from vllm.v1.kv_cache_interface import (
     KVCacheGroupSpec,
 )
 
-from swa_backend.config import PrefillPages
+from swa_backend.options import PrefillPages
 from swa_vllm.tools.common.arms import Arm
 from swa_vllm.tools.engines.scheduler import Simulation
 from swa_vllm.tools.engines.simulated import Engine

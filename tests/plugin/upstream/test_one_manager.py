@@ -11,7 +11,7 @@ from vllm.v1.core.kv_cache_utils import (
     make_block_hash_with_group_id,
 )
 
-from swa_backend.config import PrefillPages
+from swa_backend.options import PrefillPages
 from swa_backend.window import is_visible
 from swa_vllm.kv_cache.manager import SWAManager
 from swa_vllm.kv_cache.spec import SWASpec

@@ -16,7 +16,7 @@ from vllm.v1.kv_cache_interface import (
 )
 from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 
-from swa_backend.config import PrefillPages
+from swa_backend.options import PrefillPages
 from swa_vllm.kv_cache.manager import SWAManager
 from swa_vllm.kv_cache.spec import SWASpec
 from tests.plugin.upstream.pages import AUTO, full_spec, stock_spec, windowed_spec

@@ -19,7 +19,7 @@ from torch.nn.functional import one_hot, pad
 from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
 
-from swa_backend.config import SWAConfigError
+from swa_backend.options import SWAConfigError
 from swa_backend.window import last_unshifted
 from swa_vllm.attention.cpu.ghost_tail import SinkCopies
 from swa_vllm.attention.cpu.page_layout import PageLayout

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from swa_backend.config import MOST_TOKENS
+from swa_backend.options import MOST_TOKENS
 
 
 def add_window_arguments(parser: argparse.ArgumentParser) -> None:

@@ -7,8 +7,8 @@ from typing import Any
 
 from transformers import AutoConfig
 
-from swa_backend.config import SWAOptions
 from swa_backend.layers import LayerPlan, resolve_layers
+from swa_backend.options import SWAOptions
 from swa_vllm.tools.common.arguments import check_numbers
 from swa_vllm.tools.common.sizing import MODEL_DTYPES
 

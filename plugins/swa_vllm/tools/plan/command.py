@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from swa_backend.checkpoint import Checkpoint, read_checkpoint
-from swa_backend.config import SWAOptions
 from swa_backend.layers import resolve_layers
+from swa_backend.options import SWAOptions
 from swa_backend.table import format_table
 from swa_vllm.tools.common import plots
 from swa_vllm.tools.common.arguments import (

@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import Qwen3MoeConfig
 
-from swa_backend.config import SWAConfigError, SWAOptions, parse_layers
 from swa_backend.layers import resolve_layers
+from swa_backend.options import SWAConfigError, SWAOptions, parse_layers
 from tests.helpers.tiny_models import BY_LAYER_TYPES, FULL, MIXED, SLIDING, WINDOW, tiny_config
 
 W = WINDOW
