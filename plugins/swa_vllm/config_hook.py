@@ -6,6 +6,7 @@ from vllm.model_executor.models.config import VerifyAndUpdateConfig
 from swa_vllm.config.swa_config import SWAConfig
 from swa_vllm.distributed.prepare import prepare_ray
 from swa_vllm.metrics.scrape import serve_counts
+from swa_vllm.refusals import check_local_weights, check_servable
 
 
 class ConfigHook(VerifyAndUpdateConfig):
@@ -25,9 +26,6 @@ class ConfigHook(VerifyAndUpdateConfig):
         swa = SWAConfig.from_vllm(vllm_config)
         if not swa.slides:
             return
-        # It imports attention layers, which a process without windows has no need of.
-        from swa_vllm.refusals import check_local_weights, check_servable
-
         check_servable(vllm_config, swa)
         check_local_weights(vllm_config)
         prepare_ray(vllm_config)

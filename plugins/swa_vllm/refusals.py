@@ -11,10 +11,10 @@ from vllm.v1.kv_cache_interface import is_quantized_kv_cache
 
 from swa_backend.kernels.device import target_of
 from swa_backend.kernels.plans import Target
-from swa_backend.options import SWAConfigError
+from swa_backend.options import PrefillPages, SWAConfigError
 from swa_backend.weights import check_weights
 from swa_vllm.compat.backend_slot import check_backend_slot
-from swa_vllm.config.implementation import FP8_DTYPES
+from swa_vllm.config.implementation import FP8_DTYPES, obstacle_to_survivors
 from swa_vllm.config.swa_config import SWAConfig, text_config, wants_windows_decided
 
 PROVEN_SPECULATION = ("ngram", "eagle3")
@@ -36,6 +36,8 @@ def check_servable(vllm_config: VllmConfig, swa: SWAConfig) -> None:
     _check_engine(vllm_config)
     if swa.uses_kernels:
         _check_kernels(vllm_config)
+    if swa.options.prefill_pages is PrefillPages.SURVIVORS:
+        _check_survivors(vllm_config, swa)
     if swa.options.sink_tokens:
         _check_sinks(vllm_config, swa)
     if swa.options.debug_poison:
@@ -74,6 +76,15 @@ def _check_model(vllm_config: VllmConfig) -> None:
     if getattr(config, "dual_chunk_attention_config", None):
         raise SWAConfigError(
             "dual_chunk_attention_config cannot be combined with a window; remove either"
+        )
+
+
+def _check_survivors(vllm_config: VllmConfig, swa: SWAConfig) -> None:
+    obstacle = obstacle_to_survivors(swa.implementation, vllm_config)
+    if obstacle is not None:
+        raise SWAConfigError(
+            f'swa.prefill_pages="survivors" cannot be had: {obstacle}. '
+            'Use "auto" or "all", or remove what is named here'
         )
 
 

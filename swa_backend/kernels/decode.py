@@ -174,7 +174,7 @@ def launch_decode(
     out: torch.Tensor,
     partial: torch.Tensor,
     lse: torch.Tensor,
-    kv_cache: torch.Tensor,
+    readable_cache: torch.Tensor,
     *,
     window: int,
     score_scale: float,
@@ -186,7 +186,7 @@ def launch_decode(
 
     Args:
         partial, lse: fp32 scratch, contiguous, ``[num_tokens, Hq, plan.num_parts(, HEAD_DIM)]``.
-        kv_cache: the call's, or its bytes where the target does not read e4m3.
+        readable_cache: the call's, or its bytes where the target does not read e4m3.
         window: as :meth:`AttentionCall.reach` says.
         score_scale: factor of the products of queries and cached keys, for scores in base 2.
         value_scale: factor of cached values.
@@ -194,7 +194,7 @@ def launch_decode(
     query, query_start_loc = call.query, call.query_start_loc
     sink_query = query if call.sink_query is None else call.sink_query
     num_tokens, num_heads, head_dim = query.shape
-    num_reqs, num_kv_heads = call.seq_lens.shape[0], kv_cache.shape[1]
+    num_reqs, num_kv_heads = call.seq_lens.shape[0], readable_cache.shape[1]
     constants = plan.constants()
     constants["DOT"] = tl.dtype(plan.dot)
     grid = (plan.num_blocks(num_tokens, num_reqs), num_kv_heads, plan.num_parts)
@@ -203,13 +203,13 @@ def launch_decode(
         lse,
         query,
         sink_query,
-        kv_cache,
+        readable_cache,
         call.block_table,
         call.seq_lens,
         query_start_loc,
         *query.stride()[:2],
         *sink_query.stride()[:2],
-        *kv_cache.stride(),
+        *readable_cache.stride(),
         call.block_table.stride(0),
         num_reqs,
         window,
@@ -217,7 +217,7 @@ def launch_decode(
         score_scale,
         value_scale,
         **constants,
-        **target.decode_options(kv_cache.element_size()),
+        **target.decode_options(readable_cache.element_size()),
     )
     merge_kernel[(num_tokens, num_heads)](
         out,

@@ -179,7 +179,7 @@ def prefill_kernel(
 def launch_prefill(
     call: PrefillCall,
     out: torch.Tensor,
-    kv_cache: torch.Tensor,
+    readable_cache: torch.Tensor,
     *,
     window: int,
     score_scale: float,
@@ -191,7 +191,7 @@ def launch_prefill(
     """Launch the kernel.
 
     Args:
-        kv_cache: the call's, or its bytes where the target does not read e4m3.
+        readable_cache: the call's, or its bytes where the target does not read e4m3.
         window: as :meth:`AttentionCall.reach` says.
         score_scale: factor of the products of queries and keys, for scores in base 2.
         key_scale, value_scale: factors of cached keys and of cached values.
@@ -201,13 +201,13 @@ def launch_prefill(
     num_tokens, num_reqs = query.shape[0], call.seq_lens.shape[0]
     constants = plan.constants()
     constants["DOT"] = tl.dtype(plan.dot)
-    prefill_kernel[(plan.num_blocks(num_tokens, num_reqs), kv_cache.shape[1])](
+    prefill_kernel[(plan.num_blocks(num_tokens, num_reqs), readable_cache.shape[1])](
         out,
         query,
         sink_query,
         key,
         value,
-        kv_cache,
+        readable_cache,
         call.block_table,
         call.query_start_loc,
         call.seq_lens,
@@ -216,7 +216,7 @@ def launch_prefill(
         *sink_query.stride()[:2],
         *key.stride()[:2],
         *value.stride()[:2],
-        *kv_cache.stride(),
+        *readable_cache.stride(),
         call.block_table.stride(0),
         num_tokens,
         num_reqs,

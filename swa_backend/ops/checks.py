@@ -116,8 +116,7 @@ def check_call(
     check_integers("seq_lens", call.seq_lens, torch.int32, (None,))
     num_reqs = call.seq_lens.shape[0]
     check_integers("block_table", call.block_table, torch.int32, (num_reqs, None))
-    # A decode call without it has one query a request; a prefill call needs it.
-    if call.query_start_loc is not None or isinstance(call, PrefillCall):
+    if call.query_start_loc is not None:
         check_integers("query_start_loc", call.query_start_loc, torch.int32, (num_reqs + 1,))
     check_like("sink_query", call.sink_query, query, "query")
     check_like("out", out, query, "query")
@@ -141,6 +140,9 @@ def check_prefill_call(call: PrefillCall, out: torch.Tensor | None) -> None:
     """Raise unless the arguments, the chunk's own keys and values included, fit together."""
     query, key = call.query, call.key
     check_call(call, out, key=key, value=call.value)
+    # Required here, as it is not where each request has one query.
+    num_reqs = call.seq_lens.shape[0]
+    check_integers("query_start_loc", call.query_start_loc, torch.int32, (num_reqs + 1,))
     own_shape = (query.shape[0], call.kv_cache.shape[1], query.shape[2])
     if key.shape != own_shape or key.dtype != query.dtype:
         raise TypeError(

@@ -115,7 +115,7 @@ def _decode(call: AttentionCall, out: torch.Tensor, scratch: torch.Tensor | None
     check_for_kernels(head_dim, query=query, sink_query=call.sink_query, out=out)
     readable_cache, factor, target = readable(kv_cache)
     num_reqs = call.seq_lens.shape[0]
-    if num_tokens == 0 or num_reqs == 0:
+    if num_tokens == 0 or num_reqs == 0 or call.block_table.shape[1] == 0:
         return out.zero_()
     window, has_sinks = call.reach()
     num_kv_heads = kv_cache.shape[1]

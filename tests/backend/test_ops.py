@@ -223,3 +223,12 @@ def test_prefill_blocks_shrink_where_registers_are_short(
     )
     assert (got.rows, got.rows_per_block, got.tile) == (rows, rows // 5, tile)
     assert got.num_blocks(100, 3) == 100 // got.rows_per_block + 4
+
+
+def test_kernels_read_nothing_through_a_table_without_entries() -> None:
+    query = torch.ones(2, 4, 16)
+    arguments = decode_arguments(
+        query=query, block_table=torch.zeros(2, 0).int(), seq_lens=torch.ones(2).int()
+    )
+    out = ops.decode_attention(**arguments, out=torch.ones_like(query), impl="triton")
+    assert not out.any()

@@ -3,15 +3,11 @@
 from functools import cache
 
 import pytest
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from vllm.v1.kv_cache_interface import SlidingWindowSpec
 
-from swa_backend.options import PrefillPages
 from swa_backend.pages import WindowPages, ceil_div, max_span
 from swa_backend.window import is_visible
-from swa_vllm.kv_cache.spec import SWASpec
 
 rules = st.builds(
     WindowPages,
@@ -124,22 +120,3 @@ def test_sinks_stay_and_are_held_besides_the_window() -> None:
     assert pages.dead(100) == range(2, 23)
     assert pages.holes(0, 100) == range(2, 22)
     assert pages.max_held(1, 400) == 2 + WindowPages(8, 4).max_held(1, 400)
-
-
-@pytest.mark.parametrize("num_steps", [1, 2, 3])
-def test_cap_is_never_above_vllms(num_steps: int) -> None:
-    common = {"block_size": 32, "num_kv_heads": 1, "head_size": 8, "dtype": torch.float32}
-    for window in [*range(1, 100), 511, 512, 1024, 4096]:
-        stock = SlidingWindowSpec(**common, sliding_window=window)
-        here = SWASpec(
-            **common,
-            sliding_window=window,
-            prefill_pages=PrefillPages.SURVIVORS,
-            num_steps_in_flight=num_steps,
-        )
-        for chunk in (1, 16, 100, 2048, 8192):
-            for longest in (40, 1000, 40960):
-                sizes = (num_steps * chunk, longest)
-                assert here.max_admission_blocks_per_request(*sizes) <= (
-                    stock.max_admission_blocks_per_request(*sizes)
-                )

@@ -15,6 +15,7 @@ from swa_vllm.attention.cpu.builder import SWACPUMetadataBuilder
 from swa_vllm.config import swa_config
 from swa_vllm.config.implementation import Implementation
 from swa_vllm.config.swa_config import SWAConfig
+from swa_vllm.models.guard import refusing
 from swa_vllm.refusals import check_servable
 from tests.helpers.engines import (
     Answer,
@@ -223,7 +224,10 @@ def test_no_gpu_backend_stores_every_page(
     tiny_model: ModelFactory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def pages(policy: str) -> str:
-        return SWAConfig.from_vllm(_config(tiny_model, prefill_pages=policy)).prefill_pages.value
+        config = _config(tiny_model, prefill_pages=policy)
+        swa = SWAConfig.from_vllm(config)
+        check_servable(config, swa)
+        return swa.prefill_pages.value
 
     assert [pages(policy) for policy in ("auto", "survivors", "all")] == [
         "auto",
@@ -234,3 +238,12 @@ def test_no_gpu_backend_stores_every_page(
     assert pages("auto") == pages("all") == "all"
     with pytest.raises(ValueError, match="reads a chunk's keys from pages"):
         pages("survivors")
+
+
+def test_a_guard_needs_nothing_of_the_engine_to_see_a_window(tiny_model: ModelFactory) -> None:
+    """An untested vLLM may lack what else is decided from its config."""
+    config = _config(tiny_model, prefill_pages="survivors")
+    config.scheduler_config = None  # type: ignore[assignment]
+    guarded = refusing(type("Stock", (), {}), "because")
+    with pytest.raises(RuntimeError, match="asks for sliding windows: because"):
+        guarded(vllm_config=config)  # type: ignore[call-arg]

@@ -1,7 +1,7 @@
 """What we use of other packages that they may change without notice, by where they define it.
 
-A place is a module, or a class or function in one. ``tests/test_contracts.py`` looks for every name
-there, and finds names in our sources that are missing here.
+A place is a module, or a class or function in one. ``tests/plugin/test_contracts.py`` looks for
+every name there; ``test_upstream_names.py`` finds names in our sources that are missing here.
 """
 
 _MANAGER = "vllm.v1.core.single_type_kv_cache_manager"

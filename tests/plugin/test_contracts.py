@@ -174,7 +174,7 @@ def _find(tree: Path, file: str, qualname: str) -> Any:
 
 
 def _located(tree: Path, place: str) -> Any:
-    """Syntax node of a place, as :mod:`upstream` names it, in the package at ``tree``."""
+    """Syntax node of a place, as ``MEMBERS`` names it, in the package at ``tree``."""
     module, _, qualname = place.partition(":")
     path = tree.parent.joinpath(*module.split("."))
     file = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")

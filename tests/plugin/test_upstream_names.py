@@ -1,6 +1,6 @@
 """No name of another package is used that the contract does not list, private or not.
 
-:mod:`upstream` is the list; ``tests/test_contracts.py`` holds it against their sources.
+:mod:`tests.helpers.upstream` is the list; ``test_contracts.py`` holds it against their sources.
 """
 
 import argparse

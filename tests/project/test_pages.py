@@ -5,15 +5,15 @@ import subprocess
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from functools import cache
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
 from posixpath import normpath
 
 import pytest
 
 from swa_backend.metrics import METRICS
 from swa_backend.options import OPTION_KEYS, SWAOptions
+from tests.helpers.paths import ROOT
 
-ROOT = Path(__file__).parents[2]
 MAX_README_LINES = 220
 # What a page shows and GitHub does not read as Markdown: fenced blocks, then code within a line.
 FENCE = re.compile(r"^ *(`{3,}|~{3,})[^\n]*\n.*?^ *\1[`~]*[ \t]*$", re.MULTILINE | re.DOTALL)

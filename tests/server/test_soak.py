@@ -241,7 +241,7 @@ def _counts(url: str) -> dict[str, float]:
     return {name: count for name, count in metrics.items() if count}
 
 
-@pytest.mark.full  # tests/test_ray.py kills one of Ray's by default
+@pytest.mark.full  # tests/server/test_ray.py kills one of Ray's by default
 def test_killed_worker_is_an_error_and_an_end(
     model: Path, environment: dict[str, str], tmp_path_factory: pytest.TempPathFactory
 ) -> None:

@@ -12,7 +12,7 @@ import pytest
 
 from swa_vllm.tools.bench.serve import losses
 from swa_vllm.tools.bench.serving import rounds
-from swa_vllm.tools.bench.serving.arms import ARMS
+from swa_vllm.tools.bench.serving.arms import SERVING_ARMS
 from swa_vllm.tools.bench.serving.bound import makespan, step_time
 from swa_vllm.tools.bench.serving.checkpoints import add_window
 from swa_vllm.tools.bench.serving.launcher import Launcher
@@ -46,9 +46,13 @@ def test_arms_serve_the_same_workload_in_turns(tmp_path: Path) -> None:
     trace.write_text('{"arrival": 0, "prompt_tokens": 40, "output_tokens": 30}\n' * 6)
     arguments = ["--trace", str(trace), "--window", "32", "--chunk", "64", "--threads", "1"]
     figures = _swa(tmp_path, "serve", *arguments, "--once", "hf", "--peers", "here,stock,hf")
-    here, stock, hf = (figures["peers"][ARMS[name].name] for name in ("here", "stock", "hf"))
+    here, stock, hf = (
+        figures["peers"][SERVING_ARMS[name].name] for name in ("here", "stock", "hf")
+    )
     assert [arm["rounds"] for arm in (here, stock, hf)] == [2, 2, 1]
-    assert figures["checked"]["equal"] == [[ARMS[name].name for name in ("here", "stock", "hf")]]
+    assert figures["checked"]["equal"] == [
+        [SERVING_ARMS[name].name for name in ("here", "stock", "hf")]
+    ]
     assert figures["pool_pages"] == 6  # three pages each, two requests
     assert here["peak_pages"]["high"] <= 6
     assert [arm["curve"][-1][1] for arm in (here, stock, hf)] == [6 * 30] * 3
@@ -182,7 +186,11 @@ def test_losses_are_named() -> None:
     here = {name: {"median": 10.0} for name in metrics}
     faster = {**here, "output": {"median": 12.0}, "tpot_p50_ms": {"median": 5.0}}
     slower = {**here, "output": {"median": 8.0}, "tpot_p50_ms": {"median": 50.0}}
-    arms = {ARMS["here"].name: here, ARMS["stock"].name: faster, ARMS["full"].name: slower}
+    arms = {
+        SERVING_ARMS["here"].name: here,
+        SERVING_ARMS["stock"].name: faster,
+        SERVING_ARMS["full"].name: slower,
+    }
     assert losses({"peers": arms}) == [
         "tokens/s, stock vLLM is 1.20 times better",
         "TPOT p50, ms, stock vLLM is 2.00 times better",
@@ -201,7 +209,7 @@ class Parrot(ArmProcess):
 
 
 def test_arms_that_disagree_are_not_timed(tiny_model: Any) -> None:
-    arms = {name: ARMS[name] for name in ("here", "stock", "full")}
+    arms = {name: SERVING_ARMS[name] for name in ("here", "stock", "full")}
     launcher = Launcher(dict.fromkeys((True, False), tiny_model()), "float32", 1, {})
     work = rounds.Rounds([Ask(0, 100, 100)], 32, 1, frozenset(), 0)
     running = {name: Parrot(arm.name, int(name == "full")) for name, arm in arms.items()}
@@ -214,7 +222,7 @@ def test_arms_that_disagree_are_not_timed(tiny_model: Any) -> None:
 
 def test_an_arm_that_fails_says_why(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match=r"Hugging Face: .*nowhere"):
-        Launcher({True: tmp_path / "nowhere"}, "float32", 1, {}).start(ARMS["hf"])
+        Launcher({True: tmp_path / "nowhere"}, "float32", 1, {}).start(SERVING_ARMS["hf"])
 
 
 def test_an_arm_that_dies_says_why() -> None:

@@ -2,13 +2,12 @@
 
 import re
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
 from swa_vllm.tools.cli import main
+from tests.helpers.paths import ROOT
 
-ROOT = Path(__file__).parents[2]
 FENCE = re.compile(r"^```.*?^```$", re.MULTILINE | re.DOTALL)
 GROUPS = ("bench", "eval")
 

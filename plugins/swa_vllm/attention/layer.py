@@ -61,8 +61,8 @@ class WindowedAttention(Attention):
 
         Args:
             stock: a decoder self-attention layer.
-            rotary: the rotary embedding of its queries and keys.
             window: tokens a query sees, itself included.
+            rotary: the rotary embedding of its queries and keys.
             vllm_config: the config that ``stock`` was made with.
             swa: what was decided about windows.
             backend: the attention backend; None leaves the choice to vLLM.

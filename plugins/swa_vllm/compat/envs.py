@@ -1,4 +1,7 @@
-"""Environment variables that the plugin knows; no other module of it reads or sets any."""
+"""Environment variables that the plugin reads and sets.
+
+No other module does, but for the probe that Ray runs on nodes, and the tools.
+"""
 
 import os
 

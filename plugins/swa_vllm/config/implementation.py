@@ -6,7 +6,7 @@ import torch
 from vllm.config import VllmConfig
 from vllm.platforms import current_platform
 
-from swa_backend.options import Impl, PrefillPages, SWAConfigError, SWAOptions
+from swa_backend.options import Impl, SWAOptions
 
 # vLLM's names of KV cache dtypes whose pages are bytes to it, and what the bytes are.
 FP8_DTYPES = {
@@ -33,24 +33,10 @@ def implementation_of(options: SWAOptions) -> Implementation:
     return Implementation.STOCK
 
 
-def prefill_pages_of(
-    options: SWAOptions, implementation: Implementation, vllm_config: VllmConfig
-) -> PrefillPages:
-    """Decide which pages of a prefill chunk are stored.
-
-    Raises:
-        SWAConfigError: survivors only are asked for where every page is needed.
-    """
-    obstacle = None
+def obstacle_to_survivors(implementation: Implementation, vllm_config: VllmConfig) -> str | None:
+    """Say why every page of a prefill chunk has to be stored; None where survivors are enough."""
     if implementation is Implementation.STOCK:
-        obstacle = "this platform's attention backend reads a chunk's keys from pages"
-    elif vllm_config.scheduler_config.disable_hybrid_kv_cache_manager:
-        obstacle = "--disable-hybrid-kv-cache-manager leaves pages to vLLM"
-    if obstacle is None:
-        return options.prefill_pages
-    if options.prefill_pages is PrefillPages.SURVIVORS:
-        raise SWAConfigError(
-            f'swa.prefill_pages="survivors" cannot be had: {obstacle}. '
-            'Use "auto" or "all", or remove what is named here'
-        )
-    return PrefillPages.ALL
+        return "this platform's attention backend reads a chunk's keys from pages"
+    if vllm_config.scheduler_config.disable_hybrid_kv_cache_manager:
+        return "--disable-hybrid-kv-cache-manager leaves pages to vLLM"
+    return None

@@ -8,7 +8,11 @@ from vllm.config import VllmConfig
 
 from swa_backend.layers import LayerPlan, resolve_layers
 from swa_backend.options import OPTION_KEYS, USE_OPTIONS, PrefillPages, SWAConfigError, SWAOptions
-from swa_vllm.config.implementation import Implementation, implementation_of, prefill_pages_of
+from swa_vllm.config.implementation import (
+    Implementation,
+    implementation_of,
+    obstacle_to_survivors,
+)
 
 # Of these no other plugin is known: found beside "swa", they were meant to be in it.
 _OURS_ALONE = frozenset(OPTION_KEYS) - {"enabled", "impl"}
@@ -19,14 +23,16 @@ class SWAConfig:
     """The decisions about an engine's windows, made once from vLLM's config and handed on.
 
     The config hook makes one to refuse what cannot be served, before anything starts. The model
-    makes the one that is served, in each worker, and keeps it on its windowed layers: their specs
-    carry it to the engine core, and metadata builders, which vLLM constructs, read it from them.
+    makes the one that is served, in each worker, and keeps it on its windowed layers. What the
+    engine core needs of it stands in their specs; metadata builders, which vLLM constructs, read
+    their layers.
 
     Attributes:
         options: what the user asked for.
         layers: the window of every text layer, and what to warn of.
         implementation: what computes attention in windowed layers.
-        prefill_pages: which pages of a prefill chunk are stored.
+        prefill_pages: which pages of a prefill chunk are stored: all of them where survivors
+            alone cannot be had.
     """
 
     options: SWAOptions
@@ -41,17 +47,10 @@ class SWAConfig:
         Raises:
             SWAConfigError: contradictory or ineffective settings, with the remedy.
         """
-        options = parse_additional_config(vllm_config.additional_config)
-        model_config = vllm_config.model_config
-        overrides = model_config.hf_overrides
-        layers = resolve_layers(
-            text_config(vllm_config),
-            options,
-            hf_overrides=overrides if isinstance(overrides, Mapping) else None,
-            max_model_len=model_config.max_model_len,
-        )
+        options, layers = _decide_layers(vllm_config)
         implementation = implementation_of(options)
-        prefill_pages = prefill_pages_of(options, implementation, vllm_config)
+        needs_all = obstacle_to_survivors(implementation, vllm_config) is not None
+        prefill_pages = PrefillPages.ALL if needs_all else options.prefill_pages
         return cls(options, layers, implementation, prefill_pages)
 
     @property
@@ -92,6 +91,29 @@ def parse_additional_config(additional: object) -> SWAOptions:
     return SWAOptions.from_dict(additional.get("swa", {}))
 
 
+def _decide_layers(vllm_config: VllmConfig) -> tuple[SWAOptions, LayerPlan]:
+    """Decide what needs nothing but the model's config and the options, in any vLLM."""
+    options = parse_additional_config(vllm_config.additional_config)
+    model_config = vllm_config.model_config
+    overrides = model_config.hf_overrides
+    layers = resolve_layers(
+        text_config(vllm_config),
+        options,
+        hf_overrides=overrides if isinstance(overrides, Mapping) else None,
+        max_model_len=model_config.max_model_len,
+    )
+    return options, layers
+
+
+def slides(vllm_config: VllmConfig) -> bool:
+    """Whether any layer of the model has a window.
+
+    Raises:
+        SWAConfigError: as :meth:`SWAConfig.from_vllm`.
+    """
+    return _decide_layers(vllm_config)[1].slides
+
+
 def wants_windows_decided(vllm_config: VllmConfig) -> bool:
     """Whether the options or the checkpoint say anything that stock vLLM might get wrong.
 
@@ -101,7 +123,7 @@ def wants_windows_decided(vllm_config: VllmConfig) -> bool:
         SWAConfigError: as :meth:`SWAConfig.from_vllm`.
     """
     stock_slides = getattr(text_config(vllm_config), "sliding_window", None) is not None
-    return SWAConfig.from_vllm(vllm_config).slides or stock_slides
+    return slides(vllm_config) or stock_slides
 
 
 def text_config(vllm_config: VllmConfig) -> Any:

@@ -21,6 +21,7 @@ MODULES = (
     "kernels.prefill",
     "kernels.cache_write",
     "kernels.rotate",
+    "ops.checks",
     "ops.dispatch",
     "ops.cache_write",
     "ops.decode",
@@ -168,8 +169,8 @@ MUTANTS = (
     Mutant(
         "head stride of a contiguous cache",
         DECODE,
-        "*kv_cache.stride(),",
-        "*kv_cache.contiguous().stride(),",
+        "*readable_cache.stride(),",
+        "*readable_cache.contiguous().stride(),",
     ),
     Mutant(
         "stale table entry read",

@@ -13,7 +13,15 @@ from swa_backend.options import PrefillPages
 from swa_vllm.tools.common.arms import Arm
 from swa_vllm.tools.engines.scheduler import Simulation
 from swa_vllm.tools.engines.simulated import Engine
-from tests.plugin.upstream.pages import ALL, AUTO, POLICIES, full_spec, make_request, windowed_spec
+from tests.plugin.upstream.pages import (
+    ALL,
+    AUTO,
+    POLICIES,
+    full_spec,
+    make_request,
+    stock_spec,
+    windowed_spec,
+)
 
 
 class Watched(Simulation):
@@ -75,3 +83,16 @@ def test_the_smallest_pool_that_starts_admits_a_prompt_longer_than_what_is_promi
     )
     request = make_request("r", range(32 * 16), 16)
     assert kv.allocate_slots(request, 16, full_sequence_must_fit=True) is not None
+
+
+@pytest.mark.parametrize("num_steps", [1, 2, 3])
+def test_cap_is_never_above_vllms(num_steps: int) -> None:
+    for window in [*range(1, 100), 511, 512, 1024, 4096]:
+        stock = stock_spec(window, 32)
+        here = windowed_spec(window, 32, PrefillPages.SURVIVORS, num_steps_in_flight=num_steps)
+        for chunk in (1, 16, 100, 2048, 8192):
+            for longest in (40, 1000, 40960):
+                sizes = (num_steps * chunk, longest)
+                assert here.max_admission_blocks_per_request(*sizes) <= (
+                    stock.max_admission_blocks_per_request(*sizes)
+                )

@@ -90,7 +90,6 @@ class SWACPUMetadataBuilder(CPUAttentionMetadataBuilder):
 
     def _learn_layout(self, spec: AttentionSpec) -> PageLayout:
         layer = self._layer
-
         shape = (spec.num_kv_heads, self.block_size, 2 * spec.head_size)
         return PageLayout(shape, spec.dtype, partial(layer.impl.do_kv_cache_update, layer))
 

@@ -30,18 +30,18 @@ class PageLayout:
         num_heads, block_size, token_size = page_shape
         # Element ``i`` of a head's part of a page, in order of tokens; each token's key, then its
         # value. Written bit by bit, because 0 and 1 are exact in every dtype.
-        numbers = torch.arange(block_size * token_size).view(block_size, 1, token_size)
+        indices = torch.arange(block_size * token_size).view(block_size, 1, token_size)
         found = torch.zeros(block_size * token_size, dtype=torch.int64)
-        for bit in range(numbers.numel().bit_length()):
+        for bit in range(indices.numel().bit_length()):
             page = torch.zeros(1, *page_shape, dtype=dtype)
-            digits = (numbers >> bit & 1).expand(-1, num_heads, -1).to(dtype)
+            digits = (indices >> bit & 1).expand(-1, num_heads, -1).to(dtype)
             key, value = (half.contiguous() for half in digits.chunk(2, dim=2))
             write(key, value, page, torch.arange(block_size))
             heads = page.view(num_heads, -1) != 0
             if not (heads == heads[0]).all():
                 raise RuntimeError(_UNKNOWN)
             found += heads[0].long() << bit
-        if not torch.equal(found.sort().values, numbers.flatten()):
+        if not torch.equal(found.sort().values, indices.flatten()):
             raise RuntimeError(_UNKNOWN)
         self._offsets = found.argsort().view(block_size, token_size)
 

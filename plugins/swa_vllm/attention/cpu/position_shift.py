@@ -5,7 +5,7 @@ positions (StreamingLLM, https://arxiv.org/abs/2309.17453); keys in the KV cache
 
 * Decoding: the ghost tail's copies are rotated onwards by that distance.
 * In scratch pages each query has a distance of its own, and one copy of a sink serves many. Heads
-  are therefore made wider by two numbers for each sink: copy ``j`` of the sinks has a key of zeros
+  are therefore made wider by two elements for each sink: copy ``j`` of the sinks has a key of zeros
   but for ones in its two places, and a query has there its score with sink ``j``, rotated back by
   its distance: the score in the model's dtype and what is left of it. All other keys have zeros in
   these places.

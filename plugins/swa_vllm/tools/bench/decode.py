@@ -15,7 +15,7 @@ from typing import Any
 
 from swa_backend.pages import ceil_div
 from swa_backend.table import format_table
-from swa_vllm.tools.bench.serving.arms import ARMS, add_serving_arguments, arms_of
+from swa_vllm.tools.bench.serving.arms import SERVING_ARMS, add_serving_arguments, arms_of
 from swa_vllm.tools.bench.serving.checkpoints import prepare_models
 from swa_vllm.tools.bench.serving.launcher import Launcher
 from swa_vllm.tools.bench.serving.process import ArmProcess
@@ -99,7 +99,7 @@ def _contexts(args: argparse.Namespace) -> list[int]:
 
 
 def _lengths_of(name: str, contexts: list[int], full_to: int) -> list[int]:
-    return contexts if ARMS[name].windowed else [n for n in contexts if n <= full_to]
+    return contexts if SERVING_ARMS[name].windowed else [n for n in contexts if n <= full_to]
 
 
 def _max_model_len(args: argparse.Namespace, contexts: list[int]) -> int:
@@ -145,7 +145,7 @@ def _measure(
                     taken.setdefault((name, context), []).append(answer)
     return [
         {
-            "peer": ARMS[name].name,
+            "peer": SERVING_ARMS[name].name,
             "context": context,
             **{
                 key: Spread.of_all([answer[key] for answer in answers]).to_json()

@@ -16,7 +16,7 @@ import torch
 
 from swa_backend.kernels.plans import Target
 from swa_backend.table import format_table
-from swa_vllm.tools.bench.attention.arms import ARMS, OURS
+from swa_vllm.tools.bench.attention.arms import KERNEL_ARMS, OURS
 from swa_vllm.tools.bench.attention.decode_work import decode_work
 from swa_vllm.tools.bench.attention.prefill_work import prefill_work
 from swa_vllm.tools.bench.attention.stock_kernel import compile_stock
@@ -177,7 +177,7 @@ def measure_all(
     for case, is_fp8 in product(cases, (False, True)):
         typed = replace(case, kv_dtype=torch.float8_e4m3fn if is_fp8 else case.dtype)
         say(str(typed))
-        results.append(measure(typed, make_batch(typed, device, num_bytes), ARMS, clock))
+        results.append(measure(typed, make_batch(typed, device, num_bytes), KERNEL_ARMS, clock))
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
     return report(shape, name, results, copied)
 
@@ -225,8 +225,8 @@ def _print_times(
             continue
         size = case.num_queries if kind == "chunks" else case.batch
         name = str(case.kv_dtype).removeprefix("torch.")
-        times = (result.times.get(arm) for arm in ARMS)
+        times = (result.times.get(arm) for arm in KERNEL_ARMS)
         rows.append((f"{case.window}, {case.seq_len}, {size}, {name}", *times, share(result)))
     if rows:
-        header = (f"W, length, {kind}, cache", *(f"{arm} us" for arm in ARMS), unit)
+        header = (f"W, length, {kind}, cache", *(f"{arm} us" for arm in KERNEL_ARMS), unit)
         print("\n" + format_table(header, rows))

@@ -18,7 +18,7 @@ from typing import Any
 
 from swa_backend.pages import ceil_div
 from swa_backend.table import format_table
-from swa_vllm.tools.bench.serving.arms import ARMS, add_serving_arguments, arms_of
+from swa_vllm.tools.bench.serving.arms import SERVING_ARMS, add_serving_arguments, arms_of
 from swa_vllm.tools.bench.serving.checkpoints import prepare_models
 from swa_vllm.tools.bench.serving.launcher import Launcher
 from swa_vllm.tools.bench.serving.rounds import Rounds, measure
@@ -48,7 +48,7 @@ _JUDGED = tuple(_ROWS)[:7]
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of ``swa bench serve``."""
-    add_serving_arguments(parser, ",".join(ARMS), rounds=2)
+    add_serving_arguments(parser, ",".join(SERVING_ARMS), rounds=2)
     parser.add_argument("--window", type=int, default=128, help="default: 128")
     parser.add_argument("--mix", choices=tuple(MIXES), default="decode", help="default: decode")
     parser.add_argument("--trace", type=Path, metavar="PATH", help="JSON lines, instead of a mix")
@@ -173,7 +173,7 @@ def _range(arm: Mapping[str, Any]) -> str:
 
 def losses(figures: Mapping[str, Any]) -> list[str]:
     """List the figures in which another arm is better than this plugin by more than 2 %."""
-    here = figures["peers"][ARMS["here"].name]
+    here = figures["peers"][SERVING_ARMS["here"].name]
     found = []
     for name, arm in figures["peers"].items():
         for key in _JUDGED:

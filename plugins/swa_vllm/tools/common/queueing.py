@@ -3,7 +3,7 @@
 All requests are alike and share nothing. vLLM 0.32 and 0.33, ``v1/core/sched/scheduler.py``: a step
 first serves what runs, in order of arrival, and preempts the newest where pages are short; then it
 admits what waits while tokens are left and the whole prompt's charge is free. No vLLM is imported;
-``tests/test_plan.py`` holds every step against vLLM's own scheduler.
+``tests/tools/test_plan.py`` holds every step against vLLM's own scheduler.
 """
 
 from collections import deque

@@ -1,6 +1,6 @@
 """The arithmetic of vLLM's start-up: what it makes of a model's layers. No vLLM is imported.
 
-vLLM 0.32 and 0.33: ``v1/core/kv_cache_utils.py``. ``tests/test_plan.py`` holds this against
+vLLM 0.32 and 0.33: ``v1/core/kv_cache_utils.py``. ``tests/tools/test_plan.py`` holds this against
 vLLM's own functions and against engines that were started.
 """
 

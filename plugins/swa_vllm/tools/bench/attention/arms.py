@@ -240,7 +240,7 @@ def xformers(batch: Batch) -> list[Call]:
 
 
 OURS = "here"
-ARMS: dict[str, Callable[[Batch], list[Call]]] = {
+KERNEL_ARMS: dict[str, Callable[[Batch], list[Call]]] = {
     OURS: ours,
     "TRITON_ATTN": vllm_triton,
     "FLASH_ATTN": flash_attn,

@@ -25,7 +25,7 @@ class ServingArm:
 
 
 # By the names on the command line.
-ARMS = {
+SERVING_ARMS = {
     "here": ServingArm(Arm.SWA.value, True, "SWASpec", with_plugin=True),
     "stock": ServingArm(Arm.STOCK.value, True, "SlidingWindowSpec"),
     "full": ServingArm(Arm.FULL.value, False, "FullAttentionSpec"),
@@ -48,7 +48,7 @@ def add_serving_arguments(parser: argparse.ArgumentParser, names: str, rounds: i
     parser.add_argument("--chunk", type=int, default=2048, help="tokens of a prefill chunk (2048)")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="default: all cores")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--peers", default=names, metavar="NAMES", help=f"default: {names}")
+    parser.add_argument("--peers", default=names, metavar="NAMES", help=f"the arms ({names})")
     parser.add_argument("--once", default="", metavar="NAMES", help="arms of one round only")
     parser.add_argument("--rounds", type=int, default=rounds, help="default: %(default)s")
 
@@ -60,6 +60,8 @@ def arms_of(flag: str, text: str) -> dict[str, ServingArm]:
         ValueError: there is no such arm.
     """
     names = [name for name in text.split(",") if name]
-    if unknown := [name for name in names if name not in ARMS]:
-        raise ValueError(f"{flag} {text}: no peer {unknown[0]!r}; there are {', '.join(ARMS)}")
-    return {name: arm for name, arm in ARMS.items() if name in names}
+    if unknown := [name for name in names if name not in SERVING_ARMS]:
+        raise ValueError(
+            f"{flag} {text}: no peer {unknown[0]!r}; there are {', '.join(SERVING_ARMS)}"
+        )
+    return {name: arm for name, arm in SERVING_ARMS.items() if name in names}

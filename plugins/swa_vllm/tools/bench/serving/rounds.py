@@ -6,7 +6,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any
 
-from swa_vllm.tools.bench.serving.arms import ARMS, HF_FULL, ServingArm
+from swa_vllm.tools.bench.serving.arms import HF_FULL, SERVING_ARMS, ServingArm
 from swa_vllm.tools.bench.serving.bound import EngineSpeed
 from swa_vllm.tools.bench.serving.checkpoints import vocabulary
 from swa_vllm.tools.bench.serving.launcher import Launcher
@@ -58,15 +58,16 @@ def measure(launcher: Launcher, arms: Mapping[str, ServingArm], rounds: Rounds) 
             processes["here"], rounds.asks, rounds.window, launcher.engine["block_size"]
         )
         served = _serve_in_turns(processes, rounds, vocab)
-    figures = {ARMS[name].name: _figures(workloads) for name, workloads in served.items()}
-    here = figures[ARMS["here"].name]
+    figures = {SERVING_ARMS[name].name: _figures(workloads) for name, workloads in served.items()}
+    here = figures[SERVING_ARMS["here"].name]
     return {
         "pool_bytes": pool_bytes,
         "checked": checked,
         "same_tokens": _agreement(served),
         "peers": figures,
         "ratios": {
-            ARMS[name].name: _ratio(served["here"], workloads) for name, workloads in served.items()
+            SERVING_ARMS[name].name: _ratio(served["here"], workloads)
+            for name, workloads in served.items()
         },
         "bound": speed.to_json(rounds.asks, here["seconds"]["median"]),
     }
@@ -180,9 +181,11 @@ def _agreement(served: Mapping[str, Sequence[ServedWorkload]]) -> dict[str, floa
     here = [request.tokens for request in served["here"][0].requests]
     shares = {}
     for name, rounds in served.items():
-        if ARMS[name].windowed:
+        if SERVING_ARMS[name].windowed:
             theirs = [request.tokens for request in rounds[0].requests]
-            shares[ARMS[name].name] = sum(map(_num_shared, here, theirs)) / sum(map(len, here))
+            shares[SERVING_ARMS[name].name] = sum(map(_num_shared, here, theirs)) / sum(
+                map(len, here)
+            )
     return shares
 
 
