@@ -170,7 +170,7 @@ def decode_attention(
             key, value = rows.chunk(2, dim=-1)
             is_shifted = positions < first_visible(position, window)
             shifted = query if sink_query is None else sink_query
-            out[token] = _attend(
+            out[token] = _oracle_attention(
                 query[token], shifted[token], key * k_scale, value * v_scale, is_shifted, scale
             )
     return out
@@ -212,7 +212,7 @@ def prefill_attention(
             cached = _gather_rows(kv_cache, block_table[request], positions[is_cached])
             own = (positions[~is_cached] - context + tokens.start).to(key.device)
             keys, values = cached.chunk(2, dim=-1)
-            out[token] = _attend(
+            out[token] = _oracle_attention(
                 query[token],
                 shifted[token],
                 torch.cat((keys * k_scale, key[own].double().transpose(0, 1)), dim=1),
@@ -233,7 +233,7 @@ def _gather_rows(
     return rows.double().transpose(0, 1)
 
 
-def _attend(
+def _oracle_attention(
     query: torch.Tensor,
     shifted_query: torch.Tensor,
     key: torch.Tensor,

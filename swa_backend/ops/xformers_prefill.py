@@ -47,11 +47,13 @@ def prefill_by_xformers(call: PrefillCall, out: torch.Tensor) -> torch.Tensor:
     if tokens:
         index = torch.tensor(tokens, device=device)
         states = call.query[index], torch.cat(keys), torch.cat(values)
-        out[index] = _attend(*states, num_queries, num_keys, call.window, call.softmax_scale)
+        out[index] = _attend_by_xformers(
+            *states, num_queries, num_keys, call.window, call.softmax_scale
+        )
     return out
 
 
-def _attend(
+def _attend_by_xformers(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
