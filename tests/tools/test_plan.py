@@ -269,7 +269,7 @@ def test_a_plan_needs_neither_vllm_nor_torch(qwen3_8b: Path) -> None:
     code = """
 import sys
 from swa_vllm.tools.cli import main
-missing = {"vllm", "transformers", "matplotlib", *(["torch"] if "plan" in sys.argv else [])}
+missing = {"vllm", "transformers", "tqdm", "matplotlib", *(["torch"] if "plan" in sys.argv else [])}
 class Missing:
     def find_spec(name, path=None, target=None):
         if name in missing:

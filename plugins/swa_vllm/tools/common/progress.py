@@ -5,8 +5,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from tqdm import tqdm
-
 
 def say(text: str, *, is_result: bool = False) -> None:
     """Tell on stderr what is done next, or what came of it."""
@@ -15,11 +13,15 @@ def say(text: str, *, is_result: bool = False) -> None:
 
 def progress(items: Sequence[Any], unit: str) -> Iterable[Any]:
     """Iterate over ``items`` with a bar on stderr."""
+    from tqdm import tqdm  # comes with vLLM, which not every command needs
+
     return tqdm(items, unit=f" {unit}", file=sys.stderr, leave=False, disable=None)
 
 
 @contextmanager
 def token_bar(num_tokens: int) -> Iterator[Callable[[int], None]]:
     """Show a bar on stderr; the function yielded sets it to the number of tokens done so far."""
+    from tqdm import tqdm
+
     with tqdm(total=num_tokens, unit=" tokens", file=sys.stderr, leave=False, disable=None) as bar:
         yield lambda num_done: bar.update(num_done - bar.n)
