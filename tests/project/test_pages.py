@@ -172,7 +172,9 @@ def test_page_of_the_plugin_has_every_metric() -> None:
 
 def test_page_of_the_plugin_names_every_file_in_its_room() -> None:
     there = {name for name in tree() if name.startswith("plugins/") and name.endswith(".py")}
-    assert rooms(page("plugins/README.md")) == {n for n in there if "__init__" not in n}
+    entrance = "plugins/swa_vllm/__init__.py"  # the others hold a sentence alone
+    named = {name for name in there if name == entrance or "__init__" not in name}
+    assert rooms(page("plugins/README.md")) == named
 
 
 def test_page_of_the_backend_names_every_file_and_room() -> None:
