@@ -8,7 +8,7 @@ that follow one another with the same configuration.
 import json
 import os
 import subprocess
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from functools import cache
 from itertools import chain
@@ -48,6 +48,7 @@ from tests.helpers.engines import (
 )
 from tests.helpers.processes import probe_command, probe_environment
 from tests.helpers.quantized_models import RUNNABLE, save_quantized
+from tests.helpers.runners import RUNNER, turns
 from tests.helpers.tiny_models import (
     BY_LAYER_TYPES,
     FULL,
@@ -63,6 +64,30 @@ settings.register_profile(
 )
 settings.load_profile("any machine")
 SUMMARY = "summary: "  # begins names that tests give to record_property, with numbers to add up
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Add the flag by which the test command shares the suite among its environments."""
+    parser.addoption(
+        "--share",
+        metavar="FILE",
+        help="run the tests whose turn it is on this vLLM and model runner; add a line of JSON "
+        "to FILE that says what ran",
+    )
+
+
+def pytest_report_header() -> str:
+    """Say what runs the engines."""
+    return f"vLLM and model runner: {RUNNER}"
+
+
+@pytest.hookimpl(trylast=True)  # after -m and -k: what they leave takes turns
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Deselect what another environment runs."""
+    if config.getoption("--share"):
+        is_here = {item: RUNNER in runners for item, runners in turns(items)}
+        config.hook.pytest_deselected(items=[item for item in items if not is_here[item]])
+        items[:] = [item for item in items if is_here[item]]
 
 
 @pytest.fixture(scope="session")
@@ -207,6 +232,8 @@ def _nothing_leaks(
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """Print the sums of what tests recorded as ``summary: <name>``, of all processes."""
+    if share := terminalreporter.config.getoption("--share"):
+        _write_what_ran(terminalreporter.stats, Path(share))
     sums = Counter[str]()
     for report in chain.from_iterable(terminalreporter.stats.values()):
         if getattr(report, "when", None) == "teardown":  # which has all that its test recorded
@@ -217,6 +244,15 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         terminalreporter.section("what was tried")
         for name in sorted(sums):
             terminalreporter.write_line(f"{name}: {sums[name]:,}")
+
+
+def _write_what_ran(stats: dict[str, list[Any]], file: Path) -> None:
+    files = defaultdict[str, Counter[str]](Counter)
+    for outcome in ("passed", "failed", "error", "skipped"):
+        for report in stats.get(outcome, ()):
+            files[report.nodeid.partition("::")[0]][outcome] += 1
+    with file.open("a") as lines:
+        lines.write(json.dumps({"runner": RUNNER, "files": files}) + "\n")
 
 
 @pytest.fixture(scope="session")

@@ -1,27 +1,65 @@
 #!/usr/bin/env bash
 # The test command: set-up, lint with a scan for insecure code, types, dependency audit and the whole
 # test-suite, or with arguments what pytest makes of them.
+#
+#   bash tests/run.sh [--on RUNNER] [PYTEST ARGUMENT...]
+#
+# RUNNER is 0.32/V1 (the default), 0.33/V1 or 0.33/V2: a vLLM and one of its model runners. Without
+# any argument the tests are shared among the three; the README beside this file says how.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-bash examples/setup_env.sh
-bin=${SWA_VENV:-.venv}/bin
+venv=${SWA_VENV:-.venv}
+newer=$(realpath -m "$venv-0.33")
+RAN=.cache/ran.jsonl
 
 stage() { printf '\n== %s\n' "$*"; "$@"; }
 
-stage "$bin/ruff" check
-stage "$bin/ruff" format --check
-stage "$bin/mypy"
-stage "$bin/lint-imports" --no-cache --no-logo
-stage "$bin/python" tests/audit.py
-for script in examples/*.sh examples/*/*.sh tests/*.sh .ci/run; do
+# pytest ARGUMENT... on RUNNER
+on() {
+    case $1 in
+        0.32/V1) stage "$venv/bin/pytest" "${@:2}" ;;
+        0.33/V1) stage "$newer/bin/pytest" "${@:2}" ;;
+        0.33/V2)
+            stage env VLLM_USE_V2_MODEL_RUNNER=1 TRITON_INTERPRET=1 \
+                PYTHONPATH="$newer/interpreter${PYTHONPATH:+:$PYTHONPATH}" \
+                "$newer/bin/pytest" "${@:2}"
+            ;;
+        *)
+            printf 'tests/run.sh: error: --on %s; allowed are 0.32/V1, 0.33/V1 and 0.33/V2\n' "$1" >&2
+            return 2
+            ;;
+    esac
+}
+
+runner=0.32/V1
+if [[ ${1:-} == --on ]]; then
+    runner=${2:-nothing}
+    shift $(($# > 1 ? 2 : 1))
+fi
+
+bash examples/setup_env.sh
+bash tests/vllm_0_33/setup_env.sh "$venv" "$newer"
+
+stage "$venv/bin/ruff" check
+stage "$venv/bin/ruff" format --check
+stage "$venv/bin/mypy"
+stage "$venv/bin/lint-imports" --no-cache --no-logo
+stage "$venv/bin/python" tests/audit.py
+for script in examples/*.sh examples/*/*.sh tests/*.sh tests/*/*.sh .ci/run; do
     bash -n "$script"
 done
 if (($#)); then
-    stage "$bin/pytest" "$@"
-else
-    # Most tests keep one core busy; those of a file share engines, and so a process.
-    status=0
-    stage "$bin/pytest" -n 2 --dist loadfile -m "not full and not soak and not alone" --durations=20 || status=$?
-    stage "$bin/pytest" -m "alone and not full and not soak" --durations=20 || status=$?
-    exit "$status"
+    on "$runner" "$@"
+    exit
 fi
+
+status=0
+rm -f "$RAN"
+# Most tests keep one core busy; those of a file share engines, and so a process.
+for runner in 0.32/V1 0.33/V1 0.33/V2; do
+    on "$runner" --share="$RAN" -n 2 --dist loadfile -m "not full and not soak and not alone" \
+        --durations=20 || status=$?
+done
+on 0.32/V1 --share="$RAN" -m "alone and not full and not soak" --durations=20 || status=$?
+stage "$venv/bin/python" tests/ran.py "$RAN"
+exit "$status"

@@ -32,6 +32,7 @@ def test_seed_of_a_prompt_in_chunks(
         no_engine()  # it did not survive
 
 
+@pytest.mark.only_on("0.32/V1")  # 0.33's operator gives such a request zeros
 def test_a_request_without_adapter_gets_the_one_of_its_batch() -> None:
     """vLLM marks it by -1, which to its CPU operators is the last adapter."""
     inputs, weights = torch.ones(2, 4), torch.ones(1, 3, 4)

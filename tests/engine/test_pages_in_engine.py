@@ -114,6 +114,7 @@ def test_aborted_requests_give_every_page_back(llm: LLM, steps: int) -> None:
     assert managers(llm)[0].snapshot().live == 0
 
 
+@pytest.mark.everywhere
 def test_preempted_requests_finish_with_the_same_tokens(
     engine: EngineFactory, tiny_model: ModelFactory
 ) -> None:

@@ -104,6 +104,7 @@ def test_what_skipping_costs_the_prefix_cache_is_counted(
     assert managers(llm)[0].snapshot().prefix_lost_tokens - lost_before == 192
 
 
+@pytest.mark.everywhere
 def test_sent_again_the_same_prompt_hits(engine: EngineFactory, tiny_model: ModelFactory) -> None:
     """Whatever its length: the survivors of a chunk are what the next prompt needs."""
     llm = engine(tiny_model(**SLIDING), **_options("survivors"))

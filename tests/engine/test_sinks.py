@@ -77,6 +77,7 @@ def test_engine_equals_a_dense_model_full_product(
     _check(case, tiny_model, engine)
 
 
+@pytest.mark.everywhere
 def test_preempted_requests_start_over(engine: EngineFactory, tiny_model: ModelFactory) -> None:
     prompts = random_prompts([6 * WINDOW] * 4)
     common = {

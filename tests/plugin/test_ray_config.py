@@ -6,7 +6,6 @@ import os
 import re
 import tempfile
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,6 +13,7 @@ import torch
 from vllm import platforms
 from vllm.utils.import_utils import resolve_obj_by_qualname
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
+from vllm.v1.attention.selector import AttentionSelectorConfig
 
 import swa_vllm
 from ray_cluster import run_local
@@ -29,7 +29,7 @@ from tests.helpers.paths import ROOT
 from tests.helpers.ray_cluster import config_on_ray
 from tests.helpers.tiny_models import FULL, MIXED, SLIDING, Oracle, random_prompts
 
-PLAIN_ATTENTION = SimpleNamespace(use_mla=False, use_sparse=False)
+PLAIN_ATTENTION = AttentionSelectorConfig(64, torch.float32, "auto", 16)
 HERE = Installation(__version__)
 
 

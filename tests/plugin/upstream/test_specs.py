@@ -4,9 +4,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from vllm.v1.core.kv_cache_utils import (
-    unify_kv_cache_spec_page_size,
-)
 from vllm.v1.kv_cache_interface import (
     KVCacheSpec,
     KVCacheSpecKind,
@@ -20,6 +17,11 @@ from swa_backend.options import PrefillPages
 from swa_vllm.kv_cache.manager import SWAManager
 from swa_vllm.kv_cache.spec import SWASpec
 from tests.plugin.upstream.pages import AUTO, full_spec, stock_spec, windowed_spec
+
+try:
+    from vllm.v1.core.kv_cache_planning import unify_kv_cache_spec_page_size
+except ImportError:  # vLLM 0.32
+    from vllm.v1.core.kv_cache_utils import unify_kv_cache_spec_page_size
 
 
 def test_spec_is_a_sliding_window_with_a_manager_and_a_kind_of_its_own() -> None:

@@ -1,0 +1,57 @@
+"""The test command shares the engine's tests among two vLLMs and their model runners."""
+
+import json
+import subprocess
+from functools import cache
+
+import pytest
+
+from tests.helpers.paths import ROOT
+from tests.helpers.processes import probe_command, probe_environment
+from tests.helpers.runners import RUNNERS
+
+# Each of these topics is tried on every runner.
+EVERYWHERE = {
+    "exactness": "test_exactness.py::test_engine_equals_hugging_face",
+    "sinks and shifted sinks": "test_sinks.py::test_engine_equals_a_dense_model",
+    "prefix hits": "test_prefill_pages.py::test_sent_again_the_same_prompt_hits",
+    "preemption": "test_sinks.py::test_preempted_requests_start_over",
+}
+# What no vLLM has a part in, and what needs a GPU.
+ON_ONE = {"test_gpu.py"}
+
+
+@cache
+def shared() -> dict[str, list[str]]:
+    done = subprocess.run(
+        probe_command("turns"),
+        env=probe_environment(),
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return dict(json.loads(done.stdout.splitlines()[-1]))
+
+
+def _of(name: str) -> set[str]:
+    return {
+        runner for test, runners in shared().items() for runner in runners if f"/{name}" in test
+    }
+
+
+def test_every_case_runs_somewhere() -> None:
+    assert len(shared()) > 250
+    assert all(runners and set(runners) <= set(RUNNERS) for runners in shared().values())
+
+
+def test_every_file_runs_on_both_vllms() -> None:
+    files = {test.partition("::")[0].rpartition("/")[2] for test in shared()} - ON_ONE
+    assert len(files) > 15
+    for file in files:
+        assert {runner.partition("/")[0] for runner in _of(file)} == {"0.32", "0.33"}, file
+
+
+@pytest.mark.parametrize("topic", EVERYWHERE)
+def test_topic_runs_on_every_runner(topic: str) -> None:
+    assert _of(EVERYWHERE[topic]) == set(RUNNERS)
