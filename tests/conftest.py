@@ -9,7 +9,7 @@ import json
 import os
 import subprocess
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from functools import cache
 from itertools import chain
 from pathlib import Path
@@ -74,6 +74,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="run the tests whose turn it is on this vLLM and model runner; add a line of JSON "
         "to FILE that says what ran",
     )
+    parser.addoption(
+        "--resume",
+        metavar="FILE",
+        help="run no test that FILE says has passed on this vLLM and model runner; add to FILE "
+        "each that passes",
+    )
 
 
 def pytest_report_header() -> str:
@@ -83,11 +89,29 @@ def pytest_report_header() -> str:
 
 @pytest.hookimpl(trylast=True)  # after -m and -k: what they leave takes turns
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Deselect what another environment runs."""
+    """Deselect what another environment runs, and what has passed before."""
+    here = items
     if config.getoption("--share"):
-        is_here = {item: RUNNER in runners for item, runners in turns(items)}
-        config.hook.pytest_deselected(items=[item for item in items if not is_here[item]])
-        items[:] = [item for item in items if is_here[item]]
+        here = [item for item, runners in turns(items) if RUNNER in runners]
+    if resumed := config.getoption("--resume"):
+        passed = set(Path(resumed).read_text().splitlines()) if Path(resumed).exists() else set()
+        here = [item for item in here if f"{RUNNER} {item.nodeid}" not in passed]
+    kept = set(here)
+    config.hook.pytest_deselected(items=[item for item in items if item not in kept])
+    items[:] = here
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item,
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Write down at once what passed, for a run that takes up where this one is cut off."""
+    report = yield
+    resumed = item.config.getoption("--resume")
+    if resumed and report.when == "call" and report.passed:
+        with Path(resumed).open("a") as lines:
+            lines.write(f"{RUNNER} {item.nodeid}\n")
+    return report
 
 
 @pytest.fixture(scope="session")

@@ -4,8 +4,8 @@
 #
 #   bash tests/run.sh [--on RUNNER] [PYTEST ARGUMENT...]
 #
-# RUNNER is 0.32/V1 (the default), 0.33/V1 or 0.33/V2: a vLLM and one of its model runners. Without
-# any argument the tests are shared among the three; the README beside this file says how.
+# RUNNER is 0.32/V1 (the default), 0.33/V1 or 0.33/V2, a vLLM and one of its model runners, or "all".
+# Without any argument the tests are shared among the three; the README beside this file says how.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 venv=${SWA_VENV:-.venv}
@@ -24,17 +24,21 @@ on() {
                 PYTHONPATH="$newer/interpreter${PYTHONPATH:+:$PYTHONPATH}" \
                 "$newer/bin/pytest" "${@:2}"
             ;;
-        *)
-            printf 'tests/run.sh: error: --on %s; allowed are 0.32/V1, 0.33/V1 and 0.33/V2\n' "$1" >&2
-            return 2
-            ;;
     esac
 }
 
-runner=0.32/V1
+runners=(0.32/V1)
 if [[ ${1:-} == --on ]]; then
-    runner=${2:-nothing}
-    shift $(($# > 1 ? 2 : 1))
+    case ${2:-nothing} in
+        0.32/V1 | 0.33/V1 | 0.33/V2) runners=("$2") ;;
+        all) runners=(0.32/V1 0.33/V1 0.33/V2) ;;
+        *)
+            echo "tests/run.sh: error: --on ${2:-without a name}; allowed are 0.32/V1, 0.33/V1," \
+                "0.33/V2 and all" >&2
+            exit 2
+            ;;
+    esac
+    shift 2
 fi
 
 bash examples/setup_env.sh
@@ -48,12 +52,14 @@ stage "$venv/bin/python" tests/audit.py
 for script in examples/*.sh examples/*/*.sh tests/*.sh tests/*/*.sh .ci/run; do
     bash -n "$script"
 done
+status=0
 if (($#)); then
-    on "$runner" "$@"
-    exit
+    for runner in "${runners[@]}"; do
+        on "$runner" "$@" || status=$?
+    done
+    exit "$status"
 fi
 
-status=0
 rm -f "$RAN"
 # Most tests keep one core busy; those of a file share engines, and so a process.
 for runner in 0.32/V1 0.33/V1 0.33/V2; do

@@ -18,6 +18,7 @@ def test_sleep_mode(engine: EngineFactory, tiny_model: ModelFactory) -> None:
         engine(tiny_model(**MIXED), enable_sleep_mode=True)
 
 
+@pytest.mark.only_on("0.32/V1", "0.33/V1")  # V2 draws by a kernel of its own
 @pytest.mark.skipif(not current_platform.is_cpu(), reason="this vLLM is not the CPU build")
 def test_seed_of_a_prompt_in_chunks(
     engine: EngineFactory, tiny_model: ModelFactory, no_engine: Callable[[], None]

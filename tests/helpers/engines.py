@@ -19,7 +19,6 @@ from swa_backend.layers import resolve_layers
 from swa_backend.options import SWAConfigError, SWAOptions
 from swa_vllm.kv_cache.manager import SWAManager
 from tests.helpers.page_checks import held_pages
-from tests.helpers.runners import RUNNER
 from tests.helpers.tiny_models import PAGE_SIZE, WINDOW, random_prompts
 
 # What the fixtures ``tiny_model`` and ``engine`` are.
@@ -36,13 +35,11 @@ ON_GPU = (
 def start_engine(model: Path | str, **kwargs: Any) -> LLM:
     """An in-process engine; ``kwargs`` are arguments of ``LLM``.
 
-    Where it serves windows, pages that nobody holds are full of NaN, and Model Runner V2 runs this
-    project's kernels, as on a GPU.
+    Where it serves windows, pages that nobody holds are full of NaN.
     """
-    if _serves_windows_here(model, kwargs):
+    if _can_poison(model, kwargs):
         options = kwargs.get("additional_config", {}).get("swa", {})
-        by_kernels = {"impl": "triton"} if RUNNER.endswith("V2") else {}
-        kwargs["additional_config"] = {"swa": {"debug_poison": True, **by_kernels, **options}}
+        kwargs["additional_config"] = {"swa": {"debug_poison": True, **options}}
     return LLM(
         str(model),
         **{
@@ -60,7 +57,7 @@ def start_engine(model: Path | str, **kwargs: Any) -> LLM:
     )
 
 
-def _serves_windows_here(model: Path | str, kwargs: dict[str, Any]) -> bool:
+def _can_poison(model: Path | str, kwargs: dict[str, Any]) -> bool:
     if (
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] != "0"
         or os.environ.get("VLLM_PLUGINS") == ""

@@ -2,13 +2,15 @@
 
 import json
 import subprocess
+import sys
 from functools import cache
+from pathlib import Path
 
 import pytest
 
 from tests.helpers.paths import ROOT
 from tests.helpers.processes import probe_command, probe_environment
-from tests.helpers.runners import RUNNERS
+from tests.helpers.runners import RUNNER, RUNNERS
 
 # Each of these topics is tried on every runner.
 EVERYWHERE = {
@@ -55,3 +57,31 @@ def test_every_file_runs_on_both_vllms() -> None:
 @pytest.mark.parametrize("topic", EVERYWHERE)
 def test_topic_runs_on_every_runner(topic: str) -> None:
     assert _of(EVERYWHERE[topic]) == set(RUNNERS)
+
+
+def test_another_runner_is_refused() -> None:
+    done = subprocess.run(
+        ["bash", str(ROOT / "tests" / "run.sh"), "--on", "0.34/V2"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert "--on 0.34/V2; allowed are 0.32/V1, 0.33/V1, 0.33/V2 and all" in done.stderr
+
+
+def test_a_run_that_was_cut_off_goes_on_where_it_was(tmp_path: Path) -> None:
+    """With ``--resume``, what has passed is not run again on the same vLLM and runner."""
+    passed, file = tmp_path / "passed", "tests/project/test_vllm_0_33.py"
+    name = f"{file}::test_another_wheel_is_refused"
+    passed.write_text(f"{RUNNER} {name}\n0.31/V1 {file}::test_without_a_registry\n")
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-v", "--resume", str(passed), file],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert "1 deselected" in done.stdout
+    assert name not in done.stdout
+    assert f"{RUNNER} {file}::test_without_a_registry_it_says_so_and_fails" in passed.read_text()
