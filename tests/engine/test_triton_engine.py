@@ -25,6 +25,8 @@ from tests.helpers.engines import (
 from tests.helpers.exactness import check_exact
 from tests.helpers.tiny_models import FULL, SLIDING, WINDOW, Oracle, random_prompts
 
+pytestmark = pytest.mark.everywhere
+
 
 @dataclass(frozen=True)
 class Case:
