@@ -162,6 +162,15 @@ time.sleep(100)
     assert not state.exists() or state.read_text().rpartition(")")[2].split()[0] == "Z"
 
 
+def test_what_a_run_left_that_was_cut_off_is_kept(
+    tmp_path: Path, machine: pytest.MonkeyPatch
+) -> None:
+    append_line(tmp_path / "good.jsonl", {"value": 0})
+    assert _run(machine, tmp_path, _step("good", RECORDING)) == 0
+    assert read_lines(tmp_path / "good.before.jsonl") == [{"value": 0}]
+    assert read_lines(tmp_path / "good.jsonl") == [{"value": 1}]
+
+
 def test_line_that_was_cut_off_is_left_out(tmp_path: Path) -> None:
     file = tmp_path / "lines"
     assert read_lines(file) == []

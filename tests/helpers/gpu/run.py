@@ -86,7 +86,9 @@ def run_step(
 ) -> tuple[Outcome, list[dict[str, Any]]]:
     """Run a step to its end or its limit; returns how it ended and what it recorded."""
     file = out / f"{step.name.replace(' ', '-')}.jsonl"
-    file.unlink(missing_ok=True)
+    for left in (file, file.with_suffix(".log")):
+        if left.exists():  # perhaps by a run that was cut off
+            left.replace(left.with_suffix(f".before{left.suffix}"))
     tool = () if dry else step.tool
     program = shutil.which(tool[0], path=_TOOLS) if tool else None
     command = [*([str(program), *tool[1:]] if tool else []), sys.executable]

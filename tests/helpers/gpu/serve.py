@@ -62,10 +62,10 @@ _LOAD = Load((100, 900, 1100, 3000, 6000, 12000, 20000, 30) * 2, 128)
 _DRY_LOAD = Load((30, 1500), 4)
 
 
-def _stream(port: int, length: int, num_tokens: int) -> list[float]:
-    """Ask for an answer of random tokens; returns when each piece of it came."""
+def _stream(port: int, seed: int, length: int, num_tokens: int) -> list[float]:
+    """Ask for an answer to tokens that no other ``seed`` has; returns when each piece came."""
     request = {
-        "prompt": [(7919 * i + length) % 500 for i in range(length)],
+        "prompt": [(7919 * i + 101 * seed) % 500 for i in range(length)],
         "max_tokens": num_tokens,
         "ignore_eos": True,
         "temperature": 0,
@@ -89,12 +89,15 @@ def _stream(port: int, length: int, num_tokens: int) -> list[float]:
     return came
 
 
-def serve_once(port: int, load: Load) -> dict[str, Any]:
+def serve_once(port: int, load: Load, turn: int) -> dict[str, Any]:
     """Serve the whole load at once; returns quantiles of the time between a stream's tokens."""
-    start = time.monotonic()
+    start, seeds = time.monotonic(), range(100 * turn, 100 * turn + len(load.lengths))
     with ThreadPoolExecutor(len(load.lengths)) as pool:
-        streams = pool.map(lambda length: _stream(port, length, load.num_tokens), load.lengths)
-        came = list(streams)
+        streams = [
+            pool.submit(_stream, port, seed, length, load.num_tokens)
+            for seed, length in zip(seeds, load.lengths, strict=True)
+        ]
+    came = [stream.result() for stream in streams]
     gaps = sorted(
         1e3 * (late - early) for times in came for early, late in itertools.pairwise(times)
     )
@@ -174,8 +177,8 @@ def main(arguments: list[str]) -> None:
         try:
             server.wait()
             record(ready_after_s=round(time.monotonic() - start, 1))
-            for turn in ("first", "second"):
-                record(turn=turn, **serve_once(server.port, load))
+            for turn in (1, 2):
+                record(turn=turn, **serve_once(server.port, load, turn))
         finally:
             read = read_log(server.stop())
             record(**read)
