@@ -13,6 +13,7 @@ from swa_backend.kernels.device import target_of
 from swa_backend.kernels.plans import Target
 from swa_backend.options import PrefillPages, SWAConfigError
 from swa_backend.weights import check_weights
+from swa_vllm.compat import envs
 from swa_vllm.compat.backend_slot import check_backend_slot
 from swa_vllm.config.implementation import FP8_DTYPES, obstacle_to_survivors
 from swa_vllm.config.swa_config import SWAConfig, text_config, wants_windows_decided
@@ -164,6 +165,12 @@ def _has_positions_of_several_kinds(config: object) -> bool:
 
 
 def _check_engine(vllm_config: VllmConfig) -> None:
+    if envs.is_batch_invariant():
+        raise SWAConfigError(
+            "VLLM_BATCH_INVARIANT=1 is set, but attention of windowed layers is not batch "
+            "invariant: how a window is divided depends on how many requests decode; unset "
+            "VLLM_BATCH_INVARIANT, or remove the window"
+        )
     if vllm_config.kv_transfer_config is not None:
         raise SWAConfigError(
             "KV connectors and KV cache offloading (--kv-transfer-config, --kv-offloading-size) "

@@ -31,6 +31,8 @@ _RESERVED = _KIB
 # Bytes of an entry of a block table, which may be copied asynchronously too.
 _PAGE_ID = 4
 _REGISTERS = 64 * _KIB
+# The file whose functions load keys and values.
+_TILES = "tiles.py"
 _THREADS = {80: 2048, 86: 1536, 89: 1536, 90: 2048, 100: 2048, 120: 1536}
 
 
@@ -170,16 +172,13 @@ def _nvidia_facts(kernel: Any, target: Target) -> Facts:
 def _amd_facts(kernel: Any) -> Facts:
     assembly = kernel.asm["amdgcn"]
     used = dict(re.findall(r"\.(\w+_count|private_segment_fixed_size):\s+(\d+)", assembly))
-    widths = [
-        4 * int(width) for width in re.findall(r"(?:global|buffer)_load_dwordx(\d)", assembly)
-    ]
     return Facts(
         registers=int(used["vgpr_count"]),
         spilled_bytes=int(used["vgpr_spill_count"]) + int(used["private_segment_fixed_size"]),
         shared_bytes=kernel.metadata.shared,
         shared_limit=_LDS,
         kv_buffers=_kv_buffers(kernel),
-        load_bytes=min(widths, default=None),
+        load_bytes=_amd_load_bytes(assembly),
         programs_per_processor=None,
         product=_product(assembly),
     )
@@ -208,6 +207,21 @@ def _nvidia_load_bytes(ptx: str) -> int | None:
         return min((width for copy in copies if (width := int(copy, 0)) > _PAGE_ID), default=None)
     loads = re.findall(r"ld\.global\S*\.v(\d)\.b(\d+)", ptx)
     return min((int(lanes) * int(bits) // 8 for lanes, bits in loads), default=None)
+
+
+def _amd_load_bytes(assembly: str) -> int | None:
+    """Find the narrowest vector load of keys and values; without any, the narrowest of all.
+
+    A load of queries, once a program, may be narrower.
+    """
+    of_tiles, others, file = list[int](), list[int](), ""
+    for line in assembly.splitlines():
+        if place := re.search(r"\.loc\b.*;\s*(\S+\.py):", line):
+            file = place[1]
+        elif load := re.search(r"(?:global|buffer)_load_dwordx(\d)", line):
+            widths = of_tiles if file == _TILES else others
+            widths.append(4 * int(load[1]))
+    return min(of_tiles or others, default=None)
 
 
 def _run_tool(name: str, *arguments: str) -> str:

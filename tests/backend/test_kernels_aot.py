@@ -1,7 +1,6 @@
 """Every kernel compiles for every device, within its limits, to what the committed table says."""
 
 import json
-import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -15,14 +14,17 @@ from swa_backend.kernels.plans import Target
 from swa_backend.verify import aot, gate
 from swa_backend.verify.aot import Facts, compiling
 from tests.helpers.paths import DATA
+from tests.helpers.processes import probe_environment
+from tests.helpers.tritons import OTHER_TRITONS, triton_directory
 
 TABLE = DATA / "kernels.txt"
 # Under the interpreter, which this process runs kernels in, nothing can be compiled.
 COMPILE = """
-import json
+import json, triton
 from swa_backend.verify import gate
-lines = [(gate.format_row(c.name, f), gate.violations(c, f)) for c, f in gate.compile_all()]
-print(json.dumps(lines))
+compiled = gate.compile_all(gate.{chosen}())
+lines = [(gate.format_row(c.name, f), gate.violations(c, f)) for c, f in compiled]
+print(json.dumps([triton.__version__, lines]))
 """
 COMPILE_ONE = """
 import torch, triton
@@ -38,27 +40,46 @@ except ValueError as error:
 """
 
 
-def run_compiling(code: str) -> str:
-    """Output of a process whose Triton compiles."""
-    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+Lines = list[tuple[str, list[str]]]
+
+
+def run_compiling(code: str, *first: str) -> str:
+    """Output of a process whose Triton compiles; ``first`` comes first on its path."""
+    env = {k: v for k, v in probe_environment(*first).items() if k != "TRITON_INTERPRET"}
     command = [sys.executable, "-c", code]
     result = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr[-3000:]
     return result.stdout
 
 
+def compile_with(version: str, chosen: str, *first: str) -> Lines:
+    """A line of the table and the broken limits of every chosen case, by a version of Triton."""
+    used, lines = json.loads(run_compiling(COMPILE.format(chosen=chosen), *first))
+    assert used == version
+    return [(line, broken) for line, broken in lines]
+
+
 @pytest.fixture(scope="module")
-def compiled() -> list[tuple[str, list[str]]]:
-    """A line of the table and the broken limits of every case."""
-    return [(line, broken) for line, broken in json.loads(run_compiling(COMPILE))]
+def compiled() -> Lines:
+    """What the installed Triton makes of every case."""
+    return compile_with(triton.__version__, "cases")
 
 
-def test_every_kernel_keeps_its_limits(compiled: list[tuple[str, list[str]]]) -> None:
+def test_every_kernel_keeps_its_limits(compiled: Lines) -> None:
     assert len(compiled) == len(list(gate.cases()))
     assert not {line: broken for line, broken in compiled if broken}
 
 
-def test_table_is_current(compiled: list[tuple[str, list[str]]]) -> None:
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("chosen", ["main_cases", pytest.param("cases", marks=pytest.mark.full)])
+@pytest.mark.parametrize("version", OTHER_TRITONS)
+def test_every_kernel_keeps_its_limits_with_other_tritons(version: str, chosen: str) -> None:
+    lines = compile_with(version, chosen, str(triton_directory(version)))
+    assert len(lines) == len(list(getattr(gate, chosen)())) > 40
+    assert not {line: broken for line, broken in lines if broken}
+
+
+def test_table_is_current(compiled: Lines) -> None:
     title, _, *lines = TABLE.read_text().splitlines()
     if f"Triton {triton.__version__};" not in title:
         pytest.skip(f"the table is of another version ({title}); regenerate it")
@@ -116,6 +137,21 @@ def test_prefill_without_the_fast_products_is_named() -> None:
 )
 def test_products_that_wait_are_seen(code: str, is_serialized: bool) -> None:
     assert aot._is_serialized(code) is is_serialized
+
+
+AMD_LOADS = """
+ .loc 1 104 16  ; decode.py:104:16
+ global_load_dwordx2 v[6:7], v[2:3], off
+ .loc 2 48 5  ; tiles.py:48:5 @[ decode.py:120:20 ]
+ buffer_load_dwordx4 v[8:11], v1, s[0:3], 0
+"""
+
+
+def test_a_narrow_load_of_queries_is_not_one_of_keys() -> None:
+    assert aot._amd_load_bytes(AMD_LOADS) == 16
+    assert aot._amd_load_bytes(AMD_LOADS.replace("dwordx4", "dwordx3")) == 12
+    assert aot._amd_load_bytes(AMD_LOADS.replace("tiles", "merge")) == 8
+    assert aot._amd_load_bytes("s_load_dwordx2 s[0:1], s[4:5], 0x0") is None
 
 
 def test_compiling_for_another_device_leaves_no_trace() -> None:

@@ -49,6 +49,12 @@ def _checked(name: str, value: str) -> Situation:
     return situation
 
 
+def _batch_invariant(monkeypatch: pytest.MonkeyPatch, model: Path) -> None:
+    envs.disable_envs_cache()
+    monkeypatch.setenv("VLLM_BATCH_INVARIANT", "1")
+    EngineArgs(str(model), skip_tokenizer_init=True).create_engine_config()
+
+
 def _slot(monkeypatch: pytest.MonkeyPatch, model: Path) -> None:
     register_backend(AttentionBackendEnum.CUSTOM, "other_plugin.Backend")
     EngineArgs(str(model), skip_tokenizer_init=True).create_engine_config()
@@ -126,6 +132,13 @@ SURROUNDINGS = [
         "swa_vllm.attention.cpu.backend.SWACPUBackend",
         "set VLLM_PLUGINS to the names of those you want",
         RuntimeError,
+    ),
+    _config(
+        "batch invariance",
+        _batch_invariant,
+        "VLLM_BATCH_INVARIANT=1 is set",
+        "attention of windowed layers is not batch invariant",
+        "unset VLLM_BATCH_INVARIANT, or remove the window",
     ),
     _config(
         "pipeline over Ray",

@@ -1,5 +1,8 @@
 """What vLLM's CPU build itself refuses, gets wrong or dies of, so that the pages may say so."""
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 
 import pytest
@@ -31,6 +34,22 @@ def test_seed_of_a_prompt_in_chunks(
             engine(tiny_model(**FULL), max_num_batched_tokens=16).generate(prompt, seeded)
     finally:
         no_engine()  # it did not survive
+
+
+@pytest.mark.only_on("0.32/V1", "0.33/V1")  # with V2, kernels run in the interpreter
+@pytest.mark.skipif(not current_platform.is_cpu(), reason="this vLLM is not the CPU build")
+def test_batch_invariance() -> None:
+    """A worker replaces torch's operators by Triton kernels, which the build cannot run."""
+    code = """
+import torch
+from vllm.model_executor.determinism.batch_invariant import init_batch_invariance
+init_batch_invariance()
+torch.ones(2, 2).mean(dim=-1)
+"""
+    command = [sys.executable, "-c", code]
+    env = {**os.environ, "VLLM_BATCH_INVARIANT": "1"}
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+    assert done.stderr.endswith("TypeError: 'function' object is not subscriptable\n")
 
 
 @pytest.mark.only_on("0.32/V1")  # 0.33's operator gives such a request zeros

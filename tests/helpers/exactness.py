@@ -1,11 +1,13 @@
 """Answers of an engine held to an oracle, but for fp32 noise."""
 
+import os
 from collections.abc import Sequence
 from typing import Protocol
 
 import torch
 
 from tests.helpers.engines import Answer
+from tests.helpers.gpu.lines import record
 from tests.helpers.tiny_models import PAGE_SIZE, WINDOW, OracleScores
 
 LENGTHS = (1, WINDOW - 1, WINDOW, WINDOW + 1, WINDOW + PAGE_SIZE, 8 * WINDOW)
@@ -19,13 +21,28 @@ class Scorer(Protocol):
 
 
 def check_exact(prompts: list[list[int]], answers: list[Answer], oracle: Scorer) -> None:
-    """The engine's tokens and log-probabilities are the oracle's but for fp32 noise."""
+    """The engine's tokens and log-probabilities are the oracle's but for fp32 noise.
+
+    In a step of ``tests/gpu.sh`` the ratio of error to noise of every request is recorded.
+    """
     scores = [oracle.score(p + a.tokens) for p, a in zip(prompts, answers, strict=True)]
     noise = max(s.noise for s in scores)
+    errors = []
     for prompt, answer, score in zip(prompts, answers, scores, strict=True):
         expected = score.logprobs[len(prompt) - 1 : -1]
         chosen = expected.gather(1, torch.tensor(answer.tokens)[:, None])[:, 0]
-        # The engine's token is the oracle's best, ties within noise aside.
-        assert (expected.max(dim=-1).values - chosen).max() <= noise
         got = torch.tensor(answer.logprobs, dtype=torch.float64)
-        assert (got - chosen).abs().max() <= noise
+        # The engine's token is the oracle's best, ties within noise aside.
+        token_error = float((expected.max(dim=-1).values - chosen).max())
+        logprob_error = float((got - chosen).abs().max())
+        record(
+            exactness=os.environ.get("PYTEST_CURRENT_TEST"),
+            prompt_len=len(prompt),
+            noise=noise,
+            token_error_per_noise=token_error / noise,
+            logprob_error_per_noise=logprob_error / noise,
+        )
+        errors.append((token_error, logprob_error))
+    for token_error, logprob_error in errors:
+        assert token_error <= noise
+        assert logprob_error <= noise

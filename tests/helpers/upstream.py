@@ -36,6 +36,7 @@ MEMBERS: dict[str, set[str]] = {
         *("scheduler_config", "speculative_config"),
     },
     "vllm.engine.arg_utils:EngineArgs": {"create_engine_config"},
+    "vllm.envs": {"VLLM_BATCH_INVARIANT"},
     "vllm.logger:_VllmLogger": {"info_once", "warning_once"},
     "vllm.platforms.interface:DeviceCapability": {"to_int"},
     "vllm.platforms.interface:Platform": {

