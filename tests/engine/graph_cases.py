@@ -49,7 +49,7 @@ class Case:
 
     options: dict[str, Any]
     lengths: tuple[int, ...]
-    num_tokens: int = 6
+    num_tokens: int = 5
     num_layers: int = 2
     arguments: dict[str, Any] = field(default_factory=dict)
     drafts: tuple[int, ...] = ()
@@ -86,6 +86,11 @@ CASES = {
     "drafts, all rejected": replace(DRAFTED, num_tokens=4, drafts=(0,)),
     "drafts, all accepted": replace(DRAFTED, num_tokens=9, drafts=(3,)),
     "drafts longer than the window": replace(DRAFTED, options={"window": 2}, drafts=(0, 1, 2, 3)),
+}
+# The same of more layers, with more and longer requests.
+LONG = {
+    name: replace(CASES[name], lengths=lengths, num_tokens=24, num_layers=4)
+    for name, lengths in (("window", (1, 39, 41, 100, 230)), ("shifted sinks", (1, 24, 39, 41, 80)))
 }
 
 

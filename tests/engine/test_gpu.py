@@ -12,7 +12,7 @@ from transformers import Qwen3Config
 
 from consistency import engine_arguments, perplexity
 from swa_vllm.attention.triton.backend import SWATritonBackend
-from tests.engine.graph_cases import CASES, GRAPHS, OPTIONS, SINKS, Case, run
+from tests.engine.graph_cases import CASES, GRAPHS, LONG, OPTIONS, SINKS, Case, run
 from tests.helpers.eagle3 import eagle3_config
 from tests.helpers.engines import (
     EngineFactory,
@@ -34,8 +34,6 @@ MODES: dict[str, dict[str, Any]] = {
     "graphs": GRAPHS,
     "compiled": {"enforce_eager": False},
 }
-# Lengths of prompts that both model runners serve in every mode.
-LONG = {"window": (1, 39, 41, 100, 230), "shifted sinks": (1, 24, 39, 41, 80)}
 
 
 def serve(
@@ -67,8 +65,7 @@ def test_engine_equals_a_dense_model(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Five requests decode in a graph of eight; chunks of 64 tokens."""
-    case = replace(CASES[name], lengths=LONG[name], num_tokens=24, num_layers=4)
-    serve(case, mode, is_v2, engine, tiny_model, tmp_path, monkeypatch)
+    serve(LONG[name], mode, is_v2, engine, tiny_model, tmp_path, monkeypatch)
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -19,7 +19,7 @@ from swa_backend import ops
 from swa_vllm.attention.triton.backend import SWATritonImpl
 from swa_vllm.attention.triton.builder import SWATritonMetadataBuilder
 from swa_vllm.kv_cache.spec import SWASpec
-from tests.engine.graph_cases import CASES, GRAPHS, SINKS, Case, run
+from tests.engine.graph_cases import CASES, GRAPHS, LONG, SINKS, Case, run
 from tests.helpers.engines import EngineFactory, ModelFactory
 from tests.helpers.graph_doubles import installed
 from tests.helpers.graphs import CaptureError, Recorder
@@ -54,15 +54,21 @@ def draft(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def ask(
-    recorder: Recorder, engine: EngineFactory, tiny_model: ModelFactory, draft: Path
+    recorder: Recorder,
+    engine: EngineFactory,
+    tiny_model: ModelFactory,
+    draft: Path,
+    record_property: Callable[[str, object], None],
 ) -> Callable[[Case], LLM]:
-    """Runs a case from graphs of up to four requests, and gives its engine."""
+    """Runs a case from graphs, the largest of more requests than run, and gives its engine."""
 
     def ask(case: Case) -> LLM:
-        sizes = [16] if case.drafts else [2, 4]  # tokens; of a draft with its token there are four
+        # In tokens, of which a request with drafts has four.
+        sizes = [16] if case.drafts else [2, 4 if len(case.lengths) < 4 else 8]
         config = {**GRAPHS["compilation_config"], "cudagraph_capture_sizes": sizes}
         model = tiny_model(**FULL, num_hidden_layers=case.num_layers)
-        run(case, {**GRAPHS, "compilation_config": config}, engine, model, draft)
+        mode = {**GRAPHS, "compilation_config": config}
+        record_property("error / noise", run(case, mode, engine, model, draft))
         (llm,) = engine.alive.values()  # type: ignore[attr-defined]
         return llm
 
@@ -88,6 +94,27 @@ def test_engine_equals_a_dense_model(
     assert largest.num_replays > 0
     assert recorder.num_replays > num_replays
     assert workspace.current_workspace_manager().is_locked()
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("name", LONG)
+def test_long_answers_equal_a_dense_model(
+    name: str, ask: Callable[[Case], LLM], recorder: Recorder
+) -> None:
+    num_replays = recorder.num_replays
+    ask(LONG[name])
+    assert recorder.num_replays > num_replays
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("name", CASES)
+def test_engine_without_graphs_equals_a_dense_model(
+    name: str, recorder: Recorder, engine: EngineFactory, tiny_model: ModelFactory, draft: Path
+) -> None:
+    num_replays = recorder.num_replays
+    model = tiny_model(**FULL, num_hidden_layers=CASES[name].num_layers)
+    run(CASES[name], {}, engine, model, draft)
+    assert recorder.num_replays == num_replays
 
 
 @pytest.mark.parametrize(
@@ -196,6 +223,6 @@ def test_mistakes_are_caught(
         mutate(monkeypatch)
     try:
         with caught:
-            ask(Case({**SINKS, "position_shift": True}, (80,), num_tokens=4, num_layers=1))
+            ask(Case({**SINKS, "position_shift": True}, (60,), num_tokens=3, num_layers=1))
     finally:
         no_engine()  # which has the mistake

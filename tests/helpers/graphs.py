@@ -238,23 +238,18 @@ class Recorder:
         if operators is None or operators.is_paused:
             _launch(executor, *args, **kwargs)
             return
-        executor.grid = _once(executor.grid)
+        grid, grids = executor.grid, list[Any]()
+
+        def first(meta: Any) -> Any:
+            grids.append(grid(meta) if callable(grid) else grid)
+            return grids[0]
+
+        executor.grid = first
         operators.is_paused = True  # the interpreter works on tensors of its own
         try:
             _launch(executor, *args, **kwargs)
         finally:
             operators.is_paused = False
+        (executor.grid,) = grids  # whatever it would be at a replay
         name = executor.fn.__name__
         operators.graph.add(name, _launch, (executor, *args), kwargs, writes=True)
-
-
-def _once(grid: Any) -> Callable[[Any], Any]:
-    """The grid that a launch has the first time, whatever changes after that."""
-    first: list[Any] = []
-
-    def get(meta: Any) -> Any:
-        if not first:
-            first.append(grid(meta) if callable(grid) else grid)
-        return first[0]
-
-    return get
