@@ -2,6 +2,8 @@
 attention beside windows."""
 
 import math
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,17 +12,15 @@ from transformers import Qwen3Config
 
 from consistency import engine_arguments, perplexity
 from swa_vllm.attention.triton.backend import SWATritonBackend
-from tests.helpers.dense_qwen3 import DenseQwen3, Sight
+from tests.engine.graph_cases import CASES, GRAPHS, LONG, OPTIONS, SINKS, Case, run
 from tests.helpers.eagle3 import eagle3_config
 from tests.helpers.engines import (
     EngineFactory,
     ModelFactory,
     attention_layers,
     generate,
-    num_free_pages,
     resolve_here,
 )
-from tests.helpers.exactness import check_exact
 from tests.helpers.tiny_models import FULL, random_prompts
 from tests.helpers.trained_models import LENGTH, MIXED, held_out, hugging_face
 
@@ -29,61 +29,63 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
 ]
 
-GRAPHS = {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"}
 MODES: dict[str, dict[str, Any]] = {
     "eager": {},
-    "graphs": {"enforce_eager": False, "compilation_config": GRAPHS},
+    "graphs": GRAPHS,
     "compiled": {"enforce_eager": False},
 }
-# A NaN is looked for on the host, which no graph can do.
-UNWATCHED = {"debug_poison": False}
-# Options, and lengths of prompts; turned back over more tokens, shifted queries have more rounding
-# than the dense model whose fp32 noise is allowed.
-CASES: tuple[tuple[dict[str, Any], tuple[int, ...]], ...] = (
-    ({"window": 40, "prefill_pages": "survivors"}, (1, 39, 41, 100, 230)),
-    ({"window": 20, "sink_tokens": 4, "position_shift": True}, (1, 24, 39, 41, 80)),
-)
 
 
-@pytest.mark.parametrize("is_v2", [True, False], ids=["V2", "V1"])
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize(("options", "lengths"), CASES, ids=["window", "shifted sinks"])
-def test_engine_equals_a_dense_model(
-    options: dict[str, Any],
-    lengths: tuple[int, ...],
+def serve(
+    case: Case,
     mode: str,
     is_v2: bool,
     engine: EngineFactory,
     tiny_model: ModelFactory,
+    directory: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Run a case on one of vLLM's model runners."""
+    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", str(int(is_v2)))
+    arguments = {**case.arguments, "seed": int(is_v2)}  # another engine for each runner
+    model = tiny_model(**FULL, num_hidden_layers=case.num_layers)
+    run(replace(case, arguments=arguments), MODES[mode], engine, model, directory)
+
+
+@pytest.mark.parametrize("is_v2", [True, False], ids=["V2", "V1"])
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("name", LONG)
+def test_engine_equals_a_dense_model(
+    name: str,
+    mode: str,
+    is_v2: bool,
+    engine: EngineFactory,
+    tiny_model: ModelFactory,
+    tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Five requests decode in a graph of eight; chunks of 64 tokens."""
-    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", str(int(is_v2)))
-    model = tiny_model(**FULL)
-    llm = engine(
-        model,
-        **MODES[mode],
-        additional_config={"swa": {**UNWATCHED, **options}},
-        max_num_batched_tokens=64,
-        seed=int(is_v2),  # another engine for each runner
-    )
-    layers = attention_layers(llm)
-    assert {layer.attn_backend for layer in layers} == {SWATritonBackend}
-    num_free = num_free_pages(llm)
-    prompts = random_prompts(lengths)
-    answers = generate(llm, prompts, num_tokens=24)
-    windows = tuple(layer.sliding_window for layer in layers)
-    sinks, shift = options.get("sink_tokens", 0), bool(options.get("position_shift"))
-    check_exact(prompts, answers, DenseQwen3(model, Sight(windows, sinks, shift)))
-    assert num_free_pages(llm) == num_free
+    serve(LONG[name], mode, is_v2, engine, tiny_model, tmp_path, monkeypatch)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_graphs_equal_a_dense_model(
+    name: str,
+    engine: EngineFactory,
+    tiny_model: ModelFactory,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Three requests decode in a graph of four."""
+    serve(CASES[name], "graphs", True, engine, tiny_model, tmp_path, monkeypatch)
 
 
 @pytest.mark.parametrize("mode", MODES)
 def test_drafts_change_no_token(
-    mode: str, engine: EngineFactory, tiny_model: ModelFactory, tmp_path: Any
+    mode: str, engine: EngineFactory, tiny_model: ModelFactory, tmp_path: Path
 ) -> None:
     model = tiny_model(**FULL)
-    options = {"swa": {**UNWATCHED, "window": 20, "sink_tokens": 4}}
+    options = {"swa": {**OPTIONS, **SINKS}}
     prompts = random_prompts([29, 60, 200])
     plain = generate(engine(model, additional_config=options), prompts)
     resolve_here("Eagle3Qwen3ForCausalLM")
@@ -106,7 +108,7 @@ def test_mixed_model_keeps_its_perplexity(dtype: str, mode: str, engine: EngineF
         MIXED,
         **arguments,
         **MODES[mode],
-        additional_config={"swa": UNWATCHED},
+        additional_config={"swa": OPTIONS},
         max_num_batched_tokens=300,
     )
     backends = [layer.attn_backend for layer in attention_layers(llm)]

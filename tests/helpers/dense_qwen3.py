@@ -73,6 +73,15 @@ class DenseQwen3:
         plain = self._score(tokens, replace(self._sight, shift=False))
         return replace(scores, noise=scores.noise + plain.noise)
 
+    @torch.inference_mode()
+    def greedy(self, tokens: Sequence[int], num_tokens: int) -> list[int]:
+        """The ``num_tokens`` tokens that are best after ``tokens``, one after the other."""
+        text = list(tokens)
+        for _ in range(num_tokens):
+            logprobs = self._logprobs(self._models[0], text, self._sight)
+            text.append(int(logprobs[-1].argmax()))
+        return text[len(tokens) :]
+
     def _score(self, tokens: Sequence[int], sight: Sight) -> OracleScores:
         exact, rounded = (self._logprobs(model, tokens, sight) for model in self._models)
         return OracleScores(exact, (exact - rounded).abs().max().item())

@@ -9,6 +9,7 @@ from safetensors.torch import save_file
 
 from tests.helpers.tiny_models import FULL, VOCAB_SIZE, tiny_config
 
+NUM_DRAFTED = 3
 HIDDEN, HEAD, QUERIES, KEYS, MLP = 64, 32, 128, 64, 128
 EAGLE3_SHAPES = {
     "midlayer.self_attn.q_proj": (QUERIES, 2 * HIDDEN),
@@ -59,6 +60,6 @@ def save_eagle3(directory: Path, **overrides: Any) -> Path:
 
 
 def eagle3_config(directory: Path, **overrides: Any) -> dict[str, Any]:
-    """``speculative_config`` of an engine with a random EAGLE-3 draft of three tokens."""
+    """``speculative_config`` of an engine with a random EAGLE-3 draft."""
     model = str(save_eagle3(directory, **overrides))
-    return {"method": "eagle3", "model": model, "num_speculative_tokens": 3}
+    return {"method": "eagle3", "model": model, "num_speculative_tokens": NUM_DRAFTED}

@@ -20,10 +20,13 @@ class Scorer(Protocol):
         """Log-probabilities after each token, and the noise that an engine in fp32 may have."""
 
 
-def check_exact(prompts: list[list[int]], answers: list[Answer], oracle: Scorer) -> None:
+def check_exact(prompts: list[list[int]], answers: list[Answer], oracle: Scorer) -> float:
     """The engine's tokens and log-probabilities are the oracle's but for fp32 noise.
 
     In a step of ``tests/gpu.sh`` the ratio of error to noise of every request is recorded.
+
+    Returns:
+        The largest error of a log-probability, in units of that noise.
     """
     scores = [oracle.score(p + a.tokens) for p, a in zip(prompts, answers, strict=True)]
     noise = max(s.noise for s in scores)
@@ -44,5 +47,6 @@ def check_exact(prompts: list[list[int]], answers: list[Answer], oracle: Scorer)
         )
         errors.append((token_error, logprob_error))
     for token_error, logprob_error in errors:
-        assert token_error <= noise
-        assert logprob_error <= noise
+        assert token_error <= noise, "a token is not the oracle's"
+        assert logprob_error <= noise, "a log-probability is not the oracle's"
+    return max(logprob_error for _, logprob_error in errors) / noise

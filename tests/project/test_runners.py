@@ -19,8 +19,8 @@ EVERYWHERE = {
     "prefix hits": "test_prefill_pages.py::test_sent_again_the_same_prompt_hits",
     "preemption": "test_sinks.py::test_preempted_requests_start_over",
 }
-# What no vLLM has a part in, and what needs a GPU.
-ON_ONE = {"test_gpu.py"}
+# What needs a GPU, what needs the newer runner, and what tests the tests.
+ON_ONE = {"test_gpu.py", "test_graphs.py", "test_graph_recorder.py"}
 
 
 @cache
