@@ -1,8 +1,10 @@
 """Paged decode attention, split over the window: a kernel that reads keys, and one that merges.
 
 The window, not the text, is divided among programs, so that all of them work at any length, and the
-launch depends on shapes only, as CUDA graphs demand. Flash-decoding's split, online softmax and
-merge: Dao et al., https://pytorch.org/blog/flash-decoding/.
+launch depends on shapes only, as CUDA graphs demand. The kernels do not depend on the number of
+parts, which the grid says: it changes with the number of requests while the engine serves.
+Flash-decoding's split, online softmax and merge: Dao et al.,
+https://pytorch.org/blog/flash-decoding/.
 """
 
 import torch
@@ -10,11 +12,15 @@ import triton
 import triton.language as tl
 
 from swa_backend.attention_call import AttentionCall
+from swa_backend.kernels.launch import launch
 from swa_backend.kernels.plans import DecodePlan, Target
 from swa_backend.kernels.tiles import as_operand, attend, load_pages, load_rows, request_of
 
 
-@triton.jit(do_not_specialize=["num_reqs", "window", "sink_tokens"])
+@triton.jit(
+    do_not_specialize=["stride_table_request", "num_reqs", "window", "sink_tokens"],
+    do_not_specialize_on_alignment=["block_table_ptr", "seq_lens_ptr", "query_start_loc_ptr"],
+)
 def decode_kernel(
     partial_ptr,
     lse_ptr,
@@ -44,19 +50,19 @@ def decode_kernel(
     TILE: tl.constexpr,
     ROWS: tl.constexpr,
     ROWS_PER_BLOCK: tl.constexpr,
-    NUM_SPLITS: tl.constexpr,
     HAS_SINKS: tl.constexpr,
     IS_RAGGED: tl.constexpr,
     DOT: tl.constexpr,
 ):
     """Compute attention of one block of queries, one KV head and one part of the keys.
 
-    A block is up to ``ROWS_PER_BLOCK`` queries of one request times ``GROUP`` heads. Part
-    ``NUM_SPLITS`` are the sinks below the window, the others the window. Writes the part's output
+    A block is up to ``ROWS_PER_BLOCK`` queries of one request times ``GROUP`` heads. The parts are
+    those of the window; with sinks, the last one are the sinks below it. Writes the part's output
     ``[HEAD_DIM]`` and base-2 log-sum-exp of each row; a row that sees nothing writes -inf only.
     """
     kv_head = tl.program_id(1)
     split = tl.program_id(2)
+    num_splits = tl.num_programs(2) - HAS_SINKS
     if IS_RAGGED:
         block = tl.program_id(0)
         request = request_of(query_start_loc_ptr, num_reqs, block, ROWS_PER_BLOCK)
@@ -83,7 +89,7 @@ def decode_kernel(
     last_position = tl.minimum(first_position + ROWS_PER_BLOCK, seq_len) - 1
     low = tl.maximum(first_position - window + 1, 0)
     num_tiles = tl.cdiv(tl.maximum(last_position + 1 - low, 0), TILE)
-    span = tl.cdiv(num_tiles, NUM_SPLITS) * TILE
+    span = tl.cdiv(num_tiles, num_splits) * TILE
     start = low + split * span
     stop = tl.minimum(start + span, last_position + 1)
     row_start = row_low
@@ -94,7 +100,7 @@ def decode_kernel(
     q_offset = token * stride_query_token + head * stride_query_head
     q_ptr = query_ptr
     if HAS_SINKS:
-        if split == NUM_SPLITS:
+        if split == num_splits:
             start = 0
             stop = tl.minimum(sink_tokens, tl.maximum(last_position - window + 1, 0))
             row_start = tl.zeros_like(row_low)
@@ -124,8 +130,7 @@ def decode_kernel(
         )
         pages = next_pages
 
-    NUM_PARTS: tl.constexpr = NUM_SPLITS + HAS_SINKS
-    part = (token * (tl.num_programs(1) * GROUP) + head) * NUM_PARTS + split
+    part = (token * (tl.num_programs(1) * GROUP) + head) * tl.num_programs(2) + split
     safe_total = tl.where(total == 0.0, 1.0, total)
     tl.store(lse_ptr + part, top + tl.log2(safe_total), mask=is_row)
     acc = acc * (value_scale / safe_total)[:, None]
@@ -133,7 +138,10 @@ def decode_kernel(
     tl.store(partial_ptr + part[:, None] * HEAD_DIM + dims[None, :], acc, mask=is_stored[:, None])
 
 
-@triton.jit(do_not_specialize=["num_reqs"])
+@triton.jit(
+    do_not_specialize=["num_reqs", "num_parts"],
+    do_not_specialize_on_alignment=["query_start_loc_ptr"],
+)
 def merge_kernel(
     out_ptr,
     partial_ptr,
@@ -142,8 +150,8 @@ def merge_kernel(
     stride_out_token,
     stride_out_head,
     num_reqs,
+    num_parts,
     HEAD_DIM: tl.constexpr,
-    NUM_PARTS: tl.constexpr,
     PARTS: tl.constexpr,
     IS_RAGGED: tl.constexpr,
 ):
@@ -153,7 +161,7 @@ def merge_kernel(
     row = token * tl.num_programs(1) + head
     parts = tl.arange(0, PARTS)
     dims = tl.arange(0, HEAD_DIM)
-    lse = tl.load(lse_ptr + row * NUM_PARTS + parts, mask=parts < NUM_PARTS, other=float("-inf"))
+    lse = tl.load(lse_ptr + row * num_parts + parts, mask=parts < num_parts, other=float("-inf"))
     if IS_RAGGED:
         # No program wrote the rows behind the last request's.
         is_query = token < tl.load(query_start_loc_ptr + num_reqs)
@@ -161,7 +169,7 @@ def merge_kernel(
     top = tl.max(lse, axis=0)
     weights = tl.exp2(lse - tl.where(top == float("-inf"), 0.0, top))
     # Parts that saw nothing wrote no output: whatever lies there is not read.
-    offsets = (row * NUM_PARTS + parts)[:, None] * HEAD_DIM + dims[None, :]
+    offsets = (row * num_parts + parts)[:, None] * HEAD_DIM + dims[None, :]
     partial = tl.load(partial_ptr + offsets, mask=(lse > float("-inf"))[:, None], other=0.0)
     total = tl.sum(weights, axis=0)
     out = tl.sum(partial * weights[:, None], axis=0) / tl.where(total == 0.0, 1.0, total)
@@ -198,7 +206,9 @@ def launch_decode(
     constants = plan.constants()
     constants["DOT"] = tl.dtype(plan.dot)
     grid = (plan.num_blocks(num_tokens, num_reqs), num_kv_heads, plan.num_parts)
-    decode_kernel[grid](
+    launch(
+        decode_kernel,
+        grid,
         partial,
         lse,
         query,
@@ -219,16 +229,18 @@ def launch_decode(
         **constants,
         **target.decode_options(readable_cache.element_size()),
     )
-    merge_kernel[(num_tokens, num_heads)](
+    launch(
+        merge_kernel,
+        (num_tokens, num_heads, 1),
         out,
         partial,
         lse,
         query_start_loc,
         *out.stride()[:2],
         num_reqs,
+        plan.num_parts,
         HEAD_DIM=head_dim,
-        NUM_PARTS=plan.num_parts,
-        PARTS=triton.next_power_of_2(plan.num_parts),
+        PARTS=plan.num_merged,
         IS_RAGGED=plan.is_ragged,
         **target.options(),
     )

@@ -7,7 +7,7 @@ import torch
 from swa_backend import reference
 from swa_backend.attention_call import AttentionCall
 from swa_backend.kernels.device import on_device_of, target_of
-from swa_backend.kernels.plans import DecodePlan, max_splits, plan_decode
+from swa_backend.kernels.plans import DecodePlan, Target, max_splits, plan_decode
 from swa_backend.ops.checks import check_call, check_for_kernels, check_scratch
 from swa_backend.ops.dispatch import FORMATS, readable, resolve
 
@@ -111,28 +111,12 @@ def decode_scratch_size(
 def _decode(call: AttentionCall, out: torch.Tensor, scratch: torch.Tensor | None) -> torch.Tensor:
     """Launch the kernels for ``call``; returns ``out``."""
     query, kv_cache = call.query, call.kv_cache
-    num_tokens, num_heads, head_dim = query.shape
-    check_for_kernels(head_dim, query=query, sink_query=call.sink_query, out=out)
+    check_for_kernels(query.shape[2], query=query, sink_query=call.sink_query, out=out)
     readable_cache, factor, target = readable(kv_cache)
     num_reqs = call.seq_lens.shape[0]
-    if num_tokens == 0 or num_reqs == 0 or call.block_table.shape[1] == 0:
+    if query.shape[0] == 0 or num_reqs == 0 or call.block_table.shape[1] == 0:
         return out.zero_()
-    window, has_sinks = call.reach()
-    num_kv_heads = kv_cache.shape[1]
-    plan = plan_decode(
-        target,
-        num_tokens=num_tokens,
-        num_reqs=num_reqs,
-        num_kv_heads=num_kv_heads,
-        group=num_heads // num_kv_heads,
-        head_dim=head_dim,
-        page=kv_cache.shape[2],
-        window=window,
-        has_sinks=has_sinks,
-        is_ragged=call.query_start_loc is not None,
-        query_format=FORMATS[query.dtype],
-        kv_format=FORMATS[kv_cache.dtype],
-    )
+    plan = plan_call(call, target)
     from swa_backend.kernels.decode import launch_decode
 
     with on_device_of(kv_cache):
@@ -141,13 +125,33 @@ def _decode(call: AttentionCall, out: torch.Tensor, scratch: torch.Tensor | None
             out,
             *_divide(query, plan, scratch),
             readable_cache,
-            window=window,
+            window=call.reach()[0],
             score_scale=call.softmax_scale * call.k_scale * factor * math.log2(math.e),
             value_scale=call.v_scale * factor,
             plan=plan,
             target=target,
         )
     return out
+
+
+def plan_call(call: AttentionCall, target: Target) -> DecodePlan:
+    """Plan the launch of ``call``."""
+    (num_tokens, num_heads, head_dim), num_kv_heads = call.query.shape, call.kv_cache.shape[1]
+    window, has_sinks = call.reach()
+    return plan_decode(
+        target,
+        num_tokens=num_tokens,
+        num_reqs=call.seq_lens.shape[0],
+        num_kv_heads=num_kv_heads,
+        group=num_heads // num_kv_heads,
+        head_dim=head_dim,
+        page=call.kv_cache.shape[2],
+        window=window,
+        has_sinks=has_sinks,
+        is_ragged=call.query_start_loc is not None,
+        query_format=FORMATS[call.query.dtype],
+        kv_format=FORMATS[call.kv_cache.dtype],
+    )
 
 
 def _divide(

@@ -105,7 +105,10 @@ class SWATritonMetadataBuilder(AttentionMetadataBuilder[SWATritonMetadata]):
         limit = layer.impl.sliding_window or self.reorder_batch_threshold
         self._decode_threshold = min(self.reorder_batch_threshold, limit)
         scheduler = vllm_config.scheduler_config
+        graphs = vllm_config.compilation_config.max_cudagraph_capture_size or 0
+        self._max_decodes = max(scheduler.max_num_seqs * self._decode_threshold, graphs)
         self._scratch = self._reserve_scratch(layer.impl)
+        self._compile_kernels(layer.impl)
         max_tokens = scheduler.max_num_batched_tokens
         self._slots = torch.empty(max_tokens, dtype=torch.int64, device=device)
         self._starts = torch.empty(scheduler.max_num_seqs + 1, dtype=torch.int32, device=device)
@@ -119,21 +122,44 @@ class SWATritonMetadataBuilder(AttentionMetadataBuilder[SWATritonMetadata]):
     def _reserve_scratch(self, impl: Any) -> Scratch:
         """Reserve room for the largest batches, before vLLM captures its graphs."""
         config = self.vllm_config
-        scheduler = config.scheduler_config
-        graphs = config.compilation_config.max_cudagraph_capture_size or 0
         num_elements = ops.decode_scratch_size(
-            max(scheduler.max_num_seqs * self._decode_threshold, graphs),
+            self._max_decodes,
             num_heads=impl.num_heads,
             num_kv_heads=impl.num_kv_heads,
             head_dim=impl.head_size,
             sink_tokens=impl.sink_tokens,
             device=self.device,
         )
-        shape = (scheduler.max_num_batched_tokens, impl.num_heads, impl.head_size)
+        shape = (config.scheduler_config.max_num_batched_tokens, impl.num_heads, impl.head_size)
         is_shifted = impl.shift_start is not None
         scratch = Scratch(num_elements, (shape, config.model_config.dtype) if is_shifted else None)
         scratch.borrow()
         return scratch
+
+    def _compile_kernels(self, impl: Any) -> None:
+        """Compile what any batch can launch, before vLLM captures graphs and serves."""
+        spec, config = self.kv_cache_spec, self.vllm_config
+        # On AMD a kernel depends on whether the cache is larger than 2 GB.
+        num_pages = config.cache_config.num_gpu_blocks or 1
+        rotation = impl.rotation
+        ops.compile_kernels(
+            torch.empty(
+                (self._max_decodes, impl.num_heads, impl.head_size),
+                dtype=config.model_config.dtype,
+                device="meta",
+            ),
+            torch.empty(
+                (num_pages, impl.num_kv_heads, spec.block_size, 2 * impl.head_size),
+                dtype=impl.cache_dtype or spec.dtype,
+                device="meta",
+            ),
+            window=impl.sliding_window,
+            sink_tokens=impl.sink_tokens,
+            has_drafts=self._decode_threshold > 1,
+            rotations=None if rotation is None else rotation.table,
+            is_neox=rotation is None or rotation.is_neox,
+            device=self.device,
+        )
 
     def build(
         self,
