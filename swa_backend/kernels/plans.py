@@ -131,12 +131,17 @@ class DecodePlan(Plan):
     def constants(self) -> dict[str, Any]:
         constants = super().constants()
         del constants["NUM_SPLITS"]  # the grid says it
-        return constants
+        return {**constants, "IS_SPLIT": self.is_split}
 
     @property
     def num_parts(self) -> int:
         """Number of parts that the keys of a row are divided into."""
         return self.num_splits + self.has_sinks
+
+    @property
+    def is_split(self) -> bool:
+        """Whether there are parts to merge."""
+        return self.num_parts > 1
 
     @property
     def num_merged(self) -> int:
@@ -145,7 +150,10 @@ class DecodePlan(Plan):
 
     def num_blocks(self, num_tokens: int, num_reqs: int) -> int:
         """Number of query blocks that is enough however the requests share the tokens."""
-        return num_tokens // self.rows_per_block + num_reqs if self.is_ragged else num_reqs
+        if not self.is_ragged:
+            return num_reqs
+        # One more request are the rows behind the last, which become zeros.
+        return num_tokens // self.rows_per_block + num_reqs + 1
 
 
 @lru_cache(maxsize=4096)

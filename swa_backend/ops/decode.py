@@ -101,11 +101,12 @@ def decode_scratch_size(
         ValueError: no kernel runs there.
     """
     target, group = target_of(device), num_heads // num_kv_heads
-    num_parts = max(
-        num_tokens * (max_splits(target, num_tokens, num_kv_heads, group) + (sink_tokens > 0))
-        for num_tokens in range(1, max_tokens + 1)
-    )
-    return num_parts * num_heads * (head_dim + 1)
+    num_rows = 0
+    for num_tokens in range(1, max_tokens + 1):
+        num_parts = max_splits(target, num_tokens, num_kv_heads, group) + (sink_tokens > 0)
+        if num_parts > 1:  # a single part is the output
+            num_rows = max(num_rows, num_tokens * num_parts)
+    return num_rows * num_heads * (head_dim + 1)
 
 
 def _decode(call: AttentionCall, out: torch.Tensor, scratch: torch.Tensor | None) -> torch.Tensor:
@@ -156,14 +157,16 @@ def plan_call(call: AttentionCall, target: Target) -> DecodePlan:
 
 def _divide(
     query: torch.Tensor, plan: DecodePlan, scratch: torch.Tensor | None
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     """Divide scratch into outputs ``[num_tokens, Hq, num_parts, D]`` and log-sum-exps of the parts.
 
-    Allocates scratch if the caller gave none.
+    Allocates scratch if the caller gave none; a single part needs none.
     """
-    num_tokens, num_heads, head_dim = query.shape
-    num_rows = num_tokens * num_heads * plan.num_parts
-    num_needed = num_rows * (head_dim + 1)
+    if not plan.is_split:
+        return None, None
+    shape = (*query.shape[:2], plan.num_parts, query.shape[2])
+    num_outputs = math.prod(shape)
+    num_needed = num_outputs + num_outputs // query.shape[2]
     if scratch is None:
         scratch = torch.empty(num_needed, dtype=torch.float32, device=query.device)
     elif scratch.shape[0] < num_needed:
@@ -171,5 +174,4 @@ def _divide(
             f"scratch has {scratch.shape[0]} elements, this batch needs {num_needed}; "
             "decode_scratch_size says what is enough"
         )
-    num_outputs = num_rows * head_dim
-    return scratch[:num_outputs], scratch[num_outputs:num_needed]
+    return scratch[:num_outputs].view(shape), scratch[num_outputs:num_needed]

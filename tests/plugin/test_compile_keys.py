@@ -38,7 +38,7 @@ def test_serving_compiles_nothing(count_keys: Any) -> None:
     assert len(found) == 7
     assert {name: counts["late"] for name, counts in found.items() if counts["late"]} == {}
     assert {name: counts["unused"] for name, counts in found.items() if counts["unused"]} == {}
-    assert all(counts["before"] > 3 for counts in found.values())
+    assert all(counts["before"] >= 3 for counts in found.values())
 
 
 @pytest.mark.parametrize(

@@ -53,7 +53,9 @@ class Scratch:
         """Scratch and room for shifted queries; None where PyTorch has to allocate them."""
         if not is_workspace_manager_initialized():
             return None, None
-        wanted: list[tuple[tuple[int, ...], torch.dtype]] = [((self.num_elements,), torch.float32)]
+        # Of one element where no batch is split: vLLM has no workspace of 0 bytes.
+        shape = (max(1, self.num_elements),)
+        wanted: list[tuple[tuple[int, ...], torch.dtype]] = [(shape, torch.float32)]
         if self.shifted is not None:
             wanted.append(self.shifted)
         decodes, *shifted = current_workspace_manager().get_simultaneous(*wanted)
