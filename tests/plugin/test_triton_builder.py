@@ -19,7 +19,8 @@ from vllm.v1.worker.gpu import attn_utils
 from swa_backend import ops, reference
 from swa_backend.options import SWAConfigError
 from swa_vllm.attention.triton.backend import SWATritonBackend, SWATritonImpl
-from swa_vllm.attention.triton.builder import Scratch, SWATritonMetadata
+from swa_vllm.attention.triton.builder import SWATritonMetadata
+from swa_vllm.attention.triton.scratch import Scratch
 from swa_vllm.config.swa_config import SWAConfig
 from swa_vllm.refusals import check_servable
 from tests.helpers.engines import ModelFactory
@@ -203,10 +204,8 @@ def test_layers_allocate_nothing(
     is_shifted: bool, tiny_model: ModelFactory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As on a GPU: vLLM's workspace has all that is needed before it may grow no more."""
-    angles = torch.arange(128)[:, None] * 10.0 ** -torch.linspace(0, 3, SIZE // 2)
-    table = torch.cat((angles.cos(), angles.sin()), dim=-1)
-    rotary = SimpleNamespace(cos_sin_cache=table, rotary_dim=SIZE, is_neox_style=True)
-    setup = KernelLayer(tiny_model(**FULL), monkeypatch, rotary=rotary if is_shifted else None)
+    rotary = _rotary() if is_shifted else None
+    setup = KernelLayer(tiny_model(**FULL), monkeypatch, rotary=rotary)
     monkeypatch.setattr(torch.accelerator, "empty_cache", lambda: None)
     workspace.init_workspace_manager(CPU)
     for name in ("empty", "empty_like"):
@@ -219,6 +218,41 @@ def test_layers_allocate_nothing(
         check_layer(setup, by_v1, MIXED, pad_to=len(MIXED))
     finally:
         workspace.reset_workspace_manager()
+
+
+@pytest.mark.parametrize("is_shifted", [False, True], ids=["plain", "shifted"])
+def test_scratch_is_counted_when_vllm_measures_its_memory(
+    is_shifted: bool, tiny_model: ModelFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """vLLM gives the KV cache what its profiling run leaves; the workspace may not grow then."""
+    drafts = {"method": "ngram", "num_speculative_tokens": 3}
+    rotary = _rotary() if is_shifted else None
+    layer = KernelLayer(tiny_model(**FULL), monkeypatch, rotary=rotary, speculative_config=drafts)
+    monkeypatch.setattr(torch.accelerator, "empty_cache", lambda: None)
+    workspace.init_workspace_manager(CPU)
+    try:
+        rows = torch.zeros(128, HEADS, SIZE)
+        layer.layer.impl.forward(layer.layer, rows, rows, rows, rows, None, rows)
+        manager = workspace.current_workspace_manager()
+        reserved = manager._current_workspaces[0]
+        assert reserved is not None
+        # 8 requests of 4 queries, in 2 parts with the sinks.
+        least = 8 * 4 * HEADS * 2 * (SIZE + 1) * 4 + is_shifted * rows.nbytes
+        assert reserved.nbytes >= least
+        workspace.lock_workspace()
+        layer.group.create_metadata_builders(layer.config, CPU, kernel_block_size=PAGE)
+        metadata = by_v1(layer, layer.batch([(40, 4)] * 8))
+        assert metadata.decodes is not None
+        check_layer(layer, by_v1, [(40, 4)] * 8, pad_to=8)
+        assert manager._current_workspaces[0] is reserved
+    finally:
+        workspace.reset_workspace_manager()
+
+
+def _rotary() -> Any:
+    angles = torch.arange(128)[:, None] * 10.0 ** -torch.linspace(0, 3, SIZE // 2)
+    table = torch.cat((angles.cos(), angles.sin()), dim=-1)
+    return SimpleNamespace(cos_sin_cache=table, rotary_dim=SIZE, is_neox_style=True)
 
 
 def _refuse_inside_a_layer(allocate: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

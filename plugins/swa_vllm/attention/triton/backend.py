@@ -3,6 +3,7 @@
 from typing import Any, ClassVar
 
 import torch
+from vllm.config import get_current_vllm_config_or_none
 from vllm.v1.attention.backend import (
     AttentionBackend,
     AttentionImpl,
@@ -19,6 +20,7 @@ from swa_vllm.attention.triton.builder import (
     SWATritonMetadata,
     SWATritonMetadataBuilder,
 )
+from swa_vllm.attention.triton.scratch import Scratch
 from swa_vllm.config.implementation import FP8_DTYPES
 
 
@@ -80,6 +82,7 @@ class SWATritonImpl(AttentionImpl[SWATritonMetadata]):
         if shifted_by is not None and sliding_window is not None:
             self.shift_start = last_unshifted(sliding_window, sink_tokens)
         self.sink_tokens = sink_tokens
+        self._vllm_config = get_current_vllm_config_or_none()
         self._sight = {"window": sliding_window, "sink_tokens": sink_tokens, "scale": self.scale}
 
     def forward(
@@ -94,7 +97,10 @@ class SWATritonImpl(AttentionImpl[SWATritonMetadata]):
         output_scale: torch.Tensor | None = None,
         output_block_scale: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        if attn_metadata is None:  # profiling
+        if attn_metadata is None:
+            # vLLM measures what a step takes: what is left is for the KV cache.
+            if self._vllm_config is not None:
+                Scratch.for_layer(self, self._vllm_config, query.device).borrow()
             return output.fill_(0)
         scales: dict[str, Any] = {}
         if self.cache_dtype is not None:
