@@ -40,11 +40,12 @@ class AttentionCall:
 
         Returns:
             The window in tokens, at most the slots that a row of the block table names, which
-            stand for full attention too; and whether sinks can lie below that window.
+            stand for full attention too; and whether sinks may lie below it. They may whatever
+            that table's width is: no kernel is compiled for a width.
         """
         capacity = max(1, self.block_table.shape[1] * self.kv_cache.shape[2])
         window = capacity if self.window is None else min(self.window, capacity)
-        return window, self.sink_tokens > 0 and window < capacity
+        return window, self.sink_tokens > 0 and self.window is not None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

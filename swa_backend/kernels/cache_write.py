@@ -4,6 +4,7 @@ import torch
 import triton
 import triton.language as tl
 
+from swa_backend.kernels.launch import launch
 from swa_backend.kernels.plans import Target
 
 
@@ -26,7 +27,7 @@ def to_fp8_bits(x, MANTISSA: tl.constexpr):
     return (tl.where(x == x, rounded, 0x7F) | sign).to(tl.uint8)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["slot_mapping_ptr"])
 def write_kernel(
     key_ptr,
     value_ptr,
@@ -82,7 +83,9 @@ def launch_write(
 ) -> None:
     """Launch the kernel; an fp8 cache comes as bytes, with the bits of its mantissa."""
     num_heads, head_dim = key.shape[1:]
-    write_kernel[(slot_mapping.shape[0],)](
+    launch(
+        write_kernel,
+        (slot_mapping.shape[0], 1, 1),
         key,
         value,
         kv_cache,

@@ -1,8 +1,12 @@
 """Paged decode attention, split over the window: a kernel that reads keys, and one that merges.
 
+Where one part holds all keys, the first stores the output and nothing is merged.
+
 The window, not the text, is divided among programs, so that all of them work at any length, and the
-launch depends on shapes only, as CUDA graphs demand. Flash-decoding's split, online softmax and
-merge: Dao et al., https://pytorch.org/blog/flash-decoding/.
+launch depends on shapes only, as CUDA graphs demand. The kernels do not depend on the number of
+parts, which the grid says: it changes with the number of requests while the engine serves.
+Flash-decoding's split, online softmax and merge: Dao et al.,
+https://pytorch.org/blog/flash-decoding/.
 """
 
 import torch
@@ -10,20 +14,28 @@ import triton
 import triton.language as tl
 
 from swa_backend.attention_call import AttentionCall
+from swa_backend.kernels.launch import launch
 from swa_backend.kernels.plans import DecodePlan, Target
 from swa_backend.kernels.tiles import as_operand, attend, load_pages, load_rows, request_of
 
 
-@triton.jit(do_not_specialize=["num_reqs", "window", "sink_tokens"])
+@triton.jit(
+    do_not_specialize=["stride_table_request", "num_tokens", "num_reqs", "window", "sink_tokens"],
+    do_not_specialize_on_alignment=[
+        *("lse_ptr", "block_table_ptr", "seq_lens_ptr", "query_start_loc_ptr"),
+    ],
+)
 def decode_kernel(
-    partial_ptr,
-    lse_ptr,
+    out_ptr,
     query_ptr,
     sink_query_ptr,
     kv_ptr,
+    lse_ptr,
     block_table_ptr,
     seq_lens_ptr,
     query_start_loc_ptr,
+    stride_out_token,
+    stride_out_head,
     stride_query_token,
     stride_query_head,
     stride_sink_query_token,
@@ -33,6 +45,7 @@ def decode_kernel(
     stride_kv_slot,
     stride_kv_dim,
     stride_table_request,
+    num_tokens,
     num_reqs,
     window,
     sink_tokens,
@@ -44,33 +57,39 @@ def decode_kernel(
     TILE: tl.constexpr,
     ROWS: tl.constexpr,
     ROWS_PER_BLOCK: tl.constexpr,
-    NUM_SPLITS: tl.constexpr,
     HAS_SINKS: tl.constexpr,
     IS_RAGGED: tl.constexpr,
+    IS_SPLIT: tl.constexpr,
     DOT: tl.constexpr,
 ):
     """Compute attention of one block of queries, one KV head and one part of the keys.
 
-    A block is up to ``ROWS_PER_BLOCK`` queries of one request times ``GROUP`` heads. Part
-    ``NUM_SPLITS`` are the sinks below the window, the others the window. Writes the part's output
+    A block is up to ``ROWS_PER_BLOCK`` queries of one request times ``GROUP`` heads. The parts are
+    those of the window; with sinks, the last one are the sinks below it. Writes the part's output
     ``[HEAD_DIM]`` and base-2 log-sum-exp of each row; a row that sees nothing writes -inf only.
+    A single part, which is not ``IS_SPLIT``, is the output, and has no log-sum-exp.
+    Rows behind the last request's count as one more request, which has no keys.
     """
     kv_head = tl.program_id(1)
     split = tl.program_id(2)
+    num_splits = tl.num_programs(2) - HAS_SINKS
     if IS_RAGGED:
         block = tl.program_id(0)
-        request = request_of(query_start_loc_ptr, num_reqs, block, ROWS_PER_BLOCK)
+        request = request_of(query_start_loc_ptr, num_reqs + 1, block, ROWS_PER_BLOCK)
+        is_request = request < num_reqs
         token_start = tl.load(query_start_loc_ptr + request)
-        num_queries = tl.load(query_start_loc_ptr + request + 1) - token_start
+        stop_ptr = query_start_loc_ptr + request + 1
+        num_queries = tl.load(stop_ptr, mask=is_request, other=num_tokens) - token_start
         first = (block - token_start // ROWS_PER_BLOCK - request) * ROWS_PER_BLOCK
         if first >= num_queries:
             return
+        seq_len = tl.load(seq_lens_ptr + request, mask=is_request, other=0)
     else:
         request = tl.program_id(0)
         token_start = request
         num_queries = 1
+        seq_len = tl.load(seq_lens_ptr + request)
         first = 0
-    seq_len = tl.load(seq_lens_ptr + request)
 
     rows = tl.arange(0, ROWS)
     query_idx = first + rows // GROUP
@@ -83,7 +102,7 @@ def decode_kernel(
     last_position = tl.minimum(first_position + ROWS_PER_BLOCK, seq_len) - 1
     low = tl.maximum(first_position - window + 1, 0)
     num_tiles = tl.cdiv(tl.maximum(last_position + 1 - low, 0), TILE)
-    span = tl.cdiv(num_tiles, NUM_SPLITS) * TILE
+    span = tl.cdiv(num_tiles, num_splits) * TILE
     start = low + split * span
     stop = tl.minimum(start + span, last_position + 1)
     row_start = row_low
@@ -94,7 +113,7 @@ def decode_kernel(
     q_offset = token * stride_query_token + head * stride_query_head
     q_ptr = query_ptr
     if HAS_SINKS:
-        if split == NUM_SPLITS:
+        if split == num_splits:
             start = 0
             stop = tl.minimum(sink_tokens, tl.maximum(last_position - window + 1, 0))
             row_start = tl.zeros_like(row_low)
@@ -124,28 +143,31 @@ def decode_kernel(
         )
         pages = next_pages
 
-    NUM_PARTS: tl.constexpr = NUM_SPLITS + HAS_SINKS
-    part = (token * (tl.num_programs(1) * GROUP) + head) * NUM_PARTS + split
     safe_total = tl.where(total == 0.0, 1.0, total)
-    tl.store(lse_ptr + part, top + tl.log2(safe_total), mask=is_row)
     acc = acc * (value_scale / safe_total)[:, None]
-    is_stored = is_row & (total > 0.0)
-    tl.store(partial_ptr + part[:, None] * HEAD_DIM + dims[None, :], acc, mask=is_stored[:, None])
+    if IS_SPLIT:
+        part = (token * (tl.num_programs(1) * GROUP) + head) * tl.num_programs(2) + split
+        tl.store(lse_ptr + part, top + tl.log2(safe_total), mask=is_row)
+        # The merge does not read what a part that saw nothing would store.
+        is_stored = is_row & (total > 0.0)
+        out_offset = part * HEAD_DIM
+    else:
+        is_stored = is_row
+        out_offset = token * stride_out_token + head * stride_out_head
+    out = acc.to(out_ptr.dtype.element_ty)
+    tl.store(out_ptr + out_offset[:, None] + dims[None, :], out, mask=is_stored[:, None])
 
 
-@triton.jit(do_not_specialize=["num_reqs"])
+@triton.jit(do_not_specialize=["num_parts"], do_not_specialize_on_alignment=["lse_ptr"])
 def merge_kernel(
     out_ptr,
     partial_ptr,
     lse_ptr,
-    query_start_loc_ptr,
     stride_out_token,
     stride_out_head,
-    num_reqs,
+    num_parts,
     HEAD_DIM: tl.constexpr,
-    NUM_PARTS: tl.constexpr,
     PARTS: tl.constexpr,
-    IS_RAGGED: tl.constexpr,
 ):
     """Merge the parts of one query and head into its output; zeros if it saw no key."""
     token = tl.program_id(0).to(tl.int64)
@@ -153,15 +175,11 @@ def merge_kernel(
     row = token * tl.num_programs(1) + head
     parts = tl.arange(0, PARTS)
     dims = tl.arange(0, HEAD_DIM)
-    lse = tl.load(lse_ptr + row * NUM_PARTS + parts, mask=parts < NUM_PARTS, other=float("-inf"))
-    if IS_RAGGED:
-        # No program wrote the rows behind the last request's.
-        is_query = token < tl.load(query_start_loc_ptr + num_reqs)
-        lse = tl.where(is_query, lse, float("-inf"))
+    lse = tl.load(lse_ptr + row * num_parts + parts, mask=parts < num_parts, other=float("-inf"))
     top = tl.max(lse, axis=0)
     weights = tl.exp2(lse - tl.where(top == float("-inf"), 0.0, top))
     # Parts that saw nothing wrote no output: whatever lies there is not read.
-    offsets = (row * NUM_PARTS + parts)[:, None] * HEAD_DIM + dims[None, :]
+    offsets = (row * num_parts + parts)[:, None] * HEAD_DIM + dims[None, :]
     partial = tl.load(partial_ptr + offsets, mask=(lse > float("-inf"))[:, None], other=0.0)
     total = tl.sum(weights, axis=0)
     out = tl.sum(partial * weights[:, None], axis=0) / tl.where(total == 0.0, 1.0, total)
@@ -172,8 +190,8 @@ def merge_kernel(
 def launch_decode(
     call: AttentionCall,
     out: torch.Tensor,
-    partial: torch.Tensor,
-    lse: torch.Tensor,
+    partial: torch.Tensor | None,
+    lse: torch.Tensor | None,
     readable_cache: torch.Tensor,
     *,
     window: int,
@@ -182,35 +200,41 @@ def launch_decode(
     plan: DecodePlan,
     target: Target,
 ) -> None:
-    """Launch both kernels.
+    """Launch the kernel that reads keys and, where it splits them, the one that merges.
 
     Args:
-        partial, lse: fp32 scratch, contiguous, ``[num_tokens, Hq, plan.num_parts(, HEAD_DIM)]``.
+        partial, lse: fp32 scratch, contiguous, ``[num_tokens, Hq, plan.num_parts(, HEAD_DIM)]``;
+            None where there is one part.
         readable_cache: the call's, or its bytes where the target does not read e4m3.
         window: as :meth:`AttentionCall.reach` says.
         score_scale: factor of the products of queries and cached keys, for scores in base 2.
         value_scale: factor of cached values.
     """
-    query, query_start_loc = call.query, call.query_start_loc
+    query = call.query
     sink_query = query if call.sink_query is None else call.sink_query
     num_tokens, num_heads, head_dim = query.shape
     num_reqs, num_kv_heads = call.seq_lens.shape[0], readable_cache.shape[1]
+    first_out = out if partial is None else partial
     constants = plan.constants()
     constants["DOT"] = tl.dtype(plan.dot)
     grid = (plan.num_blocks(num_tokens, num_reqs), num_kv_heads, plan.num_parts)
-    decode_kernel[grid](
-        partial,
-        lse,
+    launch(
+        decode_kernel,
+        grid,
+        first_out,
         query,
         sink_query,
         readable_cache,
+        lse,
         call.block_table,
         call.seq_lens,
-        query_start_loc,
+        call.query_start_loc,
+        *first_out.stride()[:2],
         *query.stride()[:2],
         *sink_query.stride()[:2],
         *readable_cache.stride(),
         call.block_table.stride(0),
+        num_tokens,
         num_reqs,
         window,
         call.sink_tokens,
@@ -219,16 +243,17 @@ def launch_decode(
         **constants,
         **target.decode_options(readable_cache.element_size()),
     )
-    merge_kernel[(num_tokens, num_heads)](
+    if partial is None:
+        return
+    launch(
+        merge_kernel,
+        (num_tokens, num_heads, 1),
         out,
         partial,
         lse,
-        query_start_loc,
         *out.stride()[:2],
-        num_reqs,
+        plan.num_parts,
         HEAD_DIM=head_dim,
-        NUM_PARTS=plan.num_parts,
-        PARTS=triton.next_power_of_2(plan.num_parts),
-        IS_RAGGED=plan.is_ragged,
+        PARTS=plan.num_merged,
         **target.options(),
     )

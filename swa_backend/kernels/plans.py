@@ -123,19 +123,37 @@ class Plan:
 
 @dataclass(frozen=True, kw_only=True)
 class DecodePlan(Plan):
-    """Compile-time constants of the decode kernel."""
+    """Compile-time constants of the decode kernel, and the number of parts of the window."""
 
     num_splits: int
     is_ragged: bool
+
+    def constants(self) -> dict[str, Any]:
+        constants = super().constants()
+        del constants["NUM_SPLITS"]  # the grid says it
+        return {**constants, "IS_SPLIT": self.is_split}
 
     @property
     def num_parts(self) -> int:
         """Number of parts that the keys of a row are divided into."""
         return self.num_splits + self.has_sinks
 
+    @property
+    def is_split(self) -> bool:
+        """Whether there are parts to merge."""
+        return self.num_parts > 1
+
+    @property
+    def num_merged(self) -> int:
+        """Number of parts that the merge kernel is compiled for, a power of two."""
+        return 1 << (self.num_parts - 1).bit_length()
+
     def num_blocks(self, num_tokens: int, num_reqs: int) -> int:
         """Number of query blocks that is enough however the requests share the tokens."""
-        return num_tokens // self.rows_per_block + num_reqs if self.is_ragged else num_reqs
+        if not self.is_ragged:
+            return num_reqs
+        # One more request are the rows behind the last, which become zeros.
+        return num_tokens // self.rows_per_block + num_reqs + 1
 
 
 @lru_cache(maxsize=4096)

@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 
 from swa_backend.attention_call import PrefillCall
+from swa_backend.kernels.launch import launch
 from swa_backend.kernels.plans import PrefillPlan, Target
 from swa_backend.kernels.tiles import (
     as_operand,
@@ -21,7 +22,10 @@ from swa_backend.kernels.tiles import (
 )
 
 
-@triton.jit(do_not_specialize=["num_tokens", "num_reqs", "window", "sink_tokens"])
+@triton.jit(
+    do_not_specialize=["stride_table_request", "num_tokens", "num_reqs", "window", "sink_tokens"],
+    do_not_specialize_on_alignment=["block_table_ptr", "query_start_loc_ptr", "seq_lens_ptr"],
+)
 def prefill_kernel(
     out_ptr,
     query_ptr,
@@ -201,7 +205,9 @@ def launch_prefill(
     num_tokens, num_reqs = query.shape[0], call.seq_lens.shape[0]
     constants = plan.constants()
     constants["DOT"] = tl.dtype(plan.dot)
-    prefill_kernel[(plan.num_blocks(num_tokens, num_reqs), readable_cache.shape[1])](
+    launch(
+        prefill_kernel,
+        (plan.num_blocks(num_tokens, num_reqs), readable_cache.shape[1], 1),
         out,
         query,
         sink_query,

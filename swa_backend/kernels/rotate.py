@@ -4,10 +4,11 @@ import torch
 import triton
 import triton.language as tl
 
+from swa_backend.kernels.launch import launch
 from swa_backend.kernels.plans import Target
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["distances_ptr"])
 def rotate_kernel(
     out_ptr,
     states_ptr,
@@ -69,7 +70,9 @@ def launch_rotate(
 ) -> None:
     """Launch the kernel, one program for each token."""
     num_tokens, num_heads, head_dim = states.shape
-    rotate_kernel[(num_tokens,)](
+    launch(
+        rotate_kernel,
+        (num_tokens, 1, 1),
         out,
         states,
         distances,

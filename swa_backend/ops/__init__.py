@@ -7,11 +7,13 @@ Triton's interpreter, a debugging aid: set ``TRITON_INTERPRET=1`` before Triton 
 """
 
 from swa_backend.ops.cache_write import write_pages
+from swa_backend.ops.compile_ahead import compile_kernels
 from swa_backend.ops.decode import decode_attention, decode_scratch_size
 from swa_backend.ops.prefill import prefill_attention
 from swa_backend.ops.rotate import rotate_back
 
 __all__ = [
+    "compile_kernels",
     "decode_attention",
     "decode_scratch_size",
     "prefill_attention",

@@ -7,7 +7,7 @@ import torch
 from swa_backend import reference
 from swa_backend.attention_call import AttentionCall
 from swa_backend.kernels.device import on_device_of, target_of
-from swa_backend.kernels.plans import DecodePlan, max_splits, plan_decode
+from swa_backend.kernels.plans import DecodePlan, Target, max_splits, plan_decode
 from swa_backend.ops.checks import check_call, check_for_kernels, check_scratch
 from swa_backend.ops.dispatch import FORMATS, readable, resolve
 
@@ -101,38 +101,23 @@ def decode_scratch_size(
         ValueError: no kernel runs there.
     """
     target, group = target_of(device), num_heads // num_kv_heads
-    num_parts = max(
-        num_tokens * (max_splits(target, num_tokens, num_kv_heads, group) + (sink_tokens > 0))
-        for num_tokens in range(1, max_tokens + 1)
-    )
-    return num_parts * num_heads * (head_dim + 1)
+    num_rows = 0
+    for num_tokens in range(1, max_tokens + 1):
+        num_parts = max_splits(target, num_tokens, num_kv_heads, group) + (sink_tokens > 0)
+        if num_parts > 1:  # a single part is the output
+            num_rows = max(num_rows, num_tokens * num_parts)
+    return num_rows * num_heads * (head_dim + 1)
 
 
 def _decode(call: AttentionCall, out: torch.Tensor, scratch: torch.Tensor | None) -> torch.Tensor:
     """Launch the kernels for ``call``; returns ``out``."""
     query, kv_cache = call.query, call.kv_cache
-    num_tokens, num_heads, head_dim = query.shape
-    check_for_kernels(head_dim, query=query, sink_query=call.sink_query, out=out)
+    check_for_kernels(query.shape[2], query=query, sink_query=call.sink_query, out=out)
     readable_cache, factor, target = readable(kv_cache)
     num_reqs = call.seq_lens.shape[0]
-    if num_tokens == 0 or num_reqs == 0 or call.block_table.shape[1] == 0:
+    if query.shape[0] == 0 or num_reqs == 0 or call.block_table.shape[1] == 0:
         return out.zero_()
-    window, has_sinks = call.reach()
-    num_kv_heads = kv_cache.shape[1]
-    plan = plan_decode(
-        target,
-        num_tokens=num_tokens,
-        num_reqs=num_reqs,
-        num_kv_heads=num_kv_heads,
-        group=num_heads // num_kv_heads,
-        head_dim=head_dim,
-        page=kv_cache.shape[2],
-        window=window,
-        has_sinks=has_sinks,
-        is_ragged=call.query_start_loc is not None,
-        query_format=FORMATS[query.dtype],
-        kv_format=FORMATS[kv_cache.dtype],
-    )
+    plan = plan_call(call, target)
     from swa_backend.kernels.decode import launch_decode
 
     with on_device_of(kv_cache):
@@ -141,7 +126,7 @@ def _decode(call: AttentionCall, out: torch.Tensor, scratch: torch.Tensor | None
             out,
             *_divide(query, plan, scratch),
             readable_cache,
-            window=window,
+            window=call.reach()[0],
             score_scale=call.softmax_scale * call.k_scale * factor * math.log2(math.e),
             value_scale=call.v_scale * factor,
             plan=plan,
@@ -150,16 +135,38 @@ def _decode(call: AttentionCall, out: torch.Tensor, scratch: torch.Tensor | None
     return out
 
 
+def plan_call(call: AttentionCall, target: Target) -> DecodePlan:
+    """Plan the launch of ``call``."""
+    (num_tokens, num_heads, head_dim), num_kv_heads = call.query.shape, call.kv_cache.shape[1]
+    window, has_sinks = call.reach()
+    return plan_decode(
+        target,
+        num_tokens=num_tokens,
+        num_reqs=call.seq_lens.shape[0],
+        num_kv_heads=num_kv_heads,
+        group=num_heads // num_kv_heads,
+        head_dim=head_dim,
+        page=call.kv_cache.shape[2],
+        window=window,
+        has_sinks=has_sinks,
+        is_ragged=call.query_start_loc is not None,
+        query_format=FORMATS[call.query.dtype],
+        kv_format=FORMATS[call.kv_cache.dtype],
+    )
+
+
 def _divide(
     query: torch.Tensor, plan: DecodePlan, scratch: torch.Tensor | None
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     """Divide scratch into outputs ``[num_tokens, Hq, num_parts, D]`` and log-sum-exps of the parts.
 
-    Allocates scratch if the caller gave none.
+    Allocates scratch if the caller gave none; a single part needs none.
     """
-    num_tokens, num_heads, head_dim = query.shape
-    num_rows = num_tokens * num_heads * plan.num_parts
-    num_needed = num_rows * (head_dim + 1)
+    if not plan.is_split:
+        return None, None
+    shape = (*query.shape[:2], plan.num_parts, query.shape[2])
+    num_outputs = math.prod(shape)
+    num_needed = num_outputs + num_outputs // query.shape[2]
     if scratch is None:
         scratch = torch.empty(num_needed, dtype=torch.float32, device=query.device)
     elif scratch.shape[0] < num_needed:
@@ -167,5 +174,4 @@ def _divide(
             f"scratch has {scratch.shape[0]} elements, this batch needs {num_needed}; "
             "decode_scratch_size says what is enough"
         )
-    num_outputs = num_rows * head_dim
-    return scratch[:num_outputs], scratch[num_outputs:num_needed]
+    return scratch[:num_outputs].view(shape), scratch[num_outputs:num_needed]

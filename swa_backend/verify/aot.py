@@ -1,5 +1,7 @@
 """Compiles launches without a GPU and reads what came out: registers, memory, loads.
 
+Or counts what would be compiled.
+
 Triton must not interpret: with ``TRITON_INTERPRET=1`` there is nothing to compile.
 """
 
@@ -7,7 +9,7 @@ import json
 import re
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -82,29 +84,52 @@ def compiling(target: Target) -> Iterator[dict[str, Any]]:
     Raises:
         RuntimeError: under Triton's interpreter.
     """
-    if IS_INTERPRETED:
-        raise RuntimeError(
-            "kernels cannot be compiled under Triton's interpreter; unset TRITON_INTERPRET"
-        )
-    driver = _Driver(target)
     compiled: dict[str, Any] = {}
 
     def compile_only(*, fn: Any, compile: dict[str, Any], **_: Any) -> bool:
         function = fn.jit_function
         compiled[function.__name__] = triton.compile(
             ASTSource(function, compile["signature"], compile["constants"], *compile["configs"]),
-            target=driver.get_current_target(),
+            target=_Driver(target).get_current_target(),
             options=_as_given(json.loads(compile["specialization_data"])["options"]),
         )
         return True
 
+    with _instead_of_compiling(target, compile_only):
+        yield compiled
+
+
+@contextmanager
+def recording_keys(target: Target) -> Iterator[set[tuple[str, str]]]:
+    """Record what the launches inside would be compiled for; as :func:`compiling` otherwise.
+
+    Yields:
+        Names of functions with the keys by which Triton tells compiled kernels apart.
+    """
+    keys: set[tuple[str, str]] = set()
+
+    def record(*, key: str, fn: Any, **_: Any) -> bool:
+        keys.add((fn.name, key))
+        return True
+
+    with _instead_of_compiling(target, record):
+        yield keys
+
+
+@contextmanager
+def _instead_of_compiling(target: Target, hook: Callable[..., bool]) -> Iterator[None]:
+    """Call ``hook`` at each launch inside, which is for ``target``, and start none of them."""
+    if IS_INTERPRETED:
+        raise RuntimeError(
+            "kernels cannot be compiled under Triton's interpreter; unset TRITON_INTERPRET"
+        )
     # Before it compiles, Triton asks its cache hook whether somebody else does; then it neither
     # keeps a kernel nor launches one.
     with triton.knobs.runtime.scope(), compile_target(target):
-        triton.knobs.runtime.jit_cache_hook = compile_only
-        triton.runtime.driver.set_active(driver)
+        triton.knobs.runtime.jit_cache_hook = hook
+        triton.runtime.driver.set_active(_Driver(target))
         try:
-            yield compiled
+            yield
         finally:
             # Not by reset_active, which looks for a GPU at once; without a driver Triton does so
             # when it needs one.

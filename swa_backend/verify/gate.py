@@ -74,9 +74,11 @@ def _launch_rotate(group: int) -> None:
 
 
 def _launch_decode(case: Case) -> None:
-    """Launch decode attention of one request, or of two that verify drafts."""
+    """Launch decode attention of one request, of two with drafts, or of too many to split."""
     is_ragged = case.kernel == "decode ragged"
-    num_reqs, num_tokens = (2, 8) if is_ragged else (1, 1)
+    num_reqs, num_tokens = {"decode ragged": (2, 8), "decode single": (200, 200)}.get(
+        case.kernel, (1, 1)
+    )
     num_heads = _NUM_KV_HEADS * GROUPS[case.shape]
     ops.decode_attention(
         torch.zeros(num_tokens, num_heads, _HEAD_DIM, dtype=torch.bfloat16),
@@ -84,7 +86,7 @@ def _launch_decode(case: Case) -> None:
         torch.zeros(num_reqs, 2 * _WINDOW // _PAGE).int(),
         torch.zeros(num_reqs).int(),
         window=_WINDOW,
-        sink_tokens=0 if case.kernel == "decode" else 4,
+        sink_tokens=0 if case.kernel in ("decode", "decode single") else 4,
         query_start_loc=torch.tensor([0, 4, 8]).int() if is_ragged else None,
         impl="triton",
     )
@@ -124,6 +126,7 @@ def cases() -> Iterator[Case]:
                 yield Case("decode", shape, kv_dtype, target)
             yield Case("decode sinks", shape, wide, target)
             yield Case("decode ragged", shape, wide, target)
+            yield Case("decode single", shape, wide, target)
         # The merge and the write have no groups: both shapes compile to the same.
         yield Case("merge", "Qwen3-8B", wide, target)
         for kv_dtype in (wide, e4m3):

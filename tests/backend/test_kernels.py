@@ -26,6 +26,9 @@ DECODE = (
         group=5,
         num_padding=2,
     ),
+    DecodeCase(
+        window=9, seq_lens=(40, 20, 0), num_queries=(7, 4, 0), num_kv_heads=4, num_padding=2
+    ),
     DecodeCase(window=30, seq_lens=(90, 2), num_queries=(4, 2), group=4, dtype=torch.float16),
     DecodeCase(window=None, seq_lens=(70,), sink_tokens=4, by_token=True, num_kv_heads=2),
     DecodeCase(window=16, seq_lens=(16, 17), page=32, dtype=torch.float16, head_dim=128),

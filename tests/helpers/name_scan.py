@@ -87,6 +87,8 @@ def used_names(modules: Modules) -> set[str]:
                 names.add(name)
             case ast.Constant(value=str(name)):
                 names.add(name)
+            case ast.Subscript():
+                names.add("__getitem__")
             case ast.ClassDef():
                 names |= body_names(node)
     return names

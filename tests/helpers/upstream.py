@@ -184,12 +184,13 @@ MEMBERS: dict[str, set[str]] = {
     "ray.util.scheduling_strategies": {"NodeAffinitySchedulingStrategy"},
     "triton.backends.compiler": {"GPUTarget"},
     "triton.compiler": {"ASTSource"},
-    "triton.compiler.compiler:CompiledKernel": {"asm", "metadata"},
+    "triton.compiler.compiler:CompiledKernel": {"__getitem__", "asm", "metadata"},
     "triton.knobs:base_knobs": {"scope"},
     "triton.knobs:runtime_knobs": {"jit_cache_hook"},
     "triton.runtime.driver:DriverConfig": {"set_active"},
     "triton.runtime.interpreter": {"InterpretedFunction"},
     "triton.runtime.jit:JITFunction": {"run"},
+    "triton.runtime.jit:JitFunctionInfo": {"name"},
     "xformers.ops.fmha": {"attn_bias", "memory_efficient_attention_forward"},
     "xformers.ops.fmha.attn_bias:BlockDiagonalMask": {
         *("from_seqlens", "make_causal_from_bottomright", "make_local_attention_from_bottomright"),
@@ -240,4 +241,7 @@ CALLED: dict[str, set[str]] = {
         *("metric_name", "name", "labelnames", "labelvalues", "help_text"),
     },
     "prometheus_client.multiprocess:MultiProcessCollector.merge": {"files"},
+    "triton.compiler.compiler:CompiledKernel.__getitem__": {"grid"},
+    "triton.runtime.interpreter:InterpretedFunction.run": {"grid", "warmup"},
+    "triton.runtime.jit:JITFunction.run": {"grid", "warmup"},
 }

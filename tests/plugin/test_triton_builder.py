@@ -12,134 +12,45 @@ from typing import Any
 
 import pytest
 import torch
-from vllm import EngineArgs
-from vllm.config import set_current_vllm_config
-from vllm.v1.attention.backend import AttentionCGSupport, CommonAttentionMetadata
+from vllm.v1.attention.backend import AttentionCGSupport
 from vllm.v1.worker import workspace
 from vllm.v1.worker.gpu import attn_utils
-from vllm.v1.worker.utils import AttentionGroup
 
 from swa_backend import ops, reference
 from swa_backend.options import SWAConfigError
-from swa_vllm.attention import layer_table as report
-from swa_vllm.attention.backends import windowed_backend
-from swa_vllm.attention.layer import WindowedAttention
 from swa_vllm.attention.triton.backend import SWATritonBackend, SWATritonImpl
-from swa_vllm.attention.triton.builder import Scratch, SWATritonMetadata
+from swa_vllm.attention.triton.builder import SWATritonMetadata
+from swa_vllm.attention.triton.scratch import Scratch
 from swa_vllm.config.swa_config import SWAConfig
 from swa_vllm.refusals import check_servable
 from tests.helpers.engines import ModelFactory
+from tests.helpers.kernel_layer import (
+    CPU,
+    HEADS,
+    PAGE,
+    SINKS,
+    SIZE,
+    WINDOW,
+    KernelLayer,
+    by_v1,
+)
 from tests.helpers.tiny_models import FULL
 from tests.helpers.wheel_sources import official_sources
 
-PAGE, WINDOW, SINKS, HEADS, SIZE = 32, 20, 4, 2, 32
-CPU = torch.device("cpu")
 # Of each request: tokens before, and queries.
 DECODES = ((70, 1), (5, 1), (31, 1))
 MIXED = ((70, 1), (5, 1), (40, 30), (0, 50))
 
 
-class Setup:
-    """One windowed layer with its group, and a pool of pages."""
-
-    def __init__(
-        self,
-        model: Any,
-        monkeypatch: pytest.MonkeyPatch,
-        window: int = WINDOW,
-        rotary: Any = None,
-        **kwargs: Any,
-    ) -> None:
-        monkeypatch.setattr(report, "get_tensor_model_parallel_rank", lambda: 1)
-        options = {"window": window, "sink_tokens": SINKS, "impl": "triton"}
-        if rotary is not None:
-            options["position_shift"] = True
-        args = {"dtype": "float32", "block_size": PAGE, "max_num_batched_tokens": 128, **kwargs}
-        self.config = EngineArgs(
-            str(model),
-            max_model_len=128,
-            max_num_seqs=8,
-            additional_config={"swa": options},
-            **args,
-        ).create_engine_config()
-        name = "model.layers.0.self_attn.attn"
-        swa = SWAConfig.from_vllm(self.config)
-        with set_current_vllm_config(self.config):
-            self.layer = WindowedAttention(
-                HEADS,
-                SIZE,
-                SIZE**-0.5,
-                num_kv_heads=1,
-                cache_config=self.config.cache_config,
-                per_layer_sliding_window=window,
-                attn_backend=windowed_backend(swa.implementation),
-                swa=swa,
-                rotary=rotary,
-                prefix=name,
-            )
-            self.spec = self.layer.get_kv_cache_spec(self.config)
-            self.group = AttentionGroup(self.layer.get_attn_backend(), [name], self.spec, 0)
-            self.group.create_metadata_builders(self.config, CPU, kernel_block_size=PAGE)
-        self.name = name
-        self.rotary = rotary
-
-    def shifted(self, query: torch.Tensor, batch: dict[str, Any]) -> torch.Tensor | None:
-        """Queries as the sinks shall meet them: no further away than just before the window."""
-        if self.rotary is None:
-            return None
-        starts, seq_lens = batch["query_start_loc"].tolist(), batch["seq_lens"].tolist()
-        distances = torch.zeros(len(query), dtype=torch.int64)
-        for start, stop, seq_len in zip(starts, starts[1:], seq_lens, strict=False):
-            positions = torch.arange(seq_len - (stop - start), seq_len)
-            distances[start:stop] = (positions - (WINDOW + SINKS - 1)).clamp(min=0)
-        return reference.rotate_back(query, distances, self.rotary.cos_sin_cache)
-
-    def batch(self, requests: Any, pad_to: int = 0, num_padding: int = 0) -> dict[str, Any]:
-        """Tensors of a step as vLLM keeps them: padded rows have no tokens, padded slots are -1."""
-        rows = [*requests, *[(0, 0)] * (pad_to - len(requests))]
-        lengths = torch.tensor([n for _, n in rows])
-        starts = torch.cat((torch.zeros(1), lengths.cumsum(0))).int()
-        seq_lens = torch.tensor([context + n for context, n in rows]).int()
-        table = torch.arange(1, 1 + 4 * len(rows)).view(len(rows), 4).int()
-        slots = [
-            int(table[r, p // PAGE]) * PAGE + p % PAGE
-            for r, (context, n) in enumerate(rows)
-            for p in range(context, context + n)
-        ]
-        return {
-            "query_start_loc": starts,
-            "seq_lens": seq_lens,
-            "block_table": table,
-            "slots": torch.tensor([*slots, *[-1] * num_padding]),
-            "max_query_len": int(lengths.max()),
-            "num_tokens": len(slots) + num_padding,
-        }
-
-
 @pytest.fixture
-def setup(tiny_model: ModelFactory, monkeypatch: pytest.MonkeyPatch) -> Setup:
-    return Setup(tiny_model(**FULL), monkeypatch)
+def setup(tiny_model: ModelFactory, monkeypatch: pytest.MonkeyPatch) -> KernelLayer:
+    return KernelLayer(tiny_model(**FULL), monkeypatch)
 
 
-def by_v1(setup: Setup, batch: dict[str, Any]) -> SWATritonMetadata:
-    """As ``GPUModelRunner`` calls the builder."""
-    common = CommonAttentionMetadata(
-        query_start_loc=batch["query_start_loc"],
-        query_start_loc_cpu=batch["query_start_loc"].clone(),
-        seq_lens=batch["seq_lens"],
-        num_reqs=len(batch["seq_lens"]),
-        num_actual_tokens=batch["num_tokens"],
-        max_query_len=batch["max_query_len"],
-        max_seq_len=128,
-        block_table_tensor=batch["block_table"],
-        slot_mapping=batch["slots"],
-        causal=True,
-    )
-    return setup.group.get_metadata_builder().build(0, common)
-
-
-def by_v2(build: Callable[..., Any], **more: Any) -> Callable[[Setup, Any], SWATritonMetadata]:
-    def call(setup: Setup, batch: dict[str, Any]) -> SWATritonMetadata:
+def by_v2(
+    build: Callable[..., Any], **more: Any
+) -> Callable[[KernelLayer, Any], SWATritonMetadata]:
+    def call(setup: KernelLayer, batch: dict[str, Any]) -> SWATritonMetadata:
         groups = SimpleNamespace(
             kv_cache_groups=[SimpleNamespace(layer_names=[setup.name], kv_cache_spec=setup.spec)]
         )
@@ -175,7 +86,9 @@ def v2_of_033() -> Callable[..., Any]:
 
 
 @pytest.fixture(params=["V1", "V2 of 0.32", "V2 of 0.32, capturing", "V2 of 0.33"])
-def runner(request: pytest.FixtureRequest) -> Iterator[Callable[[Setup, Any], SWATritonMetadata]]:
+def runner(
+    request: pytest.FixtureRequest,
+) -> Iterator[Callable[[KernelLayer, Any], SWATritonMetadata]]:
     if request.param == "V1":
         yield by_v1
     elif request.param.endswith("capturing"):
@@ -186,7 +99,7 @@ def runner(request: pytest.FixtureRequest) -> Iterator[Callable[[Setup, Any], SW
 
 
 def test_decodes_refer_to_the_runners_own_buffers(
-    setup: Setup, runner: Callable[[Setup, Any], SWATritonMetadata]
+    setup: KernelLayer, runner: Callable[[KernelLayer, Any], SWATritonMetadata]
 ) -> None:
     """What a CUDA graph holds stays where it is."""
     batch = setup.batch(DECODES, pad_to=5, num_padding=2)
@@ -204,7 +117,7 @@ def test_decodes_refer_to_the_runners_own_buffers(
 
 
 def test_mixed_batch_is_split_once_and_what_is_not_stored_has_no_slot(
-    setup: Setup, runner: Callable[[Setup, Any], SWATritonMetadata]
+    setup: KernelLayer, runner: Callable[[KernelLayer, Any], SWATritonMetadata]
 ) -> None:
     batch = setup.batch(MIXED)
     batch["slots"][10] = 7  # in the null page
@@ -224,7 +137,10 @@ def test_mixed_batch_is_split_once_and_what_is_not_stored_has_no_slot(
 
 
 def check_layer(
-    setup: Setup, runner: Callable[[Setup, Any], SWATritonMetadata], requests: Any, pad_to: int
+    setup: KernelLayer,
+    runner: Callable[[KernelLayer, Any], SWATritonMetadata],
+    requests: Any,
+    pad_to: int,
 ) -> None:
     """Assert that the layer writes what it must and gives the oracle's output."""
     batch = setup.batch(requests, pad_to, num_padding=pad_to - len(requests))
@@ -262,7 +178,10 @@ def check_layer(
     ids=["decodes", "padded", "mixed"],
 )
 def test_layer_equals_the_oracle(
-    requests: Any, pad_to: int, setup: Setup, runner: Callable[[Setup, Any], SWATritonMetadata]
+    requests: Any,
+    pad_to: int,
+    setup: KernelLayer,
+    runner: Callable[[KernelLayer, Any], SWATritonMetadata],
 ) -> None:
     check_layer(setup, runner, requests, pad_to)
 
@@ -274,7 +193,7 @@ def test_drafts_are_verified_as_decodes_if_the_window_keeps_their_pages(
     speculation = {"method": "ngram", "num_speculative_tokens": 3}
     rows = [(30, 2), (31, 4), (40, 1)]
     for window, num_decodes in ((2, 1), (3, 1), (4, 3), (20, 3)):
-        setup = Setup(tiny_model(**FULL), monkeypatch, window, speculative_config=speculation)
+        setup = KernelLayer(tiny_model(**FULL), monkeypatch, window, speculative_config=speculation)
         metadata = by_v1(setup, setup.batch(rows))
         assert metadata.decodes is not None
         assert len(metadata.decodes.seq_lens) == num_decodes
@@ -285,10 +204,8 @@ def test_layers_allocate_nothing(
     is_shifted: bool, tiny_model: ModelFactory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As on a GPU: vLLM's workspace has all that is needed before it may grow no more."""
-    angles = torch.arange(128)[:, None] * 10.0 ** -torch.linspace(0, 3, SIZE // 2)
-    table = torch.cat((angles.cos(), angles.sin()), dim=-1)
-    rotary = SimpleNamespace(cos_sin_cache=table, rotary_dim=SIZE, is_neox_style=True)
-    setup = Setup(tiny_model(**FULL), monkeypatch, rotary=rotary if is_shifted else None)
+    rotary = _rotary() if is_shifted else None
+    setup = KernelLayer(tiny_model(**FULL), monkeypatch, rotary=rotary)
     monkeypatch.setattr(torch.accelerator, "empty_cache", lambda: None)
     workspace.init_workspace_manager(CPU)
     for name in ("empty", "empty_like"):
@@ -303,6 +220,41 @@ def test_layers_allocate_nothing(
         workspace.reset_workspace_manager()
 
 
+@pytest.mark.parametrize("is_shifted", [False, True], ids=["plain", "shifted"])
+def test_scratch_is_counted_when_vllm_measures_its_memory(
+    is_shifted: bool, tiny_model: ModelFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """vLLM gives the KV cache what its profiling run leaves; the workspace may not grow then."""
+    drafts = {"method": "ngram", "num_speculative_tokens": 3}
+    rotary = _rotary() if is_shifted else None
+    layer = KernelLayer(tiny_model(**FULL), monkeypatch, rotary=rotary, speculative_config=drafts)
+    monkeypatch.setattr(torch.accelerator, "empty_cache", lambda: None)
+    workspace.init_workspace_manager(CPU)
+    try:
+        rows = torch.zeros(128, HEADS, SIZE)
+        layer.layer.impl.forward(layer.layer, rows, rows, rows, rows, None, rows)
+        manager = workspace.current_workspace_manager()
+        reserved = manager._current_workspaces[0]
+        assert reserved is not None
+        # 8 requests of 4 queries, in 2 parts with the sinks.
+        least = 8 * 4 * HEADS * 2 * (SIZE + 1) * 4 + is_shifted * rows.nbytes
+        assert reserved.nbytes >= least
+        workspace.lock_workspace()
+        layer.group.create_metadata_builders(layer.config, CPU, kernel_block_size=PAGE)
+        metadata = by_v1(layer, layer.batch([(40, 4)] * 8))
+        assert metadata.decodes is not None
+        check_layer(layer, by_v1, [(40, 4)] * 8, pad_to=8)
+        assert manager._current_workspaces[0] is reserved
+    finally:
+        workspace.reset_workspace_manager()
+
+
+def _rotary() -> Any:
+    angles = torch.arange(128)[:, None] * 10.0 ** -torch.linspace(0, 3, SIZE // 2)
+    table = torch.cat((angles.cos(), angles.sin()), dim=-1)
+    return SimpleNamespace(cos_sin_cache=table, rotary_dim=SIZE, is_neox_style=True)
+
+
 def _refuse_inside_a_layer(allocate: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     frames = inspect.stack()
     called_by = [frame.function for frame in frames]
@@ -311,7 +263,7 @@ def _refuse_inside_a_layer(allocate: Callable[..., Any], *args: Any, **kwargs: A
     return allocate(*args, **kwargs)
 
 
-def test_cuda_graphs_hold_uniform_decodes(setup: Setup) -> None:
+def test_cuda_graphs_hold_uniform_decodes(setup: KernelLayer) -> None:
     builder = setup.group.get_metadata_builder()
     support = builder.get_cudagraph_support(setup.config, setup.spec)
     assert support is AttentionCGSupport.UNIFORM_BATCH
@@ -319,7 +271,7 @@ def test_cuda_graphs_hold_uniform_decodes(setup: Setup) -> None:
     assert setup.spec.spare_tokens == 0
 
 
-def test_profiling_gives_zeros(setup: Setup) -> None:
+def test_profiling_gives_zeros(setup: KernelLayer) -> None:
     output = torch.full((3, HEADS, SIZE), float("nan"))
     got = setup.layer.impl.forward(setup.layer, output, output, output, output, None, output)
     assert got.eq(0).all()
@@ -369,7 +321,7 @@ def _on_gpu(monkeypatch: pytest.MonkeyPatch, capability: int, is_fnuz: bool = Fa
 
 
 def test_refused_on_old_gpus_and_with_foreign_caches(
-    setup: Setup, monkeypatch: pytest.MonkeyPatch
+    setup: KernelLayer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _on_gpu(monkeypatch, 90)
     setup.config.cache_config.cache_dtype = "fp8"

@@ -198,7 +198,7 @@ def watched_scratch(
 
     def scratch(*args: Any) -> Any:
         tensors = allocate(*args)
-        for tensor in tensors:
+        for tensor in filter(torch.is_tensor, tensors):
             guard.watch("scratch", tensor.fill_(float("nan")))
         return tensors
 

@@ -16,6 +16,7 @@ import swa_backend
 MODULES = (
     "attention_call",
     "kernels.plans",
+    "kernels.launch",
     "kernels.tiles",
     "kernels.decode",
     "kernels.prefill",
@@ -27,6 +28,7 @@ MODULES = (
     "ops.decode",
     "ops.prefill",
     "ops.rotate",
+    "ops.compile_ahead",
     "ops",
 )
 
@@ -127,8 +129,14 @@ MUTANTS = (
     Mutant(
         "rest of the tiles dropped",
         DECODE,
-        "tl.cdiv(num_tiles, NUM_SPLITS)",
-        "(num_tiles // NUM_SPLITS)",
+        "tl.cdiv(num_tiles, num_splits)",
+        "(num_tiles // num_splits)",
+    ),
+    Mutant(
+        "sinks taken for a part of the window",
+        DECODE,
+        "num_programs(2) - HAS_SINKS",
+        "num_programs(2)",
     ),
     Mutant("splits overlap", DECODE, "low + split * span", "low + split * (span - TILE)"),
     Mutant(
@@ -149,20 +157,39 @@ MUTANTS = (
     Mutant(
         "last part not merged",
         DECODE,
-        "mask=parts < NUM_PARTS, other",
-        "mask=parts < NUM_PARTS - 1, other",
+        "mask=parts < num_parts, other",
+        "mask=parts < num_parts - 1, other",
     ),
     Mutant(
         "empty parts merged",
         DECODE,
         'mask=(lse > float("-inf"))[:, None]',
-        "mask=(parts < NUM_PARTS)[:, None]",
+        "mask=(parts < num_parts)[:, None]",
+    ),
+    Mutant("rows behind the last request left", DECODE, "num_reqs + 1, block", "num_reqs, block"),
+    Mutant(
+        "rows that see nothing left by a single part",
+        DECODE,
+        "is_stored = is_row\n",
+        "is_stored = is_row & (total > 0.0)\n",
     ),
     Mutant(
-        "rows behind the last request merged",
+        "parts stored in one place",
         DECODE,
-        'lse = tl.where(is_query, lse, float("-inf"))',
-        "lse = lse",
+        "out_offset = part * HEAD_DIM",
+        "out_offset = (part - split) * HEAD_DIM",
+    ),
+    Mutant(
+        "log-sum-exps stored in one place",
+        DECODE,
+        "lse_ptr + part, top",
+        "lse_ptr + part - split, top",
+    ),
+    Mutant(
+        "single part stored as the first head",
+        DECODE,
+        "        out_offset = token * stride_out_token + head",
+        "        out_offset = token * stride_out_token + 0 * head",
     ),
     Mutant("parts not weighted", DECODE, "partial * weights[:, None]", "partial"),
     Mutant("value scale forgotten", DECODE, "value_scale / safe_total", "1.0 / safe_total"),
@@ -293,9 +320,7 @@ PREFILL_MUTANTS = (
         "kv_head * GROUP + rows % GROUP",
         "rows % GROUP * tl.num_programs(1) + kv_head",
     ),
-    Mutant(
-        "sinks taken for absent", CALL, "sink_tokens > 0 and window", "sink_tokens > 9 and window"
-    ),
+    Mutant("sinks taken for absent", CALL, "self.sink_tokens > 0 and", "self.sink_tokens > 9 and"),
 )
 ROTATE_MUTANTS = (
     Mutant("other direction", ROTATE, "is_first == (distance >= 0)", "is_first == (distance < 0)"),

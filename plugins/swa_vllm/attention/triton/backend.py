@@ -3,6 +3,7 @@
 from typing import Any, ClassVar
 
 import torch
+from vllm.config import get_current_vllm_config_or_none
 from vllm.v1.attention.backend import (
     AttentionBackend,
     AttentionImpl,
@@ -19,6 +20,7 @@ from swa_vllm.attention.triton.builder import (
     SWATritonMetadata,
     SWATritonMetadataBuilder,
 )
+from swa_vllm.attention.triton.scratch import Scratch
 from swa_vllm.config.implementation import FP8_DTYPES
 
 
@@ -26,6 +28,8 @@ class SWATritonImpl(AttentionImpl[SWATritonMetadata]):
     """Attention by the kernels: decodes over their window's pages, chunks also over their own keys.
 
     Attributes:
+        cache_dtype: of fp8 pages, which are bytes to vLLM; None of others.
+        rotation: of queries before they meet shifted sinks; None without them.
         shift_start: position up to which queries keep their distance to sinks; None where they all
             do.
     """
@@ -72,12 +76,13 @@ class SWATritonImpl(AttentionImpl[SWATritonMetadata]):
         self.num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
         self.kv_cache_dtype = kv_cache_dtype
         self.sliding_window = sliding_window
-        self._fp8 = FP8_DTYPES.get(kv_cache_dtype)
-        self._rotation = None if shifted_by is None else Rotation(shifted_by)
+        self.cache_dtype = FP8_DTYPES.get(kv_cache_dtype)
+        self.rotation = None if shifted_by is None else Rotation(shifted_by)
         self.shift_start: int | None = None
         if shifted_by is not None and sliding_window is not None:
             self.shift_start = last_unshifted(sliding_window, sink_tokens)
         self.sink_tokens = sink_tokens
+        self._vllm_config = get_current_vllm_config_or_none()
         self._sight = {"window": sliding_window, "sink_tokens": sink_tokens, "scale": self.scale}
 
     def forward(
@@ -92,16 +97,19 @@ class SWATritonImpl(AttentionImpl[SWATritonMetadata]):
         output_scale: torch.Tensor | None = None,
         output_block_scale: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        if attn_metadata is None:  # profiling
+        if attn_metadata is None:
+            # vLLM measures what a step takes: what is left is for the KV cache.
+            if self._vllm_config is not None:
+                Scratch.for_layer(self, self._vllm_config, query.device).borrow()
             return output.fill_(0)
         scales: dict[str, Any] = {}
-        if self._fp8 is not None:
-            kv_cache = kv_cache.view(self._fp8)
+        if self.cache_dtype is not None:
+            kv_cache = kv_cache.view(self.cache_dtype)
             scales = {"k_scale": layer._k_scale_float, "v_scale": layer._v_scale_float}
         # Before attention: a request may hit a page that another one writes in this step.
         ops.write_pages(key, value, kv_cache, attn_metadata.slots, **scales, impl="triton")
         scratch, shifted = attn_metadata.scratch.borrow()
-        if self._rotation is not None:
+        if self.rotation is not None:
             shifted = self._shift(query, attn_metadata, shifted)
         if attn_metadata.decodes is not None:
             rows = attn_metadata.decodes
@@ -135,14 +143,14 @@ class SWATritonImpl(AttentionImpl[SWATritonMetadata]):
         self, query: torch.Tensor, attn_metadata: SWATritonMetadata, out: torch.Tensor | None
     ) -> torch.Tensor:
         """Rotate queries to cache-relative distances from the sinks."""
-        assert self._rotation is not None
+        assert self.rotation is not None
         assert attn_metadata.distances is not None
         num_tokens = len(attn_metadata.distances)
         return ops.rotate_back(
             query[:num_tokens],
             attn_metadata.distances,
-            self._rotation.table,
-            is_neox=self._rotation.is_neox,
+            self.rotation.table,
+            is_neox=self.rotation.is_neox,
             out=None if out is None else out[:num_tokens],
             impl="triton",
         )

@@ -13,11 +13,11 @@ from vllm.v1.attention.backend import (
 )
 from vllm.v1.attention.backends.utils import split_decodes_and_prefills
 from vllm.v1.kv_cache_interface import AttentionSpec
-from vllm.v1.worker.workspace import current_workspace_manager, is_workspace_manager_initialized
 
 from swa_backend import ops
 from swa_vllm.attention.layer_table import log_layers
 from swa_vllm.attention.poison import NaNCheck, PoisonWatch
+from swa_vllm.attention.triton.scratch import Scratch, max_decode_tokens
 
 
 @dataclass(frozen=True)
@@ -35,29 +35,6 @@ class Rows:
     block_table: torch.Tensor
     seq_lens: torch.Tensor
     query_start_loc: torch.Tensor | None
-
-
-@dataclass(frozen=True)
-class Scratch:
-    """Memory that layers use one after the other, from vLLM's workspace where it has one (GPUs).
-
-    Attributes:
-        num_elements: fp32, for the largest batch of decodes.
-        shifted: shape and dtype of shifted queries of the largest batch; None where there are none.
-    """
-
-    num_elements: int
-    shifted: tuple[tuple[int, ...], torch.dtype] | None = None
-
-    def borrow(self) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        """Scratch and room for shifted queries; None where PyTorch has to allocate them."""
-        if not is_workspace_manager_initialized():
-            return None, None
-        wanted: list[tuple[tuple[int, ...], torch.dtype]] = [((self.num_elements,), torch.float32)]
-        if self.shifted is not None:
-            wanted.append(self.shifted)
-        decodes, *shifted = current_workspace_manager().get_simultaneous(*wanted)
-        return decodes, shifted[0] if shifted else None
 
 
 @dataclass(frozen=True)
@@ -105,7 +82,9 @@ class SWATritonMetadataBuilder(AttentionMetadataBuilder[SWATritonMetadata]):
         limit = layer.impl.sliding_window or self.reorder_batch_threshold
         self._decode_threshold = min(self.reorder_batch_threshold, limit)
         scheduler = vllm_config.scheduler_config
-        self._scratch = self._reserve_scratch(layer.impl)
+        self._scratch = Scratch.for_layer(layer.impl, vllm_config, device)
+        self._scratch.borrow()  # before vLLM captures its graphs
+        self._compile_kernels(layer.impl)
         max_tokens = scheduler.max_num_batched_tokens
         self._slots = torch.empty(max_tokens, dtype=torch.int64, device=device)
         self._starts = torch.empty(scheduler.max_num_seqs + 1, dtype=torch.int32, device=device)
@@ -116,24 +95,31 @@ class SWATritonMetadataBuilder(AttentionMetadataBuilder[SWATritonMetadata]):
         self._poison = PoisonWatch(kv_cache_spec, layer_names, vllm_config)
         log_layers(vllm_config, layer_names)
 
-    def _reserve_scratch(self, impl: Any) -> Scratch:
-        """Reserve room for the largest batches, before vLLM captures its graphs."""
-        config = self.vllm_config
-        scheduler = config.scheduler_config
-        graphs = config.compilation_config.max_cudagraph_capture_size or 0
-        num_elements = ops.decode_scratch_size(
-            max(scheduler.max_num_seqs * self._decode_threshold, graphs),
-            num_heads=impl.num_heads,
-            num_kv_heads=impl.num_kv_heads,
-            head_dim=impl.head_size,
+    def _compile_kernels(self, impl: Any) -> None:
+        """Compile what any batch can launch, before vLLM captures graphs and serves."""
+        spec, config = self.kv_cache_spec, self.vllm_config
+        num_decodes = max_decode_tokens(config, impl.sliding_window)
+        # On AMD a kernel depends on whether the cache is larger than 2 GB.
+        num_pages = config.cache_config.num_gpu_blocks or 1
+        rotation = impl.rotation
+        ops.compile_kernels(
+            torch.empty(
+                (num_decodes, impl.num_heads, impl.head_size),
+                dtype=config.model_config.dtype,
+                device="meta",
+            ),
+            torch.empty(
+                (num_pages, impl.num_kv_heads, spec.block_size, 2 * impl.head_size),
+                dtype=impl.cache_dtype or spec.dtype,
+                device="meta",
+            ),
+            window=impl.sliding_window,
             sink_tokens=impl.sink_tokens,
+            has_drafts=self._decode_threshold > 1,
+            rotations=None if rotation is None else rotation.table,
+            is_neox=rotation is None or rotation.is_neox,
             device=self.device,
         )
-        shape = (scheduler.max_num_batched_tokens, impl.num_heads, impl.head_size)
-        is_shifted = impl.shift_start is not None
-        scratch = Scratch(num_elements, (shape, config.model_config.dtype) if is_shifted else None)
-        scratch.borrow()
-        return scratch
 
     def build(
         self,

@@ -1,0 +1,103 @@
+"""The compilation of every kernel that an attention layer can launch, before it serves."""
+
+from collections.abc import Iterator
+
+import torch
+
+from swa_backend.attention_call import AttentionCall
+from swa_backend.kernels.device import compile_target, on_device_of, target_of
+from swa_backend.kernels.plans import Target
+from swa_backend.ops.cache_write import write_pages
+from swa_backend.ops.decode import decode_attention, plan_call
+from swa_backend.ops.prefill import prefill_attention
+from swa_backend.ops.rotate import rotate_back
+from swa_backend.pages import ceil_div
+
+
+def compile_kernels(
+    query: torch.Tensor,
+    kv_cache: torch.Tensor,
+    *,
+    window: int,
+    sink_tokens: int = 0,
+    has_drafts: bool = False,
+    rotations: torch.Tensor | None = None,
+    is_neox: bool = True,
+    device: torch.device,
+) -> None:
+    """Compile what the operations launch for a layer on ``device``, and load it onto that device.
+
+    Triton compiles a kernel when it is launched first, which takes seconds: too long for a server
+    that answers. Under Triton's interpreter there is nothing to compile.
+
+    Args:
+        query: on the meta device, shaped as for :func:`decode_attention`, with as many tokens as a
+            batch of decodes may have.
+        kv_cache: on the meta device, shaped as the layer's.
+        window: tokens a query sees, itself included.
+        sink_tokens: leading tokens that every query sees.
+        has_drafts: whether a request may have several queries in a batch of decodes.
+        rotations: the table of :func:`rotate_back`, if queries are rotated before they meet sinks.
+        is_neox: as for :func:`rotate_back`.
+
+    Raises:
+        TypeError, ValueError: what the operations do not accept; no kernel runs there.
+    """
+    target, zeros = target_of(device), _zeros(2)
+    with compile_target(target), on_device_of(torch.empty(0, device=device)):
+        key = torch.empty_like(query[:1, : kv_cache.shape[1]])
+        write_pages(key, key, kv_cache, zeros[:1].long(), impl="triton")
+        if rotations is not None:
+            table = rotations.to("meta")
+            rotate_back(query[:1], zeros[:1].long(), table, is_neox=is_neox, impl="triton")
+        prefill_attention(
+            query[:1],
+            key,
+            key,
+            kv_cache,
+            zeros[None],
+            query_start_loc=zeros,
+            seq_lens=zeros[:1],
+            window=window,
+            sink_tokens=sink_tokens,
+            impl="triton",
+        )
+        for is_ragged in (False, True)[: 1 + has_drafts]:
+            for call in _decodes(target, query, kv_cache, window, sink_tokens, is_ragged):
+                decode_attention(**call.arguments(), impl="triton")
+
+
+def _decodes(
+    target: Target,
+    query: torch.Tensor,
+    kv_cache: torch.Tensor,
+    window: int,
+    sink_tokens: int,
+    is_ragged: bool,
+) -> Iterator[AttentionCall]:
+    """Give a call for each set of kernels that a batch of up to ``len(query)`` queries takes."""
+    known = set()
+    for num_tokens in range(1, len(query) + 1):
+        num_reqs = 1 if is_ragged else num_tokens
+        call = AttentionCall(
+            query=query[:num_tokens],
+            kv_cache=kv_cache,
+            block_table=_zeros(num_reqs, ceil_div(window, kv_cache.shape[2])),
+            seq_lens=_zeros(num_reqs),
+            query_start_loc=_zeros(2) if is_ragged else None,
+            window=window,
+            sink_tokens=sink_tokens,
+            scale=None,
+            sink_query=None,
+            k_scale=1.0,
+            v_scale=1.0,
+        )
+        plan = plan_call(call, target)
+        kernels = (plan.num_merged, *plan.constants().values())
+        if kernels not in known:
+            known.add(kernels)
+            yield call
+
+
+def _zeros(*shape: int) -> torch.Tensor:
+    return torch.zeros(*shape, dtype=torch.int32, device="meta")
