@@ -1,11 +1,10 @@
 """Builder and layer implementation, driven with what both model runners of vLLM pass.
 
-The V2 runner's ``build_attn_metadata`` itself makes the batches; 0.33's is taken from its sources.
+The V2 runner's ``build_attn_metadata`` itself makes the batches.
 """
 
-import ast
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
@@ -14,7 +13,7 @@ import pytest
 import torch
 from vllm.v1.attention.backend import AttentionCGSupport
 from vllm.v1.worker import workspace
-from vllm.v1.worker.gpu import attn_utils
+from vllm.v1.worker.gpu.attn_utils import build_attn_metadata
 
 from swa_backend import ops, reference
 from swa_backend.options import SWAConfigError
@@ -35,7 +34,6 @@ from tests.helpers.kernel_layer import (
     by_v1,
 )
 from tests.helpers.tiny_models import FULL
-from tests.helpers.wheel_sources import official_sources
 
 # Of each request: tokens before, and queries.
 DECODES = ((70, 1), (5, 1), (31, 1))
@@ -48,54 +46,34 @@ def setup(tiny_model: ModelFactory, monkeypatch: pytest.MonkeyPatch) -> KernelLa
 
 
 def by_v2(
-    build: Callable[..., Any], **more: Any
-) -> Callable[[KernelLayer, Any], SWATritonMetadata]:
-    def call(setup: KernelLayer, batch: dict[str, Any]) -> SWATritonMetadata:
-        groups = SimpleNamespace(
-            kv_cache_groups=[SimpleNamespace(layer_names=[setup.name], kv_cache_spec=setup.spec)]
-        )
-        metadata = build(
-            [[setup.group]],
-            num_reqs=len(batch["seq_lens"]),
-            num_tokens=batch["num_tokens"],
-            query_start_loc_gpu=batch["query_start_loc"],
-            query_start_loc_cpu=batch["query_start_loc"].clone(),
-            max_query_len=batch["max_query_len"],
-            seq_lens=batch["seq_lens"],
-            max_seq_len=128,
-            block_tables=[batch["block_table"]],
-            slot_mappings=batch["slots"][None],
-            kv_cache_config=groups,
-            **more,
-        )
-        return metadata[setup.name]
-
-    return call
-
-
-def v2_of_033() -> Callable[..., Any]:
-    path = official_sources("0.33.0") / "v1/worker/gpu/attn_utils.py"
-    (function,) = (
-        node
-        for node in ast.parse(path.read_text()).body
-        if isinstance(node, ast.FunctionDef) and node.name == "build_attn_metadata"
+    setup: KernelLayer, batch: dict[str, Any], *, for_cudagraph_capture: bool = False
+) -> SWATritonMetadata:
+    groups = SimpleNamespace(
+        kv_cache_groups=[SimpleNamespace(layer_names=[setup.name], kv_cache_spec=setup.spec)]
     )
-    namespace = dict(vars(attn_utils))
-    exec(ast.unparse(function), namespace)  # noqa: S102 (vLLM's own function)
-    return namespace["build_attn_metadata"]
+    metadata = build_attn_metadata(
+        [[setup.group]],
+        num_reqs=len(batch["seq_lens"]),
+        num_tokens=batch["num_tokens"],
+        query_start_loc_gpu=batch["query_start_loc"],
+        query_start_loc_cpu=batch["query_start_loc"].clone(),
+        max_query_len=batch["max_query_len"],
+        seq_lens=batch["seq_lens"],
+        max_seq_len=128,
+        block_tables=[batch["block_table"]],
+        slot_mappings=batch["slots"][None],
+        kv_cache_config=groups,
+        for_cudagraph_capture=for_cudagraph_capture,
+    )
+    return metadata[setup.name]
 
 
-@pytest.fixture(params=["V1", "V2 of 0.32", "V2 of 0.32, capturing", "V2 of 0.33"])
-def runner(
-    request: pytest.FixtureRequest,
-) -> Iterator[Callable[[KernelLayer, Any], SWATritonMetadata]]:
-    if request.param == "V1":
-        yield by_v1
-    elif request.param.endswith("capturing"):
-        yield by_v2(attn_utils.build_attn_metadata, for_cudagraph_capture=True)
-    else:
-        is_newer = request.param.endswith("0.33")
-        yield by_v2(v2_of_033() if is_newer else attn_utils.build_attn_metadata)
+RUNNERS = {"V1": by_v1, "V2": by_v2, "V2, capturing": partial(by_v2, for_cudagraph_capture=True)}
+
+
+@pytest.fixture(params=RUNNERS)
+def runner(request: pytest.FixtureRequest) -> Callable[[KernelLayer, Any], SWATritonMetadata]:
+    return RUNNERS[request.param]
 
 
 def test_decodes_refer_to_the_runners_own_buffers(
