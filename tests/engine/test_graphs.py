@@ -3,7 +3,6 @@ interpreter, whose graphs :mod:`tests.helpers.graphs` records and replays."""
 
 import os
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -34,7 +33,7 @@ pytestmark = [
     ),
 ]
 
-# All that vLLM accepts; NHD and HND are its other names of LBNHC and LBHNC, the default.
+# All that vLLM accepts; NHD and HND are its other names of LBNHC and LBHNC.
 LAYOUTS = ("NHD", "BLHNC", "HND", "BLNHC", "LHBNC", "BHLNC")
 
 
@@ -198,32 +197,35 @@ def _null_rows_below_the_window(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(SWASpec, "num_retained_tokens", SlidingWindowSpec.num_retained_tokens)
 
 
-@pytest.mark.parametrize(
-    ("mutate", "caught"),
-    [
-        (None, nullcontext()),
-        (_drop_a_buffer, pytest.raises(CaptureError, match="over memory that is freed by now")),
-        (_change_a_buffer, pytest.raises(AssertionError, match="is not the oracle's")),
-        (_wait_in_a_layer, pytest.raises(CaptureError, match="host would wait for the device")),
-        (_launch_by_lengths, pytest.raises(AssertionError, match="is not the oracle's")),
-        (_keep_memory_of_a_graph, pytest.raises(AssertionError, match="is not the oracle's")),
-        (_null_rows_below_the_window, pytest.raises(AssertionError, match="is not the oracle's")),
-    ],
-    ids=lambda value: getattr(value, "__name__", ""),
-)
-def test_mistakes_are_caught(
-    mutate: Callable[[pytest.MonkeyPatch], None] | None,
-    caught: AbstractContextManager[Any],
+WRONG = (AssertionError, "is not the oracle's")
+# Each would be right, or only slow, if there were no graphs and no sinks.
+MISTAKES: dict[Callable[[pytest.MonkeyPatch], None], tuple[type[Exception], str]] = {
+    _drop_a_buffer: (CaptureError, "over memory that is freed by now"),
+    _change_a_buffer: WRONG,
+    _wait_in_a_layer: (CaptureError, "the host would wait for the device"),
+    _launch_by_lengths: WRONG,
+    _keep_memory_of_a_graph: WRONG,
+    _null_rows_below_the_window: WRONG,
+}
+SMALL = Case({**SINKS, "position_shift": True}, (60,), num_tokens=3, num_layers=1)
+
+
+@pytest.mark.parametrize("make", MISTAKES, ids=lambda make: make.__name__[1:].replace("_", " "))
+def test_a_mistake_is_caught(
+    make: Callable[[pytest.MonkeyPatch], None],
     ask: Callable[[Case], LLM],
     no_engine: Callable[[], None],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Each of them would be right, or only slow, if there were no graphs and no sinks."""
     no_engine()
-    if mutate is not None:
-        mutate(monkeypatch)
+    make(monkeypatch)
+    error, message = MISTAKES[make]
     try:
-        with caught:
-            ask(Case({**SINKS, "position_shift": True}, (60,), num_tokens=3, num_layers=1))
+        with pytest.raises(error, match=message):
+            ask(SMALL)
     finally:
         no_engine()  # which has the mistake
+
+
+def test_without_a_mistake_the_same_is_right(ask: Callable[[Case], LLM]) -> None:
+    ask(SMALL)
