@@ -99,6 +99,6 @@ def test_missing_auditor_fails_the_audit(
 
 def test_the_test_command_runs_scan_contracts_and_audit() -> None:
     script = (ROOT / "tests/run.sh").read_text()
-    assert '"$bin/ruff" check\n' in script
-    assert '"$bin/lint-imports"' in script
-    assert '"$bin/python" tests/audit.py\n' in script
+    assert '"$venv/bin/ruff" check\n' in script
+    assert '"$venv/bin/lint-imports"' in script
+    assert '"$venv/bin/python" tests/audit.py\n' in script

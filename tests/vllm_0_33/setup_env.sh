@@ -11,7 +11,7 @@
 #                   attention, cache writes, norms and sampling have the same signatures.
 #   vllm dist-info  as in the wheel, but for the version 0.33.0+cpu: vLLM recognises a CPU build by it
 #   orjson          the one package that 0.33 imports and 0.32 does not require
-#   interpreter/    on the path for Model Runner V2 only, see its __init__.py
+#   interpreter/    on the path for Model Runner V2 only, see its driver.py
 #
 # tests/README.md says what that proves and what not. Does nothing while its inputs are unchanged.
 set -euo pipefail

@@ -1,4 +1,9 @@
-"""What Triton asks of a driver; a CPU has no stream and one device."""
+"""What Triton asks of a driver; a CPU has no stream and one device.
+
+Without a backend named "cpu" vLLM switches Triton off on a CPU, and Model Runner V2, whose own
+kernels are written in it, refuses to start. The real one (triton-cpu) is on no package index. The
+entry point of this one is on the path only where the tests run V2.
+"""
 
 from typing import Any, NoReturn
 
