@@ -39,13 +39,13 @@ class AttentionCall:
         """Say how far a query sees.
 
         Returns:
-            The window in tokens, at most the slots that a row of the block table names, which
-            stand for full attention too; and whether sinks may lie below it. They may whatever
-            that table's width is: no kernel is compiled for a width.
+            The window in tokens, for full attention the slots that a row of the block table names;
+            and whether sinks may lie below it. No launch depends on the width of that table
+            otherwise.
         """
-        capacity = max(1, self.block_table.shape[1] * self.kv_cache.shape[2])
-        window = capacity if self.window is None else min(self.window, capacity)
-        return window, self.sink_tokens > 0 and self.window is not None
+        if self.window is None:
+            return max(1, self.block_table.shape[1] * self.kv_cache.shape[2]), False
+        return self.window, self.sink_tokens > 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

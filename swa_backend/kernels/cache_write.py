@@ -1,10 +1,12 @@
 """A kernel that stores keys and values in their pages."""
 
+from functools import lru_cache
+
 import torch
 import triton
 import triton.language as tl
 
-from swa_backend.kernels.launch import launch
+from swa_backend.kernels.launch import Launcher, launcher_of
 from swa_backend.kernels.plans import Target
 
 
@@ -70,35 +72,48 @@ def write_kernel(
     tl.store(kv_ptr + kv_offset + HEAD_DIM * stride_kv_dim, value, mask=is_head)
 
 
-def launch_write(
-    key: torch.Tensor,
-    value: torch.Tensor,
-    kv_cache: torch.Tensor,
-    slot_mapping: torch.Tensor,
-    *,
-    k_scale: float,
-    v_scale: float,
-    mantissa: int,
-    target: Target,
-) -> None:
-    """Launch the kernel; an fp8 cache comes as bytes, with the bits of its mantissa."""
-    num_heads, head_dim = key.shape[1:]
-    launch(
-        write_kernel,
-        (slot_mapping.shape[0], 1, 1),
-        key,
-        value,
-        kv_cache,
-        slot_mapping,
-        *key.stride()[:2],
-        *value.stride()[:2],
-        *kv_cache.stride(),
-        1.0 / k_scale,
-        1.0 / v_scale,
-        NUM_HEADS=num_heads,
-        HEADS=triton.next_power_of_2(num_heads),
-        HEAD_DIM=head_dim,
-        PAGE=kv_cache.shape[2],
-        MANTISSA=mantissa,
-        **target.options(),
-    )
+@lru_cache(maxsize=1024)
+def _launcher(num_heads: int, head_dim: int, page: int, mantissa: int, target: Target) -> Launcher:
+    constants = {
+        "NUM_HEADS": num_heads,
+        "HEADS": triton.next_power_of_2(num_heads),
+        "HEAD_DIM": head_dim,
+        "PAGE": page,
+        "MANTISSA": mantissa,
+    }
+    return launcher_of(write_kernel, constants, target.options(), target)
+
+
+class WriteLaunch:
+    """The kernel for the slots of a batch, for any layer."""
+
+    def __init__(
+        self,
+        slot_mapping: torch.Tensor,
+        num_heads: int,
+        head_dim: int,
+        page: int,
+        mantissa: int,
+        target: Target,
+    ) -> None:
+        """Prepare all but the tensors of a layer; an fp8 cache has ``mantissa`` bits, others 0."""
+        self._slots = slot_mapping
+        self._launch = _launcher(num_heads, head_dim, page, mantissa, target)
+
+    def __call__(
+        self,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        *,
+        k_scale: float,
+        v_scale: float,
+    ) -> None:
+        """Launch for the tensors of a layer; an fp8 cache comes as bytes."""
+        self._launch(
+            (self._slots.shape[0], 1, 1),
+            (key, value, kv_cache),
+            (self._slots,),
+            (*key.stride()[:2], *value.stride()[:2], *kv_cache.stride()),
+            (1.0 / k_scale, 1.0 / v_scale),
+        )

@@ -9,12 +9,14 @@ Flash-decoding's split, online softmax and merge: Dao et al.,
 https://pytorch.org/blog/flash-decoding/.
 """
 
+from functools import lru_cache
+
 import torch
 import triton
 import triton.language as tl
 
 from swa_backend.attention_call import AttentionCall
-from swa_backend.kernels.launch import launch
+from swa_backend.kernels.launch import Launcher, launcher_of
 from swa_backend.kernels.plans import DecodePlan, Target
 from swa_backend.kernels.tiles import as_operand, attend, load_pages, load_rows, request_of
 
@@ -187,73 +189,83 @@ def merge_kernel(
     tl.store(out_ptr + out_offset + dims, out.to(out_ptr.dtype.element_ty))
 
 
-def launch_decode(
-    call: AttentionCall,
-    out: torch.Tensor,
-    partial: torch.Tensor | None,
-    lse: torch.Tensor | None,
-    readable_cache: torch.Tensor,
-    *,
-    window: int,
-    score_scale: float,
-    value_scale: float,
-    plan: DecodePlan,
-    target: Target,
-) -> None:
-    """Launch the kernel that reads keys and, where it splits them, the one that merges.
+@lru_cache(maxsize=1024)
+def _launchers(plan: DecodePlan, target: Target, num_kv_bytes: int) -> tuple[Launcher, Launcher]:
+    """Give the launchers of both kernels."""
+    constants = {**plan.constants(), "DOT": tl.dtype(plan.dot)}
+    merged = {"HEAD_DIM": plan.head_dim, "PARTS": plan.num_merged}
+    return (
+        launcher_of(decode_kernel, constants, target.decode_options(num_kv_bytes), target),
+        launcher_of(merge_kernel, merged, target.options(), target),
+    )
 
-    Args:
-        partial, lse: fp32 scratch, contiguous, ``[num_tokens, Hq, plan.num_parts(, HEAD_DIM)]``;
-            None where there is one part.
-        readable_cache: the call's, or its bytes where the target does not read e4m3.
-        window: as :meth:`AttentionCall.reach` says.
-        score_scale: factor of the products of queries and cached keys, for scores in base 2.
-        value_scale: factor of cached values.
-    """
-    query = call.query
-    sink_query = query if call.sink_query is None else call.sink_query
-    num_tokens, num_heads, head_dim = query.shape
-    num_reqs, num_kv_heads = call.seq_lens.shape[0], readable_cache.shape[1]
-    first_out = out if partial is None else partial
-    constants = plan.constants()
-    constants["DOT"] = tl.dtype(plan.dot)
-    grid = (plan.num_blocks(num_tokens, num_reqs), num_kv_heads, plan.num_parts)
-    launch(
-        decode_kernel,
-        grid,
-        first_out,
-        query,
-        sink_query,
-        readable_cache,
-        lse,
-        call.block_table,
-        call.seq_lens,
-        call.query_start_loc,
-        *first_out.stride()[:2],
-        *query.stride()[:2],
-        *sink_query.stride()[:2],
-        *readable_cache.stride(),
-        call.block_table.stride(0),
-        num_tokens,
-        num_reqs,
-        window,
-        call.sink_tokens,
-        score_scale,
-        value_scale,
-        **constants,
-        **target.decode_options(readable_cache.element_size()),
-    )
-    if partial is None:
-        return
-    launch(
-        merge_kernel,
-        (num_tokens, num_heads, 1),
-        out,
-        partial,
-        lse,
-        *out.stride()[:2],
-        plan.num_parts,
-        HEAD_DIM=head_dim,
-        PARTS=plan.num_merged,
-        **target.options(),
-    )
+
+class DecodeLaunch:
+    """The kernels of a planned batch, for any layer: one that reads keys and one that may merge."""
+
+    def __init__(
+        self,
+        call: AttentionCall,
+        plan: DecodePlan,
+        target: Target,
+        *,
+        window: int,
+        num_kv_bytes: int,
+    ) -> None:
+        """Prepare all but the tensors of a layer.
+
+        Args:
+            call: of ``query`` and ``kv_cache`` only the shapes count.
+            window: as :meth:`AttentionCall.reach` says.
+            num_kv_bytes: bytes of an element of the cache.
+        """
+        num_tokens, num_heads, _ = call.query.shape
+        num_reqs = call.seq_lens.shape[0]
+        self._grid = (plan.num_blocks(num_tokens, num_reqs), call.kv_cache.shape[1], plan.num_parts)
+        self._merge_grid = (num_tokens, num_heads, 1)
+        self._num_parts = plan.num_parts
+        self._indices = (call.block_table, call.seq_lens, call.query_start_loc)
+        self._table_stride = call.block_table.stride(0)
+        self._numbers = (num_tokens, num_reqs, window, call.sink_tokens)
+        self._read, self._merge = _launchers(plan, target, num_kv_bytes)
+
+    def __call__(
+        self,
+        query: torch.Tensor,
+        sink_query: torch.Tensor | None,
+        readable_cache: torch.Tensor,
+        out: torch.Tensor,
+        partial: torch.Tensor | None,
+        lse: torch.Tensor | None,
+        *,
+        score_scale: float,
+        value_scale: float,
+    ) -> None:
+        """Launch for the tensors of a layer.
+
+        Args:
+            readable_cache: the layer's, or its bytes where the target does not read e4m3.
+            partial, lse: fp32 scratch, contiguous, ``[num_tokens, Hq, num_parts(, HEAD_DIM)]``;
+                None where there is one part.
+            score_scale: factor of the products of queries and cached keys, for scores in base 2.
+            value_scale: factor of cached values.
+        """
+        first_out = out if partial is None else partial
+        sink_query = query if sink_query is None else sink_query
+        self._read(
+            self._grid,
+            (first_out, query, sink_query, readable_cache),
+            (lse, *self._indices),
+            (
+                *first_out.stride()[:2],
+                *query.stride()[:2],
+                *sink_query.stride()[:2],
+                *readable_cache.stride(),
+                self._table_stride,
+            ),
+            (*self._numbers, score_scale, value_scale),
+        )
+        if partial is not None:
+            self._merge(
+                self._merge_grid, (out, partial), (lse,), out.stride()[:2], (self._num_parts,)
+            )

@@ -1,16 +1,85 @@
-"""The launch of a kernel."""
+"""Launches of a kernel: by Triton for arguments of a new kind, past its binder for a known one."""
 
+import inspect
+from functools import lru_cache
 from typing import Any
 
+import torch
 
-def launch(kernel: Any, grid: tuple[int, int, int], *arguments: Any, **constants: Any) -> None:
-    """Launch a Triton function; for tensors on the meta device compile it, and start nothing.
+from swa_backend.kernels.plans import Target
 
-    Args:
-        arguments: the kernel's, of which the first is a tensor.
-        constants: the kernel's compile-time constants, and options of the compiler.
+_Items = tuple[tuple[str, Any], ...]
+
+
+class Launcher:
+    """Launches a kernel with one set of compile-time constants.
+
+    At each launch Triton describes every argument to find what it compiled for them, which takes
+    longer than anything else that the host does for a layer. Here the kind of a launch are the
+    device, the dtypes, where tensors begin within 16 bytes, and the strides: as much as Triton
+    looks at, or more. A launch of a new kind is Triton's, which compiles what it has to; a known
+    one calls the kernel that Triton chose.
     """
-    is_meta = arguments[0].device.type == "meta"
-    compiled = kernel.run(*arguments, grid=grid, warmup=is_meta, **constants)
-    if is_meta and compiled is not None:
-        compiled[grid]  # loads it onto the device
+
+    def __init__(
+        self, kernel: Any, constants: dict[str, Any], options: dict[str, Any], *, is_direct: bool
+    ) -> None:
+        """Take a Triton function, its constants, and options of the compiler."""
+        self._kernel = kernel
+        self._keywords = {**constants, **options}
+        parameters = inspect.signature(kernel.fn).parameters
+        self._values = tuple(constants[name] for name in parameters if name in constants)
+        self._is_direct = is_direct
+        self._known: dict[tuple[Any, ...], Any] = {}
+
+    def __call__(
+        self,
+        grid: tuple[int, int, int],
+        tensors: tuple[torch.Tensor, ...],
+        indices: tuple[torch.Tensor | None, ...],
+        strides: tuple[int, ...],
+        numbers: tuple[float, ...],
+    ) -> None:
+        """Launch on the current device; for tensors on the meta device compile, and start nothing.
+
+        The four are the kernel's arguments, in its order.
+
+        Args:
+            tensors: those for whose beginning Triton may specialize the kernel.
+            indices: those for which the kernel forbids it; None where its constants say so.
+            strides: integers for which Triton may specialize the kernel.
+            numbers: floats, and integers below 2**31 for which the kernel forbids it.
+        """
+        kind = (
+            *strides,
+            tensors[0].device,
+            *[tensor.dtype for tensor in tensors],
+            *[tensor.data_ptr() % 16 for tensor in tensors],
+            *[tensor is None or tensor.dtype for tensor in indices],
+        )
+        known = self._known.get(kind)
+        arguments = (*tensors, *indices, *strides, *numbers)
+        if known is not None:
+            known[grid](*arguments, *self._values)
+            return
+        is_meta = tensors[0].is_meta
+        compiled = self._kernel.run(*arguments, grid=grid, warmup=is_meta, **self._keywords)
+        if compiled is None:  # interpreted
+            return
+        if is_meta:
+            compiled[grid]  # loads it onto the device
+        elif self._is_direct:
+            self._known[kind] = compiled
+
+
+def launcher_of(
+    kernel: Any, constants: dict[str, Any], options: dict[str, Any], target: Target
+) -> Launcher:
+    """Give the launcher of a kernel with these constants, and options of the compiler."""
+    return _launcher_of(kernel, tuple(constants.items()), tuple(options.items()), target.backend)
+
+
+@lru_cache(maxsize=1024)
+def _launcher_of(kernel: Any, constants: _Items, options: _Items, backend: str) -> Launcher:
+    # On AMD, Triton looks at the size of storage too.
+    return Launcher(kernel, dict(constants), dict(options), is_direct=backend == "cuda")

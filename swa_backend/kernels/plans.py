@@ -4,7 +4,7 @@ The launch depends on shapes and the device only, never on lengths or table entr
 CUDA graph stays right. The ahead-of-time gate compiles what these plans say.
 """
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields
 from enum import StrEnum
 from functools import lru_cache
 from typing import Any
@@ -118,7 +118,7 @@ class Plan:
 
     def constants(self) -> dict[str, Any]:
         """Give the constants by the names of the kernel's parameters."""
-        return {name.upper(): value for name, value in asdict(self).items()}
+        return {field.name.upper(): getattr(self, field.name) for field in fields(self)}
 
 
 @dataclass(frozen=True, kw_only=True)

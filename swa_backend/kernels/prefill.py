@@ -5,12 +5,14 @@ that its first query sees and its last query, and none outside. The running soft
 et al., https://arxiv.org/abs/2307.08691.
 """
 
+from functools import lru_cache
+
 import torch
 import triton
 import triton.language as tl
 
-from swa_backend.attention_call import PrefillCall
-from swa_backend.kernels.launch import launch
+from swa_backend.attention_call import AttentionCall
+from swa_backend.kernels.launch import Launcher, launcher_of
 from swa_backend.kernels.plans import PrefillPlan, Target
 from swa_backend.kernels.tiles import (
     as_operand,
@@ -180,57 +182,64 @@ def prefill_kernel(
     tl.store(out_ptr + out_offset[:, None] + dims[None, :], out, mask=is_row[:, None])
 
 
-def launch_prefill(
-    call: PrefillCall,
-    out: torch.Tensor,
-    readable_cache: torch.Tensor,
-    *,
-    window: int,
-    score_scale: float,
-    key_scale: float,
-    value_scale: float,
-    plan: PrefillPlan,
-    target: Target,
-) -> None:
-    """Launch the kernel.
+@lru_cache(maxsize=1024)
+def _launcher(plan: PrefillPlan, target: Target) -> Launcher:
+    constants = {**plan.constants(), "DOT": tl.dtype(plan.dot)}
+    return launcher_of(prefill_kernel, constants, target.prefill_options(plan.has_sinks), target)
 
-    Args:
-        readable_cache: the call's, or its bytes where the target does not read e4m3.
-        window: as :meth:`AttentionCall.reach` says.
-        score_scale: factor of the products of queries and keys, for scores in base 2.
-        key_scale, value_scale: factors of cached keys and of cached values.
-    """
-    query, key, value = call.query, call.key, call.value
-    sink_query = query if call.sink_query is None else call.sink_query
-    num_tokens, num_reqs = query.shape[0], call.seq_lens.shape[0]
-    constants = plan.constants()
-    constants["DOT"] = tl.dtype(plan.dot)
-    launch(
-        prefill_kernel,
-        (plan.num_blocks(num_tokens, num_reqs), readable_cache.shape[1], 1),
-        out,
-        query,
-        sink_query,
-        key,
-        value,
-        readable_cache,
-        call.block_table,
-        call.query_start_loc,
-        call.seq_lens,
-        *out.stride()[:2],
-        *query.stride()[:2],
-        *sink_query.stride()[:2],
-        *key.stride()[:2],
-        *value.stride()[:2],
-        *readable_cache.stride(),
-        call.block_table.stride(0),
-        num_tokens,
-        num_reqs,
-        window,
-        call.sink_tokens,
-        score_scale,
-        key_scale,
-        value_scale,
-        **constants,
-        **target.prefill_options(plan.has_sinks),
-    )
+
+class PrefillLaunch:
+    """The kernel of planned chunks, for any layer."""
+
+    def __init__(
+        self, call: AttentionCall, plan: PrefillPlan, target: Target, *, window: int
+    ) -> None:
+        """Prepare all but the tensors of a layer.
+
+        Args:
+            call: of ``query`` and ``kv_cache`` only the shapes count.
+            window: as :meth:`AttentionCall.reach` says.
+        """
+        num_tokens, num_reqs = call.query.shape[0], call.seq_lens.shape[0]
+        self._grid = (plan.num_blocks(num_tokens, num_reqs), call.kv_cache.shape[1], 1)
+        self._indices = (call.block_table, call.query_start_loc, call.seq_lens)
+        self._table_stride = call.block_table.stride(0)
+        self._numbers = (num_tokens, num_reqs, window, call.sink_tokens)
+        self._launch = _launcher(plan, target)
+
+    def __call__(
+        self,
+        query: torch.Tensor,
+        sink_query: torch.Tensor | None,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        readable_cache: torch.Tensor,
+        out: torch.Tensor,
+        *,
+        score_scale: float,
+        key_scale: float,
+        value_scale: float,
+    ) -> None:
+        """Launch for the tensors of a layer.
+
+        Args:
+            readable_cache: the layer's, or its bytes where the target does not read e4m3.
+            score_scale: factor of the products of queries and keys, for scores in base 2.
+            key_scale, value_scale: factors of cached keys and of cached values.
+        """
+        sink_query = query if sink_query is None else sink_query
+        self._launch(
+            self._grid,
+            (out, query, sink_query, key, value, readable_cache),
+            self._indices,
+            (
+                *out.stride()[:2],
+                *query.stride()[:2],
+                *sink_query.stride()[:2],
+                *key.stride()[:2],
+                *value.stride()[:2],
+                *readable_cache.stride(),
+                self._table_stride,
+            ),
+            (*self._numbers, score_scale, key_scale, value_scale),
+        )

@@ -4,7 +4,7 @@ import torch
 import triton
 import triton.language as tl
 
-from swa_backend.kernels.launch import launch
+from swa_backend.kernels.launch import launcher_of
 from swa_backend.kernels.plans import Target
 
 
@@ -12,8 +12,8 @@ from swa_backend.kernels.plans import Target
 def rotate_kernel(
     out_ptr,
     states_ptr,
-    distances_ptr,
     table_ptr,
+    distances_ptr,
     stride_out_token,
     stride_out_head,
     stride_states_token,
@@ -70,20 +70,18 @@ def launch_rotate(
 ) -> None:
     """Launch the kernel, one program for each token."""
     num_tokens, num_heads, head_dim = states.shape
-    launch(
-        rotate_kernel,
+    constants = {
+        "NUM_HEADS": num_heads,
+        "HEADS": triton.next_power_of_2(num_heads),
+        "HEAD_DIM": head_dim,
+        "ROTARY_DIM": table.shape[1],
+        "IS_NEOX": is_neox,
+    }
+    launcher = launcher_of(rotate_kernel, constants, target.options(), target)
+    launcher(
         (num_tokens, 1, 1),
-        out,
-        states,
-        distances,
-        table,
-        *out.stride()[:2],
-        *states.stride()[:2],
-        table.stride(0),
-        NUM_HEADS=num_heads,
-        HEADS=triton.next_power_of_2(num_heads),
-        HEAD_DIM=head_dim,
-        ROTARY_DIM=table.shape[1],
-        IS_NEOX=is_neox,
-        **target.options(),
+        (out, states, table),
+        (distances,),
+        (*out.stride()[:2], *states.stride()[:2], table.stride(0)),
+        (),
     )

@@ -3,7 +3,8 @@
 import torch
 
 from swa_backend import reference
-from swa_backend.kernels.device import on_device_of
+from swa_backend.kernels.device import on_device_of, target_of
+from swa_backend.kernels.plans import Target
 from swa_backend.ops.checks import (
     check_cache,
     check_for_kernels,
@@ -12,7 +13,7 @@ from swa_backend.ops.checks import (
     check_same_device,
     check_scales,
 )
-from swa_backend.ops.dispatch import readable, resolve
+from swa_backend.ops.dispatch import resolve
 
 _MANTISSA_BITS = {torch.float8_e4m3fn: 3, torch.float8_e5m2: 2}
 
@@ -53,20 +54,65 @@ def write_pages(
         reference.write_pages(key, value, kv_cache, slot_mapping, k_scale=k_scale, v_scale=v_scale)
         return
     check_for_kernels(key.shape[2], key=key, value=value)
-    _, _, target = readable(kv_cache)
-    if slot_mapping.shape[0] == 0:
-        return
-    from swa_backend.kernels.cache_write import launch_write
+    target = target_of(kv_cache.device)
+    if slot_mapping.shape[0]:
+        with on_device_of(kv_cache):
+            WriteBatch(slot_mapping, key, kv_cache, target).write(
+                key, value, kv_cache, k_scale=k_scale, v_scale=v_scale
+            )
 
-    mantissa = _MANTISSA_BITS.get(kv_cache.dtype, 0)
-    with on_device_of(kv_cache):
-        launch_write(
+
+class WriteBatch:
+    """The storing of one batch of tokens, prepared once for all layers."""
+
+    def __init__(
+        self,
+        slot_mapping: torch.Tensor,
+        key: torch.Tensor,
+        kv_cache: torch.Tensor,
+        target: Target,
+    ) -> None:
+        """Prepare a batch.
+
+        Args:
+            slot_mapping: as for :func:`write_pages`, checked.
+            key, kv_cache: as there; only shapes and dtypes count.
+            target: the device that the kernel runs on.
+        """
+        from swa_backend.kernels.cache_write import WriteLaunch
+
+        _, num_heads, head_dim = key.shape
+        mantissa = _MANTISSA_BITS.get(kv_cache.dtype, 0)
+        self._num_slots = slot_mapping.shape[0]
+        self._is_fp8 = mantissa > 0
+        self._launch = WriteLaunch(
+            slot_mapping, num_heads, head_dim, kv_cache.shape[2], mantissa, target
+        )
+
+    def write(
+        self,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        *,
+        k_scale: float = 1.0,
+        v_scale: float = 1.0,
+    ) -> None:
+        """Store the keys and values of a layer; launches on the current device.
+
+        The tensors are those of :func:`write_pages`, which the caller has checked. Here only their
+        number of tokens is.
+
+        Raises:
+            ValueError: there are fewer tokens than slots.
+        """
+        num_tokens = min(key.shape[0], value.shape[0])
+        if num_tokens < self._num_slots:
+            raise ValueError(f"got {num_tokens} tokens for {self._num_slots} slots")
+        self._launch(
             key,
             value,
-            kv_cache.view(torch.uint8) if mantissa else kv_cache,
-            slot_mapping,
+            kv_cache.view(torch.uint8) if self._is_fp8 else kv_cache,
             k_scale=k_scale,
             v_scale=v_scale,
-            mantissa=mantissa,
-            target=target,
         )

@@ -113,11 +113,7 @@ def check_call(
     """Raise unless the arguments fit together; ``others`` must be on the cache's device too."""
     query, kv_cache = call.query, call.kv_cache
     check_cache(kv_cache, query, "query")
-    check_integers("seq_lens", call.seq_lens, torch.int32, (None,))
-    num_reqs = call.seq_lens.shape[0]
-    check_integers("block_table", call.block_table, torch.int32, (num_reqs, None))
-    if call.query_start_loc is not None:
-        check_integers("query_start_loc", call.query_start_loc, torch.int32, (num_reqs + 1,))
+    check_rows_of_requests(call)
     check_like("sink_query", call.sink_query, query, "query")
     check_like("out", out, query, "query")
     check_window(call.window, call.sink_tokens, call.sink_query is not None)
@@ -136,20 +132,69 @@ def check_call(
     )
 
 
+def check_rows_of_requests(call: AttentionCall) -> None:
+    """Raise unless lengths, block table and starts are of the same requests."""
+    check_integers("seq_lens", call.seq_lens, torch.int32, (None,))
+    num_reqs = call.seq_lens.shape[0]
+    check_integers("block_table", call.block_table, torch.int32, (num_reqs, None))
+    if call.query_start_loc is not None:
+        check_integers("query_start_loc", call.query_start_loc, torch.int32, (num_reqs + 1,))
+
+
+def check_one_query_each(call: AttentionCall) -> None:
+    """Raise unless each request has one query, or ``query_start_loc`` says how many."""
+    num_tokens, num_reqs = call.query.shape[0], call.seq_lens.shape[0]
+    if call.query_start_loc is None and num_tokens != num_reqs:
+        raise ValueError(
+            f"got {num_tokens} queries for {num_reqs} requests: give query_start_loc, without "
+            "which each request has one"
+        )
+
+
+def check_layer(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    kv_cache: torch.Tensor,
+    out: torch.Tensor,
+) -> None:
+    """Raise unless a layer's tensors fit together, and the kernels take them."""
+    check_cache(kv_cache, query, "query")
+    check_like("out", out, query, "query")
+    check_own(query, key, value, kv_cache)
+    check_for_kernels(query.shape[2], query=query, key=key, value=value, out=out)
+    check_same_device(kv_cache, "kv_cache", query=query, key=key, value=value, out=out)
+
+
+def check_prepared(shape: torch.Size, query: torch.Tensor, *rows: torch.Tensor) -> None:
+    """Raise unless query has the shape that a batch was prepared for, and ``rows`` its tokens."""
+    if query.shape != shape:
+        raise ValueError(f"the batch has queries {list(shape)}, got {describe(query)}")
+    for tensor in rows:
+        if tensor.shape[0] != shape[0]:
+            raise ValueError(f"the batch has {shape[0]} tokens, got {describe(tensor)}")
+
+
 def check_prefill_call(call: PrefillCall, out: torch.Tensor | None) -> None:
     """Raise unless the arguments, the chunk's own keys and values included, fit together."""
-    query, key = call.query, call.key
-    check_call(call, out, key=key, value=call.value)
+    check_call(call, out, key=call.key, value=call.value)
     # Required here, as it is not where each request has one query.
     num_reqs = call.seq_lens.shape[0]
     check_integers("query_start_loc", call.query_start_loc, torch.int32, (num_reqs + 1,))
-    own_shape = (query.shape[0], call.kv_cache.shape[1], query.shape[2])
+    check_own(call.query, call.key, call.value, call.kv_cache)
+
+
+def check_own(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, kv_cache: torch.Tensor
+) -> None:
+    """Raise unless ``key`` and ``value`` are of query's tokens and of the cache's heads."""
+    own_shape = (query.shape[0], kv_cache.shape[1], query.shape[2])
     if key.shape != own_shape or key.dtype != query.dtype:
         raise TypeError(
             f"key must have query's dtype and tokens and the cache's heads, {list(own_shape)}; "
             f"query is {describe(query)}, key {describe(key)}"
         )
-    check_like("value", call.value, key, "key")
+    check_like("value", value, key, "key")
 
 
 def check_like(name: str, tensor: torch.Tensor | None, like: torch.Tensor, like_name: str) -> None:

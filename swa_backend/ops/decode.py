@@ -8,8 +8,14 @@ from swa_backend import reference
 from swa_backend.attention_call import AttentionCall
 from swa_backend.kernels.device import on_device_of, target_of
 from swa_backend.kernels.plans import DecodePlan, Target, max_splits, plan_decode
-from swa_backend.ops.checks import check_call, check_for_kernels, check_scratch
-from swa_backend.ops.dispatch import FORMATS, readable, resolve
+from swa_backend.ops.checks import (
+    check_call,
+    check_for_kernels,
+    check_one_query_each,
+    check_prepared,
+    check_scratch,
+)
+from swa_backend.ops.dispatch import FORMATS, readable_as, resolve
 
 
 def decode_attention(
@@ -74,11 +80,7 @@ def decode_attention(
     check_call(call, out)
     if scratch is not None:
         check_scratch(scratch, kv_cache)
-    if query_start_loc is None and query.shape[0] != seq_lens.shape[0]:
-        raise ValueError(
-            f"got {query.shape[0]} queries for {seq_lens.shape[0]} requests: give query_start_loc, "
-            "without which each request has one"
-        )
+    check_one_query_each(call)
     chosen = resolve(impl, kv_cache.device)
     out = torch.empty_like(query) if out is None else out
     if chosen == "torch":
@@ -109,28 +111,77 @@ def decode_scratch_size(
     return num_rows * num_heads * (head_dim + 1)
 
 
+class DecodeBatch:
+    """Decode attention of one batch of requests, prepared once for all layers."""
+
+    def __init__(self, call: AttentionCall, target: Target) -> None:
+        """Plan a batch.
+
+        Args:
+            call: checked; of ``query`` and ``kv_cache`` only shapes and dtypes count.
+            target: the device that the kernels run on.
+        """
+        from swa_backend.kernels.decode import DecodeLaunch
+
+        self._shape = call.query.shape
+        self._view, self._factor = readable_as(call.kv_cache.dtype, target)
+        self._score_scale = call.softmax_scale * self._factor * math.log2(math.e)
+        self._plan = plan_call(call, target)
+        self._launch = DecodeLaunch(
+            call,
+            self._plan,
+            target,
+            window=call.reach()[0],
+            num_kv_bytes=call.kv_cache.element_size(),
+        )
+
+    def attend(
+        self,
+        query: torch.Tensor,
+        kv_cache: torch.Tensor,
+        out: torch.Tensor,
+        *,
+        sink_query: torch.Tensor | None = None,
+        k_scale: float = 1.0,
+        v_scale: float = 1.0,
+        scratch: torch.Tensor | None = None,
+    ) -> None:
+        """Write the attention of a layer to ``out``; launches on the current device.
+
+        The tensors are those of :func:`decode_attention`, which the caller has checked. Here only
+        the shape of queries and the number of tokens are.
+
+        Raises:
+            ValueError: the batch has queries of another shape, or needs more scratch.
+        """
+        check_prepared(self._shape, query, out)
+        self._launch(
+            query,
+            sink_query,
+            kv_cache if self._view is None else kv_cache.view(self._view),
+            out,
+            *_divide(query, self._plan, scratch),
+            score_scale=self._score_scale * k_scale,
+            value_scale=v_scale * self._factor,
+        )
+
+
 def _decode(call: AttentionCall, out: torch.Tensor, scratch: torch.Tensor | None) -> torch.Tensor:
     """Launch the kernels for ``call``; returns ``out``."""
     query, kv_cache = call.query, call.kv_cache
     check_for_kernels(query.shape[2], query=query, sink_query=call.sink_query, out=out)
-    readable_cache, factor, target = readable(kv_cache)
-    num_reqs = call.seq_lens.shape[0]
-    if query.shape[0] == 0 or num_reqs == 0 or call.block_table.shape[1] == 0:
+    target = target_of(kv_cache.device)
+    if query.shape[0] == 0 or call.seq_lens.shape[0] == 0 or call.block_table.shape[1] == 0:
         return out.zero_()
-    plan = plan_call(call, target)
-    from swa_backend.kernels.decode import launch_decode
-
     with on_device_of(kv_cache):
-        launch_decode(
-            call,
+        DecodeBatch(call, target).attend(
+            query,
+            kv_cache,
             out,
-            *_divide(query, plan, scratch),
-            readable_cache,
-            window=call.reach()[0],
-            score_scale=call.softmax_scale * call.k_scale * factor * math.log2(math.e),
-            value_scale=call.v_scale * factor,
-            plan=plan,
-            target=target,
+            sink_query=call.sink_query,
+            k_scale=call.k_scale,
+            v_scale=call.v_scale,
+            scratch=scratch,
         )
     return out
 

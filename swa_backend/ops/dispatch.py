@@ -2,7 +2,6 @@
 
 import torch
 
-from swa_backend.kernels.device import target_of
 from swa_backend.kernels.plans import NumberFormat, Target
 
 IMPLEMENTATIONS = ("auto", "triton", "torch")
@@ -31,13 +30,8 @@ def resolve(impl: str, device: torch.device, others: tuple[str, ...] = ()) -> st
     return impl
 
 
-def readable(kv_cache: torch.Tensor) -> tuple[torch.Tensor, float, Target]:
-    """Give the cache as its device's kernels read it, the factor of its elements, and the target.
-
-    Raises:
-        ValueError: no kernel runs there.
-    """
-    target = target_of(kv_cache.device)
-    if kv_cache.dtype == torch.float8_e4m3fn and not target.reads_e4m3:
-        return kv_cache.view(torch.uint8), _SHIFTED_E4M3, target
-    return kv_cache, 1.0, target
+def readable_as(kv_dtype: torch.dtype, target: Target) -> tuple[torch.dtype | None, float]:
+    """Say as what the kernels read a cache: its dtype if not its own, and its elements' factor."""
+    if kv_dtype == torch.float8_e4m3fn and not target.reads_e4m3:
+        return torch.uint8, _SHIFTED_E4M3
+    return None, 1.0

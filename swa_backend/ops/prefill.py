@@ -5,11 +5,11 @@ import math
 import torch
 
 from swa_backend import reference
-from swa_backend.attention_call import PrefillCall
-from swa_backend.kernels.device import on_device_of
-from swa_backend.kernels.plans import plan_prefill
-from swa_backend.ops.checks import check_for_kernels, check_prefill_call
-from swa_backend.ops.dispatch import FORMATS, readable, resolve
+from swa_backend.attention_call import AttentionCall, PrefillCall
+from swa_backend.kernels.device import on_device_of, target_of
+from swa_backend.kernels.plans import Target, plan_prefill
+from swa_backend.ops.checks import check_for_kernels, check_prefill_call, check_prepared
+from swa_backend.ops.dispatch import FORMATS, readable_as, resolve
 from swa_backend.ops.xformers_prefill import prefill_by_xformers
 
 
@@ -83,38 +83,80 @@ def prefill_attention(
     return _prefill(call, out) if chosen == "triton" else prefill_by_xformers(call, out)
 
 
+class PrefillBatch:
+    """Prefill attention of one batch of chunks, prepared once for all layers."""
+
+    def __init__(self, call: AttentionCall, target: Target) -> None:
+        """Plan a batch; the arguments are as for :class:`~swa_backend.ops.decode.DecodeBatch`."""
+        from swa_backend.kernels.prefill import PrefillLaunch
+
+        window, has_sinks = call.reach()
+        (_, num_heads, head_dim), num_kv_heads = call.query.shape, call.kv_cache.shape[1]
+        self._shape = call.query.shape
+        self._view, self._factor = readable_as(call.kv_cache.dtype, target)
+        self._score_scale = call.softmax_scale * math.log2(math.e)
+        plan = plan_prefill(
+            target,
+            group=num_heads // num_kv_heads,
+            head_dim=head_dim,
+            page=call.kv_cache.shape[2],
+            has_sinks=has_sinks,
+            query_format=FORMATS[call.query.dtype],
+            kv_format=FORMATS[call.kv_cache.dtype],
+        )
+        self._launch = PrefillLaunch(call, plan, target, window=window)
+
+    def attend(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        out: torch.Tensor,
+        *,
+        sink_query: torch.Tensor | None = None,
+        k_scale: float = 1.0,
+        v_scale: float = 1.0,
+    ) -> None:
+        """Write the attention of a layer to ``out``; launches on the current device.
+
+        The tensors are those of :func:`prefill_attention`, which the caller has checked. Here only
+        the shape of queries and the number of tokens are.
+
+        Raises:
+            ValueError: the batch has queries of another shape.
+        """
+        check_prepared(self._shape, query, key, value, out)
+        self._launch(
+            query,
+            sink_query,
+            key,
+            value,
+            kv_cache if self._view is None else kv_cache.view(self._view),
+            out,
+            score_scale=self._score_scale,
+            key_scale=k_scale * self._factor,
+            value_scale=v_scale * self._factor,
+        )
+
+
 def _prefill(call: PrefillCall, out: torch.Tensor) -> torch.Tensor:
     """Launch the kernel for ``call``; returns ``out``."""
-    query, kv_cache = call.query, call.kv_cache
-    num_tokens, num_heads, head_dim = query.shape
+    query, key, value, kv_cache = call.query, call.key, call.value, call.kv_cache
     check_for_kernels(
-        head_dim, query=query, key=call.key, value=call.value, sink_query=call.sink_query, out=out
+        query.shape[2], query=query, key=key, value=value, sink_query=call.sink_query, out=out
     )
-    readable_cache, factor, target = readable(kv_cache)
-    if num_tokens == 0:
-        return out
-    window, has_sinks = call.reach()
-    plan = plan_prefill(
-        target,
-        group=num_heads // kv_cache.shape[1],
-        head_dim=head_dim,
-        page=kv_cache.shape[2],
-        has_sinks=has_sinks,
-        query_format=FORMATS[query.dtype],
-        kv_format=FORMATS[kv_cache.dtype],
-    )
-    from swa_backend.kernels.prefill import launch_prefill
-
-    with on_device_of(kv_cache):
-        launch_prefill(
-            call,
-            out,
-            readable_cache,
-            window=window,
-            score_scale=call.softmax_scale * math.log2(math.e),
-            key_scale=call.k_scale * factor,
-            value_scale=call.v_scale * factor,
-            plan=plan,
-            target=target,
-        )
+    target = target_of(kv_cache.device)
+    if query.shape[0]:
+        with on_device_of(kv_cache):
+            PrefillBatch(call, target).attend(
+                query,
+                key,
+                value,
+                kv_cache,
+                out,
+                sink_query=call.sink_query,
+                k_scale=call.k_scale,
+                v_scale=call.v_scale,
+            )
     return out

@@ -14,7 +14,7 @@ from vllm.v1.kv_cache_interface import SlidingWindowSpec
 from vllm.v1.worker import workspace
 from vllm.v1.worker.gpu.model_runner import GPUModelRunner
 
-from swa_backend import ops
+from swa_backend.ops.decode import DecodeBatch
 from swa_vllm.attention.triton.backend import SWATritonImpl
 from swa_vllm.attention.triton.builder import SWATritonMetadataBuilder
 from swa_vllm.kv_cache.spec import SWASpec
@@ -152,18 +152,12 @@ def _change_a_buffer(patch: pytest.MonkeyPatch) -> None:
 
 def _wait_in_a_layer(patch: pytest.MonkeyPatch) -> None:
     """The layer launches for the longest request, if that is shorter than the window."""
-    attend = ops.decode_attention
-
-    def decode_attention(*args: Any, window: int, **kwargs: Any) -> Any:
-        longest = int(args[3].max())  # of the lengths
-        return attend(*args, window=min(window, longest), **kwargs)
-
-    patch.setattr(ops, "decode_attention", decode_attention)
+    _narrow_windows(patch, lambda lengths: int(lengths.max()))
 
 
 def _launch_by_lengths(patch: pytest.MonkeyPatch) -> None:
     """The same by a number that the builder has read before."""
-    build, attend, longest = SWATritonMetadataBuilder.build, ops.decode_attention, [0]
+    build, longest = SWATritonMetadataBuilder.build, [0]
 
     def read_and_build(
         self: Any, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False
@@ -171,11 +165,23 @@ def _launch_by_lengths(patch: pytest.MonkeyPatch) -> None:
         longest[0] = int(common_attn_metadata.seq_lens.max())
         return build(self, common_prefix_len, common_attn_metadata, fast_build)
 
-    def decode_attention(*args: Any, window: int, **kwargs: Any) -> Any:
-        return attend(*args, window=min(window, longest[0]), **kwargs)
-
     patch.setattr(SWATritonMetadataBuilder, "build", read_and_build)
-    patch.setattr(ops, "decode_attention", decode_attention)
+    _narrow_windows(patch, lambda _: longest[0])
+
+
+def _narrow_windows(patch: pytest.MonkeyPatch, limit: Callable[[torch.Tensor], int]) -> None:
+    """Let layers launch decodes for a window of at most ``limit`` of the requests' lengths."""
+    attend = DecodeBatch.attend
+
+    def attend_nearer(self: Any, *args: Any, **kwargs: Any) -> None:
+        lengths = self._launch._indices[1]
+        if not lengths.is_meta:  # which the builder compiles with
+            num_tokens, num_reqs, window, sink_tokens = self._launch._numbers
+            window = min(window, limit(lengths))
+            self._launch._numbers = (num_tokens, num_reqs, window, sink_tokens)
+        attend(self, *args, **kwargs)
+
+    patch.setattr(DecodeBatch, "attend", attend_nearer)
 
 
 def _keep_memory_of_a_graph(patch: pytest.MonkeyPatch) -> None:

@@ -189,6 +189,7 @@ MEMBERS: dict[str, set[str]] = {
     "triton.knobs:runtime_knobs": {"jit_cache_hook"},
     "triton.runtime.driver:DriverConfig": {"set_active"},
     "triton.runtime.interpreter": {"InterpretedFunction"},
+    "triton.runtime.jit:JITCallable": {"fn"},
     "triton.runtime.jit:JITFunction": {"run"},
     "triton.runtime.jit:JitFunctionInfo": {"name"},
     "xformers.ops.fmha": {"attn_bias", "memory_efficient_attention_forward"},

@@ -15,7 +15,7 @@ from vllm.v1.attention.backend import AttentionCGSupport
 from vllm.v1.worker import workspace
 from vllm.v1.worker.gpu.attn_utils import build_attn_metadata
 
-from swa_backend import ops, reference
+from swa_backend import reference
 from swa_backend.options import SWAConfigError
 from swa_vllm.attention.triton.backend import SWATritonBackend, SWATritonImpl
 from swa_vllm.attention.triton.builder import SWATritonMetadata
@@ -272,16 +272,15 @@ def test_layer_refuses(changes: dict[str, Any], message: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["fp8", "fp8_e5m2"])
-def test_fp8_pages_are_read_with_the_layers_scales(
-    name: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_fp8_pages_are_read_with_the_layers_scales(name: str) -> None:
     calls = []
-    monkeypatch.setattr(ops, "write_pages", lambda *args, **kwargs: calls.append((args, kwargs)))
-    impl = SWATritonImpl(2, 64, 1.0, 1, sliding_window=8, kv_cache_dtype=name)
+    writes: Any = SimpleNamespace(write=lambda *args, **kwargs: calls.append((args, kwargs)))
+    impl = SWATritonImpl(2, 64, 1.0, 2, sliding_window=8, kv_cache_dtype=name)
     layer: Any = SimpleNamespace(_k_scale_float=0.5, _v_scale_float=2.0)
     rows = torch.zeros(1, 2, 64)
-    metadata = SWATritonMetadata(torch.zeros(1).long(), None, None, Scratch(0))
-    impl.forward(layer, rows, rows, rows, torch.zeros(1, 1, 16, 128).byte(), metadata, rows)
+    metadata = SWATritonMetadata(torch.zeros(1).long(), writes, None, None, Scratch(0))
+    cache = torch.zeros(1, 2, 16, 128).byte()
+    impl.forward(layer, rows, rows, rows, cache, metadata, rows)
     ((args, kwargs),) = calls
     wanted = torch.float8_e5m2 if name == "fp8_e5m2" else torch.float8_e4m3fn
     assert args[2].dtype == wanted

@@ -215,7 +215,7 @@ MUTANTS = (
     Mutant("fp8 sign lost", TILES, "((wide & 0x80) << 8) | ", ""),
     Mutant("fp8 exponent off by one", DISPATCH, "_SHIFTED_E4M3 = 256.0", "_SHIFTED_E4M3 = 128.0"),
     Mutant("score scale of base e", OPS, "* math.log2(math.e)", "* 1.0"),
-    Mutant("key scale forgotten", OPS, "scale * call.k_scale *", "scale * "),
+    Mutant("key scale forgotten", OPS, "self._score_scale * k_scale", "self._score_scale"),
     Mutant("negative slot stored", WRITE, "slot < 0", "slot < -9"),
     Mutant(
         "32-bit slot arithmetic", WRITE, "ptr + token).to(tl.int64)", "ptr + token).to(tl.int32)"

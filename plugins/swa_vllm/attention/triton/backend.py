@@ -12,14 +12,10 @@ from vllm.v1.attention.backend import (
 )
 
 from swa_backend import ops
-from swa_backend.ops.checks import check_head_dim
+from swa_backend.ops.checks import check_head_dim, check_layer
 from swa_backend.window import last_unshifted
 from swa_vllm.attention.rotation import Rotation
-from swa_vllm.attention.triton.builder import (
-    Rows,
-    SWATritonMetadata,
-    SWATritonMetadataBuilder,
-)
+from swa_vllm.attention.triton.builder import SWATritonMetadata, SWATritonMetadataBuilder
 from swa_vllm.attention.triton.scratch import Scratch
 from swa_vllm.config.implementation import FP8_DTYPES
 
@@ -83,7 +79,7 @@ class SWATritonImpl(AttentionImpl[SWATritonMetadata]):
             self.shift_start = last_unshifted(sliding_window, sink_tokens)
         self.sink_tokens = sink_tokens
         self._vllm_config = get_current_vllm_config_or_none()
-        self._sight = {"window": sliding_window, "sink_tokens": sink_tokens, "scale": self.scale}
+        self._checked: set[tuple[Any, ...]] = set()
 
     def forward(
         self,
@@ -106,34 +102,32 @@ class SWATritonImpl(AttentionImpl[SWATritonMetadata]):
         if self.cache_dtype is not None:
             kv_cache = kv_cache.view(self.cache_dtype)
             scales = {"k_scale": layer._k_scale_float, "v_scale": layer._v_scale_float}
+        self._check_once(query, key, value, kv_cache, output)
         # Before attention: a request may hit a page that another one writes in this step.
-        ops.write_pages(key, value, kv_cache, attn_metadata.slots, **scales, impl="triton")
-        scratch, shifted = attn_metadata.scratch.borrow()
+        attn_metadata.writes.write(key, value, kv_cache, **scales)
+        scratch, shifted = attn_metadata.room
         if self.rotation is not None:
             shifted = self._shift(query, attn_metadata, shifted)
-        if attn_metadata.decodes is not None:
-            rows = attn_metadata.decodes
-            ops.decode_attention(
-                query[rows.tokens],
+        if (rows := attn_metadata.decodes) is not None:
+            tokens = rows.tokens
+            rows.batch.attend(
+                query[tokens],
                 kv_cache,
-                rows.block_table,
-                rows.seq_lens,
-                query_start_loc=rows.query_start_loc,
+                output[tokens],
+                sink_query=None if shifted is None else shifted[tokens],
                 scratch=scratch,
-                **self._common(rows, shifted, scales, output),
+                **scales,
             )
-        if attn_metadata.prefills is not None:
-            rows = attn_metadata.prefills
-            assert rows.query_start_loc is not None
-            ops.prefill_attention(
-                query[rows.tokens],
-                key[rows.tokens],
-                value[rows.tokens],
+        if (chunks := attn_metadata.prefills) is not None:
+            tokens = chunks.tokens
+            chunks.batch.attend(
+                query[tokens],
+                key[tokens],
+                value[tokens],
                 kv_cache,
-                rows.block_table,
-                rows.query_start_loc,
-                rows.seq_lens,
-                **self._common(rows, shifted, scales, output),
+                output[tokens],
+                sink_query=None if shifted is None else shifted[tokens],
+                **scales,
             )
         if attn_metadata.nan_check is not None:
             attn_metadata.nan_check.check(str(getattr(layer, "layer_name", layer)), output)
@@ -155,20 +149,15 @@ class SWATritonImpl(AttentionImpl[SWATritonMetadata]):
             impl="triton",
         )
 
-    def _common(
-        self,
-        rows: Rows,
-        shifted: torch.Tensor | None,
-        scales: dict[str, Any],
-        output: torch.Tensor,
-    ) -> dict[str, Any]:
-        return {
-            **self._sight,
-            **scales,
-            "sink_query": None if shifted is None else shifted[rows.tokens],
-            "out": output[rows.tokens],
-            "impl": "triton",
-        }
+    def _check_once(self, *tensors: torch.Tensor) -> None:
+        """Check a layer's tensors, unless all were of these shapes, dtypes and strides before.
+
+        The number of tokens is left out, which is another in each step.
+        """
+        kind = tuple((t.shape[1:], t.dtype, t.stride(), t.device) for t in tensors)
+        if kind not in self._checked:
+            check_layer(*tensors)
+            self._checked.add(kind)
 
 
 class SWATritonBackend(AttentionBackend):

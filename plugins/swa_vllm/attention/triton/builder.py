@@ -1,7 +1,8 @@
 """The metadata of a step for the kernels, made without a copy to the host or a loop."""
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from functools import cached_property
+from typing import Any, ClassVar, Generic, TypeVar
 
 import torch
 from vllm.config import VllmConfig, get_layers_from_vllm_config
@@ -15,22 +16,32 @@ from vllm.v1.attention.backends.utils import split_decodes_and_prefills
 from vllm.v1.kv_cache_interface import AttentionSpec
 
 from swa_backend import ops
+from swa_backend.attention_call import AttentionCall
+from swa_backend.kernels.device import target_of
+from swa_backend.ops.cache_write import WriteBatch
+from swa_backend.ops.checks import check_integers, check_one_query_each, check_rows_of_requests
+from swa_backend.ops.decode import DecodeBatch
+from swa_backend.ops.prefill import PrefillBatch
 from swa_vllm.attention.layer_table import log_layers
 from swa_vllm.attention.poison import NaNCheck, PoisonWatch
 from swa_vllm.attention.triton.scratch import Scratch, max_decode_tokens
 
+BatchT = TypeVar("BatchT", DecodeBatch, PrefillBatch)
+
 
 @dataclass(frozen=True)
-class Rows:
+class Rows(Generic[BatchT]):
     """Neighbouring requests of a batch that one kernel serves.
 
     Attributes:
+        batch: their attention, planned for every layer.
         tokens: theirs in the batch.
         block_table: int32 ``[num_reqs, max_pages]``; entries below the window may be stale.
         seq_lens: int32 ``[num_reqs]``.
         query_start_loc: int32 ``[num_reqs + 1]`` from 0; None where each has one query.
     """
 
+    batch: BatchT
     tokens: slice
     block_table: torch.Tensor
     seq_lens: torch.Tensor
@@ -43,6 +54,7 @@ class SWATritonMetadata:
 
     Attributes:
         slots: int64 ``[num_tokens]``; -1 for a token that the KV cache need not keep.
+        writes: their tokens' storing, prepared for every layer.
         decodes: requests of few queries, whose keys are all stored; they come first.
         prefills: the others.
         scratch: for any batch.
@@ -52,11 +64,17 @@ class SWATritonMetadata:
     """
 
     slots: torch.Tensor
-    decodes: Rows | None
-    prefills: Rows | None
+    writes: WriteBatch
+    decodes: Rows[DecodeBatch] | None
+    prefills: Rows[PrefillBatch] | None
     scratch: Scratch
     distances: torch.Tensor | None = None
     nan_check: NaNCheck | None = None
+
+    @cached_property
+    def room(self) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """What :meth:`Scratch.borrow` gives, the same for all layers of a step."""
+        return self.scratch.borrow()
 
 
 class SWATritonMetadataBuilder(AttentionMetadataBuilder[SWATritonMetadata]):
@@ -77,13 +95,24 @@ class SWATritonMetadataBuilder(AttentionMetadataBuilder[SWATritonMetadata]):
     ) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         self._init_reorder_batch_threshold(1, supports_spec_as_decode=True)
-        layer = get_layers_from_vllm_config(vllm_config, Attention)[layer_names[0]]
+        layers = get_layers_from_vllm_config(vllm_config, Attention)
+        layer = layers[layer_names[0]]
+        # A group's spec says the rest that its layers have in common.
+        assert {layers[name].impl.scale for name in layer_names} == {layer.impl.scale}
         # Of a chunk not longer than the window every page is stored.
         limit = layer.impl.sliding_window or self.reorder_batch_threshold
         self._decode_threshold = min(self.reorder_batch_threshold, limit)
         scheduler = vllm_config.scheduler_config
         self._scratch = Scratch.for_layer(layer.impl, vllm_config, device)
         self._scratch.borrow()  # before vLLM captures its graphs
+        self._sight = {
+            "window": layer.impl.sliding_window,
+            "sink_tokens": layer.impl.sink_tokens,
+            "scale": layer.impl.scale,
+        }
+        self._target = target_of(device)
+        # Stand for the tensors of a layer, of which plans need shapes and dtypes only.
+        self._query, self._key, self._kv_cache = self._stand_ins(layer.impl)
         self._compile_kernels(layer.impl)
         max_tokens = scheduler.max_num_batched_tokens
         self._slots = torch.empty(max_tokens, dtype=torch.int64, device=device)
@@ -95,24 +124,33 @@ class SWATritonMetadataBuilder(AttentionMetadataBuilder[SWATritonMetadata]):
         self._poison = PoisonWatch(kv_cache_spec, layer_names, vllm_config)
         log_layers(vllm_config, layer_names)
 
-    def _compile_kernels(self, impl: Any) -> None:
-        """Compile what any batch can launch, before vLLM captures graphs and serves."""
+    def _stand_ins(self, impl: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Make queries and keys of the largest batch, and a cache, on the meta device."""
         spec, config = self.kv_cache_spec, self.vllm_config
-        num_decodes = max_decode_tokens(config, impl.sliding_window)
+        dtype = config.model_config.dtype
+        max_tokens = max(
+            config.scheduler_config.max_num_batched_tokens,
+            max_decode_tokens(config, impl.sliding_window),
+        )
+        heads, size = impl.num_kv_heads, impl.head_size
         # On AMD a kernel depends on whether the cache is larger than 2 GB.
         num_pages = config.cache_config.num_gpu_blocks or 1
-        rotation = impl.rotation
-        ops.compile_kernels(
+        return (
+            torch.empty(max_tokens, impl.num_heads, size, dtype=dtype, device="meta"),
+            torch.empty(max_tokens, heads, size, dtype=dtype, device="meta"),
             torch.empty(
-                (num_decodes, impl.num_heads, impl.head_size),
-                dtype=config.model_config.dtype,
-                device="meta",
-            ),
-            torch.empty(
-                (num_pages, impl.num_kv_heads, spec.block_size, 2 * impl.head_size),
+                (num_pages, heads, spec.block_size, 2 * size),
                 dtype=impl.cache_dtype or spec.dtype,
                 device="meta",
             ),
+        )
+
+    def _compile_kernels(self, impl: Any) -> None:
+        """Compile what any batch can launch, before vLLM captures graphs and serves."""
+        rotation = impl.rotation
+        ops.compile_kernels(
+            self._query[: max_decode_tokens(self.vllm_config, impl.sliding_window)],
+            self._kv_cache,
             window=impl.sliding_window,
             sink_tokens=impl.sink_tokens,
             has_drafts=self._decode_threshold > 1,
@@ -135,33 +173,64 @@ class SWATritonMetadataBuilder(AttentionMetadataBuilder[SWATritonMetadata]):
         decodes = prefills = None
         if num_decodes:
             is_ragged = split > num_decodes
-            decodes = Rows(
-                tokens=slice(0, split),
-                block_table=batch.block_table_tensor[:num_decodes],
-                seq_lens=batch.seq_lens[:num_decodes],
-                query_start_loc=batch.query_start_loc[: num_decodes + 1] if is_ragged else None,
+            decodes = self._rows(
+                DecodeBatch,
+                slice(0, split),
+                batch.block_table_tensor[:num_decodes],
+                batch.seq_lens[:num_decodes],
+                batch.query_start_loc[: num_decodes + 1] if is_ragged else None,
             )
         if num_prefills:
             stop = num_decodes + num_prefills
             starts = self._starts[: num_prefills + 1]
             torch.sub(batch.query_start_loc[num_decodes : stop + 1], split, out=starts)
-            prefills = Rows(
-                tokens=slice(split, num_tokens),
-                block_table=batch.block_table_tensor[num_decodes:stop],
-                seq_lens=batch.seq_lens[num_decodes:stop],
-                query_start_loc=starts,
+            prefills = self._rows(
+                PrefillBatch,
+                slice(split, num_tokens),
+                batch.block_table_tensor[num_decodes:stop],
+                batch.seq_lens[num_decodes:stop],
+                starts,
             )
             # Slots of the null page, which stands for what is not stored.
             slots = self._slots[:num_tokens].copy_(slots[:num_tokens])
             slots.masked_fill_(slots < self.kv_cache_spec.block_size, -1)
+        slots = slots[:num_tokens]
+        check_integers("slot_mapping", slots, torch.int64, (None,))
         return SWATritonMetadata(
-            slots=slots[:num_tokens],
+            slots=slots,
+            writes=WriteBatch(slots, self._key, self._kv_cache, self._target),
             decodes=decodes,
             prefills=prefills,
             scratch=self._scratch,
             distances=self._find_distances(batch),
             nan_check=self._poison.step(batch),
         )
+
+    def _rows(
+        self,
+        kind: type[BatchT],
+        tokens: slice,
+        block_table: torch.Tensor,
+        seq_lens: torch.Tensor,
+        query_start_loc: torch.Tensor | None,
+    ) -> Rows[BatchT]:
+        """Check neighbouring requests, and plan their attention."""
+        call = AttentionCall(
+            query=self._query[tokens],
+            kv_cache=self._kv_cache,
+            block_table=block_table,
+            seq_lens=seq_lens,
+            query_start_loc=query_start_loc,
+            sink_query=None,
+            k_scale=1.0,
+            v_scale=1.0,
+            **self._sight,
+        )
+        check_rows_of_requests(call)
+        if kind is DecodeBatch:
+            check_one_query_each(call)
+        batch = kind(call, self._target)
+        return Rows(batch, tokens, block_table, seq_lens, query_start_loc)
 
     def _find_distances(self, batch: CommonAttentionMetadata) -> torch.Tensor | None:
         if self._shift_start is None:
