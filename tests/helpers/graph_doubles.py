@@ -15,6 +15,7 @@ import pytest
 import torch
 from triton.runtime.interpreter import GridExecutor
 from vllm.platforms import current_platform
+from vllm.v1.attention import selector
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 from vllm.v1.worker import workspace
 
@@ -36,9 +37,12 @@ def installed() -> Iterator[Recorder]:
         )
         _replace_platform(patch)
         _replace_worker(patch)
+        # What it chose for an engine before would be chosen here, and what it chooses here later.
+        selector._cached_get_attn_backend.cache_clear()
         try:
             yield recorder
         finally:
+            selector._cached_get_attn_backend.cache_clear()
             workspace.reset_workspace_manager()
 
 
