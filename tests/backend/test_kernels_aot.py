@@ -108,7 +108,7 @@ GOOD = Facts(
         ({"shared_bytes": 1001}, "takes 1001 of 1000 bytes of shared memory"),
         ({"load_bytes": 8}, "loads keys by 8 bytes, not 16"),
         ({"load_bytes": None}, "loads keys by None bytes, not 16"),
-        ({"registers": 129}, "takes 129 registers, more than 128"),
+        ({"registers": 169}, "takes 169 registers, more than 168"),
         ({"kv_buffers": 1}, "keeps a single buffer of keys"),
         ({"programs_per_processor": 2}, "fits only 2 times, not 3"),
     ],
@@ -116,6 +116,12 @@ GOOD = Facts(
 def test_broken_limit_is_named(changes: dict[str, Any], broken: str | None) -> None:
     case = gate.Case("decode", "Qwen3-8B", torch.bfloat16, Target("cuda", 90, 132))
     assert gate.violations(case, replace(GOOD, **changes)) == ([broken] if broken else [])
+
+
+def test_four_programs_have_to_fit_where_plans_count_on_them() -> None:
+    case = gate.Case("decode", "Qwen3-8B", torch.bfloat16, Target("cuda", 100, 148))
+    many = replace(GOOD, registers=129)
+    assert gate.violations(case, many) == ["takes 129 registers, more than 128"]
 
 
 def test_prefill_without_the_fast_products_is_named() -> None:

@@ -320,7 +320,7 @@ PREFILL_MUTANTS = (
         "kv_head * GROUP + rows % GROUP",
         "rows % GROUP * tl.num_programs(1) + kv_head",
     ),
-    Mutant("sinks taken for absent", CALL, "self.sink_tokens > 0 and", "self.sink_tokens > 9 and"),
+    Mutant("sinks taken for absent", CALL, "window, self.sink_tokens > 0", "window, False"),
 )
 ROTATE_MUTANTS = (
     Mutant("other direction", ROTATE, "is_first == (distance >= 0)", "is_first == (distance < 0)"),
