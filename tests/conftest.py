@@ -256,7 +256,8 @@ def _nothing_leaks(
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """Print the sums of what tests recorded as ``summary: <name>``, of all processes."""
-    if share := terminalreporter.config.getoption("--share"):
+    share = terminalreporter.config.getoption("--share")
+    if share and "PYTEST_XDIST_WORKER" not in os.environ:  # their reports come to the first process
         _write_what_ran(terminalreporter.stats, Path(share))
     sums = Counter[str]()
     for report in chain.from_iterable(terminalreporter.stats.values()):

@@ -1,6 +1,6 @@
 """Write into tests/README.md how many tests passed on which vLLM and model runner.
 
-``python tests/ran.py FILE``: ``FILE`` has a JSON line for each pytest that the test command ran.
+``python -m tests.ran FILE``: ``FILE`` has a JSON line for each pytest that the test command ran.
 """
 
 import json

@@ -67,5 +67,5 @@ for runner in 0.32/V1 0.33/V1 0.33/V2; do
         --durations=20 || status=$?
 done
 on 0.32/V1 --share="$RAN" -m "alone and not full and not soak" --durations=20 || status=$?
-stage "$venv/bin/python" tests/ran.py "$RAN"
+stage "$venv/bin/python" -m tests.ran "$RAN"
 exit "$status"
