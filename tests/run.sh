@@ -27,7 +27,7 @@ on() {
     esac
 }
 
-runners=(0.32/V1)
+runners=(0.32/V1) is_shared=$((!$#))
 if [[ ${1:-} == --on ]]; then
     case ${2:-nothing} in
         0.32/V1 | 0.33/V1 | 0.33/V2) runners=("$2") ;;
@@ -53,7 +53,7 @@ for script in examples/*.sh examples/*/*.sh tests/*.sh tests/*/*.sh .ci/run; do
     bash -n "$script"
 done
 status=0
-if (($#)); then
+if ((!is_shared)); then
     for runner in "${runners[@]}"; do
         on "$runner" "$@" || status=$?
     done
