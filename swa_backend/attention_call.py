@@ -22,9 +22,9 @@ class AttentionCall:
     window: int | None
     sink_tokens: int
     scale: float | None
-    sink_query: torch.Tensor | None
-    k_scale: float
-    v_scale: float
+    sink_query: torch.Tensor | None = None
+    k_scale: float = 1.0
+    v_scale: float = 1.0
 
     def arguments(self) -> dict[str, Any]:
         """Give the arguments by name, as the oracle takes them."""

@@ -88,9 +88,6 @@ def _decodes(
             window=window,
             sink_tokens=sink_tokens,
             scale=None,
-            sink_query=None,
-            k_scale=1.0,
-            v_scale=1.0,
         )
         plan = plan_call(call, target)
         kernels = (plan.num_merged, *plan.constants().values())

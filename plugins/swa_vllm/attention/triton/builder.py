@@ -221,9 +221,6 @@ class SWATritonMetadataBuilder(AttentionMetadataBuilder[SWATritonMetadata]):
             block_table=block_table,
             seq_lens=seq_lens,
             query_start_loc=query_start_loc,
-            sink_query=None,
-            k_scale=1.0,
-            v_scale=1.0,
             **self._sight,
         )
         check_rows_of_requests(call)
