@@ -11,6 +11,8 @@ from vllm import EngineArgs
 
 from swa_backend.kernels import device, tiles
 from swa_vllm.attention.triton.backend import SWATritonBackend
+from tests.engine.graph_cases import CASES as SERVED
+from tests.engine.graph_cases import run
 from tests.helpers.dense_qwen3 import DenseQwen3, Sight
 from tests.helpers.eagle3 import eagle3_config
 from tests.helpers.engines import (
@@ -23,7 +25,7 @@ from tests.helpers.engines import (
     resolve_here,
 )
 from tests.helpers.exactness import check_exact
-from tests.helpers.tiny_models import FULL, SLIDING, WINDOW, Oracle, random_prompts
+from tests.helpers.tiny_models import FULL, PAGE_SIZE, SLIDING, WINDOW, Oracle, random_prompts
 
 pytestmark = pytest.mark.everywhere
 
@@ -132,6 +134,37 @@ def test_drafts_change_no_token(
     )
     drafted = generate(llm, prompts, num_tokens=8)
     assert [a.tokens for a in drafted] == [a.tokens for a in answers]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"sink_tokens": 4, "position_shift": True, "full_attention_layers": "every:2"}],
+    ids=["window", "shifted sinks"],
+)
+def test_prefix_hits_change_no_token(
+    options: dict[str, Any], engine: EngineFactory, tiny_model: ModelFactory
+) -> None:
+    """The second prompt goes on where a kept page of the first one ends."""
+    model = tiny_model(**FULL, num_hidden_layers=2)
+    swa = {"window": 20, "impl": "triton", "prefill_pages": "all", **options}
+    llm = engine(model, additional_config={"swa": swa})
+    windows = tuple(layer.sliding_window for layer in attention_layers(llm))
+    sinks, shift = options.get("sink_tokens", 0), options.get("position_shift", False)
+    oracle = DenseQwen3(model, Sight(windows, sinks, shift))
+    (first,) = random_prompts([2 * PAGE_SIZE + 5])
+    for prompt, num_cached in ((first, 0), (first + first[:9], 2 * PAGE_SIZE)):
+        answers = generate(llm, [prompt], num_tokens=3)
+        assert answers[0].num_cached_tokens == num_cached
+        check_exact([prompt], answers, oracle)
+
+
+@pytest.mark.gpu
+def test_preempted_requests_start_over(
+    engine: EngineFactory, tiny_model: ModelFactory, tmp_path: Path
+) -> None:
+    model = tiny_model(**FULL, num_hidden_layers=2)
+    run(SERVED["preempted"], {}, engine, model, tmp_path)
 
 
 def test_kernels_on_a_cpu_without_the_interpreter_are_refused(
