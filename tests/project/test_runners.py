@@ -18,6 +18,8 @@ EVERYWHERE = {
     "sinks and shifted sinks": "test_sinks.py::test_engine_equals_a_dense_model",
     "prefix hits": "test_prefill_pages.py::test_sent_again_the_same_prompt_hits",
     "preemption": "test_sinks.py::test_preempted_requests_start_over",
+    "prefix hits over our kernels": "test_triton_engine.py::test_prefix_hits_change_no_token",
+    "preemption over our kernels": "test_triton_engine.py::test_preempted_requests_start_over",
 }
 # What needs a GPU, what needs the newer runner, and what tests the tests.
 ON_ONE = {"test_gpu.py", "test_graphs.py", "test_graph_recorder.py"}

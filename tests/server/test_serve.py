@@ -100,6 +100,7 @@ def _said(message: dict[str, Any]) -> str:
     return "".join(str(v) for k, v in message.items() if k != "role" and isinstance(v, str))
 
 
+@pytest.mark.everywhere
 def test_completion(url: str) -> None:
     response = _post(
         url, "completions", prompt="The capital of France is", temperature=0, max_tokens=8
@@ -107,6 +108,7 @@ def test_completion(url: str) -> None:
     assert "Paris" in response.json()["choices"][0]["text"]
 
 
+@pytest.mark.everywhere
 def test_chat(url: str) -> None:
     body = _chat(url, "What is the capital of France?").json()
     assert "Paris" in _said(body["choices"][0]["message"])
@@ -129,6 +131,7 @@ def test_tool_parser_lets_an_answer_without_call_through(url: str) -> None:
     assert not message.get("tool_calls")
 
 
+@pytest.mark.everywhere
 def test_streaming_gives_the_same_text(url: str) -> None:
     question = "Name three animals that live in the sea."
     expected = _said(_chat(url, question).json()["choices"][0]["message"])
@@ -148,6 +151,7 @@ def test_streaming_gives_the_same_text(url: str) -> None:
     assert text == expected
 
 
+@pytest.mark.everywhere
 def test_concurrent_clients_get_what_they_get_alone(url: str) -> None:
     """Prompts from far below one window to far above, in one batch."""
     prompts = ["Count: one, two, three, " * n for n in (1, 8, 30, 90)]
@@ -179,6 +183,7 @@ def _engine_files(server: Server) -> list[Path]:
     return [Path(path) for path in mapped if path.endswith(".db") and "_swa-" in path]
 
 
+@pytest.mark.everywhere
 def test_metrics_are_what_the_requests_make_them(url: str) -> None:
     """A prompt of 510 tokens and 4 of answer, with 128 of window in pages of 32; twice.
 
