@@ -12,7 +12,9 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import triton
@@ -117,12 +119,31 @@ def recording_keys(target: Target) -> Iterator[set[tuple[str, str]]]:
 
 
 @contextmanager
+def idle_device(target: Target, launched: Callable[..., None]) -> Iterator[None]:
+    """Compile and launch what is inside as on ``target``, on a device that does nothing.
+
+    What is left of a launch is the host's part, without that of the device's driver. Tensors may
+    lie anywhere. For a process of its own: Triton keeps the device as long as the kernels, which
+    means to the end.
+
+    Args:
+        launched: called at each launch with the kernel's source and metadata, and what the driver
+            would be given: a grid of three, stream, function, two of metadata, two hooks, and the
+            kernel's arguments.
+
+    Raises:
+        RuntimeError: under Triton's interpreter.
+    """
+    _refuse_interpreter()
+    triton.runtime.driver.set_active(_IdleDriver(target, launched))
+    with compile_target(target):
+        yield
+
+
+@contextmanager
 def _instead_of_compiling(target: Target, hook: Callable[..., bool]) -> Iterator[None]:
     """Call ``hook`` at each launch inside, which is for ``target``, and start none of them."""
-    if IS_INTERPRETED:
-        raise RuntimeError(
-            "kernels cannot be compiled under Triton's interpreter; unset TRITON_INTERPRET"
-        )
+    _refuse_interpreter()
     # Before it compiles, Triton asks its cache hook whether somebody else does; then it neither
     # keeps a kernel nor launches one.
     with triton.knobs.runtime.scope(), compile_target(target):
@@ -134,6 +155,13 @@ def _instead_of_compiling(target: Target, hook: Callable[..., bool]) -> Iterator
             # Not by reset_active, which looks for a GPU at once; without a driver Triton does so
             # when it needs one.
             triton.runtime.driver.set_active(None)
+
+
+def _refuse_interpreter() -> None:
+    if IS_INTERPRETED:
+        raise RuntimeError(
+            "kernels cannot be compiled under Triton's interpreter; unset TRITON_INTERPRET"
+        )
 
 
 def _as_given(value: Any) -> Any:
@@ -159,6 +187,24 @@ class _Driver:
 
     def get_current_stream(self, device: Any) -> int:
         return 0
+
+
+class _IdleDriver(_Driver):
+    """A driver that loads every kernel and starts none."""
+
+    def __init__(self, target: Target, launched: Callable[..., None]) -> None:
+        super().__init__(target)
+        self._launched = launched
+        self.utils = SimpleNamespace(
+            get_device_properties=lambda device: {"max_shared_mem": 2**20},
+            # A module, a function, registers, spills and the most threads of a program.
+            load_binary=lambda *_: (object(), object(), 0, 0, 1024),
+            unload_module=lambda _: None,
+        )
+
+    def launcher_cls(self, source: Any, metadata: Any) -> Callable[..., None]:
+        """Make what Triton calls to launch a kernel."""
+        return partial(self._launched, source, metadata)
 
 
 def read_facts(kernel: Any, target: Target) -> Facts:

@@ -88,12 +88,27 @@ def test_sinks_are_right_and_get_a_ratio(shift: list[str], tmp_path: Path) -> No
 def test_overhead_compares_scheduler_and_builder(tmp_path: Path) -> None:
     path = tmp_path / "overhead.json"
     arguments = ("--quick", "--batch", "2", "--rounds", "6", *_files(path))
-    cases = _json(_swa("bench", "overhead", *arguments), path)["cases"]
-    assert {case["name"].split(",")[0] for case in cases} == {
+    figures = _json(_swa("bench", "overhead", *arguments), path)
+    assert {case["name"].split(",")[0] for case in figures["cases"]} == {
         "scheduler and manager",
         "metadata builder",
         "attention of a layer",
         "together",
+    }
+    launches = {
+        (case["name"], case["batch"]): (case["stock_launches"], case["here_launches"])
+        for case in figures["on_gpus"]
+    }
+    # vLLM's two kernels, of which decodes alone have a third that merges; here decodes and the
+    # chunk have a kernel each.
+    mixed = "8 decodes and a chunk of 200"
+    assert launches == {
+        ("metadata builder", "8 decodes"): (0, 0),
+        ("attention of a layer", "8 decodes"): (3, 3),
+        ("step of 36 layers", "8 decodes"): (108, 108),
+        ("metadata builder", mixed): (0, 0),
+        ("attention of a layer", mixed): (2, 4),
+        ("step of 36 layers", mixed): (72, 144),
     }
 
 

@@ -9,17 +9,14 @@ import json
 import math
 import random
 from collections.abc import Iterator
-from types import SimpleNamespace
 from typing import Any
 
 import torch
-import triton
 from triton.runtime.jit import JITFunction
 
 from swa_backend import ops
-from swa_backend.kernels.device import compile_target
 from swa_backend.kernels.plans import Target
-from swa_backend.verify.aot import _Driver
+from swa_backend.verify.aot import idle_device
 
 HEADS, KV_HEADS, SIZE, PAGE, TOKENS = 8, 2, 64, 16, 3
 INTEGERS = {"i32": 31, "i64": 63}
@@ -32,28 +29,6 @@ TYPES = {
     torch.int32: "*i32",
     torch.int64: "*i64",
 }
-
-
-class Driver(_Driver):
-    """A driver of an H100 that records launches."""
-
-    def __init__(self, target: Target) -> None:
-        super().__init__(target)
-        self.launched: list[str] = []
-        self.misfits: list[str] = []
-        self.utils = SimpleNamespace(
-            get_device_properties=lambda device: {"max_shared_mem": 2**20},
-            load_binary=lambda *_: (object(), object(), 0, 0, 1024),
-            unload_module=lambda _: None,
-        )
-
-    def launcher_cls(self, source: Any, metadata: Any) -> Any:
-        def launch(*arguments: Any) -> None:
-            self.launched.append(metadata.name)
-            # Before them: a grid of three, stream, function, two of metadata, and two hooks.
-            self.misfits += [f"{metadata.name} {m}" for m in _misfits(source, arguments[9:])]
-
-        return launch
 
 
 def _misfits(source: Any, arguments: tuple[Any, ...]) -> Iterator[str]:
@@ -131,10 +106,13 @@ def _decode(query: torch.Tensor, cache: torch.Tensor) -> Any:
 
 
 def main() -> None:
-    target = Target("cuda", 90, 132)
-    driver = Driver(target)
+    launched, misfits = list[str](), list[str]()
     bound: list[int] = []
     run = JITFunction.run
+
+    def compare(source: Any, metadata: Any, *arguments: Any) -> None:
+        launched.append(metadata.name)
+        misfits.extend(f"{metadata.name} {m}" for m in _misfits(source, arguments[9:]))
 
     def counted(self: Any, *args: Any, **kwargs: Any) -> Any:
         bound.append(1)
@@ -143,21 +121,16 @@ def main() -> None:
     JITFunction.run = counted
     rounds = []
     generator = random.Random(3)
-    with compile_target(target):
-        triton.runtime.driver.set_active(driver)
+    with idle_device(Target("cuda", 90, 132), compare):
         for _ in range(2):
-            before = len(driver.launched), len(bound)
+            before = len(launched), len(bound)
             calls = _variants()
             generator.shuffle(calls)
             for call in calls:
                 for first in (0, 1):
                     call(first)
-            rounds.append([len(driver.launched) - before[0], len(bound) - before[1]])
-    print(
-        json.dumps(
-            {"misfits": driver.misfits, "rounds": rounds, "kernels": sorted({*driver.launched})}
-        )
-    )
+            rounds.append([len(launched) - before[0], len(bound) - before[1]])
+    print(json.dumps({"misfits": misfits, "rounds": rounds, "kernels": sorted({*launched})}))
 
 
 if __name__ == "__main__":

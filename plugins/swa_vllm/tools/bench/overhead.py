@@ -3,16 +3,25 @@
 Batches of decoding requests, at several context lengths: what a step costs on top of the model. The
 attention of one layer is beside it, whose outputs must be equal; it is no part of the sum. At a
 million tokens prefix caching is off only.
+
+A second table has the host's time on GPUs: builder and attention of a layer over this project's
+Triton kernels, beside vLLM's TRITON_ATTN, without the launches. It is measured without a GPU.
 """
 
 import argparse
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from swa_backend.table import format_table
+from swa_vllm.tools.bench.attention.host_time import (
+    ATTENTION,
+    BUILDER,
+    HostTime,
+    measure_host_time,
+)
 from swa_vllm.tools.common import plots
 from swa_vllm.tools.common.arguments import check_numbers
 from swa_vllm.tools.common.arms import Arm
@@ -26,11 +35,11 @@ from swa_vllm.tools.engines.simulated import Engine
 
 EXAMPLE = "--batch 32"
 _SCHEDULER = {c: f"scheduler and manager, prefix caching {'on' if c else 'off'}" for c in (0, 1)}
-_BUILDER = "metadata builder"
-_ATTENTION = "attention of a layer"
 _MILLION = 1_000_000
 _CHUNK = 8192  # tokens of a prefill step
 _SHAPE = "Qwen3-0.6B"
+_GPU_SHAPE, _NUM_LAYERS = "Qwen3-8B", 36
+_GPU_HEADER = ("", "batch", "stock us", "here us", "ratio", "launches, stock", "here")
 _HEADER = ("", "context", "stock us", "here us", "ratio", "stock, middle half", "here")
 
 
@@ -59,27 +68,40 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     pages_each = args.window // BLOCK_SIZE + 2
     layer = make_layer(_SHAPE, args.window, 1024, args.batch * pages_each + 64)
     cases += [
-        _case(_BUILDER, context, _builders(layer, args, context), rounds) for context in contexts
+        _case(BUILDER, context, _builders(layer, args, context), rounds) for context in contexts
     ]
     cases += [
         _together(cases, context, caching) for context in contexts for caching in _caching(context)
     ]
     cases += [
-        _case(_ATTENTION, context, _attention(layer, args, context), rounds) for context in contexts
+        _case(ATTENTION, context, _attention(layer, args, context), rounds) for context in contexts
     ]
     print(
         f"\n{args.batch} decoding requests, W={args.window}, page {BLOCK_SIZE}; layer of {_SHAPE}, "
         f"{str(layer.attention.kv_cache.dtype).removeprefix('torch.')}"
     )
     print(format_table(_HEADER, map(_row, cases)))
-    return {"window": args.window, "batch": args.batch, "rounds": rounds, "cases": cases}
+    say("host time of Triton kernels, which are compiled first")
+    on_gpus = _on_gpus(measure_host_time(_GPU_SHAPE, args.window, rounds))
+    print(
+        f"\nHost time on GPUs, without the launches; W={args.window}, layer of {_GPU_SHAPE}, "
+        f"{_NUM_LAYERS} of them in a step"
+    )
+    print(format_table(_GPU_HEADER, map(_gpu_row, on_gpus)))
+    return {
+        "window": args.window,
+        "batch": args.batch,
+        "rounds": rounds,
+        "cases": cases,
+        "on_gpus": on_gpus,
+    }
 
 
 def plot(path: Path, figures: Mapping[str, Any]) -> None:
     """Draw the parts of a step by context length."""
     series: dict[str, list[tuple[float, float]]] = {}
     for case in figures["cases"]:
-        if case["name"] in (_SCHEDULER[0], _BUILDER, _ATTENTION):
+        if case["name"] in (_SCHEDULER[0], BUILDER, ATTENTION):
             for arm, key in ((Arm.STOCK, "stock_us"), (Arm.SWA, "here_us")):
                 points = series.setdefault(f"{case['name'].partition(',')[0]}, {arm.value}", [])
                 points.append((case["context"], case[key]))
@@ -97,6 +119,42 @@ def _row(case: Mapping[str, Any]) -> list[object]:
         for arm in (Arm.STOCK, Arm.SWA)
     ]
     return [case[key] for key in ("name", "context", "stock_us", "here_us", "ratio")] + halves
+
+
+def _on_gpus(times: Sequence[HostTime]) -> list[dict[str, Any]]:
+    """List each part for each batch, and behind them what all layers of a step take together."""
+    cases: list[dict[str, Any]] = [
+        {
+            "name": time.part,
+            "batch": time.batch,
+            "stock_us": 1e6 * time.times[Arm.STOCK.value].median,
+            "here_us": 1e6 * time.times[Arm.SWA.value].median,
+            "stock_launches": time.launches[Arm.STOCK.value],
+            "here_launches": time.launches[Arm.SWA.value],
+            "spread": {arm: spread.to_json() for arm, spread in time.times.items()},
+        }
+        for time in times
+    ]
+    for batch in dict.fromkeys(time.batch for time in times):
+        parts = {case["name"]: case for case in cases if case["batch"] == batch}
+        together = {
+            key: parts[BUILDER][key] + _NUM_LAYERS * parts[ATTENTION][key]
+            for key in ("stock_us", "here_us", "stock_launches", "here_launches")
+        }
+        cases.append({"name": f"step of {_NUM_LAYERS} layers", "batch": batch, **together})
+    return [{**case, "ratio": case["here_us"] / case["stock_us"]} for case in cases]
+
+
+def _gpu_row(case: Mapping[str, Any]) -> list[object]:
+    return [
+        case["name"],
+        case["batch"],
+        f"{case['stock_us']:.1f}",
+        f"{case['here_us']:.1f}",
+        case["ratio"],
+        case["stock_launches"],
+        case["here_launches"],
+    ]
 
 
 def _decoding(
@@ -164,7 +222,7 @@ def _case(name: str, context: int, steps: dict[str, Any], rounds: int) -> dict[s
 def _together(cases: list[dict[str, Any]], context: int, caching: bool) -> dict[str, Any]:
     """Add up scheduler, manager and builder of a step."""
     parts = [
-        c for c in cases if c["context"] == context and c["name"] in (_BUILDER, _SCHEDULER[caching])
+        c for c in cases if c["context"] == context and c["name"] in (BUILDER, _SCHEDULER[caching])
     ]
     stock, here = (sum(part[key] for part in parts) for key in ("stock_us", "here_us"))
     name = f"together, prefix caching {'on' if caching else 'off'}"

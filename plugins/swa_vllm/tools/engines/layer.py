@@ -3,7 +3,8 @@
 import json
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -176,6 +177,23 @@ def _start_engine(
     os.environ.setdefault("OMP_NUM_THREADS", str(os.cpu_count() or 1))
     from vllm import LLM
 
+    with model_directory(shape, max_model_len) as model:
+        return LLM(
+            model,
+            load_format="dummy",
+            skip_tokenizer_init=True,
+            enforce_eager=True,
+            max_model_len=max_model_len,
+            max_num_batched_tokens=max_model_len,
+            block_size=BLOCK_SIZE,
+            num_gpu_blocks_override=num_pages,
+            additional_config={"swa": dict(swa)},
+        )
+
+
+@contextmanager
+def model_directory(shape: Mapping[str, int], max_model_len: int) -> Iterator[str]:
+    """Write the config of a Qwen3 with one layer of ``shape``, without weights."""
     model = {
         **shape,
         "architectures": ["Qwen3ForCausalLM"],
@@ -188,14 +206,4 @@ def _start_engine(
     with tempfile.TemporaryDirectory() as directory:
         with open(f"{directory}/config.json", "w") as file:
             json.dump(model, file)
-        return LLM(
-            directory,
-            load_format="dummy",
-            skip_tokenizer_init=True,
-            enforce_eager=True,
-            max_model_len=max_model_len,
-            max_num_batched_tokens=max_model_len,
-            block_size=BLOCK_SIZE,
-            num_gpu_blocks_override=num_pages,
-            additional_config={"swa": dict(swa)},
-        )
+        yield directory

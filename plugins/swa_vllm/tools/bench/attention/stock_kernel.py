@@ -23,8 +23,14 @@ from swa_backend.window import first_visible
 from swa_vllm.tools.bench.attention.arms import vllm_triton
 from swa_vllm.tools.bench.attention.times import HEAD_DIM, AttentionCase, make_batch
 
-_OPS = "vllm.v1.attention.ops"
-_MODULES = ("triton_attention_helpers", "triton_unified_attention")
+# What imports Triton, of what a layer of TRITON_ATTN needs.
+_MODULES = (
+    "backends.triton_attn",
+    "ops.triton_attention_helpers",
+    "ops.triton_prefill_attention",
+    "ops.triton_reshape_and_cache_flash",
+    "ops.triton_unified_attention",
+)
 _ROWS = 16
 
 
@@ -64,27 +70,35 @@ def compile_stock(case: AttentionCase, target: Target) -> Any:
     from swa_backend.verify import aot
 
     batch = make_batch(case, torch.device("cpu"), cold_bytes=1)
-    with aot.compiling(target) as kernels, real_triton(aot.triton_modules()):
+    with aot.compiling(target) as kernels, real_triton(aot.triton_modules(), target):
         for call in vllm_triton(batch):
             call()
     return aot.read_facts(kernels["kernel_unified_attention"], target)
 
 
 @contextmanager
-def real_triton(modules: dict[str, Any]) -> Iterator[None]:
+def real_triton(modules: dict[str, Any], target: Target | None = None) -> Iterator[None]:
     """Make vLLM's kernels Triton functions inside, where its build has a placeholder for Triton.
 
     Modules that are imported inside are forgotten behind it, and imported anew when needed.
+
+    Args:
+        target: what vLLM's launchers are told that ask torch for the device; None leaves it to
+            torch.
     """
     stand_in = ModuleType("vllm.triton_utils")
     vars(stand_in).update(modules, HAS_TRITON=True)
-    before = dict(sys.modules)
+    before, ask = dict(sys.modules), torch.cuda.get_device_capability
+    if target is not None:
+        capability = divmod(int(target.arch), 10)
+        torch.cuda.get_device_capability = lambda device=None: capability
     sys.modules["vllm.triton_utils"] = stand_in
     for module in _MODULES:
-        sys.modules.pop(f"{_OPS}.{module}", None)
+        sys.modules.pop(f"vllm.v1.attention.{module}", None)
     try:
         yield
     finally:
+        torch.cuda.get_device_capability = ask
         for name in sys.modules.keys() - before.keys():
             del sys.modules[name]
         sys.modules.update(before)
