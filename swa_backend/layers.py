@@ -6,6 +6,7 @@ from typing import Any
 
 from swa_backend.options import (
     SERVE_FULL,
+    SLIDE_ALL,
     USE_OPTIONS,
     Impl,
     PrefillPages,
@@ -78,7 +79,7 @@ def resolve_layers(
                 "swa: enabled=false contradicts window / full_attention_layers; remove either"
             )
         return _full_attention(num_layers, options)
-    layer_types = _checkpoint_layer_types(hf_config, num_layers, options)
+    layer_types = _checkpoint_layer_types(hf_config, num_layers, options, hf_overrides or {})
     if hf_config.model_type == "qwen3":
         _check_overrides(hf_config, layer_types, options, hf_overrides or {})
     if options.window is None and options.full_attention_layers is None:
@@ -166,10 +167,16 @@ def trained_len(hf_config: Any) -> int:
     return int(trained)
 
 
-def _checkpoint_layer_types(hf_config: Any, num_layers: int, options: SWAOptions) -> list[str]:
+def _checkpoint_layer_types(
+    hf_config: Any, num_layers: int, options: SWAOptions, overrides: Mapping[str, Any]
+) -> list[str]:
     if getattr(hf_config, "layer_types", None) is None:
         return _uniform_layer_types(hf_config, num_layers, options)
     layer_types = list(hf_config.layer_types)
+    if set(layer_types) == {FULL}:
+        return [FULL] * num_layers  # however many transformers derived, or somebody wrote
+    if "num_hidden_layers" in overrides and "layer_types" not in overrides:
+        layer_types = layer_types[:num_layers]  # vLLM takes the checkpoint's first layers
     if len(layer_types) != num_layers:
         raise SWAConfigError(
             f"layer_types has {len(layer_types)} entries for num_hidden_layers={num_layers}; "
@@ -188,11 +195,13 @@ def _uniform_layer_types(hf_config: Any, num_layers: int, options: SWAOptions) -
         return [FULL] * num_layers
     first = getattr(hf_config, "max_window_layers", None)
     if first and options.full_attention_layers is None:
+        some = f"""--additional-config '{{"swa": {{"full_attention_layers": "0-{first - 1}"}}}}'"""
+        is_all = first >= num_layers
         raise SWAConfigError(
-            f"max_window_layers={first} would leave layers full, but transformers ignores it for "
-            f"{hf_config.model_type} without layer_types. Say which layers are full: "
-            f"""--additional-config '{{"swa": {{"full_attention_layers": "0-{first - 1}"}}}}' """
-            '(or "none" for no layer)'
+            f"max_window_layers={first} would leave {'all' if is_all else 'these'} layers full, "
+            f"but transformers ignores it for {hf_config.model_type} without layer_types. Say "
+            f"which layers are full: {SERVE_FULL if is_all else some} (or, for no layer, "
+            f"{SLIDE_ALL})"
         )
     return [SLIDING] * num_layers
 

@@ -25,6 +25,7 @@ OPTION_KEYS = (
 MOST_TOKENS = 2**31 - 1
 USE_OPTIONS = """--additional-config '{"swa": {"window": W}}'"""
 SERVE_FULL = """--additional-config '{"swa": {"enabled": false}}'"""
+SLIDE_ALL = """--additional-config '{"swa": {"full_attention_layers": "none"}}'"""
 
 
 class SWAConfigError(ValueError):

@@ -7,7 +7,7 @@ from pydantic import ValidationError
 
 from swa_backend.options import SWAConfigError
 from tests.bad_input.row import Bad
-from tests.helpers.tiny_models import BY_LAYER_TYPES, FULL, MIXED, ROPE, SLIDING
+from tests.helpers.tiny_models import BY_LAYER_TYPES, FULL, MIXED, MOE, ROPE, SLIDING
 
 LAYERS = "swa.full_attention_layers"
 
@@ -168,6 +168,20 @@ CONFIGS = [
         )
         for key, heads in {"num_attention_heads": 5, "num_key_value_heads": 3}.items()
     ),
+    *(
+        _config(
+            f"experts, max_window_layers={first}",
+            {**SLIDING, **MOE, "max_window_layers": first},
+            f"max_window_layers={first} would leave",
+            "transformers ignores it for qwen3_moe",
+            f"which layers are full: --additional-config '{{\"swa\": {remedy}}}'",
+        )
+        for first, remedy in {
+            2: '{"full_attention_layers": "0-1"}',
+            4: '{"enabled": false}',
+            5: '{"enabled": false}',
+        }.items()
+    ),
     _config(
         "bidirectional",
         {**SLIDING, "is_causal": False},
@@ -229,7 +243,7 @@ ENGINES = [
     ),
     _engine(
         "layer types of another length",
-        {"hf_overrides": {"layer_types": ["full_attention"] * 3}},
+        {"hf_overrides": {"layer_types": ["sliding_attention"] * 3}},
         "layer_types has 3 entries",
         "num_hidden_layers=4",
         "give one entry a layer",

@@ -65,6 +65,17 @@ _COMMON: dict[str, Any] = {
 }
 
 
+# Keys of a Qwen3-MoE of four experts a layer.
+MOE: dict[str, Any] = {
+    "architectures": ["Qwen3MoeForCausalLM"],
+    "model_type": "qwen3_moe",
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 64,
+    "norm_topk_prob": True,
+}
+
+
 def tiny_config(**overrides: Any) -> Qwen3Config:
     """A Qwen3 of four layers; ``overrides`` are config keys."""
     return Qwen3Config(**{**_COMMON, **overrides})
@@ -85,16 +96,7 @@ def save_tiny_model(directory: Path, **overrides: Any) -> Path:
 def save_tiny_moe(directory: Path, **overrides: Any) -> Path:
     """Write a random Qwen3-MoE of four experts a layer to ``directory``."""
     torch.manual_seed(0)
-    config = Qwen3MoeConfig(
-        **{
-            **_COMMON,
-            "num_experts": 4,
-            "num_experts_per_tok": 2,
-            "moe_intermediate_size": 64,
-            "norm_topk_prob": True,
-            **overrides,
-        }
-    )
+    config = Qwen3MoeConfig(**{**_COMMON, **MOE, **overrides})
     Qwen3MoeForCausalLM(config).float().save_pretrained(directory)
     return directory
 
