@@ -117,6 +117,8 @@ class _Layer:
         )
 
         swa = SWAConfig.from_vllm(config)
+        backend = windowed_backend(swa.implementation)
+        assert backend is not None
         heads, kv_heads = (
             SHAPES[shape][f"num_{kind}_heads"] for kind in ("attention", "key_value")
         )
@@ -127,7 +129,7 @@ class _Layer:
             num_kv_heads=kv_heads,
             cache_config=config.cache_config,
             per_layer_sliding_window=window,
-            attn_backend=windowed_backend(swa.implementation),
+            attn_backend=backend,
             swa=swa,
             rotary=None,
             prefix=_NAME,
@@ -138,7 +140,7 @@ class _Layer:
         spec = self._layer.get_kv_cache_spec(config)
         builders = {
             Arm.STOCK: TritonAttentionMetadataBuilder,
-            Arm.SWA: self._layer.get_attn_backend().get_builder_cls(),
+            Arm.SWA: backend.get_builder_cls(),
         }
         self._builders = {
             arm.value: kind(spec, [_NAME], config, torch.device("cpu"))
