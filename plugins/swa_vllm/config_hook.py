@@ -1,12 +1,16 @@
 """What happens once vLLM's config is complete, in the process that starts the engine."""
 
 from vllm.config import VllmConfig
+from vllm.logger import init_logger
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
 
 from swa_vllm.config.swa_config import SWAConfig
 from swa_vllm.distributed.prepare import prepare_ray
+from swa_vllm.metrics.mfu import wrong_flops
 from swa_vllm.metrics.scrape import serve_counts
 from swa_vllm.refusals import check_local_weights, check_servable
+
+logger = init_logger(f"vllm.{__name__}")
 
 
 class ConfigHook(VerifyAndUpdateConfig):
@@ -16,6 +20,8 @@ class ConfigHook(VerifyAndUpdateConfig):
     def verify_and_update_config(vllm_config: VllmConfig) -> None:
         """Refuse what cannot be served, have metrics served, and have Ray's nodes checked.
 
+        Warns of metrics of vLLM's own that do not know the window.
+
         The model checks again, in its own process, what vLLM made of the config since.
 
         Raises:
@@ -24,6 +30,8 @@ class ConfigHook(VerifyAndUpdateConfig):
             RuntimeError: another plugin holds the attention backend slot.
         """
         swa = SWAConfig.from_vllm(vllm_config)
+        if wrong := wrong_flops(vllm_config, swa.layers):
+            logger.warning("SWA %s", wrong)
         if not swa.slides:
             return
         check_servable(vllm_config, swa)

@@ -18,6 +18,7 @@ MEMBERS: dict[str, set[str]] = {
         *("architecture", "architectures", "dtype", "get_head_size", "hf_config", "hf_overrides"),
         *("max_model_len", "model"),
     },
+    "vllm.config.observability:ObservabilityConfig": {"enable_mfu_metrics"},
     "vllm.config.parallel:ParallelConfig": {
         *("data_parallel_backend", "data_parallel_index", "data_parallel_size"),
         *("decode_context_parallel_size", "distributed_executor_backend"),
@@ -32,8 +33,8 @@ MEMBERS: dict[str, set[str]] = {
     "vllm.config.vllm:VllmConfig": {
         *("additional_config", "cache_config", "compilation_config", "instance_id"),
         *("kv_transfer_config", "load_config", "max_concurrent_batches", "model_config"),
-        *("num_lookahead_tokens", "num_speculative_tokens", "parallel_config", "quant_config"),
-        *("scheduler_config", "speculative_config"),
+        *("num_lookahead_tokens", "num_speculative_tokens", "observability_config"),
+        *("parallel_config", "quant_config", "scheduler_config", "speculative_config"),
     },
     "vllm.engine.arg_utils:EngineArgs": {"create_engine_config"},
     "vllm.envs": {"VLLM_BATCH_INVARIANT"},
@@ -167,6 +168,7 @@ MEMBERS: dict[str, set[str]] = {
     "vllm.v1.worker.utils:AttentionGroup": {"get_metadata_builder"},
     "vllm.v1.worker.worker_base:WorkerWrapperBase": {"worker"},
     # Other packages.
+    "vllm.v1.metrics.perf": {"ParsedArgs", "SlidingWindowAttentionParser"},
     "prometheus_client.metrics_core:Metric": {"samples"},
     "prometheus_client.mmap_dict": {"mmap_key"},
     "prometheus_client.mmap_dict:MmapedDict": {
@@ -226,6 +228,7 @@ CALLED: dict[str, set[str]] = {
     "vllm.v1.core.block_pool:BlockPool.get_cached_block": {"block_hash", "kv_cache_group_ids"},
     "vllm.v1.core.block_pool:BlockPool.get_new_blocks": {"num_blocks"},
     "vllm.v1.core.block_pool:BlockPool.touch": {"blocks"},
+    "vllm.v1.metrics.perf:SlidingWindowAttentionParser.parse": {"args", "vllm_config"},
     f"{_MANAGER}:SingleTypeKVCacheManager._get_num_evictable_blocks": {
         "blocks",
     },

@@ -1,0 +1,30 @@
+"""What vLLM's FLOPs metrics (``--enable-mfu-metrics``) count of a window."""
+
+from vllm.config import VllmConfig
+from vllm.v1.metrics.perf import ParsedArgs, SlidingWindowAttentionParser
+
+from swa_backend.layers import LayerPlan
+
+
+def wrong_flops(vllm_config: VllmConfig, layers: LayerPlan) -> str | None:
+    """Say what the metrics count in the place of what is served; None if they are right, or off.
+
+    vLLM looks at the checkpoint's config, and has no place for windows that come by options.
+    """
+    if not vllm_config.observability_config.enable_mfu_metrics:
+        return None
+    args = ParsedArgs()
+    args.num_hidden_layers = len(layers.windows)
+    args = SlidingWindowAttentionParser().parse(args, vllm_config)
+    counted = [args.sliding_window] * args.num_swa_layers
+    served = [window for window in layers.windows if window is not None]
+    if counted == served:
+        return None
+    return (
+        f"--enable-mfu-metrics reads the checkpoint's config only: it counts {_told(counted)}, "
+        f"and served are {_told(served)}. Its FLOPs and bytes of attention are wrong by that"
+    )
+
+
+def _told(windows: list[int]) -> str:
+    return f"{len(windows)} layers with a window of {windows[0]}" if windows else "no windows"
