@@ -228,7 +228,7 @@ def test_no_gpu_backend_stores_every_page(
         config = _config(tiny_model, prefill_pages=policy)
         swa = SWAConfig.from_vllm(config)
         check_servable(config, swa)
-        return swa.prefill_pages.value
+        return swa.storage.prefill_pages.value
 
     assert [pages(policy) for policy in ("auto", "survivors", "all")] == [
         "auto",

@@ -18,6 +18,7 @@ from vllm.v1.kv_cache_interface import (
 
 import swa_vllm
 from swa_backend.options import PrefillPages
+from swa_vllm.config.storage import StoragePolicy
 from swa_vllm.kv_cache.spec import SWASpec
 from swa_vllm.tools.common.arms import Arm
 from swa_vllm.tools.common.pools import Model, plan_pool
@@ -155,7 +156,7 @@ def _spec(arm: Arm, window: int | None, sinks: int, config: VllmConfig) -> KVCac
     stock = SlidingWindowSpec(**shape, sliding_window=window)
     if arm is Arm.STOCK:
         return stock
-    return SWASpec.from_stock(stock, config, PrefillPages.AUTO, sink_tokens=sinks)
+    return SWASpec.from_stock(stock, config, StoragePolicy(sinks, 0, PrefillPages.AUTO))
 
 
 @pytest.mark.parametrize("num_full", range(9))

@@ -37,12 +37,12 @@ class PageLedger:
         """Start at zero; a request is promised ``max_per_request`` pages of ``pool_size``."""
         self._group = group
         self._pages = spec.pages
-        self._num_ahead_tokens = spec.lookahead_tokens + spec.spare_tokens
+        self._num_ahead_tokens = spec.num_ahead_tokens
         self._max_per_request = max_per_request
         self._held: dict[str, Held] = {}
         self._board = PageBoard(Owner(spec.instance_id, spec.engine_index, group))
         self._board.add("window_tokens", spec.sliding_window)
-        self._board.add("sink_tokens", spec.sink_tokens)
+        self._board.add("sink_tokens", spec.storage.sink_tokens)
         # Among these numbers of held pages only that of window pages differs.
         most, num_sinks, _ = self._kinds(pool_size)
         self._decoding = range(num_sinks, num_sinks + most + 1)

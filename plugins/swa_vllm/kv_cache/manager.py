@@ -33,9 +33,10 @@ class SWAManager(SinkPrefixHits):
     def __init__(self, kv_cache_spec: SWASpec, **kwargs: object) -> None:
         super().__init__(kv_cache_spec, **kwargs)
         self._pages = kv_cache_spec.pages
-        self._spare_tokens = kv_cache_spec.spare_tokens
-        self._stores_all = kv_cache_spec.prefill_pages is PrefillPages.ALL
-        self._grants = self.enable_caching and kv_cache_spec.prefill_pages is PrefillPages.AUTO
+        storage = kv_cache_spec.storage
+        self._spare_tokens = storage.spare_tokens
+        self._stores_all = storage.prefill_pages is PrefillPages.ALL
+        self._grants = self.enable_caching and storage.prefill_pages is PrefillPages.AUTO
         self._held = PageLedger(
             kv_cache_spec,
             self.kv_cache_group_id,

@@ -137,11 +137,17 @@ def page_manager() -> str:
     import torch
     from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 
+    from swa_vllm.config.storage import StoragePolicy
     from swa_vllm.kv_cache.manager import SWAManager
     from swa_vllm.kv_cache.spec import SWASpec
 
     spec = SWASpec(
-        block_size=16, num_kv_heads=1, head_size=64, dtype=torch.bfloat16, sliding_window=64
+        block_size=16,
+        num_kv_heads=1,
+        head_size=64,
+        dtype=torch.bfloat16,
+        sliding_window=64,
+        storage=StoragePolicy(),
     )
     manager = KVCacheSpecRegistry.get_manager_class(spec)
     if manager is not SWAManager:
