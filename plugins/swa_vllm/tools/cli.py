@@ -97,7 +97,7 @@ def _add_benchmarks(commands: Any, arguments: Sequence[str]) -> None:
         parser = _add_command(commands, name, module, "bench ")
         parser.add_argument("--quick", action="store_true", help="smaller sizes, for two cores")
         plots.add_argument(parser)
-        parser.set_defaults(run=partial(form.run, module, arguments))
+        parser.set_defaults(run=partial(form.run_benchmark, module, arguments))
 
 
 def _add_evaluations(commands: Any) -> None:

@@ -48,30 +48,34 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     contexts = (2000, 8000) if args.quick else (2000, 8000, 32000, _MILLION)
     cases = []
     for context in contexts:
-        for caching in _caching(context):
+        for caching in _caching_modes(context):
             say(f"scheduler, context {context}")
             name = _SCHEDULER[caching]
             steps = {
-                arm.value: _decoding(arm, args, context, caching, rounds).step
+                arm.value: _decoding_simulation(arm, args, context, caching, rounds).step
                 for arm in (Arm.STOCK, Arm.SWA)
             }
-            cases.append(_case(name, context, steps, rounds))
+            cases.append(_time_overhead(name, context, steps, rounds))
     pages_each = args.window // BLOCK_SIZE + 2
     layer = make_layer(_SHAPE, args.window, 1024, args.batch * pages_each + 64)
     cases += [
-        _case(_BUILDER, context, _builders(layer, args, context), rounds) for context in contexts
+        _time_overhead(_BUILDER, context, _builder_steps(layer, args, context), rounds)
+        for context in contexts
     ]
     cases += [
-        _together(cases, context, caching) for context in contexts for caching in _caching(context)
+        _sum_overhead(cases, context, caching)
+        for context in contexts
+        for caching in _caching_modes(context)
     ]
     cases += [
-        _case(_ATTENTION, context, _attention(layer, args, context), rounds) for context in contexts
+        _time_overhead(_ATTENTION, context, _attention_steps(layer, args, context), rounds)
+        for context in contexts
     ]
     print(
         f"\n{args.batch} decoding requests, W={args.window}, page {BLOCK_SIZE}; layer of {_SHAPE}, "
         f"{str(layer.attention.kv_cache.dtype).removeprefix('torch.')}"
     )
-    print(format_table(_HEADER, map(_row, cases)))
+    print(format_table(_HEADER, map(_overhead_row, cases)))
     return {"window": args.window, "batch": args.batch, "rounds": rounds, "cases": cases}
 
 
@@ -86,11 +90,11 @@ def plot(path: Path, figures: Mapping[str, Any]) -> None:
     plots.lines(path, series, "tokens of context", "us of a step", log_x=True, log_y=True)
 
 
-def _caching(context: int) -> tuple[bool, ...]:
+def _caching_modes(context: int) -> tuple[bool, ...]:
     return (False,) if context == _MILLION else (False, True)  # hashing would take minutes
 
 
-def _row(case: Mapping[str, Any]) -> list[object]:
+def _overhead_row(case: Mapping[str, Any]) -> list[object]:
     spread = case.get("spread", {})
     halves = [
         Spread(**spread[arm]).range_text(1e6, digits=0) if spread else None
@@ -99,7 +103,7 @@ def _row(case: Mapping[str, Any]) -> list[object]:
     return [case[key] for key in ("name", "context", "stock_us", "here_us", "ratio")] + halves
 
 
-def _decoding(
+def _decoding_simulation(
     arm: Arm, args: argparse.Namespace, context: int, caching: bool, rounds: int
 ) -> Simulation:
     """Step a scheduler until all its requests decode at ``context``."""
@@ -121,7 +125,7 @@ def _decoding(
     return simulation
 
 
-def _builders(layer: Layer, args: argparse.Namespace, context: int) -> dict[str, Any]:
+def _builder_steps(layer: Layer, args: argparse.Namespace, context: int) -> dict[str, Any]:
     batch = make_batch([context] * args.batch, [1] * args.batch)
     return {
         Arm.STOCK.value: lambda: layer.stock_builder.build(0, batch),
@@ -129,7 +133,7 @@ def _builders(layer: Layer, args: argparse.Namespace, context: int) -> dict[str,
     }
 
 
-def _attention(layer: Layer, args: argparse.Namespace, context: int) -> dict[str, Any]:
+def _attention_steps(layer: Layer, args: argparse.Namespace, context: int) -> dict[str, Any]:
     """Prepare storing and attending to a token of each request, after comparing the outputs.
 
     Raises:
@@ -148,7 +152,7 @@ def _attention(layer: Layer, args: argparse.Namespace, context: int) -> dict[str
     }
 
 
-def _case(name: str, context: int, steps: dict[str, Any], rounds: int) -> dict[str, Any]:
+def _time_overhead(name: str, context: int, steps: dict[str, Any], rounds: int) -> dict[str, Any]:
     times = interleave(steps, rounds)
     stock, here = times[Arm.STOCK.value], times[Arm.SWA.value]
     return {
@@ -161,7 +165,7 @@ def _case(name: str, context: int, steps: dict[str, Any], rounds: int) -> dict[s
     }
 
 
-def _together(cases: list[dict[str, Any]], context: int, caching: bool) -> dict[str, Any]:
+def _sum_overhead(cases: list[dict[str, Any]], context: int, caching: bool) -> dict[str, Any]:
     """Add up scheduler, manager and builder of a step."""
     parts = [
         c for c in cases if c["context"] == context and c["name"] in (_BUILDER, _SCHEDULER[caching])

@@ -48,7 +48,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     rows, cases = [], []
     for context in (0, chunk + 7, 3 * chunk - 16):
         say(f"context {context}")
-        stock, here = _time_chunk(layer, pages, context, chunk, rounds)
+        stock, here = _time_prefill_chunk(layer, pages, context, chunk, rounds)
         ratio = here.median / stock.median
         layer_ratio = (rest + here.median) / (rest + stock.median)
         times = (stock.text(1e3), here.text(1e3))
@@ -78,7 +78,7 @@ def plot(path: Path, figures: Mapping[str, Any]) -> None:
     plots.bars(path, groups, series, "ms of attention to a chunk")
 
 
-def _time_chunk(
+def _time_prefill_chunk(
     layer: Layer, pages: WindowPages, context: int, chunk: int, rounds: int
 ) -> tuple[Spread, Spread]:
     qkv = layer.random_inputs(chunk)
