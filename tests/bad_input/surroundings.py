@@ -42,7 +42,7 @@ def _checked(name: str, value: str) -> Situation:
     def situation(monkeypatch: pytest.MonkeyPatch, model: Path) -> None:
         monkeypatch.setenv(name, value)
         try:
-            steps.plugin()
+            steps.inspect_plugin()
         except steps.ProblemError as problem:
             raise steps.ProblemError(f"{problem}; {problem.remedy}", "") from problem
 

@@ -23,7 +23,7 @@ from swa_vllm.kv_cache.spec import SWASpec
 from swa_vllm.tools.common.arms import Arm
 from swa_vllm.tools.common.pools import Model, plan_pool
 from swa_vllm.tools.common.queueing import Queue, Workload
-from swa_vllm.tools.common.sizing import KVGroups, Limits, groups_of
+from swa_vllm.tools.common.sizing import KVGroups, Limits, kv_groups_of
 from swa_vllm.tools.engines.scheduler import Simulation
 from swa_vllm.tools.engines.simulated import Engine
 
@@ -105,7 +105,7 @@ def _groups(arm: Arm, engine: Engine) -> list[KVGroups]:
     return [
         replace(group, num_groups=count)
         for window, count in kinds.items()
-        for group in groups_of(arm, (window,) * count, engine.sink_tokens, _limits(engine))
+        for group in kv_groups_of(arm, (window,) * count, engine.sink_tokens, _limits(engine))
     ]
 
 

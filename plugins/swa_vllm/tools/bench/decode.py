@@ -23,7 +23,7 @@ from swa_vllm.tools.common import plots
 from swa_vllm.tools.common.arguments import check_number, check_numbers, numbers_of_tokens
 from swa_vllm.tools.common.progress import say
 from swa_vllm.tools.common.spread import Spread
-from swa_vllm.tools.engines.setup import check_table_can_grow, text_config
+from swa_vllm.tools.engines.setup import check_rope_can_grow, load_text_config
 
 EXAMPLE = "--window 512 --contexts 2048,4096,32768 --batch 4"
 _QUICK_CONTEXTS = "512,1024,2048"
@@ -84,7 +84,7 @@ def plot(path: Path, figures: Mapping[str, Any]) -> None:
         series.setdefault(case["peer"], []).append(
             (case["context"], 1e3 * case["decode_s"]["median"])
         )
-    plots.lines(
+    plots.draw_lines(
         path, series, "tokens of context", "ms of a decoding step", log_x=True, from_zero=True
     )
 
@@ -111,10 +111,10 @@ def _decode_launcher(args: argparse.Namespace, directory: Path, contexts: list[i
     longest = _max_model_len(args, contexts)
     # The positions of random weights are few, so that its overriding is always at work.
     models = prepare_checkpoints(args.model, directory, args.window, contexts[0], args.seed)
-    config = text_config(str(models[True]))
+    config = load_text_config(str(models[True]))
     engine: dict[str, Any] = {}
     if longest > config.max_position_embeddings:
-        check_table_can_grow(config, longest)
+        check_rope_can_grow(config, longest)
         engine["hf_overrides"] = {"max_position_embeddings": longest}
     most = _max_model_len(args, _contexts_of_arm("full", contexts, args.full_to))
     engine |= {

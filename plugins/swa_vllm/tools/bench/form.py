@@ -34,7 +34,7 @@ def run_benchmark(
         module: its ``run`` prints a table and returns the figures, its ``plot`` draws these.
         arguments: those of ``swa``, which make the figures again.
     """
-    plots.check(args.plot)
+    plots.check_plot_path(args.plot)
     figures: dict[str, Any] = module.run(args)
     known = benchmark_conditions(args)
     packages = ", ".join(f"{name} {number}" for name, number in known["versions"].items())

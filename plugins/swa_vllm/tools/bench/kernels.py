@@ -98,13 +98,13 @@ def plot(path: Path, figures: Mapping[str, Any]) -> None:
         groups = [f"W={c['window']}, {c['context']} tokens before" for c in cases]
         keys = {"this plugin": "here_num_keys", "vLLM's kernel": "stock_num_keys"}
         series = {name: [float(c[key]) for c in cases] for name, key in keys.items()}
-        plots.bars(path, groups, series, "keys loaded for a chunk and a KV head")
+        plots.draw_bars(path, groups, series, "keys loaded for a chunk and a KV head")
         return
     cases = figures["cases"]
     groups = [f"W={c['window']}, {c['seq_len']}, {c['batch']} x {c['num_queries']}" for c in cases]
     arms = dict.fromkeys(arm for c in cases for arm in c["us"])
     series = {arm: [c["us"].get(arm, 0.0) for c in cases] for arm in arms}
-    plots.bars(path, groups, series, "us")
+    plots.draw_bars(path, groups, series, "us")
 
 
 def _print_decode_work(cases: list[AttentionCase]) -> list[dict[str, Any]]:

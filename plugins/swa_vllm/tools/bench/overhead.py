@@ -18,7 +18,7 @@ from swa_vllm.tools.common.arguments import check_numbers
 from swa_vllm.tools.common.arms import Arm
 from swa_vllm.tools.common.progress import say
 from swa_vllm.tools.common.spread import Spread
-from swa_vllm.tools.common.timing import at_least_two_rounds, interleave
+from swa_vllm.tools.common.timing import at_least_two_rounds, time_in_turns
 from swa_vllm.tools.engines.batches import BLOCK_SIZE, make_batch, make_window_batch
 from swa_vllm.tools.engines.layer import Layer, make_layer
 from swa_vllm.tools.engines.scheduler import Simulation
@@ -87,7 +87,7 @@ def plot(path: Path, figures: Mapping[str, Any]) -> None:
             for arm, key in ((Arm.STOCK, "stock_us"), (Arm.SWA, "here_us")):
                 points = series.setdefault(f"{case['name'].partition(',')[0]}, {arm.value}", [])
                 points.append((case["context"], case[key]))
-    plots.lines(path, series, "tokens of context", "us of a step", log_x=True, log_y=True)
+    plots.draw_lines(path, series, "tokens of context", "us of a step", log_x=True, log_y=True)
 
 
 def _caching_modes(context: int) -> tuple[bool, ...]:
@@ -153,7 +153,7 @@ def _attention_steps(layer: Layer, args: argparse.Namespace, context: int) -> di
 
 
 def _time_overhead(name: str, context: int, steps: dict[str, Any], rounds: int) -> dict[str, Any]:
-    times = interleave(steps, rounds)
+    times = time_in_turns(steps, rounds)
     stock, here = times[Arm.STOCK.value], times[Arm.SWA.value]
     return {
         "name": name,

@@ -92,7 +92,7 @@ def plot(path: Path, figures: Mapping[str, Any]) -> None:
     workloads = figures["workloads"]
     groups = [f"{w['workload']}, {w['num_prompt']}, W={w['engine']['window']}" for w in workloads]
     series = {arm.value: [w["arms"][arm.value]["mean_running"] for w in workloads] for arm in Arm}
-    plots.bars(path, groups, series, "requests that ran at once, mean")
+    plots.draw_bars(path, groups, series, "requests that ran at once, mean")
 
 
 def _chosen_workloads(args: argparse.Namespace) -> Iterable[EngineWorkload]:

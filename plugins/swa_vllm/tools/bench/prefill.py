@@ -18,7 +18,7 @@ from swa_vllm.tools.common import plots
 from swa_vllm.tools.common.arguments import check_numbers
 from swa_vllm.tools.common.progress import say
 from swa_vllm.tools.common.spread import Spread
-from swa_vllm.tools.common.timing import at_least_two_rounds, interleave
+from swa_vllm.tools.common.timing import at_least_two_rounds, time_in_turns
 from swa_vllm.tools.engines.batches import BLOCK_SIZE, make_batch
 from swa_vllm.tools.engines.layer import SHAPES, Layer, make_layer
 
@@ -75,7 +75,7 @@ def plot(path: Path, figures: Mapping[str, Any]) -> None:
     names = {"stock vLLM": "stock_ms", "this plugin": "here_ms"}
     series = {name: [case[key] for case in cases] for name, key in names.items()}
     groups = [f"{case['context']} + {chunk}" for case in cases]
-    plots.bars(path, groups, series, "ms of attention to a chunk")
+    plots.draw_bars(path, groups, series, "ms of attention to a chunk")
 
 
 def _time_prefill_chunk(
@@ -88,7 +88,7 @@ def _time_prefill_chunk(
     expected, got = layer.run_stock(stock, *qkv), layer.run(here, *qkv)
     if not torch.equal(expected, got):
         raise RuntimeError(f"outputs differ by {float((expected - got).abs().max())}")
-    times = interleave(
+    times = time_in_turns(
         {"stock": lambda: layer.run_stock(stock, *qkv), "here": lambda: layer.run(here, *qkv)},
         rounds,
     )

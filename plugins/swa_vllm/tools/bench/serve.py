@@ -105,7 +105,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 def plot(path: Path, figures: Mapping[str, Any]) -> None:
     """Draw the tokens answered over time, a line for each arm."""
     series = {name: arm["curve"] for name, arm in figures["peers"].items()}
-    plots.lines(path, series, "seconds of work", "tokens answered", marks=False)
+    plots.draw_lines(path, series, "seconds of work", "tokens answered", marks=False)
 
 
 def _requests_to_serve(args: argparse.Namespace) -> list[Ask]:

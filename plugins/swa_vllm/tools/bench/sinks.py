@@ -17,7 +17,7 @@ from swa_vllm.tools.common import plots
 from swa_vllm.tools.common.arguments import check_numbers
 from swa_vllm.tools.common.progress import say
 from swa_vllm.tools.common.spread import Spread
-from swa_vllm.tools.common.timing import at_least_two_rounds, interleave
+from swa_vllm.tools.common.timing import at_least_two_rounds, time_in_turns
 from swa_vllm.tools.engines.batches import BLOCK_SIZE, make_batch
 from swa_vllm.tools.engines.layer import SHAPES, Layer, make_layer
 
@@ -97,7 +97,7 @@ def plot(path: Path, figures: Mapping[str, Any]) -> None:
     cases = figures["cases"]
     names = {"in attention": "attention_ratio", "in the layer": "layer_ratio"}
     series = {name: [case[key] for case in cases] for name, key in names.items()}
-    plots.bars(path, [case["name"] for case in cases], series, "time with sinks / without")
+    plots.draw_bars(path, [case["name"] for case in cases], series, "time with sinks / without")
 
 
 def _time_sinks(
@@ -110,7 +110,7 @@ def _time_sinks(
     output = layer.run(here, *qkv)
     if not args.shift:  # the tests of the engine hold shifted sinks against a dense model
         layer.check(batch, qkv, output, args.window, args.sink_tokens)
-    times = interleave(
+    times = time_in_turns(
         {"plain": lambda: layer.run_stock(plain, *qkv), "sinks": lambda: layer.run(here, *qkv)},
         rounds,
     )

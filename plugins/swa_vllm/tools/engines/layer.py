@@ -18,7 +18,7 @@ from vllm.v1.attention.backends.cpu_attn import (
 
 from swa_backend import reference
 from swa_vllm.attention.cpu.builder import SWACPUMetadata
-from swa_vllm.tools.common.timing import interleave
+from swa_vllm.tools.common.timing import time_in_turns
 from swa_vllm.tools.engines.batches import BLOCK_SIZE
 
 # Shapes of one layer; the vocabulary is cut, no text is made.
@@ -127,7 +127,7 @@ class Layer:
             decoder.self_attn.o_proj(attended)
             decoder.mlp(hidden)
 
-        return interleave({"rest": rest}, rounds)["rest"].median
+        return time_in_turns({"rest": rest}, rounds)["rest"].median
 
 
 def make_layer(
@@ -143,7 +143,7 @@ def make_layer(
         options: ``swa`` options beside the window.
     """
     swa = {"window": window, **(options or {})}
-    llm = _start_engine(SHAPES[shape], max_model_len, num_pages, swa)
+    llm = _start_engine_of_a_layer(SHAPES[shape], max_model_len, num_pages, swa)
     runner = llm.llm_engine.model_executor.driver_worker.worker.model_runner
     config = llm.llm_engine.vllm_config
     decoder = runner.model.model.layers[0]
@@ -167,7 +167,7 @@ def make_layer(
     return Layer(llm, config, decoder, attention, builder, stock_builder, stock_impl)
 
 
-def _start_engine(
+def _start_engine_of_a_layer(
     shape: Mapping[str, int], max_model_len: int, num_pages: int, swa: Mapping[str, Any]
 ) -> Any:
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")

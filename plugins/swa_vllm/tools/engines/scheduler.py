@@ -17,7 +17,7 @@ from vllm.v1.structured_output import StructuredOutputManager
 
 import swa_vllm
 from swa_vllm.tools.common.arms import Arm
-from swa_vllm.tools.engines.simulated import MODEL, Engine, kv_cache_specs, vllm_config_of
+from swa_vllm.tools.engines.simulated import MODEL, Engine, simulated_config, simulated_specs
 
 SAMPLED_TOKEN = 7
 
@@ -78,8 +78,8 @@ class Simulation:
         self._count_pages = count_pages
         init_none_hash(sha256)
         self.engine = engine
-        self.config = vllm_config_of(engine)
-        specs = kv_cache_specs(arm, engine, self.config)
+        self.config = simulated_config(engine)
+        specs = simulated_specs(arm, engine, self.config)
         self.cap = sum(
             spec.max_memory_usage_bytes(self.config) // spec.page_size_bytes for spec in specs
         )

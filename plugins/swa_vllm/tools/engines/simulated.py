@@ -60,7 +60,7 @@ class Engine:
     num_full_groups: int = 0
 
 
-def vllm_config_of(engine: Engine) -> VllmConfig:
+def simulated_config(engine: Engine) -> VllmConfig:
     """Make vLLM's configuration of an engine.
 
     Raises:
@@ -90,7 +90,7 @@ def vllm_config_of(engine: Engine) -> VllmConfig:
     return config
 
 
-def kv_cache_specs(arm: Arm, engine: Engine, config: VllmConfig) -> list[KVCacheSpec]:
+def simulated_specs(arm: Arm, engine: Engine, config: VllmConfig) -> list[KVCacheSpec]:
     """Make the KV cache spec of every group, full layers' first."""
     common: dict[str, Any] = {
         "block_size": engine.block_size,

@@ -66,7 +66,7 @@ class Trace:
         return {**vars(self), "rows": [vars(row) for row in self.rows]}
 
 
-def record(args: argparse.Namespace, prompts: list[int]) -> Trace:
+def record_trace(args: argparse.Namespace, prompts: list[int]) -> Trace:
     """Serve the prompts on vLLM's scheduler, all there at the start, and note every step.
 
     Raises:
@@ -82,7 +82,7 @@ def record(args: argparse.Namespace, prompts: list[int]) -> Trace:
             for name, row in rows.items():
                 row.note(pages, self.num_pages_of(name), self.num_computed_of(name))
 
-    simulation = Recorder(Arm.SWA, _engine(args, max(prompts)))
+    simulation = Recorder(Arm.SWA, _traced_engine(args, max(prompts)))
     num_pages = simulation.engine.num_pages
     if not simulation.starts:
         raise ValueError(
@@ -101,7 +101,7 @@ def record(args: argparse.Namespace, prompts: list[int]) -> Trace:
     )
 
 
-def _engine(args: argparse.Namespace, longest_prompt: int) -> "Engine":
+def _traced_engine(args: argparse.Namespace, longest_prompt: int) -> "Engine":
     from swa_vllm.tools.engines.simulated import Engine
 
     return Engine(
