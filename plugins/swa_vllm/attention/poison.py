@@ -35,7 +35,7 @@ class PoisonedPages:
         Args:
             kv_caches: ``[num_blocks, ...]`` of every layer; several may share memory.
         """
-        manager = live_managers.of_engine(self._key)
+        manager = live_managers.manager_of_engine(self._key)
         if manager is None:  # while the engine is being built
             return
         pool = manager.block_pool
@@ -83,7 +83,7 @@ class NaNCheck:
     def _request(self, row: int) -> str:
         last_page = (int(self.batch.seq_lens[row]) - 1) // self.block_size
         page = int(self.batch.block_table_tensor[row, last_page])
-        manager = live_managers.of_engine(self.key)
+        manager = live_managers.manager_of_engine(self.key)
         tables = manager.req_to_blocks.items() if manager is not None else ()
         for request_id, blocks in tables:
             if len(blocks) > last_page and blocks[last_page].block_id == page:

@@ -106,7 +106,7 @@ def _decide_layers(vllm_config: VllmConfig) -> tuple[SWAOptions, LayerPlan]:
     return options, layers
 
 
-def slides(vllm_config: VllmConfig) -> bool:
+def model_slides(vllm_config: VllmConfig) -> bool:
     """Whether any layer of the model has a window.
 
     Raises:
@@ -124,7 +124,7 @@ def wants_windows_decided(vllm_config: VllmConfig) -> bool:
         SWAConfigError: as :meth:`SWAConfig.from_vllm`.
     """
     stock_slides = getattr(text_config(vllm_config), "sliding_window", None) is not None
-    return slides(vllm_config) or stock_slides
+    return model_slides(vllm_config) or stock_slides
 
 
 def text_config(vllm_config: VllmConfig) -> Any:

@@ -45,7 +45,7 @@ class SWAManager(SinkPrefixHits):
         )
         self._skipped_pages = SkippedPages(self.block_pool.num_gpu_blocks)
         if kv_cache_spec.poison_key is not None:
-            live_managers.add(kv_cache_spec.poison_key, self)
+            live_managers.add_manager(kv_cache_spec.poison_key, self)
 
     def snapshot(self) -> PageCounts:
         """Counts since the engine started."""

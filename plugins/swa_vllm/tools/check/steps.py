@@ -49,11 +49,11 @@ def inspect_vllm() -> str:
     from swa_vllm.compat import versions
 
     here = versions.vllm_version()
-    if not versions.is_allowed(here):
+    if not versions.is_allowed_version(here):
         tested = " and ".join(versions.TESTED_VERSIONS)
         raise ProblemError(
             f"{here}, and this plugin was tested with {tested}",
-            f"install one of those, or {versions.try_untested()}",
+            f"install one of those, or {versions.untested_remedy()}",
         )
     names = (("torch",), ("triton", "pytorch-triton-rocm"), ("transformers",))
     others = [found for name in names if (found := _distribution_version(*name))]
