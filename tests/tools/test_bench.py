@@ -128,7 +128,7 @@ def test_an_engine_that_stock_refuses_starts() -> None:
 
 
 def test_a_run_that_stops_early_is_no_result(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(SWAManager, "_charge", lambda *args: 1000)  # more than there are
+    monkeypatch.setattr(SWAManager, "_admission_charge", lambda *args: 1000)  # more than there are
     with pytest.raises(RuntimeError, match="this plugin stopped with requests that it cannot"):
         simulate(Arm.SWA, Engine(64, 32, 140, 2048, 8192), [(2000, 200)])
 

@@ -109,7 +109,7 @@ def _time_sinks(
     plain, here = layer.stock_builder.build(0, batch), layer.builder.build(0, batch)
     output = layer.run(here, *qkv)
     if not args.shift:  # the tests of the engine hold shifted sinks against a dense model
-        layer.check(batch, qkv, output, args.window, args.sink_tokens)
+        layer.check_against_torch(batch, qkv, output, args.window, args.sink_tokens)
     times = time_in_turns(
         {"plain": lambda: layer.run_stock(plain, *qkv), "sinks": lambda: layer.run(here, *qkv)},
         rounds,

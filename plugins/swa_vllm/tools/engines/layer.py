@@ -83,7 +83,7 @@ class Layer:
             self.attention, query, key, value, cache, metadata, output
         )
 
-    def check(
+    def check_against_torch(
         self,
         batch: CommonAttentionMetadata,
         qkv: tuple[torch.Tensor, ...],
@@ -103,7 +103,7 @@ class Layer:
         positions = torch.arange(length)
         asked = torch.arange(-1, -num_queries - 1, -97)
         pages = batch.block_table_tensor[-1, positions // BLOCK_SIZE].long()
-        key, value = self.builder.page_layout.read(
+        key, value = self.builder.page_layout.read_tokens(
             self.attention.kv_cache, pages * BLOCK_SIZE + positions % BLOCK_SIZE
         )
         mask = reference.visible_mask(positions[asked], positions, window, sink_tokens)

@@ -126,8 +126,8 @@ class Simulation:
             self.num_running.append(len(output.num_scheduled_tokens))
             for new in output.scheduled_new_reqs:
                 self.num_cached_tokens[new.req_id] = new.num_computed_tokens
-            self.note(output)
-            self._queue.append((output, self._samples(output)))
+            self.record_step(output)
+            self._queue.append((output, self._sample_tokens(output)))
             if len(self._queue) < self.engine.num_steps_in_flight:
                 return True
         if not self._queue:
@@ -144,7 +144,7 @@ class Simulation:
         )
         return True
 
-    def note(self, output: Any) -> None:
+    def record_step(self, output: Any) -> None:
         """Record a step that serves something, once its pages are taken; subclasses record more."""
         if self._count_pages:
             most = max(map(self.num_pages_of, output.num_scheduled_tokens))
@@ -168,7 +168,7 @@ class Simulation:
             num_preemptions=self._num_preemptions,
         )
 
-    def _samples(self, output: Any) -> list[list[int]]:
+    def _sample_tokens(self, output: Any) -> list[list[int]]:
         """Sample a token for each request whose prompt the step completes."""
         requests = self.scheduler.requests
         return [

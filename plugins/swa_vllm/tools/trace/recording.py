@@ -37,7 +37,7 @@ class Row:
         """Pages that full attention would hold in each step."""
         return [held + gone for held, gone in zip(self.held, self.gone, strict=True)]
 
-    def note(self, pages: WindowPages, held: int, num_computed: int) -> None:
+    def add_step(self, pages: WindowPages, held: int, num_computed: int) -> None:
         """Add a step in which the request holds ``held`` pages of ``num_computed`` tokens."""
         window, sink, prefill = pages.kinds(held)
         self.window.append(window)
@@ -78,9 +78,9 @@ def record_trace(args: argparse.Namespace, prompts: list[int]) -> Trace:
     rows = {str(index): Row(num_prompt) for index, num_prompt in enumerate(prompts)}
 
     class Recorder(Simulation):
-        def note(self, output: Any) -> None:
+        def record_step(self, output: Any) -> None:
             for name, row in rows.items():
-                row.note(pages, self.num_pages_of(name), self.num_computed_of(name))
+                row.add_step(pages, self.num_pages_of(name), self.num_computed_of(name))
 
     simulation = Recorder(Arm.SWA, _traced_engine(args, max(prompts)))
     num_pages = simulation.engine.num_pages
