@@ -57,7 +57,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
     """
     # Unlike Path.is_dir this does not raise where a directory may not be read: reading does.
     file = path / "config.json" if os.path.isdir(path) else path
-    raw = _load(file)
+    raw = _load_config(file)
     text = dict(raw)
     for key in _NESTED:
         if isinstance(text.get(key), dict):
@@ -68,9 +68,9 @@ def read_checkpoint(path: Path) -> Checkpoint:
             f"{file}: model_type {raw.get('model_type')!r} is no Qwen3 that this plugin serves "
             f"with windows; its text layers must be one of {', '.join(_TEXT_MODELS)}"
         )
-    _check_types(file, text)
-    text = _with_defaults({**text, "model_type": kind})
-    heads, hidden = _count(file, text, "num_attention_heads"), text.get("hidden_size")
+    _check_config_types(file, text)
+    text = _with_config_defaults({**text, "model_type": kind})
+    heads, hidden = _config_count(file, text, "num_attention_heads"), text.get("hidden_size")
     if text.get("head_dim") is None and isinstance(hidden, int):
         text["head_dim"] = hidden // heads
     if text.get("num_key_value_heads") is None:
@@ -78,15 +78,15 @@ def read_checkpoint(path: Path) -> Checkpoint:
     dtype = next((d for c in (raw, text) if (d := c.get("dtype") or c.get("torch_dtype"))), None)
     return Checkpoint(
         config=SimpleNamespace(**text),
-        num_layers=_count(file, text, "num_hidden_layers"),
-        num_kv_heads=_count(file, text, "num_key_value_heads"),
-        head_dim=_count(file, text, "head_dim"),
+        num_layers=_config_count(file, text, "num_hidden_layers"),
+        num_kv_heads=_config_count(file, text, "num_key_value_heads"),
+        head_dim=_config_count(file, text, "head_dim"),
         dtype=None if dtype is None else str(dtype),
-        max_positions=_count(file, text, "max_position_embeddings"),
+        max_positions=_config_count(file, text, "max_position_embeddings"),
     )
 
 
-def _load(file: Path) -> dict[str, Any]:
+def _load_config(file: Path) -> dict[str, Any]:
     try:
         raw = json.loads(file.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError) as error:
@@ -105,7 +105,7 @@ def _load(file: Path) -> dict[str, Any]:
     return raw
 
 
-def _check_types(file: Path, text: dict[str, Any]) -> None:
+def _check_config_types(file: Path, text: dict[str, Any]) -> None:
     """Raise for a key about layers whose type transformers would refuse."""
     for keys, fits, allowed in (
         (("rope_parameters", "rope_scaling"), dict, "an object"),
@@ -121,14 +121,14 @@ def _check_types(file: Path, text: dict[str, Any]) -> None:
                 or (fits is int and isinstance(value, bool))
                 or not all(isinstance(name, str) for name in names)
             ):
-                raise ValueError(_wrong(file, key, allowed, value))
+                raise ValueError(_wrong_config_key(file, key, allowed, value))
 
 
-def _wrong(file: Path, key: str, allowed: str, value: object) -> str:
+def _wrong_config_key(file: Path, key: str, allowed: str, value: object) -> str:
     return f"{file}: {key} must be {allowed}, got {value!r}; correct it, or download the file again"
 
 
-def _with_defaults(text: dict[str, Any]) -> dict[str, Any]:
+def _with_config_defaults(text: dict[str, Any]) -> dict[str, Any]:
     """Complete a config as transformers does, which leaves those of derived models alone."""
     rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
     text = {**text, "rope_parameters": {**rope, "rope_type": rope.get("rope_type", "default")}}
@@ -150,8 +150,8 @@ def _with_defaults(text: dict[str, Any]) -> dict[str, Any]:
     return text
 
 
-def _count(file: Path, text: dict[str, Any], key: str) -> int:
+def _config_count(file: Path, text: dict[str, Any], key: str) -> int:
     value = text.get(key)
     if not is_count(value):
-        raise ValueError(_wrong(file, key, "an integer >= 1 and below 2**31", value))
+        raise ValueError(_wrong_config_key(file, key, "an integer >= 1 and below 2**31", value))
     return value

@@ -97,8 +97,8 @@ class SWAOptions:
             )
         if unknown := sorted(map(str, set(raw) - set(OPTION_KEYS))):
             raise SWAConfigError(
-                f"swa: unknown key {', '.join(unknown)}{_close_key(unknown[0])}; allowed are "
-                f"{', '.join(OPTION_KEYS)}"
+                f"swa: unknown key {', '.join(unknown)}{_closest_option_key(unknown[0])}; "
+                f"allowed are {', '.join(OPTION_KEYS)}"
             )
         checks: dict[str, Callable[[Any], Any]] = {
             "enabled": partial(_checked_bool, "enabled"),
@@ -208,6 +208,6 @@ def _layer_index(text: str) -> int | None:
     return int(text) if text.isdecimal() and len(text) < 10 else None
 
 
-def _close_key(key: str) -> str:
+def _closest_option_key(key: str) -> str:
     close = get_close_matches(key.lower(), OPTION_KEYS, n=1)
     return f" (did you mean {close[0]}?)" if close else ""

@@ -16,7 +16,7 @@ def format_table(
         rows: None is printed as a dash.
         digits: behind the point of a float.
     """
-    cells = [list(header), *([_text(cell, digits) for cell in row] for row in rows)]
+    cells = [list(header), *([_cell_text(cell, digits) for cell in row] for row in rows)]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     return "\n".join(
         "  ".join(
@@ -27,7 +27,7 @@ def format_table(
     )
 
 
-def _text(cell: object, digits: int) -> str:
+def _cell_text(cell: object, digits: int) -> str:
     if isinstance(cell, float):
         return f"{cell:.{digits}f}"
     return "-" if cell is None else str(cell)

@@ -39,15 +39,15 @@ def check_weights(directory: Path, config: Any) -> None:
         ValueError: a file that is missing or cut short, a layer without a weight, a wrong shape.
     """
     tensors: Tensors = {}
-    for file in _files(directory):
-        tensors |= read_header(file)
+    for file in _safetensors_files(directory):
+        tensors |= read_safetensors_header(file)
     if tensors and config.model_type in ("qwen3", "qwen3_moe"):
-        _check_names(directory, config, tensors)
+        _check_weight_names(directory, config, tensors)
         if not getattr(config, "quantization_config", None):
-            _check_shapes(directory, config, tensors)
+            _check_weight_shapes(directory, config, tensors)
 
 
-def read_header(file: Path) -> Tensors:
+def read_safetensors_header(file: Path) -> Tensors:
     """Read the dtype and shape of every tensor in a safetensors file.
 
     Raises:
@@ -74,7 +74,7 @@ def read_header(file: Path) -> Tensors:
     return tensors
 
 
-def _files(directory: Path) -> list[Path]:
+def _safetensors_files(directory: Path) -> list[Path]:
     index = directory / _INDEX
     if not index.exists():
         return sorted(directory.glob("*.safetensors"))
@@ -92,7 +92,7 @@ def _files(directory: Path) -> list[Path]:
     return files
 
 
-def _check_names(directory: Path, config: Any, tensors: Tensors) -> None:
+def _check_weight_names(directory: Path, config: Any, tensors: Tensors) -> None:
     found = {(int(m[1]), m[2]) for name in tensors if (m := _MODULE.search(name))}
     found |= {(layer, part) for layer, stack in found for part in _STACKS.get(stack, ())}
     wanted = [f"self_attn.{name}" for name in _ATTENTION]
@@ -118,8 +118,8 @@ def _check_names(directory: Path, config: Any, tensors: Tensors) -> None:
         )
 
 
-def _check_shapes(directory: Path, config: Any, tensors: Tensors) -> None:
-    for name, wanted in _shapes(config):
+def _check_weight_shapes(directory: Path, config: Any, tensors: Tensors) -> None:
+    for name, wanted in _expected_weight_shapes(config):
         for found, (dtype, shape) in tensors.items():
             if found.endswith(f"{name}.weight") and dtype in _FLOATS and shape != wanted:
                 raise ValueError(
@@ -128,7 +128,7 @@ def _check_shapes(directory: Path, config: Any, tensors: Tensors) -> None:
                 )
 
 
-def _shapes(config: Any) -> Iterator[tuple[str, tuple[int, ...]]]:
+def _expected_weight_shapes(config: Any) -> Iterator[tuple[str, tuple[int, ...]]]:
     """Give name and shape of the weights whose shapes follow from the config alone."""
     hidden, head_dim = config.hidden_size, config.head_dim
     queries = config.num_attention_heads * head_dim

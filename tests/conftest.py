@@ -237,15 +237,15 @@ def _nothing_leaks(
     if "engine" not in request.fixturenames:
         yield
         return
-    num_poisoned, update = 0, PoisonedPages.update
+    num_poisoned, poison = 0, PoisonedPages.poison_free_pages
 
     def counted(self: PoisonedPages, kv_caches: list[torch.Tensor]) -> None:
         nonlocal num_poisoned
         before = self._poisoned
-        update(self, kv_caches)
+        poison(self, kv_caches)
         num_poisoned += len(self._poisoned - before)
 
-    monkeypatch.setattr(PoisonedPages, "update", counted)
+    monkeypatch.setattr(PoisonedPages, "poison_free_pages", counted)
     yield
     engines = request.getfixturevalue("engine").alive.values()
     num_leaked = sum(map(num_held_pages, engines))

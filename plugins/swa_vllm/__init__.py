@@ -43,7 +43,7 @@ def ray_cpu_platform() -> str | None:
     """
     from swa_vllm.compat import envs
 
-    if not envs.is_on(envs.RAY_ON_CPU):
+    if not envs.is_variable_on(envs.RAY_ON_CPU):
         return None
     from vllm.platforms import cpu_platform_plugin
 

@@ -17,7 +17,7 @@ logger = init_logger(f"vllm.{__name__}")
 
 def register_all() -> None:
     """Register with the vLLM of this process; calling it again changes nothing."""
-    allowed = versions.is_allowed(versions.vllm_version())
+    allowed = versions.is_allowed_version(versions.vllm_version())
     if allowed:
         from swa_vllm.compat.backend_slot import take_backend_slot
 
@@ -57,7 +57,7 @@ def _register_config_hook(architecture: str) -> None:
 
 def _guard_foreign_model(architecture: str, owner: str) -> None:
     from swa_vllm.compat.backend_slot import LOAD_ONE
-    from swa_vllm.models.guard import refusing
+    from swa_vllm.models.guard import refusing_windows
 
     reason = (
         f"{architecture} is registered by {owner}, and a window needs {MODELS[architecture]}. "
@@ -65,6 +65,6 @@ def _guard_foreign_model(architecture: str, owner: str) -> None:
     )
     try:
         foreign = ModelRegistry.models[architecture].load_model_cls()
-        ModelRegistry.register_model(architecture, refusing(foreign, reason))
+        ModelRegistry.register_model(architecture, refusing_windows(foreign, reason))
     except Exception as error:  # the other plugin's import may fail in any way; see the module
         logger.warning("%s (%s could not be loaded to guard it: %s)", reason, owner, error)

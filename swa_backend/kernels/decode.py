@@ -190,7 +190,9 @@ def merge_kernel(
 
 
 @lru_cache(maxsize=1024)
-def _launchers(plan: DecodePlan, target: Target, num_kv_bytes: int) -> tuple[Launcher, Launcher]:
+def _decode_launchers(
+    plan: DecodePlan, target: Target, num_kv_bytes: int
+) -> tuple[Launcher, Launcher]:
     """Give the launchers of both kernels."""
     constants = {**plan.constants(), "DOT": tl.dtype(plan.dot)}
     merged = {"HEAD_DIM": plan.head_dim, "PARTS": plan.num_merged}
@@ -227,7 +229,7 @@ class DecodeLaunch:
         self._indices = (call.block_table, call.seq_lens, call.query_start_loc)
         self._table_stride = call.block_table.stride(0)
         self._numbers = (num_tokens, num_reqs, window, call.sink_tokens)
-        self._read, self._merge = _launchers(plan, target, num_kv_bytes)
+        self._read, self._merge = _decode_launchers(plan, target, num_kv_bytes)
 
     def __call__(
         self,

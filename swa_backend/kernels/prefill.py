@@ -183,7 +183,7 @@ def prefill_kernel(
 
 
 @lru_cache(maxsize=1024)
-def _launcher(plan: PrefillPlan, target: Target) -> Launcher:
+def _prefill_launcher(plan: PrefillPlan, target: Target) -> Launcher:
     constants = {**plan.constants(), "DOT": tl.dtype(plan.dot)}
     return launcher_of(prefill_kernel, constants, target.prefill_options(plan.has_sinks), target)
 
@@ -205,7 +205,7 @@ class PrefillLaunch:
         self._indices = (call.block_table, call.query_start_loc, call.seq_lens)
         self._table_stride = call.block_table.stride(0)
         self._numbers = (num_tokens, num_reqs, window, call.sink_tokens)
-        self._launch = _launcher(plan, target)
+        self._launch = _prefill_launcher(plan, target)
 
     def __call__(
         self,

@@ -13,7 +13,7 @@ from swa_backend.ops.checks import (
     check_same_device,
     check_scales,
 )
-from swa_backend.ops.dispatch import resolve
+from swa_backend.ops.dispatch import resolve_impl
 
 _MANTISSA_BITS = {torch.float8_e4m3fn: 3, torch.float8_e5m2: 2}
 
@@ -50,7 +50,7 @@ def write_pages(
         )
     check_scales(k_scale=k_scale, v_scale=v_scale)
     check_same_device(kv_cache, "kv_cache", key=key, value=value, slot_mapping=slot_mapping)
-    if resolve(impl, kv_cache.device) == "torch":
+    if resolve_impl(impl, kv_cache.device) == "torch":
         reference.write_pages(key, value, kv_cache, slot_mapping, k_scale=k_scale, v_scale=v_scale)
         return
     check_for_kernels(key.shape[2], key=key, value=value)

@@ -12,7 +12,7 @@ QUERY_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 FP8_DTYPES = (torch.float8_e4m3fn, torch.float8_e5m2)
 
 
-def describe(tensor: object) -> str:
+def describe_tensor(tensor: object) -> str:
     """Describe a tensor by dtype and shape, and anything else by its type, for messages."""
     if not isinstance(tensor, torch.Tensor):
         return f"a {type(tensor).__name__}"
@@ -28,7 +28,7 @@ def check_rows(name: str, rows: torch.Tensor) -> None:
     if not _is_tensor(rows) or rows.dim() != 3 or rows.dtype not in QUERY_DTYPES:
         raise TypeError(
             f"{name} must be float32, float16 or bfloat16 [num_tokens, heads, head_dim]; "
-            f"got {describe(rows)}"
+            f"got {describe_tensor(rows)}"
         )
 
 
@@ -37,13 +37,13 @@ def check_table(table: torch.Tensor, states: torch.Tensor) -> None:
     if not _is_tensor(table) or table.dim() != 2 or table.dtype not in QUERY_DTYPES:
         raise TypeError(
             "table must be float32, float16 or bfloat16 [num_positions, rotary_dim]; "
-            f"got {describe(table)}"
+            f"got {describe_tensor(table)}"
         )
     num_positions, size = table.shape
     if not num_positions or not 0 < size <= states.shape[2] or size % 2 or table.stride(1) != 1:
         raise ValueError(
             "table must have a position, rows that are contiguous, and an even number of columns "
-            f"up to states' head_dim {states.shape[2]}; got {describe(table)}"
+            f"up to states' head_dim {states.shape[2]}; got {describe_tensor(table)}"
         )
 
 
@@ -53,12 +53,12 @@ def check_cache(kv_cache: torch.Tensor, rows: torch.Tensor, name: str) -> None:
     if not _is_tensor(kv_cache) or kv_cache.dtype not in (rows.dtype, *FP8_DTYPES):
         raise TypeError(
             f"kv_cache must have {name}'s dtype, float8_e4m3fn or float8_e5m2; {name} is "
-            f"{describe(rows)}, kv_cache {describe(kv_cache)}"
+            f"{describe_tensor(rows)}, kv_cache {describe_tensor(kv_cache)}"
         )
     if kv_cache.dim() != 4 or kv_cache.shape[3] != 2 * rows.shape[2]:
         raise ValueError(
             f"kv_cache must be [num_pages, num_kv_heads, page, {2 * rows.shape[2]}] (a key and a "
-            f"value of head_dim {rows.shape[2]} a token); got {describe(kv_cache)}"
+            f"value of head_dim {rows.shape[2]} a token); got {describe_tensor(kv_cache)}"
         )
     if not rows.shape[1] or rows.shape[1] % kv_cache.shape[1]:
         raise ValueError(
@@ -86,7 +86,8 @@ def check_integers(
     ):
         wanted = ", ".join("any" if size is None else str(size) for size in shape)
         raise TypeError(
-            f"{name} must be {str(dtype).removeprefix('torch.')} [{wanted}]; got {describe(tensor)}"
+            f"{name} must be {str(dtype).removeprefix('torch.')} [{wanted}]; "
+            f"got {describe_tensor(tensor)}"
         )
     if tensor.stride(-1) != 1 and tensor.shape[-1] > 1:
         raise ValueError(
@@ -103,7 +104,7 @@ def check_scratch(scratch: torch.Tensor, kv_cache: torch.Tensor) -> None:
         or scratch.dtype != torch.float32
         or not scratch.is_contiguous()
     ):
-        raise TypeError(f"scratch must be contiguous float32 [any]; got {describe(scratch)}")
+        raise TypeError(f"scratch must be contiguous float32 [any]; got {describe_tensor(scratch)}")
     check_same_device(kv_cache, "kv_cache", scratch=scratch)
 
 
@@ -169,10 +170,10 @@ def check_layer(
 def check_prepared(shape: torch.Size, query: torch.Tensor, *rows: torch.Tensor) -> None:
     """Raise unless query has the shape that a batch was prepared for, and ``rows`` its tokens."""
     if query.shape != shape:
-        raise ValueError(f"the batch has queries {list(shape)}, got {describe(query)}")
+        raise ValueError(f"the batch has queries {list(shape)}, got {describe_tensor(query)}")
     for tensor in rows:
         if tensor.shape[0] != shape[0]:
-            raise ValueError(f"the batch has {shape[0]} tokens, got {describe(tensor)}")
+            raise ValueError(f"the batch has {shape[0]} tokens, got {describe_tensor(tensor)}")
 
 
 def check_prefill_call(call: PrefillCall, out: torch.Tensor | None) -> None:
@@ -192,7 +193,7 @@ def check_own(
     if key.shape != own_shape or key.dtype != query.dtype:
         raise TypeError(
             f"key must have query's dtype and tokens and the cache's heads, {list(own_shape)}; "
-            f"query is {describe(query)}, key {describe(key)}"
+            f"query is {describe_tensor(query)}, key {describe_tensor(key)}"
         )
     check_like("value", value, key, "key")
 
@@ -202,7 +203,9 @@ def check_like(name: str, tensor: torch.Tensor | None, like: torch.Tensor, like_
     if tensor is None:
         return
     if not _is_tensor(tensor) or tensor.shape != like.shape or tensor.dtype != like.dtype:
-        raise TypeError(f"{name} must be as {like_name}, {describe(like)}; got {describe(tensor)}")
+        raise TypeError(
+            f"{name} must be as {like_name}, {describe_tensor(like)}; got {describe_tensor(tensor)}"
+        )
 
 
 def check_window(window: int | None, sink_tokens: int, has_sink_query: bool) -> None:

@@ -8,7 +8,7 @@ from swa_backend.attention_call import AttentionCall
 from swa_backend.kernels.device import compile_target, on_device_of, target_of
 from swa_backend.kernels.plans import Target
 from swa_backend.ops.cache_write import write_pages
-from swa_backend.ops.decode import decode_attention, plan_call
+from swa_backend.ops.decode import decode_attention, plan_decode_call
 from swa_backend.ops.prefill import prefill_attention
 from swa_backend.ops.rotate import rotate_back
 from swa_backend.pages import ceil_div
@@ -43,7 +43,7 @@ def compile_kernels(
     Raises:
         TypeError, ValueError: what the operations do not accept; no kernel runs there.
     """
-    target, zeros = target_of(device), _zeros(2)
+    target, zeros = target_of(device), _meta_zeros(2)
     with compile_target(target), on_device_of(torch.empty(0, device=device)):
         key = torch.empty_like(query[:1, : kv_cache.shape[1]])
         write_pages(key, key, kv_cache, zeros[:1].long(), impl="triton")
@@ -63,11 +63,11 @@ def compile_kernels(
             impl="triton",
         )
         for is_ragged in (False, True)[: 1 + has_drafts]:
-            for call in _decodes(target, query, kv_cache, window, sink_tokens, is_ragged):
+            for call in _decode_calls(target, query, kv_cache, window, sink_tokens, is_ragged):
                 decode_attention(**call.arguments(), impl="triton")
 
 
-def _decodes(
+def _decode_calls(
     target: Target,
     query: torch.Tensor,
     kv_cache: torch.Tensor,
@@ -82,19 +82,19 @@ def _decodes(
         call = AttentionCall(
             query=query[:num_tokens],
             kv_cache=kv_cache,
-            block_table=_zeros(num_reqs, ceil_div(window, kv_cache.shape[2])),
-            seq_lens=_zeros(num_reqs),
-            query_start_loc=_zeros(2) if is_ragged else None,
+            block_table=_meta_zeros(num_reqs, ceil_div(window, kv_cache.shape[2])),
+            seq_lens=_meta_zeros(num_reqs),
+            query_start_loc=_meta_zeros(2) if is_ragged else None,
             window=window,
             sink_tokens=sink_tokens,
             scale=None,
         )
-        plan = plan_call(call, target)
+        plan = plan_decode_call(call, target)
         kernels = (plan.num_merged, *plan.constants().values())
         if kernels not in known:
             known.add(kernels)
             yield call
 
 
-def _zeros(*shape: int) -> torch.Tensor:
+def _meta_zeros(*shape: int) -> torch.Tensor:
     return torch.zeros(*shape, dtype=torch.int32, device="meta")

@@ -15,7 +15,7 @@ from swa_backend.ops.checks import (
     check_prepared,
     check_scratch,
 )
-from swa_backend.ops.dispatch import FORMATS, readable_as, resolve
+from swa_backend.ops.dispatch import FORMATS, readable_as, resolve_impl
 
 
 def decode_attention(
@@ -81,11 +81,11 @@ def decode_attention(
     if scratch is not None:
         check_scratch(scratch, kv_cache)
     check_one_query_each(call)
-    chosen = resolve(impl, kv_cache.device)
+    chosen = resolve_impl(impl, kv_cache.device)
     out = torch.empty_like(query) if out is None else out
     if chosen == "torch":
         return reference.decode_attention(**call.arguments(), out=out)
-    return _decode(call, out, scratch)
+    return _decode_by_kernels(call, out, scratch)
 
 
 def decode_scratch_size(
@@ -126,7 +126,7 @@ class DecodeBatch:
         self._shape = call.query.shape
         self._view, self._factor = readable_as(call.kv_cache.dtype, target)
         self._score_scale = call.softmax_scale * self._factor * math.log2(math.e)
-        self._plan = plan_call(call, target)
+        self._plan = plan_decode_call(call, target)
         self._launch = DecodeLaunch(
             call,
             self._plan,
@@ -160,13 +160,15 @@ class DecodeBatch:
             sink_query,
             kv_cache if self._view is None else kv_cache.view(self._view),
             out,
-            *_divide(query, self._plan, scratch),
+            *_divide_scratch(query, self._plan, scratch),
             score_scale=self._score_scale * k_scale,
             value_scale=v_scale * self._factor,
         )
 
 
-def _decode(call: AttentionCall, out: torch.Tensor, scratch: torch.Tensor | None) -> torch.Tensor:
+def _decode_by_kernels(
+    call: AttentionCall, out: torch.Tensor, scratch: torch.Tensor | None
+) -> torch.Tensor:
     """Launch the kernels for ``call``; returns ``out``."""
     query, kv_cache = call.query, call.kv_cache
     check_for_kernels(query.shape[2], query=query, sink_query=call.sink_query, out=out)
@@ -186,7 +188,7 @@ def _decode(call: AttentionCall, out: torch.Tensor, scratch: torch.Tensor | None
     return out
 
 
-def plan_call(call: AttentionCall, target: Target) -> DecodePlan:
+def plan_decode_call(call: AttentionCall, target: Target) -> DecodePlan:
     """Plan the launch of ``call``."""
     (num_tokens, num_heads, head_dim), num_kv_heads = call.query.shape, call.kv_cache.shape[1]
     window, has_sinks = call.reach()
@@ -206,7 +208,7 @@ def plan_call(call: AttentionCall, target: Target) -> DecodePlan:
     )
 
 
-def _divide(
+def _divide_scratch(
     query: torch.Tensor, plan: DecodePlan, scratch: torch.Tensor | None
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     """Divide scratch into outputs ``[num_tokens, Hq, num_parts, D]`` and log-sum-exps of the parts.

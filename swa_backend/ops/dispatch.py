@@ -16,7 +16,7 @@ FORMATS = {
 _SHIFTED_E4M3 = 256.0
 
 
-def resolve(impl: str, device: torch.device, others: tuple[str, ...] = ()) -> str:
+def resolve_impl(impl: str, device: torch.device, others: tuple[str, ...] = ()) -> str:
     """Resolve ``impl`` to an implementation on ``device``; ``others`` are allowed too.
 
     Raises:

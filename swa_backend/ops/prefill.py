@@ -9,7 +9,7 @@ from swa_backend.attention_call import AttentionCall, PrefillCall
 from swa_backend.kernels.device import on_device_of, target_of
 from swa_backend.kernels.plans import Target, plan_prefill
 from swa_backend.ops.checks import check_for_kernels, check_prefill_call, check_prepared
-from swa_backend.ops.dispatch import FORMATS, readable_as, resolve
+from swa_backend.ops.dispatch import FORMATS, readable_as, resolve_impl
 from swa_backend.ops.xformers_prefill import prefill_by_xformers
 
 
@@ -76,11 +76,11 @@ def prefill_attention(
         v_scale=v_scale,
     )
     check_prefill_call(call, out)
-    chosen = resolve(impl, kv_cache.device, others=("xformers",))
+    chosen = resolve_impl(impl, kv_cache.device, others=("xformers",))
     out = torch.empty_like(query) if out is None else out
     if chosen == "torch":
         return reference.prefill_attention(**call.arguments(), out=out)
-    return _prefill(call, out) if chosen == "triton" else prefill_by_xformers(call, out)
+    return _prefill_by_kernel(call, out) if chosen == "triton" else prefill_by_xformers(call, out)
 
 
 class PrefillBatch:
@@ -140,7 +140,7 @@ class PrefillBatch:
         )
 
 
-def _prefill(call: PrefillCall, out: torch.Tensor) -> torch.Tensor:
+def _prefill_by_kernel(call: PrefillCall, out: torch.Tensor) -> torch.Tensor:
     """Launch the kernel for ``call``; returns ``out``."""
     query, key, value, kv_cache = call.query, call.key, call.value, call.kv_cache
     check_for_kernels(

@@ -12,7 +12,7 @@ from swa_backend.ops.checks import (
     check_same_device,
     check_table,
 )
-from swa_backend.ops.dispatch import resolve
+from swa_backend.ops.dispatch import resolve_impl
 
 
 def rotate_back(
@@ -46,7 +46,7 @@ def rotate_back(
     check_like("out", out, states, "states")
     check_same_device(states, "states", distances=distances, table=table, out=out)
     out = torch.empty_like(states) if out is None else out
-    if resolve(impl, states.device) == "torch":
+    if resolve_impl(impl, states.device) == "torch":
         return reference.rotate_back(states, distances, table, is_neox=is_neox, out=out)
     check_for_kernels(states.shape[2], states=states, out=out)
     target = target_of(states.device)

@@ -93,7 +93,7 @@ def compiling(target: Target) -> Iterator[dict[str, Any]]:
         compiled[function.__name__] = triton.compile(
             ASTSource(function, compile["signature"], compile["constants"], *compile["configs"]),
             target=_Driver(target).get_current_target(),
-            options=_as_given(json.loads(compile["specialization_data"])["options"]),
+            options=_restore_tuples(json.loads(compile["specialization_data"])["options"]),
         )
         return True
 
@@ -164,11 +164,11 @@ def _refuse_interpreter() -> None:
         )
 
 
-def _as_given(value: Any) -> Any:
+def _restore_tuples(value: Any) -> Any:
     """Restore a compiler's options from JSON, which has made lists of their tuples."""
     if isinstance(value, dict):
-        return {name: _as_given(item) for name, item in value.items()}
-    return tuple(map(_as_given, value)) if isinstance(value, list) else value
+        return {name: _restore_tuples(item) for name, item in value.items()}
+    return tuple(map(_restore_tuples, value)) if isinstance(value, list) else value
 
 
 class _Driver:
@@ -235,7 +235,7 @@ def _nvidia_facts(kernel: Any, target: Target) -> Facts:
             _REGISTERS // registers,
             _THREADS[arch] // num_threads,
         ),
-        product=_product(code),
+        product=_product_instruction(code),
         is_serialized=_is_serialized(code),
     )
 
@@ -251,11 +251,11 @@ def _amd_facts(kernel: Any) -> Facts:
         kv_buffers=_kv_buffers(kernel),
         load_bytes=_amd_load_bytes(assembly),
         programs_per_processor=None,
-        product=_product(assembly),
+        product=_product_instruction(assembly),
     )
 
 
-def _product(assembly: str) -> str | None:
+def _product_instruction(assembly: str) -> str | None:
     # The first two reach the full rate of sm_100 and sm_90; the last is AMD's.
     names = ("UTCHMMA", "HGMMA", "HMMA", "v_mfma")
     return next((name for name in names if re.search(rf"\b{name}", assembly)), None)

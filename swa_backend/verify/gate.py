@@ -64,7 +64,7 @@ class Case:
 
 def _launch_write(kv_dtype: torch.dtype) -> None:
     rows = torch.zeros(1, _NUM_KV_HEADS, _HEAD_DIM, dtype=torch.bfloat16)
-    ops.write_pages(rows, rows, _cache(kv_dtype), torch.zeros(1).long(), impl="triton")
+    ops.write_pages(rows, rows, _large_cache(kv_dtype), torch.zeros(1).long(), impl="triton")
 
 
 def _launch_rotate(group: int) -> None:
@@ -82,7 +82,7 @@ def _launch_decode(case: Case) -> None:
     num_heads = _NUM_KV_HEADS * GROUPS[case.shape]
     ops.decode_attention(
         torch.zeros(num_tokens, num_heads, _HEAD_DIM, dtype=torch.bfloat16),
-        _cache(case.kv_dtype),
+        _large_cache(case.kv_dtype),
         torch.zeros(num_reqs, 2 * _WINDOW // _PAGE).int(),
         torch.zeros(num_reqs).int(),
         window=_WINDOW,
@@ -102,7 +102,7 @@ def _launch_prefill(case: Case) -> None:
         query,
         own,
         own,
-        _cache(case.kv_dtype),
+        _large_cache(case.kv_dtype),
         torch.zeros(2, 2 * _WINDOW // _PAGE).int(),
         torch.tensor([0, 4, 8]).int(),
         torch.zeros(2).int(),
@@ -112,12 +112,12 @@ def _launch_prefill(case: Case) -> None:
     )
 
 
-def _cache(dtype: torch.dtype) -> torch.Tensor:
+def _large_cache(dtype: torch.dtype) -> torch.Tensor:
     """Reserve a cache of over 2 GB, as on a GPU: on AMD smaller ones compile to other loads."""
     return torch.empty(2**16 + 1, _NUM_KV_HEADS, _PAGE, 2 * _HEAD_DIM, dtype=dtype)
 
 
-def cases() -> Iterator[Case]:
+def gate_cases() -> Iterator[Case]:
     """Give every case of the table."""
     wide, e4m3, _ = _NAMES
     for target in TARGETS:
@@ -138,9 +138,9 @@ def cases() -> Iterator[Case]:
         yield Case("rotate", "Qwen3-8B", wide, target)
 
 
-def main_cases() -> Iterator[Case]:
+def main_gate_cases() -> Iterator[Case]:
     """Give the cases of Qwen3-8B on data centre GPUs, with caches of bfloat16 and e4m3."""
-    for case in cases():
+    for case in gate_cases():
         if (
             case.target.arch in (80, 90, 100, "gfx942")
             and case.shape == "Qwen3-8B"
@@ -159,14 +159,14 @@ def compile_decode(target: Target) -> None:
         _launch_decode(Case("decode", "Qwen3-8B", torch.bfloat16, target))
 
 
-def compile_all(chosen: Iterable[Case]) -> Iterator[tuple[Case, Facts]]:
+def compile_gate_cases(chosen: Iterable[Case]) -> Iterator[tuple[Case, Facts]]:
     """Compile the cases, in as many processes as there are processors, and give their facts."""
     chosen = list(chosen)
     with ProcessPoolExecutor() as pool:
         yield from zip(chosen, pool.map(Case.compile, chosen), strict=True)
 
 
-def violations(case: Case, facts: Facts) -> list[str]:
+def broken_limits(case: Case, facts: Facts) -> list[str]:
     """List the limits that the case does not keep."""
     decodes = case.kernel.startswith("decode")
     reads_keys = decodes or case.kernel.startswith("prefill")
@@ -197,7 +197,7 @@ def violations(case: Case, facts: Facts) -> list[str]:
     return [text for text, is_broken in limits.items() if is_broken]
 
 
-def format_row(name: str, facts: Facts) -> str:
+def format_gate_row(name: str, facts: Facts) -> str:
     """Format a line of the table, whose columns are fixed: lines are printed as kernels compile."""
     cells = (
         facts.registers,
@@ -222,8 +222,8 @@ def main() -> None:
         f"{'kernel':14}{'shape':12}{'cache':9}{'device':8}registers spilled shared buffers", end=""
     )
     print("  loads  programs  product")
-    for case, facts in compile_all(cases()):
-        print(format_row(case.name, facts), flush=True)
+    for case, facts in compile_gate_cases(gate_cases()):
+        print(format_gate_row(case.name, facts), flush=True)
 
 
 if __name__ == "__main__":

@@ -53,8 +53,10 @@ def smoke(device: torch.device) -> float:
         raise RuntimeError("the kernel that writes pages does not write what the oracle does")
     table, lengths = table.to(device), torch.tensor(_LENGTHS, dtype=torch.int32, device=device)
     return max(
-        _decode(random(len(_LENGTHS), _NUM_KV_HEADS * _GROUP, _HEAD_DIM), cache, table, lengths),
-        _prefill(
+        _smoke_decode(
+            random(len(_LENGTHS), _NUM_KV_HEADS * _GROUP, _HEAD_DIM), cache, table, lengths
+        ),
+        _smoke_prefill(
             random(_CHUNK, _NUM_KV_HEADS * _GROUP, _HEAD_DIM),
             random(_CHUNK, _NUM_KV_HEADS, _HEAD_DIM),
             random(_CHUNK, _NUM_KV_HEADS, _HEAD_DIM),
@@ -64,7 +66,7 @@ def smoke(device: torch.device) -> float:
     )
 
 
-def _decode(
+def _smoke_decode(
     query: torch.Tensor, cache: torch.Tensor, table: torch.Tensor, lengths: torch.Tensor
 ) -> float:
     found = ops.decode_attention(
@@ -78,10 +80,10 @@ def _decode(
         window=_WINDOW,
         sink_tokens=_SINKS,
     )
-    return _compared("decode", found, exact)
+    return _error_in_roundings("decode", found, exact)
 
 
-def _prefill(
+def _smoke_prefill(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
@@ -101,10 +103,10 @@ def _prefill(
         window=_WINDOW,
         sink_tokens=_SINKS,
     )
-    return _compared("prefill", found, exact)
+    return _error_in_roundings("prefill", found, exact)
 
 
-def _compared(kernel: str, found: torch.Tensor, exact: torch.Tensor) -> float:
+def _error_in_roundings(kernel: str, found: torch.Tensor, exact: torch.Tensor) -> float:
     """Give the error in roundings of bfloat16 at the largest output; weights are rounded too."""
     unit = torch.finfo(torch.bfloat16).eps * float(exact.abs().max())
     error = float((found.cpu().double() - exact).abs().max()) / unit

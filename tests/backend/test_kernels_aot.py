@@ -22,8 +22,8 @@ TABLE = DATA / "kernels.txt"
 COMPILE = """
 import json, triton
 from swa_backend.verify import gate
-compiled = gate.compile_all(gate.{chosen}())
-lines = [(gate.format_row(c.name, f), gate.violations(c, f)) for c, f in compiled]
+compiled = gate.compile_gate_cases(gate.{chosen}())
+lines = [(gate.format_gate_row(c.name, f), gate.broken_limits(c, f)) for c, f in compiled]
 print(json.dumps([triton.__version__, lines]))
 """
 COMPILE_ONE = """
@@ -62,16 +62,18 @@ def compile_with(version: str, chosen: str, *first: str) -> Lines:
 @pytest.fixture(scope="module")
 def compiled() -> Lines:
     """What the installed Triton makes of every case."""
-    return compile_with(triton.__version__, "cases")
+    return compile_with(triton.__version__, "gate_cases")
 
 
 def test_every_kernel_keeps_its_limits(compiled: Lines) -> None:
-    assert len(compiled) == len(list(gate.cases()))
+    assert len(compiled) == len(list(gate.gate_cases()))
     assert not {line: broken for line, broken in compiled if broken}
 
 
 @pytest.mark.timeout(1800)
-@pytest.mark.parametrize("chosen", ["main_cases", pytest.param("cases", marks=pytest.mark.full)])
+@pytest.mark.parametrize(
+    "chosen", ["main_gate_cases", pytest.param("gate_cases", marks=pytest.mark.full)]
+)
 @pytest.mark.parametrize("version", OTHER_TRITONS)
 def test_every_kernel_keeps_its_limits_with_other_tritons(version: str, chosen: str) -> None:
     lines = compile_with(version, chosen, str(triton_directory(version)))
@@ -115,22 +117,22 @@ GOOD = Facts(
 )
 def test_broken_limit_is_named(changes: dict[str, Any], broken: str | None) -> None:
     case = gate.Case("decode", "Qwen3-8B", torch.bfloat16, Target("cuda", 90, 132))
-    assert gate.violations(case, replace(GOOD, **changes)) == ([broken] if broken else [])
+    assert gate.broken_limits(case, replace(GOOD, **changes)) == ([broken] if broken else [])
 
 
 def test_four_programs_have_to_fit_where_plans_count_on_them() -> None:
     case = gate.Case("decode", "Qwen3-8B", torch.bfloat16, Target("cuda", 100, 148))
     many = replace(GOOD, registers=129)
-    assert gate.violations(case, many) == ["takes 129 registers, more than 128"]
+    assert gate.broken_limits(case, many) == ["takes 129 registers, more than 128"]
 
 
 def test_prefill_without_the_fast_products_is_named() -> None:
     case = gate.Case("prefill", "Qwen3-8B", torch.bfloat16, Target("cuda", 90, 132))
-    assert gate.violations(case, GOOD) == ["multiplies by HMMA, not HGMMA"]
+    assert gate.broken_limits(case, GOOD) == ["multiplies by HMMA, not HGMMA"]
     fast = replace(GOOD, product="HGMMA", kv_buffers=1)
-    assert gate.violations(case, fast) == []
+    assert gate.broken_limits(case, fast) == []
     slow = replace(fast, is_serialized=True)
-    assert gate.violations(case, slow) == ["lets each product wait for the one before"]
+    assert gate.broken_limits(case, slow) == ["lets each product wait for the one before"]
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from safetensors.torch import load_file, save_file
 
 from swa_backend.checkpoint import read_checkpoint
-from swa_vllm.tools.common.arguments import check_output
+from swa_vllm.tools.common.arguments import check_output_path
 from swa_vllm.tools.eval.texts import tokens_of
 from tests.bad_input.row import Bad
 
@@ -195,7 +195,7 @@ UNREADABLE = [
     *(
         Bad(
             flag,
-            lambda path, flag=flag: check_output(flag, path / "figures"),
+            lambda path, flag=flag: check_output_path(flag, path / "figures"),
             f"{flag} /",
             "this user cannot write there",
             "name another place",

@@ -15,7 +15,7 @@ from swa_backend.options import SWAConfigError
 from swa_vllm.compat import versions
 from swa_vllm.compat.envs import ALLOW_UNTESTED
 from swa_vllm.distributed.nodes import Installation, check_installations
-from swa_vllm.models.guard import refusing
+from swa_vllm.models.guard import refusing_windows
 from swa_vllm.tools.check import steps
 from tests.bad_input.row import Bad
 from tests.helpers.ray_cluster import config_on_ray
@@ -31,7 +31,7 @@ def _version(version: str, allow: str | None = None) -> Situation:
             monkeypatch.setenv(ALLOW_UNTESTED, allow)
         stock = type("Stock", (), {})
         config = EngineArgs(str(model), skip_tokenizer_init=True).create_engine_config()
-        refusing(stock, versions.untested_reason())(vllm_config=config)  # type: ignore[arg-type, call-arg]
+        refusing_windows(stock, versions.untested_reason())(vllm_config=config)  # type: ignore[arg-type, call-arg]
 
     return situation
 
@@ -42,7 +42,7 @@ def _checked(name: str, value: str) -> Situation:
     def situation(monkeypatch: pytest.MonkeyPatch, model: Path) -> None:
         monkeypatch.setenv(name, value)
         try:
-            steps.plugin()
+            steps.inspect_plugin()
         except steps.ProblemError as problem:
             raise steps.ProblemError(f"{problem}; {problem.remedy}", "") from problem
 

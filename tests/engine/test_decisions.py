@@ -42,8 +42,8 @@ def test_two_engines_in_one_process_keep_their_own_options(
     }
     for llm in (with_sinks, mixed, with_sinks):
         check_exact(prompts, generate(llm, prompts), DenseQwen3(model, seen[llm]))
-    assert [m.kv_cache_spec.prefill_pages.value for m in managers(with_sinks)] == ["auto"]
-    assert [m.kv_cache_spec.prefill_pages.value for m in managers(mixed)] == ["all"]
+    assert [m.kv_cache_spec.storage.prefill_pages.value for m in managers(with_sinks)] == ["auto"]
+    assert [m.kv_cache_spec.storage.prefill_pages.value for m in managers(mixed)] == ["all"]
     del llm, with_sinks, mixed, seen
     stop_engine()
 

@@ -90,7 +90,7 @@ def test_untested_vllm_refuses_windows_only(
     [("0.32.0+cpu", True), ("0.33.1", True), ("0.34.0", False), ("1.32", False), ("dev", False)],
 )
 def test_tested_versions(version: str, tested: bool) -> None:
-    assert versions.is_tested(version) is tested
+    assert versions.is_tested_version(version) is tested
 
 
 class OtherQwen3(stock.Qwen3ForCausalLM):

@@ -15,7 +15,7 @@ from swa_vllm.attention.cpu.builder import SWACPUMetadataBuilder
 from swa_vllm.config import swa_config
 from swa_vllm.config.implementation import Implementation
 from swa_vllm.config.swa_config import SWAConfig
-from swa_vllm.models.guard import refusing
+from swa_vllm.models.guard import refusing_windows
 from swa_vllm.refusals import check_servable
 from tests.helpers.engines import (
     Answer,
@@ -228,7 +228,7 @@ def test_no_gpu_backend_stores_every_page(
         config = _config(tiny_model, prefill_pages=policy)
         swa = SWAConfig.from_vllm(config)
         check_servable(config, swa)
-        return swa.prefill_pages.value
+        return swa.storage.prefill_pages.value
 
     assert [pages(policy) for policy in ("auto", "survivors", "all")] == [
         "auto",
@@ -245,6 +245,6 @@ def test_a_guard_needs_nothing_of_the_engine_to_see_a_window(tiny_model: ModelFa
     """An untested vLLM may lack what else is decided from its config."""
     config = _config(tiny_model, prefill_pages="survivors")
     config.scheduler_config = None  # type: ignore[assignment]
-    guarded = refusing(type("Stock", (), {}), "because")
+    guarded = refusing_windows(type("Stock", (), {}), "because")
     with pytest.raises(RuntimeError, match="asks for sliding windows: because"):
         guarded(vllm_config=config)  # type: ignore[call-arg]

@@ -74,7 +74,7 @@ def test_engine_equals_a_dense_model(
     layers = attention_layers(llm)
     windows = tuple(layer.sliding_window for layer in layers)
     assert {a.attn_backend for a in layers if a.sliding_window} == {SWATritonBackend}
-    assert {m.kv_cache_spec.spare_tokens for m in managers(llm)} == {0}
+    assert {m.kv_cache_spec.storage.spare_tokens for m in managers(llm)} == {0}
     num_free = num_free_pages(llm)
     prompts = random_prompts(case.lengths)
     answers = generate(llm, prompts, num_tokens=4)

@@ -23,12 +23,12 @@ def check_held(manager: SWAManager, request_id: str, num_settled: int) -> None:
     spec, blocks = manager.kv_cache_spec, manager.req_to_blocks[request_id]
     held = [i for i, block in enumerate(blocks) if not block.is_null]
     first = first_visible(max(0, num_settled), spec.sliding_window) // spec.block_size
-    sinks = range(ceil_div(spec.sink_tokens, spec.block_size))
+    sinks = range(ceil_div(spec.storage.sink_tokens, spec.block_size))
     assert all(i in sinks or i >= first for i in held)
     assert held[: len(sinks)] == list(sinks)[: len(blocks)]
     assert manager._held[request_id].live == len(held)
     # Grants may go beyond; they are given back at the next step.
-    if spec.prefill_pages is not PrefillPages.AUTO or not manager.enable_caching:
+    if spec.storage.prefill_pages is not PrefillPages.AUTO or not manager.enable_caching:
         assert manager.max_admission_blocks_per_request is not None
         assert len(held) <= manager.max_admission_blocks_per_request
 
@@ -37,8 +37,8 @@ def check_counts(manager: SWAManager) -> None:
     """What a manager counts as held now is what its tables hold."""
     spec, tables = manager.kv_cache_spec, manager.req_to_blocks.values()
     held = [[not block.is_null for block in blocks] for blocks in tables if blocks]
-    num_sinks = ceil_div(spec.sink_tokens, spec.block_size)
-    ahead = spec.spare_tokens + spec.lookahead_tokens
+    num_sinks = ceil_div(spec.storage.sink_tokens, spec.block_size)
+    ahead = spec.storage.spare_tokens + spec.lookahead_tokens
     decoding = manager._pages.max_survivors + ceil_div(ahead, spec.block_size)
     behind = [sum(pages[num_sinks:]) for pages in held]
     counts = manager.snapshot()

@@ -21,6 +21,7 @@ from vllm.v1.request import Request, RequestStatus
 
 from swa_backend.options import PrefillPages
 from swa_backend.window import first_visible
+from swa_vllm.config.storage import StoragePolicy
 from swa_vllm.kv_cache.manager import SWAManager
 from swa_vllm.kv_cache.spec import SWASpec
 from tests.helpers.page_checks import check_counts, check_held, check_nothing_held
@@ -90,9 +91,7 @@ class PageMachine:
         sliding = SWASpec(
             **common,
             sliding_window=setup.window,
-            sink_tokens=setup.sink_tokens,
-            spare_tokens=setup.spare_tokens,
-            prefill_pages=setup.prefill_pages,
+            storage=StoragePolicy(setup.sink_tokens, setup.spare_tokens, setup.prefill_pages),
             num_steps_in_flight=setup.num_steps_in_flight,
             rollback_tokens=setup.num_steps_in_flight * setup.num_drafts,
             lookahead_tokens=setup.num_lookahead,

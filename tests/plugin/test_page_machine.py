@@ -185,7 +185,7 @@ def _grant_before_others_took_theirs(monkeypatch: pytest.MonkeyPatch) -> None:
             spare = min(len(held.holes), self.block_pool.get_num_free_blocks())
             granted = self.block_pool.get_new_blocks(spare)
             new[:spare] = table[held.holes.start : held.holes.start + spare] = granted
-            self._held.take(held, spare)
+            self._held.count_taken(held, spare)
             held.holes = range(0)
         return new
 

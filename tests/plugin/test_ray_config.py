@@ -20,7 +20,7 @@ from ray_cluster import run_local
 from ray_cluster.local_cluster import ClusterError, LocalRayCluster
 from swa_backend import __version__
 from swa_vllm.attention.cpu.backend import SWACPUBackend
-from swa_vllm.compat.versions import is_tested
+from swa_vllm.compat.versions import is_tested_version
 from swa_vllm.distributed.cpu_platform import RayCpuPlatform
 from swa_vllm.distributed.executor import NodeCheckingRayExecutor
 from swa_vllm.distributed.nodes import Installation, check_installations, installation_here
@@ -197,7 +197,7 @@ def test_image_has_a_tested_vllm() -> None:
     text = (ROOT / "examples" / "ray_cluster" / "Dockerfile").read_text()
     version = re.search(r"^ARG VLLM_VERSION=(\S+)$", text, re.MULTILINE)
     assert version is not None
-    assert is_tested(version[1])
+    assert is_tested_version(version[1])
 
 
 def test_padded_heads_change_no_answer(tiny_model: ModelFactory, tmp_path: Path) -> None:

@@ -246,7 +246,7 @@ def test_cuda_graphs_hold_uniform_decodes(setup: KernelLayer) -> None:
     support = builder.get_cudagraph_support(setup.config, setup.spec)
     assert support is AttentionCGSupport.UNIFORM_BATCH
     assert setup.group.backend is SWATritonBackend
-    assert setup.spec.spare_tokens == 0
+    assert setup.spec.storage.spare_tokens == 0
 
 
 def test_profiling_gives_zeros(setup: KernelLayer) -> None:

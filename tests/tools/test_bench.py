@@ -21,8 +21,14 @@ from swa_vllm.tools.bench.attention.arms import OURS, Batch, Call
 from swa_vllm.tools.bench.attention.decode_work import decode_work
 from swa_vllm.tools.bench.attention.prefill_work import prefill_work
 from swa_vllm.tools.bench.attention.stock_kernel import real_triton
-from swa_vllm.tools.bench.attention.times import AttentionCase, Result, make_batch, measure, targets
-from swa_vllm.tools.bench.kernels import measure_all
+from swa_vllm.tools.bench.attention.times import (
+    AttentionCase,
+    Result,
+    judge_targets,
+    make_kernel_batch,
+    time_kernel_arms,
+)
+from swa_vllm.tools.bench.kernels import benchmark_kernels
 from swa_vllm.tools.cli import main
 from swa_vllm.tools.common.arms import Arm
 from swa_vllm.tools.engines.scheduler import simulate
@@ -137,7 +143,7 @@ def test_an_engine_that_stock_refuses_starts() -> None:
 
 
 def test_a_run_that_stops_early_is_no_result(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(SWAManager, "_charge", lambda *args: 1000)  # more than there are
+    monkeypatch.setattr(SWAManager, "_admission_charge", lambda *args: 1000)  # more than there are
     with pytest.raises(RuntimeError, match="this plugin stopped with requests that it cannot"):
         simulate(Arm.SWA, Engine(64, 32, 140, 2048, 8192), [(2000, 200)])
 
@@ -205,7 +211,7 @@ def test_gpu_benchmark_runs_through(capsys: pytest.CaptureFixture[str]) -> None:
     """With Triton's interpreter for the GPU, also under vLLM's kernel, and a clock that stands."""
     cases = [SMALL, replace(SMALL, num_queries=70)]
     with real_triton(aot.triton_modules()):
-        figures = measure_all(
+        figures = benchmark_kernels(
             "Qwen3-8B", cases, torch.device("cpu"), _each_takes(3.0), num_bytes=1 << 16
         )
     json.dumps(figures)
@@ -220,22 +226,24 @@ def test_gpu_benchmark_runs_through(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_wrong_output_is_not_timed() -> None:
-    batch = make_batch(SMALL, torch.device("cpu"), cold_bytes=2 * SMALL.num_bytes)
+    batch = make_kernel_batch(SMALL, torch.device("cpu"), cold_bytes=2 * SMALL.num_bytes)
     assert len(batch.tables) == 2
-    result = measure(SMALL, batch, {OURS: arms.ours, "wrong": _zeros}, _each_takes(3.0))
+    result = time_kernel_arms(
+        SMALL, batch, {OURS: arms.our_kernels, "wrong": _zeros}, _each_takes(3.0)
+    )
     assert result.times == {OURS: 3.0}
     assert result.refused["wrong"].startswith("wrong: off by")
 
 
 def test_own_kernel_must_be_right_before_it_is_timed() -> None:
-    batch = make_batch(SMALL, torch.device("cpu"), cold_bytes=1)
+    batch = make_kernel_batch(SMALL, torch.device("cpu"), cold_bytes=1)
     with pytest.raises(RuntimeError, match=r"off by .*, allowed is"):
-        measure(SMALL, batch, {OURS: _zeros}, _each_takes(1.0))
+        time_kernel_arms(SMALL, batch, {OURS: _zeros}, _each_takes(1.0))
 
 
 def test_other_arms_refuse_what_they_cannot_do() -> None:
     case = replace(SMALL, kv_dtype=torch.float8_e4m3fn)
-    batch = make_batch(case, torch.device("cpu"), cold_bytes=1)
+    batch = make_kernel_batch(case, torch.device("cpu"), cold_bytes=1)
     with pytest.raises(ValueError, match="wants fp8 queries too"):
         arms.flash_attn(batch)
     with pytest.raises(ValueError, match="has no fp8 cache"):
@@ -252,7 +260,7 @@ def test_targets_say_met_missed_or_not_measured() -> None:
         _result(131072, 1, here=7.7, TRITON_ATTN=30.0),
         _result(8192, 64, here=100.0, FLASH_ATTN=80.0),
     ]
-    met = {t["target"]: t["met"] for t in targets(results, copied=3000.0)}
+    met = {t["target"]: t["met"] for t in judge_targets(results, copied=3000.0)}
     assert met == {
         "us at batch 1, W <= 1024: at most 8.0": True,
         "us at batch 1, W = 4096: at most 14.0": None,

@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 
-from swa_vllm.tools.bench.serve import losses
+from swa_vllm.tools.bench.serve import serving_losses
 from swa_vllm.tools.bench.serving import rounds
 from swa_vllm.tools.bench.serving.arms import SERVING_ARMS
-from swa_vllm.tools.bench.serving.bound import makespan, step_time
-from swa_vllm.tools.bench.serving.checkpoints import add_window
+from swa_vllm.tools.bench.serving.bound import interpolate_step_time, makespan
+from swa_vllm.tools.bench.serving.checkpoints import make_windowed_checkpoint
 from swa_vllm.tools.bench.serving.launcher import Launcher
 from swa_vllm.tools.bench.serving.process import ArmProcess
 from swa_vllm.tools.bench.serving.records import ServedWorkload, Step, Timed, percentile
@@ -148,7 +148,7 @@ def test_least_time_by_hand(asks: Sequence[Ask], concurrency: int, seconds: floa
 
 def test_steps_between_and_beyond_those_measured() -> None:
     times = {2: 1.0, 4: 3.0}
-    assert [step_time(times, n) for n in (1, 2, 3, 4, 9)] == [1.0, 1.0, 2.0, 3.0, 3.0]
+    assert [interpolate_step_time(times, n) for n in (1, 2, 3, 4, 9)] == [1.0, 1.0, 2.0, 3.0, 3.0]
 
 
 def test_summary_by_hand() -> None:
@@ -169,8 +169,8 @@ def test_ratio_is_of_the_rounds_that_both_served() -> None:
     here, other = (
         [ServedWorkload(float(n), [], []) for n in seconds] for seconds in ((2, 4, 9), (4, 9, 6))
     )
-    assert rounds._ratio(here, other) == 2.0
-    assert rounds._ratio(here, other[:1]) == 2.0  # of one that served once
+    assert rounds._ratio_of_rounds(here, other) == 2.0
+    assert rounds._ratio_of_rounds(here, other[:1]) == 2.0  # of one that served once
 
 
 def test_percentiles() -> None:
@@ -191,7 +191,7 @@ def test_losses_are_named() -> None:
         SERVING_ARMS["stock"].name: faster,
         SERVING_ARMS["full"].name: slower,
     }
-    assert losses({"peers": arms}) == [
+    assert serving_losses({"peers": arms}) == [
         "tokens/s, stock vLLM is 1.20 times better",
         "TPOT p50, ms, stock vLLM is 2.00 times better",
     ]
@@ -213,11 +213,11 @@ def test_arms_that_disagree_are_not_timed(tiny_model: Any) -> None:
     launcher = Launcher(dict.fromkeys((True, False), tiny_model()), "float32", 1, {})
     work = rounds.Rounds([Ask(0, 100, 100)], 32, 1, frozenset(), 0)
     running = {name: Parrot(arm.name, int(name == "full")) for name, arm in arms.items()}
-    checked = rounds._check(launcher, arms, work, running)
+    checked = rounds._check_same_answers(launcher, arms, work, running)
     assert checked["equal"] == [["this plugin", "stock vLLM"], ["full attention"]]
     running["stock"] = Parrot("stock vLLM", 1)
     with pytest.raises(RuntimeError, match="this plugin and stock vLLM give other tokens"):
-        rounds._check(launcher, arms, work, running)
+        rounds._check_same_answers(launcher, arms, work, running)
 
 
 def test_an_arm_that_fails_says_why(tmp_path: Path) -> None:
@@ -232,9 +232,11 @@ def test_an_arm_that_dies_says_why() -> None:
 
 def test_a_checkpoint_gets_a_window_or_none(tiny_model: Any, tmp_path: Path) -> None:
     model = tiny_model()
-    sliding = json.loads((add_window(model, tmp_path / "a", 64) / "config.json").read_text())
+    sliding = json.loads(
+        (make_windowed_checkpoint(model, tmp_path / "a", 64) / "config.json").read_text()
+    )
     full = json.loads(
-        (add_window(tmp_path / "a", tmp_path / "b", None) / "config.json").read_text()
+        (make_windowed_checkpoint(tmp_path / "a", tmp_path / "b", None) / "config.json").read_text()
     )
     assert (sliding["sliding_window"], sliding["max_window_layers"]) == (64, 0)
     assert (full["sliding_window"], full["use_sliding_window"]) == (None, False)
@@ -243,4 +245,4 @@ def test_a_checkpoint_gets_a_window_or_none(tiny_model: Any, tmp_path: Path) -> 
 
 def test_other_models_have_no_common_window(tiny_llama: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="is a 'llama'; peers share a window in a dense Qwen3"):
-        add_window(tiny_llama, tmp_path / "a", 64)
+        make_windowed_checkpoint(tiny_llama, tmp_path / "a", 64)

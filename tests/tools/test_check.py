@@ -31,7 +31,7 @@ Figures = tuple[int, dict[str, Any]]
 @pytest.fixture
 def check(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., Figures]:
     """Exit status and JSON of a check in this process, without its slow steps."""
-    for step in ("kernels_are_right", "cpu_operators_are_right"):
+    for step in ("inspect_kernels", "inspect_cpu_operators"):
         monkeypatch.setattr(device, step, lambda: "not asked in this test")
 
     def run(*arguments: str) -> Figures:
@@ -196,4 +196,4 @@ def test_a_process_that_dies_without_a_word_is_a_problem(tmp_path: Path) -> None
     """As by an instruction that the processor lacks."""
     (tmp_path / "dies.py").write_text("import os\nos.kill(os.getpid(), 9)\n")
     with pytest.raises(ProblemError, match="dies ended with status -9"):
-        device._in_a_process("dies", PYTHONPATH=str(tmp_path))
+        device._error_of_smoke_test("dies", PYTHONPATH=str(tmp_path))

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from swa_backend.pages import ceil_div
 from swa_vllm.tools.cli import main
 from swa_vllm.tools.engines.perplexity import Measured
-from swa_vllm.tools.eval.layer_search import Layers, Trials, curve_of, find_plan
+from swa_vllm.tools.eval.layer_search import Layers, Trials, find_sliding_layers, trials_in_order
 from tests.helpers.trained_models import SLIDING, TEXT
 
 NUM_LAYERS = 8
@@ -29,18 +29,18 @@ def measure(sliding: Layers) -> Measured:
 
 def test_the_cheapest_layers_slide_and_no_more_than_needed() -> None:
     trials = Trials(measure)
-    search = find_plan(trials, NUM_LAYERS, budget=0.6, rounds=1)
+    search = find_sliding_layers(trials, NUM_LAYERS, budget=0.6, rounds=1)
     assert search.plan == {1, 3, 2, 5}
     assert search.costs == pytest.approx(dict(enumerate(COSTS)))
     assert search.order == (1, 3, 2, 5, 4, 7, 6, 0)
-    assert set(curve_of(trials, search)) == {
+    assert set(trials_in_order(trials, search)) == {
         Layers(search.order[:count]) for count in (0, 1, 4, NUM_LAYERS)
     }
 
 
 def test_padding_is_paid_by_one_more_layer() -> None:
     """Three would do by their own bytes."""
-    search = find_plan(Trials(measure), NUM_LAYERS, budget=0.7, rounds=1)
+    search = find_sliding_layers(Trials(measure), NUM_LAYERS, budget=0.7, rounds=1)
     assert search.plan == {1, 3, 2, 5}
 
 
@@ -52,8 +52,8 @@ def test_later_rounds_see_how_layers_add_up() -> None:
         together = 5.0 if {1, 3} <= sliding else 0.0
         return Measured(plain.perplexity + together, *list(vars(plain).values())[1:])
 
-    assert find_plan(Trials(entangled), NUM_LAYERS, 0.6, rounds=1).plan == {1, 3, 2, 5}
-    assert find_plan(Trials(entangled), NUM_LAYERS, 0.6, rounds=4).plan == {1, 2, 5, 4}
+    assert find_sliding_layers(Trials(entangled), NUM_LAYERS, 0.6, rounds=1).plan == {1, 3, 2, 5}
+    assert find_sliding_layers(Trials(entangled), NUM_LAYERS, 0.6, rounds=4).plan == {1, 2, 5, 4}
 
 
 def test_nothing_is_measured_twice() -> None:
@@ -63,13 +63,13 @@ def test_nothing_is_measured_twice() -> None:
         asked.append(sliding)
         return measure(sliding)
 
-    find_plan(Trials(count), NUM_LAYERS, 0.6, rounds=2)
+    find_sliding_layers(Trials(count), NUM_LAYERS, 0.6, rounds=2)
     assert len(asked) == len(set(asked))
 
 
 def test_a_budget_below_all_sliding_is_refused() -> None:
     with pytest.raises(ValueError, match=r"takes 0\.200 of full attention's bytes, more than"):
-        find_plan(Trials(measure), NUM_LAYERS, budget=0.1, rounds=1)
+        find_sliding_layers(Trials(measure), NUM_LAYERS, budget=0.1, rounds=1)
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from swa_vllm.tools.cli import main
-from swa_vllm.tools.eval.needle import Needle, beyond_the_window, make_needles
+from swa_vllm.tools.eval.needle import Needle, describe_recall, make_needles
 from swa_vllm.tools.eval.texts import tokenizer_of
 from tests.helpers.trained_models import SLIDING
 
@@ -69,7 +69,7 @@ def _at(*distances: int) -> list[Needle]:
 )
 def test_says_what_the_window_forgets(sinks: int, every_layer_slides: bool, says: str) -> None:
     hits = [True, False, True]
-    text = beyond_the_window(64, sinks, every_layer_slides, _at(64, 65, 300), hits)
+    text = describe_recall(64, sinks, every_layer_slides, _at(64, 65, 300), hits)
     assert says in text
     assert text.endswith("1 of 1 within the window, 1 of 2 beyond it")
 

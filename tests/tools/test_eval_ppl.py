@@ -254,14 +254,16 @@ def test_rope_that_cannot_grow_is_refused(
 def test_missing_matplotlib_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(RuntimeError, match=r"pip install 'swa-backend\[plot\]'"):
-        plots.check(tmp_path / "a.png")
+        plots.check_plot_path(tmp_path / "a.png")
 
 
 def test_pictures_are_pngs(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     line, heat = tmp_path / "line.png", tmp_path / "heat.png"
-    plots.lines(line, {"a": [(2, 1), (1, 3)], "b": [(1, 1)]}, "x", "y", log_y=True)
-    plots.heat_maps(heat, [plots.HeatMap("a", [[0, None, 0.5]], ["0", "1", "2"], ["r"], "x", "y")])
+    plots.draw_lines(line, {"a": [(2, 1), (1, 3)], "b": [(1, 1)]}, "x", "y", log_y=True)
+    plots.draw_heat_maps(
+        heat, [plots.HeatMap("a", [[0, None, 0.5]], ["0", "1", "2"], ["r"], "x", "y")]
+    )
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in (line, heat))
 
 

@@ -14,8 +14,14 @@ from swa_vllm.tools.cli import main
 from swa_vllm.tools.engines.forced import ForcedTokens
 from swa_vllm.tools.engines.perplexity import perplexity
 from swa_vllm.tools.engines.scoring import Scored, ScoringEngine
-from swa_vllm.tools.engines.setup import text_config
-from swa_vllm.tools.eval.stream import Stream, StreamOutcome, arms_of, look_at, make_stream
+from swa_vllm.tools.engines.setup import load_text_config
+from swa_vllm.tools.eval.stream import (
+    Stream,
+    StreamOutcome,
+    make_stream,
+    stream_arms_of,
+    summarize_stream,
+)
 from tests.helpers.dense_qwen3 import Sight
 from tests.helpers.dense_text import DenseText
 from tests.helpers.engines import EngineFactory
@@ -50,7 +56,7 @@ def serve(stream: Stream, engine: EngineFactory, *, shift: bool) -> tuple[Scored
         additional_config={"swa": {**options, "debug_poison": False}},
     )
     scored = ScoringEngine(llm).score(stream.tokens, stream.num_decoded)
-    return scored, look_at(stream, scored)
+    return scored, summarize_stream(stream, scored)
 
 
 @pytest.fixture(scope="module")
@@ -127,7 +133,7 @@ def test_rows_are_no_more_than_a_page() -> None:
 def test_pages_of_a_bucket_without_a_step_are_the_next_steps() -> None:
     stream = Stream(list(range(13)), trained=4, bucket=2, num_decoded=4)
     scored = Scored([-1.0] * 12, pages=[5, 4, 3], computed=[9, 10, 11])
-    outcome = look_at(stream, scored)
+    outcome = summarize_stream(stream, scored)
     assert outcome.most_pages == [5, 5, 5, 5, 5, 3, 3]
     assert outcome.least_pages == [5, 5, 5, 5, 4, 3, 3]
     assert outcome.decode_pages == (3, 4)
@@ -138,7 +144,7 @@ def test_arms_are_options() -> None:
         window=64, sinks=4, full_attention_layers="3", arms="shifted,sinks,window,full"
     )
     window = {"window": 64, "full_attention_layers": "3"}
-    assert arms_of(args, text_config(str(SLIDING))) == {
+    assert stream_arms_of(args, load_text_config(str(SLIDING))) == {
         "shifted": {**window, "sink_tokens": 4, "position_shift": True},
         "sinks": {**window, "sink_tokens": 4},
         "window": window,

@@ -18,11 +18,12 @@ from vllm.v1.kv_cache_interface import (
 
 import swa_vllm
 from swa_backend.options import PrefillPages
+from swa_vllm.config.storage import StoragePolicy
 from swa_vllm.kv_cache.spec import SWASpec
 from swa_vllm.tools.common.arms import Arm
 from swa_vllm.tools.common.pools import Model, plan_pool
 from swa_vllm.tools.common.queueing import Queue, Workload
-from swa_vllm.tools.common.sizing import KVGroups, Limits, groups_of
+from swa_vllm.tools.common.sizing import KVGroups, Limits, kv_groups_of
 from swa_vllm.tools.engines.scheduler import Simulation
 from swa_vllm.tools.engines.simulated import Engine
 
@@ -104,7 +105,7 @@ def _groups(arm: Arm, engine: Engine) -> list[KVGroups]:
     return [
         replace(group, num_groups=count)
         for window, count in kinds.items()
-        for group in groups_of(arm, (window,) * count, engine.sink_tokens, _limits(engine))
+        for group in kv_groups_of(arm, (window,) * count, engine.sink_tokens, _limits(engine))
     ]
 
 
@@ -155,7 +156,7 @@ def _spec(arm: Arm, window: int | None, sinks: int, config: VllmConfig) -> KVCac
     stock = SlidingWindowSpec(**shape, sliding_window=window)
     if arm is Arm.STOCK:
         return stock
-    return SWASpec.from_stock(stock, config, PrefillPages.AUTO, sink_tokens=sinks)
+    return SWASpec.from_stock(stock, config, StoragePolicy(sinks, 0, PrefillPages.AUTO))
 
 
 @pytest.mark.parametrize("num_full", range(9))

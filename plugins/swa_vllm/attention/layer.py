@@ -92,9 +92,7 @@ class WindowedAttention(Attention):
         return SWASpec.from_stock(
             spec,
             vllm_config,
-            self.swa.prefill_pages,
-            sink_tokens=self.sink_tokens,
-            spare_tokens=self.swa.spare_tokens,
+            self.swa.storage,
             debug_poison=self.swa.options.debug_poison,
         )
 

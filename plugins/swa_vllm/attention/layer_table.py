@@ -25,22 +25,22 @@ def log_layers(vllm_config: VllmConfig, group: Sequence[str] = ()) -> None:
     """
     layers = get_layers_from_vllm_config(vllm_config, Attention)
     windowed = [layer for layer in layers.values() if isinstance(layer, WindowedAttention)]
-    was_open = _is_open(windowed)
+    was_open = _waits_for_groups(windowed)
     for layer in windowed:
         if layer.layer_name in group:
             layer.kv_group_layers = len(group)
-    complete = was_open and not _is_open(windowed)
+    complete = was_open and not _waits_for_groups(windowed)
     if (complete or not group) and get_tensor_model_parallel_rank() == 0:
-        logger.info(_table(vllm_config, layers))
+        logger.info(_layer_table(vllm_config, layers))
 
 
-def _is_open(windowed: Sequence[WindowedAttention]) -> bool:
+def _waits_for_groups(windowed: Sequence[WindowedAttention]) -> bool:
     return any(layer.kv_group_layers is None for layer in windowed)
 
 
-def _table(vllm_config: VllmConfig, layers: dict[str, Attention]) -> str:
+def _layer_table(vllm_config: VllmConfig, layers: dict[str, Attention]) -> str:
     ordered = sorted(layers.items(), key=lambda item: extract_layer_index(item[0]))
-    described = [(extract_layer_index(n), _describe(vllm_config, a)) for n, a in ordered]
+    described = [(extract_layer_index(n), _describe_layer(vllm_config, a)) for n, a in ordered]
     return "\n".join(f"SWA {line}" for line in lines_of_layers(_HEADER, described))
 
 
@@ -56,7 +56,7 @@ def lines_of_layers(
     return format_table(header, rows, num_left=len(header)).splitlines()
 
 
-def _describe(vllm_config: VllmConfig, layer: Attention) -> tuple[str, ...]:
+def _describe_layer(vllm_config: VllmConfig, layer: Attention) -> tuple[str, ...]:
     kind, window, sinks = "full", "-", "-"
     if layer.sliding_window is not None:
         kind, window = "sliding", str(layer.sliding_window)

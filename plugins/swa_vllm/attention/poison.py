@@ -26,7 +26,7 @@ class PoisonedPages:
         self._key = key
         self._poisoned = set[int]()
 
-    def update(self, kv_caches: list[torch.Tensor]) -> None:
+    def poison_free_pages(self, kv_caches: list[torch.Tensor]) -> None:
         """Poison pages that became free since the last call, and clear those handed out.
 
         Pages in the prefix cache are free too, but a prompt may hit them: they are left alone. The
@@ -35,7 +35,7 @@ class PoisonedPages:
         Args:
             kv_caches: ``[num_blocks, ...]`` of every layer; several may share memory.
         """
-        manager = live_managers.of_engine(self._key)
+        manager = live_managers.manager_of_engine(self._key)
         if manager is None:  # while the engine is being built
             return
         pool = manager.block_pool
@@ -62,7 +62,7 @@ class NaNCheck:
     batch: CommonAttentionMetadata
     block_size: int
 
-    def check(self, layer_name: str, output: torch.Tensor) -> None:
+    def raise_on_nan(self, layer_name: str, output: torch.Tensor) -> None:
         """Raise RuntimeError naming request, layer and position of the first NaN.
 
         Args:
@@ -76,14 +76,14 @@ class NaNCheck:
         num_after = int(self.batch.query_start_loc[row + 1]) - token
         position = int(self.batch.seq_lens[row]) - num_after
         raise RuntimeError(
-            f"NaN in the output of {layer_name} for request {self._request(row)} at position "
+            f"NaN in the output of {layer_name} for request {self._request_at(row)} at position "
             f"{position}: a page was read that the request does not hold, or the model overflowed"
         )
 
-    def _request(self, row: int) -> str:
+    def _request_at(self, row: int) -> str:
         last_page = (int(self.batch.seq_lens[row]) - 1) // self.block_size
         page = int(self.batch.block_table_tensor[row, last_page])
-        manager = live_managers.of_engine(self.key)
+        manager = live_managers.manager_of_engine(self.key)
         tables = manager.req_to_blocks.items() if manager is not None else ()
         for request_id, blocks in tables:
             if len(blocks) > last_page and blocks[last_page].block_id == page:
@@ -104,11 +104,11 @@ class PoisonWatch:
         if self._key is not None and next(iter(windowed_layers(vllm_config))) in layer_names:
             self._pages = PoisonedPages(self._key)  # one builder does it for all
 
-    def step(self, batch: CommonAttentionMetadata) -> NaNCheck | None:
+    def watch_step(self, batch: CommonAttentionMetadata) -> NaNCheck | None:
         """Poison free pages; returns the check of the step's outputs, or None without poison."""
         if self._key is None:
             return None
         if self._pages is not None:
             layers = get_layers_from_vllm_config(self._vllm_config, Attention)
-            self._pages.update([layer.kv_cache for layer in layers.values()])
+            self._pages.poison_free_pages([layer.kv_cache for layer in layers.values()])
         return NaNCheck(self._key, batch, self._block_size)

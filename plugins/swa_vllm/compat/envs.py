@@ -17,12 +17,12 @@ _RAY_COPIES = "VLLM_RAY_EXTRA_ENV_VARS_TO_COPY"
 _READ_EARLY = (RAY_ON_CPU, "OMP_NUM_THREADS")
 
 
-def get(name: str) -> str | None:
+def read_variable(name: str) -> str | None:
     """Value of a variable; None where it is unset."""
     return os.environ.get(name)
 
 
-def is_on(name: str) -> bool:
+def is_variable_on(name: str) -> bool:
     """Whether a switch is set to ``1``."""
     return os.environ.get(name) == "1"
 
@@ -39,12 +39,12 @@ def set_metrics_dir(path: str) -> None:
     os.environ[METRICS_DIR] = path
 
 
-def copy_to_ray(name: str) -> None:
+def copy_variable_to_ray(name: str) -> None:
     """Have vLLM copy a variable to Ray's actors, which inherit nothing else."""
     copied = {*filter(None, os.environ.get(_RAY_COPIES, "").split(",")), name}
     os.environ[_RAY_COPIES] = ",".join(sorted(copied))
 
 
-def read_early() -> dict[str, str]:
+def variables_read_early() -> dict[str, str]:
     """Variables that a worker reads first, and their values here."""
     return {name: os.environ[name] for name in _READ_EARLY if name in os.environ}

@@ -14,7 +14,7 @@ def vllm_version() -> str:
     return str(__version__)
 
 
-def is_tested(version: str) -> bool:
+def is_tested_version(version: str) -> bool:
     """Whether the plugin was tested with this version of vLLM."""
     try:
         release = Version(version).release
@@ -23,21 +23,21 @@ def is_tested(version: str) -> bool:
     return ".".join(map(str, release[:2])) in TESTED_VERSIONS
 
 
-def is_allowed(version: str) -> bool:
+def is_allowed_version(version: str) -> bool:
     """Whether windows are served with this version: tested, or allowed by the environment."""
-    return is_tested(version) or envs.is_on(envs.ALLOW_UNTESTED)
+    return is_tested_version(version) or envs.is_variable_on(envs.ALLOW_UNTESTED)
 
 
 def untested_reason() -> str:
     """Why an untested vLLM refuses a windowed model, and what to do."""
     return (
         f"swa_vllm was tested with vLLM {' and '.join(TESTED_VERSIONS)}; this is "
-        f"{vllm_version()}. Install one of those, or {try_untested()}"
+        f"{vllm_version()}. Install one of those, or {untested_remedy()}"
     )
 
 
-def try_untested() -> str:
+def untested_remedy() -> str:
     """How to try an untested vLLM all the same."""
-    value = envs.get(envs.ALLOW_UNTESTED)
+    value = envs.read_variable(envs.ALLOW_UNTESTED)
     here = "" if value is None else f" (here it is {value!r})"
     return f"set {envs.ALLOW_UNTESTED}=1{here} to try this one"

@@ -1,4 +1,4 @@
-"""What computes attention in windowed layers on this platform, and what is stored of a chunk."""
+"""What computes attention in windowed layers here, and whether it needs all pages of a chunk."""
 
 from enum import Enum
 

@@ -13,6 +13,7 @@ from swa_vllm.config.implementation import (
     implementation_of,
     obstacle_to_survivors,
 )
+from swa_vllm.config.storage import StoragePolicy
 
 # Of these no other plugin is known: found beside "swa", they were meant to be in it.
 _OURS_ALONE = frozenset(OPTION_KEYS) - {"enabled", "impl"}
@@ -23,22 +24,22 @@ class SWAConfig:
     """The decisions about an engine's windows, made once from vLLM's config and handed on.
 
     The config hook makes one to refuse what cannot be served, before anything starts. The model
-    makes the one that is served, in each worker, and keeps it on its windowed layers. What the
-    engine core needs of it stands in their specs; metadata builders, which vLLM constructs, read
-    their layers.
+    makes the one that is served, in each worker, and keeps it on its windowed layers. Their specs
+    bring ``storage`` to the engine core; metadata builders, which vLLM constructs, read their
+    layers.
 
     Attributes:
         options: what the user asked for.
         layers: the window of every text layer, and what to warn of.
         implementation: what computes attention in windowed layers.
-        prefill_pages: which pages of a prefill chunk are stored: all of them where survivors
-            alone cannot be had.
+        storage: what windowed layers store beside the pages of their windows: of a prefill chunk
+            all pages where survivors alone cannot be had.
     """
 
     options: SWAOptions
     layers: LayerPlan
     implementation: Implementation
-    prefill_pages: PrefillPages
+    storage: StoragePolicy
 
     @classmethod
     def from_vllm(cls, vllm_config: VllmConfig) -> "SWAConfig":
@@ -50,8 +51,13 @@ class SWAConfig:
         options, layers = _decide_layers(vllm_config)
         implementation = implementation_of(options)
         needs_all = obstacle_to_survivors(implementation, vllm_config) is not None
-        prefill_pages = PrefillPages.ALL if needs_all else options.prefill_pages
-        return cls(options, layers, implementation, prefill_pages)
+        storage = StoragePolicy(
+            options.sink_tokens,
+            # The CPU backend writes copies of the sinks behind the newest token.
+            spare_tokens=0 if implementation is Implementation.KERNELS else options.sink_tokens,
+            prefill_pages=PrefillPages.ALL if needs_all else options.prefill_pages,
+        )
+        return cls(options, layers, implementation, storage)
 
     @property
     def slides(self) -> bool:
@@ -67,11 +73,6 @@ class SWAConfig:
     def has_own_backend(self) -> bool:
         """Whether windowed layers have an attention backend of this plugin."""
         return self.implementation is not Implementation.STOCK
-
-    @property
-    def spare_tokens(self) -> int:
-        """Slots behind the newest token: the CPU backend writes copies of the sinks there."""
-        return 0 if self.uses_kernels else self.options.sink_tokens
 
 
 def parse_additional_config(additional: object) -> SWAOptions:
@@ -105,7 +106,7 @@ def _decide_layers(vllm_config: VllmConfig) -> tuple[SWAOptions, LayerPlan]:
     return options, layers
 
 
-def slides(vllm_config: VllmConfig) -> bool:
+def model_slides(vllm_config: VllmConfig) -> bool:
     """Whether any layer of the model has a window.
 
     Raises:
@@ -123,7 +124,7 @@ def wants_windows_decided(vllm_config: VllmConfig) -> bool:
         SWAConfigError: as :meth:`SWAConfig.from_vllm`.
     """
     stock_slides = getattr(text_config(vllm_config), "sliding_window", None) is not None
-    return slides(vllm_config) or stock_slides
+    return model_slides(vllm_config) or stock_slides
 
 
 def text_config(vllm_config: VllmConfig) -> Any:

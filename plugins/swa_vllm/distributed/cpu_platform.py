@@ -50,7 +50,7 @@ class RayCpuPlatform(CpuPlatform):
         from ray.runtime_env import RuntimeEnv
 
         given = dict(parallel.ray_runtime_env or {})
-        variables = {**envs.read_early(), **given.get("env_vars", {})}
+        variables = {**envs.variables_read_early(), **given.get("env_vars", {})}
         parallel.ray_runtime_env = RuntimeEnv(**{**given, "env_vars": variables})
         # Data parallel engines are Ray's too, and get none of that.
-        envs.copy_to_ray(envs.RAY_ON_CPU)
+        envs.copy_variable_to_ray(envs.RAY_ON_CPU)

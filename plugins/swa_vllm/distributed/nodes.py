@@ -66,7 +66,7 @@ def installation_on_nodes(node_ids: Mapping[str, str]) -> dict[str, Installation
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    probe = ray.remote(num_cpus=0)(_make_probe())
+    probe = ray.remote(num_cpus=0)(_make_installation_probe())
     pending = {
         name: probe.options(
             scheduling_strategy=NodeAffinitySchedulingStrategy(node_id, soft=False)
@@ -88,10 +88,10 @@ def installation_on_nodes(node_ids: Mapping[str, str]) -> dict[str, Installation
 
 def installation_here() -> Installation:
     """Look up what this process runs."""
-    return Installation(*_make_probe()())
+    return Installation(*_make_installation_probe()())
 
 
-def _make_probe() -> Any:
+def _make_installation_probe() -> Any:
     # A function inside a function: Ray sends its code, and not its name in a module which the node
     # may not have.
     def probe() -> tuple[str | None, str | None]:

@@ -37,14 +37,14 @@ class PageLedger:
         """Start at zero; a request is promised ``max_per_request`` pages of ``pool_size``."""
         self._group = group
         self._pages = spec.pages
-        self._num_ahead_tokens = spec.lookahead_tokens + spec.spare_tokens
+        self._num_ahead_tokens = spec.num_ahead_tokens
         self._max_per_request = max_per_request
         self._held: dict[str, Held] = {}
         self._board = PageBoard(Owner(spec.instance_id, spec.engine_index, group))
         self._board.add("window_tokens", spec.sliding_window)
-        self._board.add("sink_tokens", spec.sink_tokens)
+        self._board.add("sink_tokens", spec.storage.sink_tokens)
         # Among these numbers of held pages only that of window pages differs.
-        most, num_sinks, _ = self._kinds(pool_size)
+        most, num_sinks, _ = self._page_kinds(pool_size)
         self._decoding = range(num_sinks, num_sinks + most + 1)
 
     def __len__(self) -> int:
@@ -64,66 +64,66 @@ class PageLedger:
         """Counts since the engine started."""
         return self._board.snapshot()
 
-    def admit(self, request_id: str) -> Held:
+    def admit_request(self, request_id: str) -> Held:
         """Begin to count a request that holds nothing yet."""
         held = self._held[request_id] = Held()
         self._board.add("requests_live", 1)
         self._board.add("reserved", self._max_per_request)
         return held
 
-    def hit(self, request_id: str, num_pages: int, num_tokens: int) -> None:
+    def count_hit(self, request_id: str, num_pages: int, num_tokens: int) -> None:
         """Count a prefix cache hit of ``num_pages`` real pages for ``num_tokens`` tokens."""
-        self._hold(self._held[request_id], num_pages)
+        self._count_held(self._held[request_id], num_pages)
         self._board.add("prefix_hit_tokens", num_tokens)
 
-    def take(self, held: Held, num_pages: int) -> None:
+    def count_taken(self, held: Held, num_pages: int) -> None:
         """Count pages that a request took from the pool."""
-        self._hold(held, num_pages)
+        self._count_held(held, num_pages)
         self._board.add("allocated", num_pages)
         self._board.raise_to("peak_live_per_request", held.live)
 
-    def grant(self, request_id: str, num_pages: int) -> None:
+    def count_granted(self, request_id: str, num_pages: int) -> None:
         """Count pages that a request took for the prefix cache alone."""
-        self.take(self._held[request_id], num_pages)
-        self._log(request_id, num_pages, "of %s are stored for the prefix cache")
+        self.count_taken(self._held[request_id], num_pages)
+        self._log_pages(request_id, num_pages, "of %s are stored for the prefix cache")
 
-    def skip(self, request_id: str, num_pages: int) -> None:
+    def count_skipped(self, request_id: str, num_pages: int) -> None:
         """Count pages that a prefill chunk passed over."""
         self._board.add("skipped", num_pages)
-        self._log(request_id, num_pages, "of %s need not be stored")
+        self._log_pages(request_id, num_pages, "of %s need not be stored")
 
-    def lose_prefix(self, num_tokens: int) -> None:
+    def count_lost_prefix(self, num_tokens: int) -> None:
         """Count tokens that missed the prefix cache because pages had been skipped."""
         self._board.add("prefix_lost_tokens", num_tokens)
 
-    def leave_window(self, request_id: str, num_pages: int) -> None:
+    def count_left_window(self, request_id: str, num_pages: int) -> None:
         """Count pages that were given back because no later token sees them."""
-        self._hold(self._held[request_id], -num_pages)
+        self._count_held(self._held[request_id], -num_pages)
         self._board.add("freed_by_window", num_pages)
-        self._log(request_id, num_pages, "of %s left its window")
+        self._log_pages(request_id, num_pages, "of %s left its window")
 
-    def end(self, request_id: str) -> None:
+    def end_request(self, request_id: str) -> None:
         """Count all that a request holds as given back, if it was admitted."""
         held = self._held.pop(request_id, None)
         if held is None:
             return
-        self._log(request_id, held.live, "were held by %s until now")
-        self._hold(held, -held.live)
+        self._log_pages(request_id, held.live, "were held by %s until now")
+        self._count_held(held, -held.live)
         self._board.add("requests_live", -1)
         self._board.add("reserved", -self._max_per_request)
 
-    def _hold(self, held: Held, num_pages: int) -> None:
+    def _count_held(self, held: Held, num_pages: int) -> None:
         before, held.live = held.live, held.live + num_pages
         if before in self._decoding and held.live in self._decoding:
             self._board.add("live_window", num_pages)
             return
-        kinds = zip(self._kinds(before), self._kinds(held.live), strict=True)
+        kinds = zip(self._page_kinds(before), self._page_kinds(held.live), strict=True)
         for name, (old, new) in zip(_LIVE, kinds, strict=True):
             self._board.add(name, new - old)
 
-    def _kinds(self, num_held: int) -> tuple[int, int, int]:
+    def _page_kinds(self, num_held: int) -> tuple[int, int, int]:
         return self._pages.kinds(num_held, self._num_ahead_tokens)
 
-    def _log(self, request_id: str, num_pages: int, what: str) -> None:
+    def _log_pages(self, request_id: str, num_pages: int, what: str) -> None:
         if num_pages:
             logger.debug(f"SWA group %d: %d pages {what}", self._group, num_pages, request_id)

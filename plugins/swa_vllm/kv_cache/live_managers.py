@@ -10,11 +10,11 @@ from vllm.v1.core.single_type_kv_cache_manager import SingleTypeKVCacheManager
 _managers: WeakValueDictionary[tuple[str, int], SingleTypeKVCacheManager] = WeakValueDictionary()
 
 
-def add(engine: str, manager: SingleTypeKVCacheManager) -> None:
+def add_manager(engine: str, manager: SingleTypeKVCacheManager) -> None:
     """Let the attention backends of ``engine`` see the manager's pool and requests."""
     _managers[engine, manager.kv_cache_group_id] = manager
 
 
-def of_engine(engine: str) -> SingleTypeKVCacheManager | None:
+def manager_of_engine(engine: str) -> SingleTypeKVCacheManager | None:
     """A manager of ``engine``; those of one engine share their pool."""
     return next((m for (name, _), m in _managers.items() if name == engine), None)

@@ -33,9 +33,10 @@ class SWAManager(SinkPrefixHits):
     def __init__(self, kv_cache_spec: SWASpec, **kwargs: object) -> None:
         super().__init__(kv_cache_spec, **kwargs)
         self._pages = kv_cache_spec.pages
-        self._spare_tokens = kv_cache_spec.spare_tokens
-        self._stores_all = kv_cache_spec.prefill_pages is PrefillPages.ALL
-        self._grants = self.enable_caching and kv_cache_spec.prefill_pages is PrefillPages.AUTO
+        storage = kv_cache_spec.storage
+        self._spare_tokens = storage.spare_tokens
+        self._stores_all = storage.prefill_pages is PrefillPages.ALL
+        self._grants = self.enable_caching and storage.prefill_pages is PrefillPages.AUTO
         self._held = PageLedger(
             kv_cache_spec,
             self.kv_cache_group_id,
@@ -44,7 +45,7 @@ class SWAManager(SinkPrefixHits):
         )
         self._skipped_pages = SkippedPages(self.block_pool.num_gpu_blocks)
         if kv_cache_spec.poison_key is not None:
-            live_managers.add(kv_cache_spec.poison_key, self)
+            live_managers.add_manager(kv_cache_spec.poison_key, self)
 
     def snapshot(self) -> PageCounts:
         """Counts since the engine started."""
@@ -63,7 +64,9 @@ class SWAManager(SinkPrefixHits):
     ) -> int:
         num_tokens += self._spare_tokens
         if apply_admission_cap and self.max_admission_blocks_per_request is not None:
-            return self._charge(request_id, num_tokens, new_computed_blocks, total_computed_tokens)
+            return self._admission_charge(
+                request_id, num_tokens, new_computed_blocks, total_computed_tokens
+            )
         num_pages = max(len(self.req_to_blocks.get(request_id, ())), len(new_computed_blocks))
         if request_id in self._held:  # running: no new hits, and mostly no new page either
             num_blocks = ceil_div(num_tokens, self.block_size) - num_pages
@@ -84,7 +87,7 @@ class SWAManager(SinkPrefixHits):
             )
         return num_blocks - len(self._holes(num_pages, num_tokens_main_model))
 
-    def _charge(
+    def _admission_charge(
         self,
         request_id: str,
         num_tokens: int,
@@ -134,9 +137,9 @@ class SWAManager(SinkPrefixHits):
         )
         self.block_pool.touch(sinks)
         blocks[: len(sinks)] = sinks
-        self._held.admit(request_id).num_hit_blocks = len(blocks)
+        self._held.admit_request(request_id).num_hit_blocks = len(blocks)
         num_real = sum(not block.is_null for block in blocks)
-        self._held.hit(request_id, num_real, num_local_computed_tokens)
+        self._held.count_hit(request_id, num_real, num_local_computed_tokens)
 
     def allocate_new_blocks(
         self, request_id: str, num_tokens: int, num_tokens_main_model: int
@@ -145,7 +148,7 @@ class SWAManager(SinkPrefixHits):
         blocks = self.req_to_blocks[request_id]
         if len(blocks) * self.block_size >= num_tokens:
             return []
-        held = self._held.get(request_id) or self._held.admit(request_id)
+        held = self._held.get(request_id) or self._held.admit_request(request_id)
         held.first_new = len(blocks)
         held.holes = self._holes(len(blocks), num_tokens_main_model)
         holes = [self._null_block] * len(held.holes)
@@ -157,9 +160,9 @@ class SWAManager(SinkPrefixHits):
         held.new_blocks = [*taken, *holes]
         taken = super().allocate_new_blocks(request_id, num_tokens, num_tokens_main_model)
         held.new_blocks += taken
-        self._held.take(held, len(held.new_blocks) - len(holes))
+        self._held.count_taken(held, len(held.new_blocks) - len(holes))
         if not self.enable_caching:  # else some of them may be filled yet
-            self._held.skip(request_id, len(holes))
+            self._held.count_skipped(request_id, len(holes))
         return held.new_blocks
 
     def cache_blocks(
@@ -177,7 +180,9 @@ class SWAManager(SinkPrefixHits):
             self._count_lost_prefix(request, held.num_hit_blocks)
             held.num_hit_blocks = None
         if held.holes:
-            wanted = self._cacheable(request, held.holes, retention_interval, replay_boundaries)
+            wanted = self._cacheable_holes(
+                request, held.holes, retention_interval, replay_boundaries
+            )
             self._fill_holes(request, held, wanted)
         super().cache_blocks(
             request, num_tokens, retention_interval, replay_boundaries=replay_boundaries
@@ -194,16 +199,16 @@ class SWAManager(SinkPrefixHits):
         new = self.block_pool.get_new_blocks(num_granted)
         for index, block in zip(wanted[num_left:], new, strict=True):
             table[index] = held.new_blocks[index - held.first_new] = block
-        self._held.grant(request.request_id, num_granted)
-        self._held.skip(request.request_id, len(held.holes) - num_granted)
+        self._held.count_granted(request.request_id, num_granted)
+        self._held.count_skipped(request.request_id, len(held.holes) - num_granted)
         held.holes = range(0)
-        hashes = self._hashes(request)
+        hashes = self._page_hashes(request)
         self._skipped_pages.add([hashes[i] for i in wanted[:num_left] if i < len(hashes)])
 
     def _count_lost_prefix(self, request: Request, num_hit_blocks: int) -> None:
         if request.skip_reading_prefix_cache:
             return
-        reachable = self._hashes(request)[: (request.num_tokens - 1) // self.block_size]
+        reachable = self._page_hashes(request)[: (request.num_tokens - 1) // self.block_size]
         sinks = reachable[: self._pages.num_sink_pages]
         if not all(map(self._is_cached, sinks)):
             return  # no chunk skips a sink page: without one nothing could be hit anyway
@@ -215,7 +220,7 @@ class SWAManager(SinkPrefixHits):
                 "SWA: prompts miss the prefix cache because prefill chunks skipped pages. With "
                 'swa.prefill_pages="auto" they do so when memory is short, with "all" never.'
             )
-        self._held.lose_prefix(num_lost * self.block_size)
+        self._held.count_lost_prefix(num_lost * self.block_size)
 
     def _remove_blocks_in_range(self, request_id: str, first_block: int, last_block: int) -> None:
         # The base class walks back from last_block to the first null block, which a hole would be.
@@ -235,8 +240,8 @@ class SWAManager(SinkPrefixHits):
         for index in dead:
             blocks[index] = self._null_block
         if dead:
-            self._held.leave_window(request_id, len(dead))
+            self._held.count_left_window(request_id, len(dead))
 
     def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
-        self._held.end(request_id)
+        self._held.end_request(request_id)
         return list(super().pop_blocks_for_free(request_id))

@@ -85,7 +85,7 @@ class SinkPrefixHits(SlidingWindowManager):
         num_sinks = kv_cache_spec.pages.num_sink_pages
         return [i < num_sinks or mask[i - start_block] for i in range(start_block, end_block)]
 
-    def _cacheable(
+    def _cacheable_holes(
         self,
         request: Request,
         holes: range,
@@ -108,7 +108,7 @@ class SinkPrefixHits(SlidingWindowManager):
         )
         return list(holes if mask is None else compress(holes, mask))
 
-    def _hashes(self, request: Request) -> Sequence[BlockHash]:
+    def _page_hashes(self, request: Request) -> Sequence[BlockHash]:
         return resolve_block_hashes(
             request.block_hashes, self.block_pool.hash_block_size, self.block_size
         )

@@ -7,6 +7,7 @@ from vllm.v1.kv_cache_interface import KVCacheSpec, SlidingWindowSpec
 
 from swa_backend.options import PrefillPages
 from swa_backend.pages import WindowPages, ceil_div
+from swa_vllm.config.storage import StoragePolicy
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -14,9 +15,7 @@ class SWASpec(SlidingWindowSpec):
     """A sliding window whose pages :class:`~swa_vllm.kv_cache.manager.SWAManager` manages.
 
     Attributes:
-        sink_tokens: leading tokens that every query sees.
-        spare_tokens: slots behind the newest token that the attention backend needs.
-        prefill_pages: which pages of a prefill chunk are stored.
+        storage: what is stored beside the pages of the window.
         num_steps_in_flight: steps that may be scheduled and not yet settled at once.
         rollback_tokens: speculative tokens of all of them that may be rejected.
         lookahead_tokens: slots that a step takes beyond its own tokens.
@@ -26,9 +25,7 @@ class SWASpec(SlidingWindowSpec):
         engine_index: its data parallel rank.
     """
 
-    sink_tokens: int = 0
-    spare_tokens: int = 0
-    prefill_pages: PrefillPages = PrefillPages.ALL
+    storage: StoragePolicy
     num_steps_in_flight: int = 1
     rollback_tokens: int = 0
     lookahead_tokens: int = 0
@@ -42,10 +39,8 @@ class SWASpec(SlidingWindowSpec):
         cls,
         spec: SlidingWindowSpec,
         vllm_config: VllmConfig,
-        prefill_pages: PrefillPages,
+        storage: StoragePolicy,
         *,
-        sink_tokens: int = 0,
-        spare_tokens: int = 0,
         debug_poison: bool = False,
     ) -> "SWASpec":
         """Make a spec like vLLM's ``spec`` whose pages this plugin manages."""
@@ -53,9 +48,7 @@ class SWASpec(SlidingWindowSpec):
         speculation = vllm_config.speculative_config
         return cls(
             **{f.name: getattr(spec, f.name) for f in fields(spec) if f.init},
-            sink_tokens=sink_tokens,
-            spare_tokens=spare_tokens,
-            prefill_pages=prefill_pages,
+            storage=storage,
             num_steps_in_flight=num_steps,
             rollback_tokens=num_steps * vllm_config.num_speculative_tokens,
             lookahead_tokens=vllm_config.num_lookahead_tokens,
@@ -71,10 +64,15 @@ class SWASpec(SlidingWindowSpec):
         return WindowPages(
             window=self.sliding_window + self.extra_retained_tokens,
             page_size=self.block_size,
-            sink_tokens=self.sink_tokens,
+            sink_tokens=self.storage.sink_tokens,
             rollback_tokens=self.rollback_tokens,
             drops_last_hit=self.drops_last_hit,
         )
+
+    @property
+    def num_ahead_tokens(self) -> int:
+        """Slots that a step takes beyond its own tokens, for drafts and for the backend."""
+        return self.lookahead_tokens + self.storage.spare_tokens
 
     @property
     def num_retained_tokens(self) -> int:
@@ -83,7 +81,8 @@ class SWASpec(SlidingWindowSpec):
 
     def max_num_blocks_per_req(self, vllm_config: VllmConfig, max_len: int) -> int:
         """Entries of a row of the workers' block table."""
-        return int(super().max_num_blocks_per_req(vllm_config, max_len + self.spare_tokens))
+        longest = max_len + self.storage.spare_tokens
+        return int(super().max_num_blocks_per_req(vllm_config, longest))
 
     def max_admission_blocks_per_request(
         self, max_in_flight_tokens: int, max_model_len: int
@@ -93,9 +92,9 @@ class SWASpec(SlidingWindowSpec):
         Never more than vLLM's own cap, but for sinks, for the slots behind the newest token, and
         for those that a draft model takes ahead, which vLLM forgets.
         """
-        pages, num_ahead = self.pages, self.lookahead_tokens + self.spare_tokens
-        longest = max_model_len + self.spare_tokens
-        if self.prefill_pages is not PrefillPages.ALL:
+        pages, num_ahead = self.pages, self.num_ahead_tokens
+        longest = max_model_len + self.storage.spare_tokens
+        if self.storage.prefill_pages is not PrefillPages.ALL:
             return pages.charge(self.num_steps_in_flight, max_in_flight_tokens, num_ahead, longest)
         stock = super().max_admission_blocks_per_request(max_in_flight_tokens, max_model_len)
         held = stock + pages.num_sink_pages + ceil_div(num_ahead, self.block_size)
@@ -103,8 +102,6 @@ class SWASpec(SlidingWindowSpec):
 
     def is_uniform_with_collection(self, kv_cache_specs: dict[str, KVCacheSpec]) -> bool:
         return all(
-            isinstance(spec, SWASpec)
-            and spec.pages == self.pages
-            and spec.prefill_pages is self.prefill_pages
+            isinstance(spec, SWASpec) and spec.pages == self.pages and spec.storage == self.storage
             for spec in kv_cache_specs.values()
         )

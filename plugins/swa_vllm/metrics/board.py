@@ -64,7 +64,7 @@ class PageBoard:
         """Start at zero: in files of ``$SWA_METRICS_DIR``, or in memory where that is no place."""
         own = memoryview(bytearray(8 * len(_FIELDS))).cast("d")
         self._cells = {field: (own, index) for index, field in enumerate(_FIELDS)}
-        directory = envs.get(envs.METRICS_DIR)
+        directory = envs.read_variable(envs.METRICS_DIR)
         if not owner.instance_id or directory is None:
             return
         if not os.path.isdir(directory):  # as on another node
@@ -79,7 +79,7 @@ class PageBoard:
         for prefix in ("counter", _GAUGE):
             path = Path(directory, f"{prefix}_{owner.identifier}.db")
             of_type = {f: m for f, m in METRICS.items() if m.type == prefix.partition("_")[0]}
-            self._cells |= _make_file(path, {f: owner.key(m) for f, m in of_type.items()})
+            self._cells |= _make_board_file(path, {f: owner.key(m) for f, m in of_type.items()})
 
     def add(self, field: str, amount: int) -> None:
         """Count ``amount`` more, or fewer."""
@@ -97,7 +97,9 @@ class PageBoard:
         return PageCounts(**{f: int(values[i]) for f, (values, i) in self._cells.items()})
 
 
-def _make_file(path: Path, keys: dict[str, str]) -> "dict[str, tuple[memoryview[float], int]]":
+def _make_board_file(
+    path: Path, keys: dict[str, str]
+) -> "dict[str, tuple[memoryview[float], int]]":
     """Make prometheus_client's file with zeros; returns where each field's value lies.
 
     It appears at ``path`` once it is whole, readable by its owner alone.

@@ -20,7 +20,7 @@ from vllm.config import VllmConfig
 from swa_backend.metrics import METRICS, PageCounts
 from swa_vllm.compat import envs
 from swa_vllm.compat.architectures import PLAIN, WINDOWED
-from swa_vllm.config.swa_config import slides
+from swa_vllm.config.swa_config import model_slides
 from swa_vllm.metrics.board import board_files, read_counts
 
 
@@ -40,31 +40,31 @@ class EngineCounts(Collector):
 
     def collect(self) -> Iterator[Metric]:
         """The metrics now."""
-        yield from MultiProcessCollector.merge(board_files(self.path, is_wanted=_is_alive))
+        yield from MultiProcessCollector.merge(board_files(self.path, is_wanted=_is_engine_alive))
 
 
 def serve_counts(vllm_config: VllmConfig) -> None:
     """Have the metrics served of an engine that is about to start and whose model slides."""
-    envs.set_metrics_dir(envs.get(envs.SHARED_METRICS_DIR) or _collector().path)
+    envs.set_metrics_dir(envs.read_variable(envs.SHARED_METRICS_DIR) or _counts_collector().path)
     if vllm_config.parallel_config.data_parallel_backend == "ray":  # engines are actors then
-        envs.copy_to_ray(envs.METRICS_DIR)
+        envs.copy_variable_to_ray(envs.METRICS_DIR)
 
 
 @cache
-def _collector() -> EngineCounts:
+def _counts_collector() -> EngineCounts:
     """The collector of this process."""
     collector = EngineCounts()
     REGISTRY.register(collector)
     return collector
 
 
-def _has_managers(vllm_config: VllmConfig) -> bool:
+def _has_page_managers(vllm_config: VllmConfig) -> bool:
     is_ours = vllm_config.model_config.architecture in {*PLAIN, *WINDOWED}
     keeps_groups = not vllm_config.scheduler_config.disable_hybrid_kv_cache_manager
-    return is_ours and keeps_groups and slides(vllm_config)
+    return is_ours and keeps_groups and model_slides(vllm_config)
 
 
-def _is_alive(pid: int) -> bool:
+def _is_engine_alive(pid: int) -> bool:
     """Whether the process of an engine that this process started still runs."""
     try:
         os.kill(pid, 0)
@@ -78,9 +78,9 @@ def _is_alive(pid: int) -> bool:
 def engine_stats(llm: Any) -> dict[tuple[int, int], PageCounts]:
     """Read what :func:`swa_vllm.stats` returns."""
     config = getattr(llm, "llm_engine", llm).vllm_config
-    directory = envs.get(envs.METRICS_DIR)
+    directory = envs.read_variable(envs.METRICS_DIR)
     counts = read_counts(board_files(directory, config.instance_id)) if directory else {}
-    if not counts and _has_managers(config):
+    if not counts and _has_page_managers(config):
         raise RuntimeError(
             "the counts of this engine cannot be read here: it runs on another machine, or was "
             "started by another process; ask there"

@@ -15,7 +15,7 @@ from swa_vllm.config.swa_config import wants_windows_decided
 from swa_vllm.models.stock import stock_class
 
 
-def refusing(base: type[nn.Module], reason: str) -> type[nn.Module]:
+def refusing_windows(base: type[nn.Module], reason: str) -> type[nn.Module]:
     """A subclass of ``base`` that raises RuntimeError with ``reason`` if a window is asked for."""
 
     class RefusesWindows(base):  # type: ignore[misc, valid-type]
@@ -34,10 +34,10 @@ def refusing(base: type[nn.Module], reason: str) -> type[nn.Module]:
 @cache
 def __getattr__(name: str) -> Any:
     if name.startswith("Untested"):
-        return refusing(stock_class(name.removeprefix("Untested")), untested_reason())
+        return refusing_windows(stock_class(name.removeprefix("Untested")), untested_reason())
     if name.startswith("Unproven"):
         stock = name.removeprefix("Unproven")
-        return refusing(
+        return refusing_windows(
             stock_class(stock),
             f"the Qwen3 inside {stock} was not tested with windows, so it is served with full "
             "attention only; remove the window from the options and the checkpoint",

@@ -12,7 +12,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from swa_vllm.tools.common.arguments import check_output, told_by
+from swa_vllm.tools.common.arguments import check_output_path, error_text
 
 # Each is ``<verb>/command.py``, a file of ``bench/`` or a file of ``eval/``, by its very name.
 _VERBS = ("plan", "check", "trace")
@@ -27,20 +27,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # vLLM's own start-up lines would bury a tool's output; set it to see them.
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     try:
-        args = _parser(arguments).parse_args(arguments)
+        args = _command_parser(arguments).parse_args(arguments)
         # Figures alone where a program reads them.
         if args.json not in (None, "-"):
-            check_output("--json", Path(args.json))
+            check_output_path("--json", Path(args.json))
         with contextlib.redirect_stdout(sys.stderr if args.json == "-" else sys.stdout):
             result = args.run(args)
         if args.json is not None:
-            _write(json.dumps(result, indent=2) + "\n", args.json)
+            _write_figures(json.dumps(result, indent=2) + "\n", args.json)
         sys.stdout.flush()
     except BrokenPipeError:  # whoever read has enough, as head does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except (ValueError, RuntimeError, OSError) as error:
-        print(f"error: {told_by(error)}", file=sys.stderr)
+        print(f"error: {error_text(error)}", file=sys.stderr)
         return 1
     except ModuleNotFoundError as error:
         if error.name not in ("vllm", "transformers"):  # the second comes with the first
@@ -54,20 +54,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return int(getattr(args, "status", 0))
 
 
-def _write(text: str, path: str) -> None:
+def _write_figures(text: str, path: str) -> None:
     if path == "-":
         sys.stdout.write(text)
     else:
         Path(path).write_text(text)
 
 
-def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
+def _command_parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="swa", description=__doc__, epilog="example: swa check Qwen3-8B --window 4096"
     )
     commands = parser.add_subparsers(dest="command", required=True)
     for name in _VERBS:
-        _add_command(commands, name, _module(f"{name}.command"))
+        _add_command(commands, name, _import_command(f"{name}.command"))
     bench = commands.add_parser(
         "bench",
         help="measure this plugin side by side with stock vLLM",
@@ -93,21 +93,21 @@ def _add_benchmarks(commands: Any, arguments: Sequence[str]) -> None:
     from swa_vllm.tools.common import plots
 
     for name in _BENCHMARKS:
-        module = _module(f"bench.{name}")
+        module = _import_command(f"bench.{name}")
         parser = _add_command(commands, name, module, "bench ")
         parser.add_argument("--quick", action="store_true", help="smaller sizes, for two cores")
-        plots.add_argument(parser)
-        parser.set_defaults(run=partial(form.run, module, arguments))
+        plots.add_plot_argument(parser)
+        parser.set_defaults(run=partial(form.run_benchmark, module, arguments))
 
 
 def _add_evaluations(commands: Any) -> None:
     for name in _EVALUATIONS:
-        parser = _add_command(commands, name, _module(f"eval.{name}"), "eval ")
+        parser = _add_command(commands, name, _import_command(f"eval.{name}"), "eval ")
         quick = "a fraction of the work, for a first look"
         parser.add_argument("--quick", action="store_true", help=quick)
 
 
-def _module(name: str) -> ModuleType:
+def _import_command(name: str) -> ModuleType:
     return import_module(f"swa_vllm.tools.{name}")
 
 

@@ -16,8 +16,8 @@ from swa_vllm.tools.bench.attention.times import (
     AttentionCase,
     Clock,
     copy_bandwidth,
-    make_batch,
-    measure,
+    make_kernel_batch,
+    time_kernel_arms,
 )
 from tests.helpers.gpu.lines import end_not_run, record
 
@@ -50,7 +50,7 @@ def measure_cases(
     arms = {name: KERNEL_ARMS[name] for name in (OURS, *_RIVALS)}
     refused = set[str]()
     for case in cases:
-        result = measure(case, make_batch(case, device, num_bytes), arms, clock)
+        result = time_kernel_arms(case, make_kernel_batch(case, device, num_bytes), arms, clock)
         record(
             case={k: str(v) if "dtype" in k else v for k, v in vars(case).items()},
             us=result.times,

@@ -194,7 +194,7 @@ def watched_scratch(
 ) -> Iterator[None]:
     """Scratch of the operations holds NaN when they get it, and kernels may touch it."""
     decode = sys.modules[ops.decode_attention.__module__]
-    allocate = decode._divide
+    allocate = decode._divide_scratch
 
     def scratch(*args: Any) -> Any:
         tensors = allocate(*args)
@@ -203,7 +203,7 @@ def watched_scratch(
         return tensors
 
     with monkeypatch.context() as patch:
-        patch.setattr(decode, "_divide", scratch)
+        patch.setattr(decode, "_divide_scratch", scratch)
         yield
 
 

@@ -22,6 +22,7 @@ from vllm.v1.kv_cache_interface import (
 from vllm.v1.request import Request
 
 from swa_backend.options import PrefillPages
+from swa_vllm.config.storage import StoragePolicy
 from swa_vllm.kv_cache.manager import SWAManager
 from swa_vllm.kv_cache.spec import SWASpec
 
@@ -29,12 +30,19 @@ ALL, AUTO = PrefillPages.ALL, PrefillPages.AUTO
 POLICIES = list(PrefillPages)
 
 
-def windowed_spec(window: int, page: int, policy: PrefillPages = ALL, **fields: Any) -> SWASpec:
+def windowed_spec(
+    window: int,
+    page: int,
+    policy: PrefillPages = ALL,
+    *,
+    sink_tokens: int = 0,
+    spare_tokens: int = 0,
+    **fields: Any,
+) -> SWASpec:
     """A spec of this plugin, of one KV head with one element."""
     common = {"num_kv_heads": 1, "head_size": 1, "dtype": torch.float32}
-    return SWASpec(
-        **{**common, **fields}, block_size=page, sliding_window=window, prefill_pages=policy
-    )
+    storage = StoragePolicy(sink_tokens, spare_tokens, policy)
+    return SWASpec(**{**common, **fields}, block_size=page, sliding_window=window, storage=storage)
 
 
 def stock_spec(window: int, page: int) -> SlidingWindowSpec:

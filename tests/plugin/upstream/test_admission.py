@@ -27,7 +27,7 @@ from tests.plugin.upstream.pages import (
 class Watched(Simulation):
     """Counts the null entries of the request's table when a step is scheduled."""
 
-    def note(self, output: Any) -> None:
+    def record_step(self, output: Any) -> None:
         self.num_null = [
             *getattr(self, "num_null", ()),
             sum(block.is_null for block in self.managers[0].req_to_blocks["r"]),

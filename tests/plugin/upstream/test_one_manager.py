@@ -68,7 +68,7 @@ def _visible_pages(spec: SWASpec, num_pages: int) -> set[int]:
     return {
         key // spec.block_size
         for key in range(query)
-        if is_visible(query, key, spec.sliding_window, spec.sink_tokens)
+        if is_visible(query, key, spec.sliding_window, spec.storage.sink_tokens)
     }
 
 

@@ -1,5 +1,6 @@
 """KV cache specs: kinds, groups, merged and padded."""
 
+import pickle
 from dataclasses import replace
 
 import pytest
@@ -14,6 +15,7 @@ from vllm.v1.kv_cache_interface import (
 from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 
 from swa_backend.options import PrefillPages
+from swa_vllm.config.storage import StoragePolicy
 from swa_vllm.kv_cache.manager import SWAManager
 from swa_vllm.kv_cache.spec import SWASpec
 from tests.plugin.upstream.pages import AUTO, full_spec, stock_spec, windowed_spec
@@ -47,6 +49,7 @@ def _together(*specs: KVCacheSpec) -> UniformTypeKVCacheSpecs:
         (windowed_spec(256, 16), False),
         (windowed_spec(128, 32), False),
         (windowed_spec(128, 16, sink_tokens=4), False),
+        (windowed_spec(128, 16, spare_tokens=4), False),
         (windowed_spec(128, 16, PrefillPages.SURVIVORS), False),
         (full_spec(16), False),
     ],
@@ -69,9 +72,18 @@ def test_a_drafts_stock_layer_has_a_group_of_its_own() -> None:
 def test_equal_specs_merge_and_others_do_not() -> None:
     spec = windowed_spec(128, 16, AUTO, sink_tokens=4)
     assert spec.merge([spec, replace(spec)]) == spec
-    for other in (replace(spec, sink_tokens=0), replace(spec, num_kv_heads=2), full_spec(16)):
+    for other in (windowed_spec(128, 16, AUTO), replace(spec, num_kv_heads=2), full_spec(16)):
         with pytest.raises((AssertionError, ValueError)):
             spec.merge([spec, other])
+
+
+def test_spec_reaches_the_engine_core_as_it_is() -> None:
+    """Workers send it pickled; vLLM groups layers by its hash."""
+    spec = windowed_spec(128, 16, AUTO, sink_tokens=4, spare_tokens=4)
+    sent = pickle.loads(pickle.dumps(spec))  # noqa: S301 (made here)
+    assert sent == spec
+    assert hash(sent) == hash(spec)
+    assert sent.storage == StoragePolicy(4, 4, AUTO)
 
 
 def test_smaller_pages_are_padded_and_stay_ours() -> None:

@@ -56,7 +56,7 @@ class SWACPUImpl(CPUAttentionBackendImpl):
                     layer, *states, kv_cache, attn_metadata.scratch, part, output[tokens]
                 )
         if attn_metadata.nan_check is not None:
-            attn_metadata.nan_check.check(str(getattr(layer, "layer_name", layer)), output)
+            attn_metadata.nan_check.raise_on_nan(str(getattr(layer, "layer_name", layer)), output)
         return output
 
     def _write_ghosts(self, kv_cache: torch.Tensor, metadata: SWACPUMetadata) -> None:

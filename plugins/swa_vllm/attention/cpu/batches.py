@@ -35,7 +35,7 @@ def rows_with_holes(batch: CommonAttentionMetadata, window: int, block_size: int
     return [bool(row) for row in ((table == NULL_BLOCK_ID) & in_use).any(axis=1)]
 
 
-def changed(batch: CommonAttentionMetadata, **changes: Any) -> CommonAttentionMetadata:
+def copy_batch(batch: CommonAttentionMetadata, **changes: Any) -> CommonAttentionMetadata:
     """Copy a batch with some fields changed, at less cost than ``dataclasses.replace``."""
     new = object.__new__(type(batch))
     vars(new).update(vars(batch), **changes)
@@ -47,7 +47,7 @@ def select_rows(batch: CommonAttentionMetadata, first: int, stop: int) -> Common
     starts = batch.query_start_loc[first : stop + 1]
     tokens = slice(int(starts[0]), int(starts[-1]))
     seq_lens = batch.seq_lens[first:stop]
-    return changed(
+    return copy_batch(
         batch,
         query_start_loc=starts - starts[0],
         query_start_loc_cpu=batch.query_start_loc_cpu[first : stop + 1] - tokens.start,

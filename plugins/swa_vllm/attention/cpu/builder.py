@@ -82,13 +82,13 @@ class SWACPUMetadataBuilder(CPUAttentionMetadataBuilder):
         # The operators' window is longer by the copies of the sinks.
         self._window = self.window_size - self._sink_tokens
         self._wide_builder = self._make_wide_builder(device)
-        self.page_layout = self._learn_layout(kv_cache_spec) if self._sink_tokens else None
+        self.page_layout = self._learn_page_layout(kv_cache_spec) if self._sink_tokens else None
         # Layers take their turns, so those of all groups share scratch pages.
         self._scratch = next(iter(windowed.values())).scratch_pages
         self._poison = PoisonWatch(kv_cache_spec, layer_names, vllm_config)
         log_layers(vllm_config, layer_names)
 
-    def _learn_layout(self, spec: AttentionSpec) -> PageLayout:
+    def _learn_page_layout(self, spec: AttentionSpec) -> PageLayout:
         layer = self._layer
         shape = (spec.num_kv_heads, self.block_size, 2 * spec.head_size)
         return PageLayout(shape, spec.dtype, partial(layer.impl.do_kv_cache_update, layer))
@@ -111,7 +111,7 @@ class SWACPUMetadataBuilder(CPUAttentionMetadataBuilder):
         fast_build: bool = False,
     ) -> SWACPUMetadata:
         batch = common_attn_metadata
-        nan_check = self._poison.step(batch)
+        nan_check = self._poison.watch_step(batch)
         needs_scratch = self._rows_for_scratch(batch)
         ghosts = distances = None
         if self.page_layout is not None:
@@ -124,7 +124,7 @@ class SWACPUMetadataBuilder(CPUAttentionMetadataBuilder):
             scratch = None
             slots = batch.slot_mapping
         else:
-            parts = self._split(batch, needs_scratch)
+            parts = self._split_batch(batch, needs_scratch)
             scratch = self._scratch_pages(max(p.layout.num_pages for p in parts if p.layout))
             # Slots of the null page, which stands for the holes.
             slots = batch.slot_mapping.masked_fill(batch.slot_mapping < self.block_size, -1)
@@ -142,7 +142,9 @@ class SWACPUMetadataBuilder(CPUAttentionMetadataBuilder):
             rows = [a or b for a, b in zip(rows, has_left.tolist(), strict=True)]
         return rows
 
-    def _split(self, batch: CommonAttentionMetadata, needs_scratch: list[bool]) -> tuple[Part, ...]:
+    def _split_batch(
+        self, batch: CommonAttentionMetadata, needs_scratch: list[bool]
+    ) -> tuple[Part, ...]:
         parts = []
         starts = batch.query_start_loc.tolist()
         for in_scratch, run in groupby(range(batch.num_reqs), key=needs_scratch.__getitem__):

@@ -14,7 +14,7 @@ import torch
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
 from swa_backend.window import last_unshifted
-from swa_vllm.attention.cpu.batches import changed
+from swa_vllm.attention.cpu.batches import copy_batch
 from swa_vllm.attention.cpu.page_layout import PageLayout
 
 
@@ -84,7 +84,7 @@ def ghost_tail(
 
     longer = torch.from_numpy(ends + has_tail * np.int32(sink_tokens))
     return GhostTail(
-        batch=changed(batch, seq_lens=longer, max_seq_len=int(longer.max())),
+        batch=copy_batch(batch, seq_lens=longer, max_seq_len=int(longer.max())),
         sources=slots(sinks[None, :]),
         targets=slots(ends[rows, None] + sinks),
         distances=torch.from_numpy(beyond[rows].repeat(sink_tokens)).long(),

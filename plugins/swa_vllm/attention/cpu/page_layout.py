@@ -58,7 +58,9 @@ class PageLayout:
         heads = torch.arange(num_heads)[:, None] + (slots // block_size * num_heads)[:, None, None]
         return heads * (block_size * token_size) + self._offsets[slots % block_size][:, None]
 
-    def read(self, pages: torch.Tensor, slots: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def read_tokens(
+        self, pages: torch.Tensor, slots: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Key and value ``[n, num_kv_heads, head_size]`` of the tokens at ``slots``."""
         key, value = pages.view(-1)[self.elements(slots)].chunk(2, dim=-1)
         return key, value

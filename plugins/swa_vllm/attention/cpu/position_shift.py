@@ -104,7 +104,7 @@ class PositionShift:
         turned = self.rotate(query, -sinks.distances)
         # Requests that prefill in one step are few.
         for tokens, slots in sinks.requests:
-            key, _ = sinks.pages.read(kv_cache, slots)  # [S, Hkv, D]
+            key, _ = sinks.pages.read_tokens(kv_cache, slots)  # [S, Hkv, D]
             num_kv_heads = key.shape[1]
             own = turned[tokens].view(len(turned[tokens]), num_kv_heads, -1, self._head_size)
             scores = torch.einsum("nhgd,shd->nhgs", own.float(), key.float()).flatten(1, 2)
@@ -130,7 +130,7 @@ class PositionShift:
         Returns:
             Keys and values ``[n, num_kv_heads, wide_head_size]``, slots int64 ``[n]``.
         """
-        copied_key, copied_value = sinks.pages.read(kv_cache, sinks.read_slots)
+        copied_key, copied_value = sinks.pages.read_tokens(kv_cache, sinks.read_slots)
         num_sinks = len(layout.sink_numbers)
         copied_key[:num_sinks] = 0
         margin = (0, self.wide_head_size - self._head_size)

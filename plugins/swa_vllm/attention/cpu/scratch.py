@@ -21,7 +21,7 @@ from vllm.v1.attention.backend import CommonAttentionMetadata
 
 from swa_backend.pages import ceil_div
 from swa_backend.window import first_visible, last_unshifted
-from swa_vllm.attention.cpu.batches import changed
+from swa_vllm.attention.cpu.batches import copy_batch
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,7 @@ def scratch_layout(
     query_lens, seq_lens, first_pages = [], [], []
     sources, targets, tokens, slots, sink_sources, sink_targets = [], [], [], [], [], []
     num_pages = 0
-    for row, chunk, first_token in _chunks(rows):
+    for row, chunk, first_token in _chunks_of_rows(rows):
         for group in query_groups(chunk, window, sink_tokens, block_size):
             first_slot = num_pages * block_size - group.first_key  # of position 0, had it a slot
             num_sinks = sink_tokens if group.has_sinks else 0
@@ -128,17 +128,17 @@ def scratch_layout(
     return ScratchLayout(
         batch=_pseudo_requests(rows, query_lens, seq_lens, first_pages, block_size),
         num_pages=num_pages,
-        sources=_joined(sources),
-        targets=_joined(targets),
-        tokens=_joined(tokens) if sink_tokens else slice(None),
-        slots=_joined(slots),
-        sink_sources=_joined(sink_sources),
-        sink_targets=_joined(sink_targets),
+        sources=_join_indices(sources),
+        targets=_join_indices(targets),
+        tokens=_join_indices(tokens) if sink_tokens else slice(None),
+        slots=_join_indices(slots),
+        sink_sources=_join_indices(sink_sources),
+        sink_targets=_join_indices(sink_targets),
         sink_numbers=torch.arange(sink_tokens).repeat(len(sink_sources)),
     )
 
 
-def _chunks(rows: CommonAttentionMetadata) -> Iterator[tuple[int, range, int]]:
+def _chunks_of_rows(rows: CommonAttentionMetadata) -> Iterator[tuple[int, range, int]]:
     """Yield each request's row, the positions of its queries, and its first token in the batch."""
     starts, ends = rows.query_start_loc.tolist(), rows.seq_lens.tolist()
     for row, end in enumerate(ends):
@@ -154,7 +154,7 @@ def _pseudo_requests(
 ) -> CommonAttentionMetadata:
     starts = torch.tensor([0, *query_lens], dtype=torch.int32).cumsum(0, dtype=torch.int32)
     columns = torch.arange(ceil_div(max(seq_lens), block_size), dtype=torch.int32)
-    return changed(
+    return copy_batch(
         rows,
         query_start_loc=starts,
         query_start_loc_cpu=starts,
@@ -166,5 +166,5 @@ def _pseudo_requests(
     )
 
 
-def _joined(parts: list[np.ndarray]) -> torch.Tensor:
+def _join_indices(parts: list[np.ndarray]) -> torch.Tensor:
     return torch.from_numpy(np.concatenate([np.empty(0, np.int64), *parts]).astype(np.int64))

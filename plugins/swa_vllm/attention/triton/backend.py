@@ -105,9 +105,9 @@ class SWATritonImpl(AttentionImpl[SWATritonMetadata]):
         self._check_once(query, key, value, kv_cache, output)
         # Before attention: a request may hit a page that another one writes in this step.
         attn_metadata.writes.write(key, value, kv_cache, **scales)
-        scratch, shifted = attn_metadata.room
+        scratch, shifted = attn_metadata.scratch_tensors
         if self.rotation is not None:
-            shifted = self._shift(query, attn_metadata, shifted)
+            shifted = self._shift_queries(query, attn_metadata, shifted)
         if (rows := attn_metadata.decodes) is not None:
             tokens = rows.tokens
             rows.batch.attend(
@@ -130,10 +130,10 @@ class SWATritonImpl(AttentionImpl[SWATritonMetadata]):
                 **scales,
             )
         if attn_metadata.nan_check is not None:
-            attn_metadata.nan_check.check(str(getattr(layer, "layer_name", layer)), output)
+            attn_metadata.nan_check.raise_on_nan(str(getattr(layer, "layer_name", layer)), output)
         return output
 
-    def _shift(
+    def _shift_queries(
         self, query: torch.Tensor, attn_metadata: SWATritonMetadata, out: torch.Tensor | None
     ) -> torch.Tensor:
         """Rotate queries to cache-relative distances from the sinks."""

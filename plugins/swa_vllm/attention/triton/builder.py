@@ -72,7 +72,7 @@ class SWATritonMetadata:
     nan_check: NaNCheck | None = None
 
     @cached_property
-    def room(self) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    def scratch_tensors(self) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """What :meth:`Scratch.borrow` gives, the same for all layers of a step."""
         return self.scratch.borrow()
 
@@ -112,7 +112,7 @@ class SWATritonMetadataBuilder(AttentionMetadataBuilder[SWATritonMetadata]):
         }
         self._target = target_of(device)
         # Stand for the tensors of a layer, of which plans need shapes and dtypes only.
-        self._query, self._key, self._kv_cache = self._stand_ins(layer.impl)
+        self._query, self._key, self._kv_cache = self._meta_inputs(layer.impl)
         self._compile_kernels(layer.impl)
         max_tokens = scheduler.max_num_batched_tokens
         self._slots = torch.empty(max_tokens, dtype=torch.int64, device=device)
@@ -124,7 +124,7 @@ class SWATritonMetadataBuilder(AttentionMetadataBuilder[SWATritonMetadata]):
         self._poison = PoisonWatch(kv_cache_spec, layer_names, vllm_config)
         log_layers(vllm_config, layer_names)
 
-    def _stand_ins(self, impl: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def _meta_inputs(self, impl: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Make queries and keys of the largest batch, and a cache, on the meta device."""
         spec, config = self.kv_cache_spec, self.vllm_config
         dtype = config.model_config.dtype
@@ -173,7 +173,7 @@ class SWATritonMetadataBuilder(AttentionMetadataBuilder[SWATritonMetadata]):
         decodes = prefills = None
         if num_decodes:
             is_ragged = split > num_decodes
-            decodes = self._rows(
+            decodes = self._plan_rows(
                 DecodeBatch,
                 slice(0, split),
                 batch.block_table_tensor[:num_decodes],
@@ -184,7 +184,7 @@ class SWATritonMetadataBuilder(AttentionMetadataBuilder[SWATritonMetadata]):
             stop = num_decodes + num_prefills
             starts = self._starts[: num_prefills + 1]
             torch.sub(batch.query_start_loc[num_decodes : stop + 1], split, out=starts)
-            prefills = self._rows(
+            prefills = self._plan_rows(
                 PrefillBatch,
                 slice(split, num_tokens),
                 batch.block_table_tensor[num_decodes:stop],
@@ -203,10 +203,10 @@ class SWATritonMetadataBuilder(AttentionMetadataBuilder[SWATritonMetadata]):
             prefills=prefills,
             scratch=self._scratch,
             distances=self._find_distances(batch),
-            nan_check=self._poison.step(batch),
+            nan_check=self._poison.watch_step(batch),
         )
 
-    def _rows(
+    def _plan_rows(
         self,
         kind: type[BatchT],
         tokens: slice,

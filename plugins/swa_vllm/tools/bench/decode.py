@@ -15,15 +15,15 @@ from typing import Any
 
 from swa_backend.pages import ceil_div
 from swa_backend.table import format_table
-from swa_vllm.tools.bench.serving.arms import SERVING_ARMS, add_serving_arguments, arms_of
-from swa_vllm.tools.bench.serving.checkpoints import prepare_models
+from swa_vllm.tools.bench.serving.arms import SERVING_ARMS, add_serving_arguments, serving_arms_of
+from swa_vllm.tools.bench.serving.checkpoints import prepare_checkpoints
 from swa_vllm.tools.bench.serving.launcher import Launcher
 from swa_vllm.tools.bench.serving.process import ArmProcess
 from swa_vllm.tools.common import plots
 from swa_vllm.tools.common.arguments import check_number, check_numbers, numbers_of_tokens
 from swa_vllm.tools.common.progress import say
 from swa_vllm.tools.common.spread import Spread
-from swa_vllm.tools.engines.setup import check_table_can_grow, text_config
+from swa_vllm.tools.engines.setup import check_rope_can_grow, load_text_config
 
 EXAMPLE = "--window 512 --contexts 2048,4096,32768 --batch 4"
 _QUICK_CONTEXTS = "512,1024,2048"
@@ -51,29 +51,29 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     names = ("window", "batch", "rounds", "block_size", "threads", "full_to", "chunk")
     check_numbers(args, names)
     check_number("steps", args.steps, least=3)
-    arms = arms_of("--peers", args.peers)
+    arms = serving_arms_of("--peers", args.peers)
     if "hf" in arms or "here" not in arms:
         raise ValueError(
             f"--peers {args.peers}: engines are compared with here, this plugin; name it, and "
             "stock or full beside it"
         )
-    contexts = _contexts(args)
+    contexts = _context_lengths(args)
     with tempfile.TemporaryDirectory() as directory, ExitStack() as stack:
-        launcher = _launcher(args, Path(directory), contexts)
+        launcher = _decode_launcher(args, Path(directory), contexts)
         started = {}
         for name, arm in arms.items():
             say(f"starting {arm.name}")
-            longest = _max_model_len(args, _lengths_of(name, contexts, args.full_to))
+            longest = _max_model_len(args, _contexts_of_arm(name, contexts, args.full_to))
             started[name] = stack.enter_context(launcher.start(arm, max_model_len=longest))
-        figures = _measure(args, started, contexts)
+        figures = _time_decode_rounds(args, started, contexts)
     told = ("window", "batch", "dtype", "block_size", "chunk", "rounds", "steps")
     result = {
         "model": str(args.model or "random weights"),
         **{name: getattr(args, name) for name in told},
         "cases": figures,
-        "growth": _growth(figures),
+        "growth": _growth_with_length(figures),
     }
-    _print(result)
+    _print_decode_times(result)
     return result
 
 
@@ -84,12 +84,12 @@ def plot(path: Path, figures: Mapping[str, Any]) -> None:
         series.setdefault(case["peer"], []).append(
             (case["context"], 1e3 * case["decode_s"]["median"])
         )
-    plots.lines(
+    plots.draw_lines(
         path, series, "tokens of context", "ms of a decoding step", log_x=True, from_zero=True
     )
 
 
-def _contexts(args: argparse.Namespace) -> list[int]:
+def _context_lengths(args: argparse.Namespace) -> list[int]:
     default = _QUICK_CONTEXTS if args.quick else "2048,4096,8192,32768,131072"
     text = args.contexts or default
     contexts = sorted(set(numbers_of_tokens("--contexts", text)))
@@ -98,7 +98,7 @@ def _contexts(args: argparse.Namespace) -> list[int]:
     return contexts
 
 
-def _lengths_of(name: str, contexts: list[int], full_to: int) -> list[int]:
+def _contexts_of_arm(name: str, contexts: list[int], full_to: int) -> list[int]:
     return contexts if SERVING_ARMS[name].windowed else [n for n in contexts if n <= full_to]
 
 
@@ -107,16 +107,16 @@ def _max_model_len(args: argparse.Namespace, contexts: list[int]) -> int:
     return contexts[-1] + args.steps + 1 + ceil_div(args.batch * contexts[-1], args.chunk)
 
 
-def _launcher(args: argparse.Namespace, directory: Path, contexts: list[int]) -> Launcher:
+def _decode_launcher(args: argparse.Namespace, directory: Path, contexts: list[int]) -> Launcher:
     longest = _max_model_len(args, contexts)
     # The positions of random weights are few, so that its overriding is always at work.
-    models = prepare_models(args.model, directory, args.window, contexts[0], args.seed)
-    config = text_config(str(models[True]))
+    models = prepare_checkpoints(args.model, directory, args.window, contexts[0], args.seed)
+    config = load_text_config(str(models[True]))
     engine: dict[str, Any] = {}
     if longest > config.max_position_embeddings:
-        check_table_can_grow(config, longest)
+        check_rope_can_grow(config, longest)
         engine["hf_overrides"] = {"max_position_embeddings": longest}
-    most = _max_model_len(args, _lengths_of("full", contexts, args.full_to))
+    most = _max_model_len(args, _contexts_of_arm("full", contexts, args.full_to))
     engine |= {
         "block_size": args.block_size,
         # What full attention needs, for all; one is vLLM's own.
@@ -128,20 +128,20 @@ def _launcher(args: argparse.Namespace, directory: Path, contexts: list[int]) ->
     return Launcher(models, args.dtype, args.threads, engine)
 
 
-def _measure(
+def _time_decode_rounds(
     args: argparse.Namespace, started: Mapping[str, ArmProcess], contexts: list[int]
 ) -> list[dict[str, Any]]:
-    once = arms_of("--once", args.once)
-    _compare(args, started, contexts[0])
+    once = serving_arms_of("--once", args.once)
+    _compare_decoded_tokens(args, started, contexts[0])
     taken: dict[tuple[str, int], list[dict[str, Any]]] = {}
     for index in range(args.rounds):
         for context in contexts:
             for name, process in started.items():
                 if index and name in once:
                     continue
-                if context in _lengths_of(name, contexts, args.full_to):
+                if context in _contexts_of_arm(name, contexts, args.full_to):
                     say(f"round {index + 1} of {args.rounds}, {context} tokens, {process.name}")
-                    answer = _decode(args, process, context, seed=args.seed + index)
+                    answer = _ask_to_decode(args, process, context, seed=args.seed + index)
                     taken.setdefault((name, context), []).append(answer)
     return [
         {
@@ -156,7 +156,7 @@ def _measure(
     ]
 
 
-def _decode(
+def _ask_to_decode(
     args: argparse.Namespace, process: ArmProcess, context: int, seed: int
 ) -> dict[str, Any]:
     answer: dict[str, Any] = process.ask(
@@ -167,20 +167,24 @@ def _decode(
     return answer
 
 
-def _compare(args: argparse.Namespace, started: Mapping[str, ArmProcess], context: int) -> None:
+def _compare_decoded_tokens(
+    args: argparse.Namespace, started: Mapping[str, ArmProcess], context: int
+) -> None:
     """Warm up, and compare the tokens of arms with the same window.
 
     Raises:
         RuntimeError: they differ in fp32; elsewhere rounding may decide.
     """
     say(f"comparing behind {context} tokens")
-    answers = {name: _decode(args, process, context, seed=-1) for name, process in started.items()}
+    answers = {
+        name: _ask_to_decode(args, process, context, seed=-1) for name, process in started.items()
+    }
     first = {name: [row[:_COMPARED] for row in a["tokens"]] for name, a in answers.items()}
     if args.dtype == "float32" and first.get("stock", first["here"]) != first["here"]:
         raise RuntimeError("this plugin and stock vLLM decode other tokens in fp32")
 
 
-def _growth(cases: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
+def _growth_with_length(cases: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
     """Divide each arm's figures at its longest text by those at its shortest."""
     found = {}
     for name in dict.fromkeys(case["peer"] for case in cases):
@@ -189,7 +193,7 @@ def _growth(cases: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
     return found
 
 
-def _print(figures: Mapping[str, Any]) -> None:
+def _print_decode_times(figures: Mapping[str, Any]) -> None:
     first, *others = names = list(figures["growth"])
     print(
         f"\n{figures['model']}, {figures['batch']} requests, W={figures['window']}, "

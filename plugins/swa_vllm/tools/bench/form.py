@@ -25,16 +25,18 @@ _PACKAGES = (
 )
 
 
-def run(module: ModuleType, arguments: Sequence[str], args: argparse.Namespace) -> dict[str, Any]:
+def run_benchmark(
+    module: ModuleType, arguments: Sequence[str], args: argparse.Namespace
+) -> dict[str, Any]:
     """Run a benchmark, and print under which conditions; returns what ``--json`` writes.
 
     Args:
         module: its ``run`` prints a table and returns the figures, its ``plot`` draws these.
         arguments: those of ``swa``, which make the figures again.
     """
-    plots.check(args.plot)
+    plots.check_plot_path(args.plot)
     figures: dict[str, Any] = module.run(args)
-    known = conditions(args)
+    known = benchmark_conditions(args)
     packages = ", ".join(f"{name} {number}" for name, number in known["versions"].items())
     print(
         f"\n{known['device']}, {known['cores']} cores, {known['threads']} threads, "
@@ -45,19 +47,19 @@ def run(module: ModuleType, arguments: Sequence[str], args: argparse.Namespace) 
     return {"command": shlex.join(["swa", *arguments]), "conditions": known, **figures}
 
 
-def conditions(args: argparse.Namespace) -> dict[str, Any]:
+def benchmark_conditions(args: argparse.Namespace) -> dict[str, Any]:
     """Name the machine, the versions, and what every benchmark was told."""
     return {
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else _processor(),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else _processor_name(),
         "cores": os.cpu_count(),
         "threads": getattr(args, "threads", None) or torch.get_num_threads(),
         "seed": getattr(args, "seed", 0),
         "quick": args.quick,
-        "versions": {"python": platform.python_version(), **_versions()},
+        "versions": {"python": platform.python_version(), **_package_versions()},
     }
 
 
-def _processor() -> str:
+def _processor_name() -> str:
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:  # no Linux
@@ -66,7 +68,7 @@ def _processor() -> str:
     return models[0] if models else platform.processor() or platform.machine()
 
 
-def _versions() -> dict[str, str]:
+def _package_versions() -> dict[str, str]:
     found = {}
     for package in _PACKAGES:
         try:

@@ -26,9 +26,9 @@ from swa_vllm.tools.bench.attention.times import (
     Clock,
     Result,
     copy_bandwidth,
-    make_batch,
-    measure,
-    targets,
+    judge_targets,
+    make_kernel_batch,
+    time_kernel_arms,
 )
 from swa_vllm.tools.common import plots
 from swa_vllm.tools.common.progress import say
@@ -76,16 +76,18 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         ]
         from swa_backend.verify.timing import median_us
 
-        return measure_all(args.shape, [*cases, *chunks], torch.device("cuda"), median_us)
+        return benchmark_kernels(args.shape, [*cases, *chunks], torch.device("cuda"), median_us)
     print(
         "No GPU here: nothing is timed. What a launch on an H100 does, and what compiles to what:"
     )
     return {
         "device": None,
         "shape": args.shape,
-        "work": _print_work(cases),
-        "prefill": _print_prefill(sorted({case.window for case in cases}), num_kv_heads, group),
-        "compiled": _print_compiled(args.shape, cases[0]),
+        "work": _print_decode_work(cases),
+        "prefill": _print_prefill_work(
+            sorted({case.window for case in cases}), num_kv_heads, group
+        ),
+        "compiled": _print_compiled_kernels(args.shape, cases[0]),
     }
 
 
@@ -96,16 +98,16 @@ def plot(path: Path, figures: Mapping[str, Any]) -> None:
         groups = [f"W={c['window']}, {c['context']} tokens before" for c in cases]
         keys = {"this plugin": "here_num_keys", "vLLM's kernel": "stock_num_keys"}
         series = {name: [float(c[key]) for c in cases] for name, key in keys.items()}
-        plots.bars(path, groups, series, "keys loaded for a chunk and a KV head")
+        plots.draw_bars(path, groups, series, "keys loaded for a chunk and a KV head")
         return
     cases = figures["cases"]
     groups = [f"W={c['window']}, {c['seq_len']}, {c['batch']} x {c['num_queries']}" for c in cases]
     arms = dict.fromkeys(arm for c in cases for arm in c["us"])
     series = {arm: [c["us"].get(arm, 0.0) for c in cases] for arm in arms}
-    plots.bars(path, groups, series, "us")
+    plots.draw_bars(path, groups, series, "us")
 
 
-def _print_work(cases: list[AttentionCase]) -> list[dict[str, Any]]:
+def _print_decode_work(cases: list[AttentionCase]) -> list[dict[str, Any]]:
     figures, rows = [], []
     for case in cases:
         work = decode_work(_H100, case)
@@ -125,7 +127,7 @@ def _print_work(cases: list[AttentionCase]) -> list[dict[str, Any]]:
     return figures
 
 
-def _print_prefill(windows: list[int], num_kv_heads: int, group: int) -> list[dict[str, Any]]:
+def _print_prefill_work(windows: list[int], num_kv_heads: int, group: int) -> list[dict[str, Any]]:
     figures, rows = [], []
     for window, context in product(windows, (0, 8192)):
         work = prefill_work(_H100, window, context, num_queries=8192, group=group)
@@ -149,7 +151,7 @@ def _print_prefill(windows: list[int], num_kv_heads: int, group: int) -> list[di
     return figures
 
 
-def _print_compiled(shape: str, case: AttentionCase) -> dict[str, Any]:
+def _print_compiled_kernels(shape: str, case: AttentionCase) -> dict[str, Any]:
     from swa_backend.verify import gate
 
     here = gate.Case("decode", shape, torch.bfloat16, _H100).compile()
@@ -160,7 +162,7 @@ def _print_compiled(shape: str, case: AttentionCase) -> dict[str, Any]:
     return {"here": vars(here), "stock": vars(stock)}
 
 
-def measure_all(
+def benchmark_kernels(
     shape: str,
     cases: list[AttentionCase],
     device: torch.device,
@@ -177,19 +179,23 @@ def measure_all(
     for case, is_fp8 in product(cases, (False, True)):
         typed = replace(case, kv_dtype=torch.float8_e4m3fn if is_fp8 else case.dtype)
         say(str(typed))
-        results.append(measure(typed, make_batch(typed, device, num_bytes), KERNEL_ARMS, clock))
+        results.append(
+            time_kernel_arms(typed, make_kernel_batch(typed, device, num_bytes), KERNEL_ARMS, clock)
+        )
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
-    return report(shape, name, results, copied)
+    return report_kernel_times(shape, name, results, copied)
 
 
-def report(shape: str, device: str, results: list[Result], copied: float) -> dict[str, Any]:
+def report_kernel_times(
+    shape: str, device: str, results: list[Result], copied: float
+) -> dict[str, Any]:
     """Print times and targets; returns them as figures."""
     print(f"\n{shape} on {device}, copy {copied:.0f} GB/s")
-    _print_times("decodes", results, "of copy", lambda r: r.bandwidth(OURS) / copied)
-    _print_times("chunks", results, "TFLOP/s", lambda r: r.speed(OURS))
+    _print_kernel_times("decodes", results, "of copy", lambda r: r.bandwidth(OURS) / copied)
+    _print_kernel_times("chunks", results, "TFLOP/s", lambda r: r.speed(OURS))
     for reason in sorted({f"{k}: {v}" for result in results for k, v in result.refused.items()}):
         print(f"not timed: {reason}")
-    reached = targets(results, copied)
+    reached = judge_targets(results, copied)
     words = {True: "met", False: "MISSED", None: "not measured"}
     print(
         "\n"
@@ -215,7 +221,7 @@ def report(shape: str, device: str, results: list[Result], copied: float) -> dic
     }
 
 
-def _print_times(
+def _print_kernel_times(
     kind: str, results: list[Result], unit: str, share: Callable[[Result], float]
 ) -> None:
     rows = []

@@ -27,7 +27,7 @@ from swa_vllm.tools.common.arguments import check_numbers
 from swa_vllm.tools.common.arms import Arm
 from swa_vllm.tools.common.progress import say
 from swa_vllm.tools.common.spread import Spread
-from swa_vllm.tools.common.timing import at_least_two_rounds, interleave
+from swa_vllm.tools.common.timing import at_least_two_rounds, time_in_turns
 from swa_vllm.tools.engines.batches import BLOCK_SIZE, make_batch, make_window_batch
 from swa_vllm.tools.engines.layer import Layer, make_layer
 from swa_vllm.tools.engines.scheduler import Simulation
@@ -57,37 +57,41 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     contexts = (2000, 8000) if args.quick else (2000, 8000, 32000, _MILLION)
     cases = []
     for context in contexts:
-        for caching in _caching(context):
+        for caching in _caching_modes(context):
             say(f"scheduler, context {context}")
             name = _SCHEDULER[caching]
             steps = {
-                arm.value: _decoding(arm, args, context, caching, rounds).step
+                arm.value: _decoding_simulation(arm, args, context, caching, rounds).step
                 for arm in (Arm.STOCK, Arm.SWA)
             }
-            cases.append(_case(name, context, steps, rounds))
+            cases.append(_time_overhead(name, context, steps, rounds))
     pages_each = args.window // BLOCK_SIZE + 2
     layer = make_layer(_SHAPE, args.window, 1024, args.batch * pages_each + 64)
     cases += [
-        _case(BUILDER, context, _builders(layer, args, context), rounds) for context in contexts
+        _time_overhead(BUILDER, context, _builder_steps(layer, args, context), rounds)
+        for context in contexts
     ]
     cases += [
-        _together(cases, context, caching) for context in contexts for caching in _caching(context)
+        _sum_overhead(cases, context, caching)
+        for context in contexts
+        for caching in _caching_modes(context)
     ]
     cases += [
-        _case(ATTENTION, context, _attention(layer, args, context), rounds) for context in contexts
+        _time_overhead(ATTENTION, context, _attention_steps(layer, args, context), rounds)
+        for context in contexts
     ]
     print(
         f"\n{args.batch} decoding requests, W={args.window}, page {BLOCK_SIZE}; layer of {_SHAPE}, "
         f"{str(layer.attention.kv_cache.dtype).removeprefix('torch.')}"
     )
-    print(format_table(_HEADER, map(_row, cases)))
+    print(format_table(_HEADER, map(_overhead_row, cases)))
     say("host time of Triton kernels, which are compiled first")
-    on_gpus = _on_gpus(measure_host_time(_GPU_SHAPE, args.window, rounds))
+    on_gpus = _sum_host_times(measure_host_time(_GPU_SHAPE, args.window, rounds))
     print(
         f"\nHost time on GPUs, without the launches; W={args.window}, layer of {_GPU_SHAPE}, "
         f"{_NUM_LAYERS} of them in a step"
     )
-    print(format_table(_GPU_HEADER, map(_gpu_row, on_gpus)))
+    print(format_table(_GPU_HEADER, map(_host_time_row, on_gpus)))
     return {
         "window": args.window,
         "batch": args.batch,
@@ -105,14 +109,14 @@ def plot(path: Path, figures: Mapping[str, Any]) -> None:
             for arm, key in ((Arm.STOCK, "stock_us"), (Arm.SWA, "here_us")):
                 points = series.setdefault(f"{case['name'].partition(',')[0]}, {arm.value}", [])
                 points.append((case["context"], case[key]))
-    plots.lines(path, series, "tokens of context", "us of a step", log_x=True, log_y=True)
+    plots.draw_lines(path, series, "tokens of context", "us of a step", log_x=True, log_y=True)
 
 
-def _caching(context: int) -> tuple[bool, ...]:
+def _caching_modes(context: int) -> tuple[bool, ...]:
     return (False,) if context == _MILLION else (False, True)  # hashing would take minutes
 
 
-def _row(case: Mapping[str, Any]) -> list[object]:
+def _overhead_row(case: Mapping[str, Any]) -> list[object]:
     spread = case.get("spread", {})
     halves = [
         Spread(**spread[arm]).range_text(1e6, digits=0) if spread else None
@@ -121,7 +125,7 @@ def _row(case: Mapping[str, Any]) -> list[object]:
     return [case[key] for key in ("name", "context", "stock_us", "here_us", "ratio")] + halves
 
 
-def _on_gpus(times: Sequence[HostTime]) -> list[dict[str, Any]]:
+def _sum_host_times(times: Sequence[HostTime]) -> list[dict[str, Any]]:
     """List each part for each batch, and behind them what all layers of a step take together."""
     cases: list[dict[str, Any]] = [
         {
@@ -145,7 +149,7 @@ def _on_gpus(times: Sequence[HostTime]) -> list[dict[str, Any]]:
     return [{**case, "ratio": case["here_us"] / case["stock_us"]} for case in cases]
 
 
-def _gpu_row(case: Mapping[str, Any]) -> list[object]:
+def _host_time_row(case: Mapping[str, Any]) -> list[object]:
     return [
         case["name"],
         case["batch"],
@@ -157,7 +161,7 @@ def _gpu_row(case: Mapping[str, Any]) -> list[object]:
     ]
 
 
-def _decoding(
+def _decoding_simulation(
     arm: Arm, args: argparse.Namespace, context: int, caching: bool, rounds: int
 ) -> Simulation:
     """Step a scheduler until all its requests decode at ``context``."""
@@ -179,7 +183,7 @@ def _decoding(
     return simulation
 
 
-def _builders(layer: Layer, args: argparse.Namespace, context: int) -> dict[str, Any]:
+def _builder_steps(layer: Layer, args: argparse.Namespace, context: int) -> dict[str, Any]:
     batch = make_batch([context] * args.batch, [1] * args.batch)
     return {
         Arm.STOCK.value: lambda: layer.stock_builder.build(0, batch),
@@ -187,7 +191,7 @@ def _builders(layer: Layer, args: argparse.Namespace, context: int) -> dict[str,
     }
 
 
-def _attention(layer: Layer, args: argparse.Namespace, context: int) -> dict[str, Any]:
+def _attention_steps(layer: Layer, args: argparse.Namespace, context: int) -> dict[str, Any]:
     """Prepare storing and attending to a token of each request, after comparing the outputs.
 
     Raises:
@@ -206,8 +210,8 @@ def _attention(layer: Layer, args: argparse.Namespace, context: int) -> dict[str
     }
 
 
-def _case(name: str, context: int, steps: dict[str, Any], rounds: int) -> dict[str, Any]:
-    times = interleave(steps, rounds)
+def _time_overhead(name: str, context: int, steps: dict[str, Any], rounds: int) -> dict[str, Any]:
+    times = time_in_turns(steps, rounds)
     stock, here = times[Arm.STOCK.value], times[Arm.SWA.value]
     return {
         "name": name,
@@ -219,7 +223,7 @@ def _case(name: str, context: int, steps: dict[str, Any], rounds: int) -> dict[s
     }
 
 
-def _together(cases: list[dict[str, Any]], context: int, caching: bool) -> dict[str, Any]:
+def _sum_overhead(cases: list[dict[str, Any]], context: int, caching: bool) -> dict[str, Any]:
     """Add up scheduler, manager and builder of a step."""
     parts = [
         c for c in cases if c["context"] == context and c["name"] in (BUILDER, _SCHEDULER[caching])

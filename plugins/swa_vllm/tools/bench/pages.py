@@ -70,12 +70,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Print a table for each workload; returns the figures."""
     results = []
-    for workload in _workloads(args):
+    for workload in _chosen_workloads(args):
         outcomes = {}
         for arm in Arm:
             say(f"{workload.name}: {arm.value}")
-            outcomes[arm] = _serve(arm, workload)
-        _print(workload, outcomes)
+            outcomes[arm] = _simulate_workload(arm, workload)
+        _print_pages_held(workload, outcomes)
         results.append(
             {
                 "workload": workload.name,
@@ -92,22 +92,22 @@ def plot(path: Path, figures: Mapping[str, Any]) -> None:
     workloads = figures["workloads"]
     groups = [f"{w['workload']}, {w['num_prompt']}, W={w['engine']['window']}" for w in workloads]
     series = {arm.value: [w["arms"][arm.value]["mean_running"] for w in workloads] for arm in Arm}
-    plots.bars(path, groups, series, "requests that ran at once, mean")
+    plots.draw_bars(path, groups, series, "requests that ran at once, mean")
 
 
-def _workloads(args: argparse.Namespace) -> Iterable[EngineWorkload]:
+def _chosen_workloads(args: argparse.Namespace) -> Iterable[EngineWorkload]:
     given = [name for name in _OWN if getattr(args, name) is not None]
     if args.window is None:
         if given or args.prefix_caching:
             raise ValueError("a workload of your own needs --window, in tokens")
-        return _built_in(args.quick)
+        return _built_in_workloads(args.quick)
     if args.quick:
         raise ValueError("--quick is for the built-in workloads; remove it or --window")
     check_numbers(args, given)
-    return [_own(**{name: getattr(args, name) or _OWN[name] for name in _OWN}, args=args)]
+    return [_own_workload(**{name: getattr(args, name) or _OWN[name] for name in _OWN}, args=args)]
 
 
-def _own(args: argparse.Namespace, **sizes: Any) -> EngineWorkload:
+def _own_workload(args: argparse.Namespace, **sizes: Any) -> EngineWorkload:
     longest = sizes["prompt"] + sizes["output"]
     max_model_len = sizes["max_model_len"] or longest
     if max_model_len < longest:
@@ -136,7 +136,7 @@ def _own(args: argparse.Namespace, **sizes: Any) -> EngineWorkload:
     )
 
 
-def _built_in(quick: bool) -> Iterator[EngineWorkload]:
+def _built_in_workloads(quick: bool) -> Iterator[EngineWorkload]:
     for window, chunk in ((64, 8192), (512, 8192), (1024, 2048), (1024, 8192)):
         engine = Engine(window, 32, 1024, chunk, 8192)
         yield EngineWorkload(f"chunks of {chunk}", engine, 4, 6000, 32)
@@ -151,7 +151,7 @@ def _built_in(quick: bool) -> Iterator[EngineWorkload]:
     yield EngineWorkload("24 GB card, chunks of 16384", larger, 80, 32000, 512)
 
 
-def _serve(arm: Arm, workload: EngineWorkload) -> Outcome:
+def _simulate_workload(arm: Arm, workload: EngineWorkload) -> Outcome:
     """Serve a workload; full attention gets the shortest max_model_len that it allows."""
     engine = workload.engine
     if arm is Arm.FULL:
@@ -160,7 +160,7 @@ def _serve(arm: Arm, workload: EngineWorkload) -> Outcome:
     return simulate(arm, engine, requests)
 
 
-def _print(workload: EngineWorkload, outcomes: dict[Arm, Outcome]) -> None:
+def _print_pages_held(workload: EngineWorkload, outcomes: dict[Arm, Outcome]) -> None:
     engine = workload.engine
     print(
         f"\n{workload.name}: {workload.num_requests} x {workload.num_prompt} + "

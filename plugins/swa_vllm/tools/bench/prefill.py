@@ -18,7 +18,7 @@ from swa_vllm.tools.common import plots
 from swa_vllm.tools.common.arguments import check_numbers
 from swa_vllm.tools.common.progress import say
 from swa_vllm.tools.common.spread import Spread
-from swa_vllm.tools.common.timing import at_least_two_rounds, interleave
+from swa_vllm.tools.common.timing import at_least_two_rounds, time_in_turns
 from swa_vllm.tools.engines.batches import BLOCK_SIZE, make_batch
 from swa_vllm.tools.engines.layer import SHAPES, Layer, make_layer
 
@@ -48,7 +48,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     rows, cases = [], []
     for context in (0, chunk + 7, 3 * chunk - 16):
         say(f"context {context}")
-        stock, here = _time_chunk(layer, pages, context, chunk, rounds)
+        stock, here = _time_prefill_chunk(layer, pages, context, chunk, rounds)
         ratio = here.median / stock.median
         layer_ratio = (rest + here.median) / (rest + stock.median)
         times = (stock.text(1e3), here.text(1e3))
@@ -75,10 +75,10 @@ def plot(path: Path, figures: Mapping[str, Any]) -> None:
     names = {"stock vLLM": "stock_ms", "this plugin": "here_ms"}
     series = {name: [case[key] for case in cases] for name, key in names.items()}
     groups = [f"{case['context']} + {chunk}" for case in cases]
-    plots.bars(path, groups, series, "ms of attention to a chunk")
+    plots.draw_bars(path, groups, series, "ms of attention to a chunk")
 
 
-def _time_chunk(
+def _time_prefill_chunk(
     layer: Layer, pages: WindowPages, context: int, chunk: int, rounds: int
 ) -> tuple[Spread, Spread]:
     qkv = layer.random_inputs(chunk)
@@ -88,7 +88,7 @@ def _time_chunk(
     expected, got = layer.run_stock(stock, *qkv), layer.run(here, *qkv)
     if not torch.equal(expected, got):
         raise RuntimeError(f"outputs differ by {float((expected - got).abs().max())}")
-    times = interleave(
+    times = time_in_turns(
         {"stock": lambda: layer.run_stock(stock, *qkv), "here": lambda: layer.run(here, *qkv)},
         rounds,
     )

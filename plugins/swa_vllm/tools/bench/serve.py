@@ -18,10 +18,10 @@ from typing import Any
 
 from swa_backend.pages import ceil_div
 from swa_backend.table import format_table
-from swa_vllm.tools.bench.serving.arms import SERVING_ARMS, add_serving_arguments, arms_of
-from swa_vllm.tools.bench.serving.checkpoints import prepare_models
+from swa_vllm.tools.bench.serving.arms import SERVING_ARMS, add_serving_arguments, serving_arms_of
+from swa_vllm.tools.bench.serving.checkpoints import prepare_checkpoints
 from swa_vllm.tools.bench.serving.launcher import Launcher
-from swa_vllm.tools.bench.serving.rounds import Rounds, measure
+from swa_vllm.tools.bench.serving.rounds import Rounds, measure_rounds
 from swa_vllm.tools.bench.serving.workload import MIXES, Ask, read_trace
 from swa_vllm.tools.common import plots
 from swa_vllm.tools.common.arguments import check_number, check_numbers
@@ -64,23 +64,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Print a column for each arm, and where this plugin loses; returns the figures."""
-    arms, once = arms_of("--peers", args.peers), arms_of("--once", args.once)
+    arms, once = serving_arms_of("--peers", args.peers), serving_arms_of("--once", args.once)
     if "here" not in arms or "here" in once:
         raise ValueError(
             f"--peers {args.peers} --once {args.once}: here, this plugin, is compared with the "
             "others in every round; name it in --peers and not in --once"
         )
-    asks = _asks(args)
+    asks = _requests_to_serve(args)
     longest = max(ask.num_tokens for ask in asks)
     if args.window >= longest:
         raise ValueError(
             f"--window {args.window} is not below the longest request, {longest} tokens: nothing "
             "would slide; give a smaller one"
         )
-    num_pages = _num_pages(args, asks)
+    num_pages = _num_pool_pages(args, asks)
     with tempfile.TemporaryDirectory() as directory:
         launcher = Launcher(
-            prepare_models(args.model, Path(directory), args.window, longest, args.seed),
+            prepare_checkpoints(args.model, Path(directory), args.window, longest, args.seed),
             args.dtype,
             args.threads,
             {
@@ -93,19 +93,22 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             args.hf_batch,
         )
         rounds = Rounds(asks, args.window, args.rounds, frozenset(once), args.seed)
-        figures = {**_told(args, asks, num_pages), **measure(launcher, arms, rounds)}
-    figures["lost"] = losses(figures)
-    _print(figures)
+        figures = {
+            **_serving_settings(args, asks, num_pages),
+            **measure_rounds(launcher, arms, rounds),
+        }
+    figures["lost"] = serving_losses(figures)
+    _print_served_arms(figures)
     return figures
 
 
 def plot(path: Path, figures: Mapping[str, Any]) -> None:
     """Draw the tokens answered over time, a line for each arm."""
     series = {name: arm["curve"] for name, arm in figures["peers"].items()}
-    plots.lines(path, series, "seconds of work", "tokens answered", marks=False)
+    plots.draw_lines(path, series, "seconds of work", "tokens answered", marks=False)
 
 
-def _asks(args: argparse.Namespace) -> list[Ask]:
+def _requests_to_serve(args: argparse.Namespace) -> list[Ask]:
     names = ("window", "num_requests", "rounds", "hf_batch", "block_size", "threads", "chunk")
     check_numbers(args, names)
     check_number("pool_requests", args.pool_requests, least=0)
@@ -122,12 +125,14 @@ def _asks(args: argparse.Namespace) -> list[Ask]:
     ]
 
 
-def _num_pages(args: argparse.Namespace, asks: Sequence[Ask]) -> int:
+def _num_pool_pages(args: argparse.Namespace, asks: Sequence[Ask]) -> int:
     pages = sorted(ceil_div(ask.num_tokens, args.block_size) for ask in asks)
     return args.pool_requests * pages[-1] or sum(pages)
 
 
-def _told(args: argparse.Namespace, asks: Sequence[Ask], num_pages: int) -> dict[str, Any]:
+def _serving_settings(
+    args: argparse.Namespace, asks: Sequence[Ask], num_pages: int
+) -> dict[str, Any]:
     return {
         "model": str(args.model or "random weights"),
         "window": args.window,
@@ -143,12 +148,12 @@ def _told(args: argparse.Namespace, asks: Sequence[Ask], num_pages: int) -> dict
     }
 
 
-def _print(figures: Mapping[str, Any]) -> None:
+def _print_served_arms(figures: Mapping[str, Any]) -> None:
     by_name = figures["peers"]
     rows = [
         [label, *(arm[key]["median"] for arm in by_name.values())] for key, label in _ROWS.items()
     ]
-    rows.append(["seconds, least to most", *map(_range, by_name.values())])
+    rows.append(["seconds, least to most", *map(_range_of_seconds, by_name.values())])
     rows.append(["times as fast as it, here", *(figures["ratios"][name] for name in by_name)])
     print(
         f"\n{figures['workload']}: {figures['num_requests']} requests, "
@@ -167,11 +172,11 @@ def _print(figures: Mapping[str, Any]) -> None:
         print(f"lost: {loss}")
 
 
-def _range(arm: Mapping[str, Any]) -> str:
+def _range_of_seconds(arm: Mapping[str, Any]) -> str:
     return Spread(**arm["seconds"]).range_text(digits=1)
 
 
-def losses(figures: Mapping[str, Any]) -> list[str]:
+def serving_losses(figures: Mapping[str, Any]) -> list[str]:
     """List the figures in which another arm is better than this plugin by more than 2 %."""
     here = figures["peers"][SERVING_ARMS["here"].name]
     found = []

@@ -17,7 +17,7 @@ from swa_vllm.tools.common import plots
 from swa_vllm.tools.common.arguments import check_numbers
 from swa_vllm.tools.common.progress import say
 from swa_vllm.tools.common.spread import Spread
-from swa_vllm.tools.common.timing import at_least_two_rounds, interleave
+from swa_vllm.tools.common.timing import at_least_two_rounds, time_in_turns
 from swa_vllm.tools.engines.batches import BLOCK_SIZE, make_batch
 from swa_vllm.tools.engines.layer import SHAPES, Layer, make_layer
 
@@ -39,7 +39,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     check_numbers(args, ("window", "sink_tokens"))
     rounds = at_least_two_rounds(args.rounds)
     shape = args.shape or ("Qwen3-0.6B" if args.quick else "Qwen3-8B")
-    batches = _batches(args)
+    batches = _sink_batches(args)
     longest = max(
         sum(c) + sum(q) + len(c) * (BLOCK_SIZE + args.sink_tokens) for c, q in batches.values()
     )
@@ -51,7 +51,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     cases = []
     for name, (contexts, queries) in batches.items():
         say(name)
-        plain, sinks = _time(layer, args, contexts, queries, rounds)
+        plain, sinks = _time_sinks(layer, args, contexts, queries, rounds)
         others = rest[sum(queries)]
         cases.append(
             {
@@ -69,11 +69,11 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         f"\n{shape}, W={args.window}, {args.sink_tokens} {how}, {dtype}, "
         f"{torch.get_num_threads()} threads, page {BLOCK_SIZE}"
     )
-    print(format_table(_HEADER, map(_row, cases)))
+    print(format_table(_HEADER, map(_sink_row, cases)))
     return {"shape": shape, "window": args.window, "dtype": dtype, **options, "cases": cases}
 
 
-def _batches(args: argparse.Namespace) -> dict[str, tuple[list[int], list[int]]]:
+def _sink_batches(args: argparse.Namespace) -> dict[str, tuple[list[int], list[int]]]:
     """Name the batches to time: tokens before each request's queries, and its queries."""
     context = 2 * args.window + args.sink_tokens
     batches = {
@@ -87,7 +87,7 @@ def _batches(args: argparse.Namespace) -> dict[str, tuple[list[int], list[int]]]
     return batches
 
 
-def _row(case: Mapping[str, Any]) -> list[object]:
+def _sink_row(case: Mapping[str, Any]) -> list[object]:
     times = [Spread(**case["seconds"][name]).text(1e3) for name in ("plain", "sinks")]
     return [case["name"], *times, case["attention_ratio"], case["layer_ratio"]]
 
@@ -97,10 +97,10 @@ def plot(path: Path, figures: Mapping[str, Any]) -> None:
     cases = figures["cases"]
     names = {"in attention": "attention_ratio", "in the layer": "layer_ratio"}
     series = {name: [case[key] for case in cases] for name, key in names.items()}
-    plots.bars(path, [case["name"] for case in cases], series, "time with sinks / without")
+    plots.draw_bars(path, [case["name"] for case in cases], series, "time with sinks / without")
 
 
-def _time(
+def _time_sinks(
     layer: Layer, args: argparse.Namespace, contexts: list[int], queries: list[int], rounds: int
 ) -> tuple[Spread, Spread]:
     qkv = layer.random_inputs(sum(queries))
@@ -109,8 +109,8 @@ def _time(
     plain, here = layer.stock_builder.build(0, batch), layer.builder.build(0, batch)
     output = layer.run(here, *qkv)
     if not args.shift:  # the tests of the engine hold shifted sinks against a dense model
-        layer.check(batch, qkv, output, args.window, args.sink_tokens)
-    times = interleave(
+        layer.check_against_torch(batch, qkv, output, args.window, args.sink_tokens)
+    times = time_in_turns(
         {"plain": lambda: layer.run_stock(plain, *qkv), "sinks": lambda: layer.run(here, *qkv)},
         rounds,
     )

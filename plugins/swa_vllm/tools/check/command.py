@@ -72,18 +72,18 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 def findings_of(model: str | None, options: dict[str, Any]) -> Iterator[Finding]:
     """Check one thing after the other, each before what needs it, up to the first that is wrong."""
     todo: list[tuple[str, Callable[[], str]]] = [
-        ("vLLM", steps.vllm_version),
-        ("plugin", steps.plugin),
-        ("models", steps.model_classes),
-        ("attention backend", steps.backend_slot),
-        ("page manager", steps.page_manager),
-        ("device", device.device),
-        ("Triton", device.triton_compiles),
-        ("kernels", device.kernels_are_right),
-        ("CPU operators", device.cpu_operators_are_right),
+        ("vLLM", steps.inspect_vllm),
+        ("plugin", steps.inspect_plugin),
+        ("models", steps.inspect_model_classes),
+        ("attention backend", steps.inspect_backend_slot),
+        ("page manager", steps.inspect_page_manager),
+        ("device", device.inspect_device),
+        ("Triton", device.inspect_triton),
+        ("kernels", device.inspect_kernels),
+        ("CPU operators", device.inspect_cpu_operators),
     ]
     if model is not None:
-        todo.append((model, lambda: steps.layers_of(model, options)))
+        todo.append((model, lambda: steps.inspect_model(model, options)))
     for what, step in todo:
         try:
             yield Finding(what, State.OK, step())

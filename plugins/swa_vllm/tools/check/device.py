@@ -12,14 +12,14 @@ from swa_vllm.tools.check.steps import NotCheckedError, ProblemError
 _T = TypeVar("_T")
 
 
-def device() -> str:
+def inspect_device() -> str:
     """Check that this plugin serves on the device; names the device and what attention runs on."""
     from vllm.platforms import current_platform
 
     from swa_backend.kernels.device import target_of
 
     if current_platform.is_cuda_alike():
-        target = _on_gpu(target_of)
+        target = _try_on_gpu(target_of)
         return (
             f"{current_platform.get_device_name()} ({target.backend} {target.arch}); windowed "
             "layers run on this project's Triton kernels"
@@ -32,7 +32,7 @@ def device() -> str:
     )
 
 
-def triton_compiles() -> str:
+def inspect_triton() -> str:
     """Check that Triton compiles for this GPU, or without one for those that the gate lists."""
     if os.environ.get("TRITON_INTERPRET") == "1":
         raise NotCheckedError("TRITON_INTERPRET=1 makes Triton interpret; unset it to compile")
@@ -42,7 +42,7 @@ def triton_compiles() -> str:
     from swa_backend.verify.gate import TARGETS, compile_decode
 
     is_here = current_platform.is_cuda_alike()
-    targets = (_on_gpu(target_of),) if is_here else TARGETS
+    targets = (_try_on_gpu(target_of),) if is_here else TARGETS
     for target in targets:
         try:
             compile_decode(target)
@@ -55,32 +55,32 @@ def triton_compiles() -> str:
     return f"compiles the decode kernel for {names}{'' if is_here else '; no GPU is here'}"
 
 
-def kernels_are_right() -> str:
+def inspect_kernels() -> str:
     """Check that kernels equal the oracle; on a CPU in a process whose Triton interprets."""
     from vllm.platforms import current_platform
 
     if current_platform.is_cuda_alike():
         from swa_backend.verify.smoke import smoke
 
-        error, where = _on_gpu(smoke), "on this GPU"
+        error, where = _try_on_gpu(smoke), "on this GPU"
     else:
         # Triton interprets from its import on or never.
-        error = _in_a_process("swa_backend.verify.smoke", TRITON_INTERPRET="1")
+        error = _error_of_smoke_test("swa_backend.verify.smoke", TRITON_INTERPRET="1")
         where = "in Triton's interpreter"
     return f"write, decode and prefill equal the oracle {where} (to {error:.2f} roundings)"
 
 
-def cpu_operators_are_right() -> str:
+def inspect_cpu_operators() -> str:
     """Check that one layer in an engine equals plain torch, where vLLM's CPU operators serve."""
     from vllm.platforms import current_platform
 
     if not current_platform.is_cpu():
         raise NotCheckedError("this device does not use them")
-    error = _in_a_process("swa_vllm.tools.check.smoke_layer")
+    error = _error_of_smoke_test("swa_vllm.tools.check.smoke_layer")
     return f"a sliding layer with sinks equals plain torch (to {100 * error:.1f} %)"
 
 
-def _in_a_process(module: str, **environment: str) -> float:
+def _error_of_smoke_test(module: str, **environment: str) -> float:
     """Run a module of ours in a process of its own; returns the number that it prints last."""
     done = subprocess.run(  # noqa: S603 (a module of ours)
         [sys.executable, "-m", module],
@@ -99,7 +99,7 @@ def _in_a_process(module: str, **environment: str) -> float:
 _REPORT = "serve without windows here, and report this line with your versions"
 
 
-def _on_gpu(action: Callable[[Any], _T]) -> _T:
+def _try_on_gpu(action: Callable[[Any], _T]) -> _T:
     """Run an action on the GPU, and raise what goes wrong as a problem."""
     import torch
 

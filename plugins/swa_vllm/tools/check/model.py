@@ -14,7 +14,7 @@ from swa_vllm.refusals import check_servable
 _HEADER = ("layers", "kind", "window", "sinks", "backend", "KV spec")
 
 
-def layer_table(model: str, options: dict[str, Any]) -> str:
+def inspect_layers(model: str, options: dict[str, Any]) -> str:
     """Make a line for each run of equal layers, below vLLM's class of the model.
 
     Warnings about the options follow.

@@ -24,7 +24,7 @@ def main() -> None:
     torch.nn.init.normal_(layer.attention.kv_cache)
     batch = make_batch(contexts, queries, spare_tokens=_SINKS)
     output = layer.run(layer.builder.build(0, batch), *qkv)
-    print(layer.check(batch, qkv, output, _WINDOW, _SINKS))
+    print(layer.check_against_torch(batch, qkv, output, _WINDOW, _SINKS))
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from typing import Any
 import swa_backend
 from swa_backend.checkpoint import read_checkpoint
 from swa_backend.weights import check_weights
-from swa_vllm.tools.common.arguments import told_by
+from swa_vllm.tools.common.arguments import error_text
 
 
 class ProblemError(Exception):
@@ -23,7 +23,7 @@ class NotCheckedError(Exception):
     """Something cannot be checked here, for the reason given."""
 
 
-def _version_of(*names: str) -> str | None:
+def _distribution_version(*names: str) -> str | None:
     """Name the first of the distributions that is installed, with its version."""
     for name in names:
         try:
@@ -33,7 +33,7 @@ def _version_of(*names: str) -> str | None:
     return None
 
 
-def vllm_version() -> str:
+def inspect_vllm() -> str:
     """Check that vLLM is installed in a tested version; names it and what it runs on."""
     try:
         import vllm  # noqa: F401
@@ -49,18 +49,18 @@ def vllm_version() -> str:
     from swa_vllm.compat import versions
 
     here = versions.vllm_version()
-    if not versions.is_allowed(here):
+    if not versions.is_allowed_version(here):
         tested = " and ".join(versions.TESTED_VERSIONS)
         raise ProblemError(
             f"{here}, and this plugin was tested with {tested}",
-            f"install one of those, or {versions.try_untested()}",
+            f"install one of those, or {versions.untested_remedy()}",
         )
     names = (("torch",), ("triton", "pytorch-triton-rocm"), ("transformers",))
-    others = [found for name in names if (found := _version_of(*name))]
+    others = [found for name in names if (found := _distribution_version(*name))]
     return ", ".join([here, f"Python {platform.python_version()}", *others])
 
 
-def plugin() -> str:
+def inspect_plugin() -> str:
     """Check that vLLM finds this plugin and loads it."""
     from vllm.plugins import load_general_plugins
 
@@ -87,7 +87,7 @@ def plugin() -> str:
     return f"{DISTRIBUTION} {found.version}, loaded by vLLM"
 
 
-def model_classes() -> str:
+def inspect_model_classes() -> str:
     """Check that vLLM's registry resolves to this plugin's models."""
     from vllm import ModelRegistry
 
@@ -118,7 +118,7 @@ def model_classes() -> str:
     return f"{len(architectures.MODELS)} architectures resolve to this plugin's classes"
 
 
-def backend_slot() -> str:
+def inspect_backend_slot() -> str:
     """Check that vLLM's slot for a custom attention backend holds this plugin's."""
     from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
@@ -132,16 +132,22 @@ def backend_slot() -> str:
     return f"slot CUSTOM holds {AttentionBackendEnum.CUSTOM.get_path()}"
 
 
-def page_manager() -> str:
+def inspect_page_manager() -> str:
     """Check that this plugin's manager has the pages of a windowed layer."""
     import torch
     from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 
+    from swa_vllm.config.storage import StoragePolicy
     from swa_vllm.kv_cache.manager import SWAManager
     from swa_vllm.kv_cache.spec import SWASpec
 
     spec = SWASpec(
-        block_size=16, num_kv_heads=1, head_size=64, dtype=torch.bfloat16, sliding_window=64
+        block_size=16,
+        num_kv_heads=1,
+        head_size=64,
+        dtype=torch.bfloat16,
+        sliding_window=64,
+        storage=StoragePolicy(),
     )
     manager = KVCacheSpecRegistry.get_manager_class(spec)
     if manager is not SWAManager:
@@ -152,9 +158,9 @@ def page_manager() -> str:
     return "SWASpec is managed by SWAManager"
 
 
-def layers_of(model: str, options: dict[str, Any]) -> str:
+def inspect_model(model: str, options: dict[str, Any]) -> str:
     """Check that a model can be served; returns the table that its start-up would log."""
-    from swa_vllm.tools.check.model import layer_table
+    from swa_vllm.tools.check.model import inspect_layers
 
     try:
         checkpoint = read_checkpoint(Path(model))
@@ -163,6 +169,6 @@ def layers_of(model: str, options: dict[str, Any]) -> str:
     except ValueError as error:
         raise ProblemError(str(error), "give the directory of a whole Qwen3") from error
     try:
-        return layer_table(model, options)
+        return inspect_layers(model, options)
     except (ValueError, RuntimeError) as error:
-        raise ProblemError(told_by(error), "see above; nothing was loaded") from error
+        raise ProblemError(error_text(error), "see above; nothing was loaded") from error

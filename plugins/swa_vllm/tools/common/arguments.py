@@ -39,7 +39,7 @@ def check_number(name: str, value: int | None, least: int = 1) -> None:
         )
 
 
-def check_output(flag: str, path: Path) -> None:
+def check_output_path(flag: str, path: Path) -> None:
     """Raise ValueError unless this user can write a file ``path``."""
     try:
         if path.is_dir():
@@ -75,7 +75,7 @@ def numbers_of_tokens(flag: str, text: str) -> list[int]:
     return [int(part) for part in parts]
 
 
-def told_by(error: Exception) -> str:
+def error_text(error: Exception) -> str:
     """Unwrap what an error says: pydantic puts text around those raised while vLLM is set up."""
     if hasattr(error, "errors"):
         (first, *_) = error.errors()

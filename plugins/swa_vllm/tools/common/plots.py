@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from swa_vllm.tools.common.arguments import check_output
+from swa_vllm.tools.common.arguments import check_output_path
 
 
 @dataclass(frozen=True)
@@ -21,12 +21,12 @@ class HeatMap:
     y_label: str
 
 
-def add_argument(parser: argparse.ArgumentParser) -> None:
+def add_plot_argument(parser: argparse.ArgumentParser) -> None:
     """Add the option of every tool that draws."""
     parser.add_argument("--plot", type=Path, metavar="PATH", help="draw a PNG; needs matplotlib")
 
 
-def check(path: Path | None) -> None:
+def check_plot_path(path: Path | None) -> None:
     """Refuse a picture that could not be drawn, before anything is measured.
 
     Raises:
@@ -37,7 +37,7 @@ def check(path: Path | None) -> None:
         return
     if path.suffix != ".png":
         raise ValueError(f"--plot {path}: the picture is a PNG, so give a name that ends in .png")
-    check_output("--plot", path)
+    check_output_path("--plot", path)
     try:
         import matplotlib  # noqa: F401
     except ImportError as error:
@@ -47,7 +47,7 @@ def check(path: Path | None) -> None:
         ) from error
 
 
-def lines(
+def draw_lines(
     path: Path,
     series: Mapping[str, Sequence[tuple[float, float]]],
     x_label: str,
@@ -73,7 +73,7 @@ def lines(
     figure.savefig(path)
 
 
-def bars(
+def draw_bars(
     path: Path, groups: Sequence[str], series: Mapping[str, Sequence[float]], y_label: str
 ) -> None:
     """Draw groups of bars, a bar for each series."""
@@ -89,7 +89,7 @@ def bars(
     figure.savefig(path)
 
 
-def heat_maps(path: Path, maps: Sequence[HeatMap]) -> None:
+def draw_heat_maps(path: Path, maps: Sequence[HeatMap]) -> None:
     """Draw the maps side by side."""
     figure = new_figure(6 * len(maps), 4)
     axes = figure.subplots(1, len(maps), squeeze=False)[0]

@@ -10,8 +10,8 @@ from typing import Any
 
 from swa_backend.pages import ceil_div
 from swa_vllm.tools.common.arms import Arm
-from swa_vllm.tools.common.queueing import Workload, pages_of_one, running_at_once
-from swa_vllm.tools.common.sizing import KVGroups, Limits, groups_of
+from swa_vllm.tools.common.queueing import Workload, pages_of_one_request, running_at_once
+from swa_vllm.tools.common.sizing import KVGroups, Limits, kv_groups_of
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ class Need:
 
 def plan_pool(arm: Arm, model: Model, limits: Limits, memory: int | None) -> Pool:
     """Plan the pool of an arm in ``memory`` bytes of each device; None leaves its size open."""
-    groups = groups_of(arm, model.windows, model.sink_tokens, limits)
+    groups = kv_groups_of(arm, model.windows, model.sink_tokens, limits)
     group_layers = max(ceil_div(group.num_layers, group.num_groups) for group in groups)
     page_bytes = group_layers * model.layer_page_bytes(limits.block_size)
     num_growing = sum(group.num_groups for group in groups if group.policy.window is None)
@@ -101,7 +101,7 @@ def plan_pool(arm: Arm, model: Model, limits: Limits, memory: int | None) -> Poo
         groups=tuple(groups),
         page_bytes=page_bytes,
         token_bytes=num_growing * page_bytes // limits.block_size,
-        promised_pages=_promised(groups, limits),
+        promised_pages=_promised_pages(groups, limits),
     )
     if memory is None:
         return pool
@@ -109,27 +109,29 @@ def plan_pool(arm: Arm, model: Model, limits: Limits, memory: int | None) -> Poo
 
     def starts(max_model_len: int) -> bool:
         shorter = replace(limits, max_model_len=max_model_len)
-        promised = _promised(groups_of(arm, model.windows, model.sink_tokens, shorter), shorter)
+        promised = _promised_pages(
+            kv_groups_of(arm, model.windows, model.sink_tokens, shorter), shorter
+        )
         return promised <= num_pages - 1  # vLLM never gives out the first page
 
     return replace(
         pool,
         num_pages=num_pages,
         estimate=num_pages / pool.promised_pages,
-        longest=_largest(starts, limits.max_model_len),
+        longest=_largest_that_holds(starts, limits.max_model_len),
     )
 
 
 def plan_need(pool: Pool, limits: Limits, workload: Workload) -> Need:
     """Plan what requests of ``workload`` take of a pool."""
-    peak, last = pages_of_one(pool.groups, limits, workload)
+    peak, last = pages_of_one_request(pool.groups, limits, workload)
     running = None
     if pool.num_pages is not None and pool.starts(limits):
         running = running_at_once(pool.groups, pool.num_pages, limits, workload)
     return Need(peak, last, peak * pool.page_bytes, running)
 
 
-def _promised(groups: Sequence[KVGroups], limits: Limits) -> int:
+def _promised_pages(groups: Sequence[KVGroups], limits: Limits) -> int:
     total = 0
     for group in groups:
         cap, entries = group.policy.cap, ceil_div(limits.max_model_len, limits.block_size)
@@ -137,7 +139,7 @@ def _promised(groups: Sequence[KVGroups], limits: Limits) -> int:
     return total
 
 
-def _largest(holds: Callable[[int], bool], most: int) -> int:
+def _largest_that_holds(holds: Callable[[int], bool], most: int) -> int:
     """Find the largest number up to ``most`` for which a monotonic property holds, or 0."""
     least = 0
     while least < most:

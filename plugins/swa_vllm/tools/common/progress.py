@@ -11,7 +11,7 @@ def say(text: str, *, is_result: bool = False) -> None:
     print(text if is_result else f"{text} ...", file=sys.stderr, flush=True)
 
 
-def progress(items: Sequence[Any], unit: str) -> Iterable[Any]:
+def progress_bar(items: Sequence[Any], unit: str) -> Iterable[Any]:
     """Iterate over ``items`` with a bar on stderr."""
     from tqdm import tqdm  # comes with vLLM, which not every command needs
 

@@ -184,7 +184,9 @@ class Queue:
                 self.first_finish = len(self.num_running)
 
 
-def pages_of_one(groups: Sequence[KVGroups], limits: Limits, workload: Workload) -> tuple[int, int]:
+def pages_of_one_request(
+    groups: Sequence[KVGroups], limits: Limits, workload: Workload
+) -> tuple[int, int]:
     """Count the pages of one request alone: the most in its life, and those at its last step."""
     num_pages = 1 + sum(
         group.num_groups * group.policy.num_entries(workload.num_prompt + workload.num_output)

@@ -96,7 +96,7 @@ def split_layers(num_full: int, num_sliding: int) -> tuple[int, int, int]:
     return size, ceil_div(num_full, size), ceil_div(num_sliding, size)
 
 
-def groups_of(
+def kv_groups_of(
     arm: Arm, windows: tuple[int | None, ...], sinks: int, limits: Limits
 ) -> list[KVGroups]:
     """Make the KV groups of a model, full layers' first.
@@ -116,13 +116,13 @@ def groups_of(
         full = PagePolicy(limits.block_size)
         groups.append(KVGroups(full, full_groups, num_full, full_groups * size - num_full))
     if sliding:
-        policy, num_layers = _sliding_policy(arm, sliding[0], sinks, limits), len(sliding)
+        policy, num_layers = _sliding_page_policy(arm, sliding[0], sinks, limits), len(sliding)
         num_padding = sliding_groups * size - num_layers
         groups.append(KVGroups(policy, sliding_groups, num_layers, num_padding))
     return groups
 
 
-def _sliding_policy(arm: Arm, window: int, sinks: int, limits: Limits) -> PagePolicy:
+def _sliding_page_policy(arm: Arm, window: int, sinks: int, limits: Limits) -> PagePolicy:
     size, in_flight = limits.block_size, limits.max_in_flight_tokens
     if arm is Arm.STOCK:
         cap = ceil_div(min(window - 1 + in_flight, limits.max_model_len), size) + 1

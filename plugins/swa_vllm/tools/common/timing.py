@@ -7,7 +7,7 @@ from typing import Any
 from swa_vllm.tools.common.spread import Spread
 
 
-def interleave(
+def time_in_turns(
     alternatives: Mapping[str, Callable[[], Any]], num_rounds: int, num_warm_up: int = 2
 ) -> dict[str, Spread]:
     """Call every alternative once a round, ``num_rounds`` times, and time each call.

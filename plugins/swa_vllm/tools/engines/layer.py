@@ -19,7 +19,7 @@ from vllm.v1.attention.backends.cpu_attn import (
 
 from swa_backend import reference
 from swa_vllm.attention.cpu.builder import SWACPUMetadata
-from swa_vllm.tools.common.timing import interleave
+from swa_vllm.tools.common.timing import time_in_turns
 from swa_vllm.tools.engines.batches import BLOCK_SIZE
 
 # Shapes of one layer; the vocabulary is cut, no text is made.
@@ -84,7 +84,7 @@ class Layer:
             self.attention, query, key, value, cache, metadata, output
         )
 
-    def check(
+    def check_against_torch(
         self,
         batch: CommonAttentionMetadata,
         qkv: tuple[torch.Tensor, ...],
@@ -104,7 +104,7 @@ class Layer:
         positions = torch.arange(length)
         asked = torch.arange(-1, -num_queries - 1, -97)
         pages = batch.block_table_tensor[-1, positions // BLOCK_SIZE].long()
-        key, value = self.builder.page_layout.read(
+        key, value = self.builder.page_layout.read_tokens(
             self.attention.kv_cache, pages * BLOCK_SIZE + positions % BLOCK_SIZE
         )
         mask = reference.visible_mask(positions[asked], positions, window, sink_tokens)
@@ -128,7 +128,7 @@ class Layer:
             decoder.self_attn.o_proj(attended)
             decoder.mlp(hidden)
 
-        return interleave({"rest": rest}, rounds)["rest"].median
+        return time_in_turns({"rest": rest}, rounds)["rest"].median
 
 
 def make_layer(
@@ -144,7 +144,7 @@ def make_layer(
         options: ``swa`` options beside the window.
     """
     swa = {"window": window, **(options or {})}
-    llm = _start_engine(SHAPES[shape], max_model_len, num_pages, swa)
+    llm = _start_engine_of_a_layer(SHAPES[shape], max_model_len, num_pages, swa)
     runner = llm.llm_engine.model_executor.driver_worker.worker.model_runner
     config = llm.llm_engine.vllm_config
     decoder = runner.model.model.layers[0]
@@ -168,7 +168,7 @@ def make_layer(
     return Layer(llm, config, decoder, attention, builder, stock_builder, stock_impl)
 
 
-def _start_engine(
+def _start_engine_of_a_layer(
     shape: Mapping[str, int], max_model_len: int, num_pages: int, swa: Mapping[str, Any]
 ) -> Any:
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")

@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from swa_vllm.tools.common.progress import progress
+from swa_vllm.tools.common.progress import progress_bar
 from swa_vllm.tools.engines.scoring import ScoringEngine
 
 
@@ -26,10 +26,10 @@ class Measured:
     num_groups: int
 
 
-def measure(engine: ScoringEngine, pieces: Sequence[Sequence[int]]) -> Measured:
+def measure_perplexity(engine: ScoringEngine, pieces: Sequence[Sequence[int]]) -> Measured:
     """Score all pieces together, and note the pages of the request that held most."""
     logprobs, held, peaks = list[float](), [], []
-    for piece in progress(pieces, "pieces"):
+    for piece in progress_bar(pieces, "pieces"):
         scored = engine.score(piece)
         logprobs += scored.logprobs
         held.append(scored.pages[-1])

@@ -17,7 +17,7 @@ from vllm.v1.structured_output import StructuredOutputManager
 
 import swa_vllm
 from swa_vllm.tools.common.arms import Arm
-from swa_vllm.tools.engines.simulated import MODEL, Engine, kv_cache_specs, vllm_config_of
+from swa_vllm.tools.engines.simulated import MODEL, Engine, simulated_config, simulated_specs
 
 SAMPLED_TOKEN = 7
 
@@ -78,8 +78,8 @@ class Simulation:
         self._count_pages = count_pages
         init_none_hash(sha256)
         self.engine = engine
-        self.config = vllm_config_of(engine)
-        specs = kv_cache_specs(arm, engine, self.config)
+        self.config = simulated_config(engine)
+        specs = simulated_specs(arm, engine, self.config)
         self.cap = sum(
             spec.max_memory_usage_bytes(self.config) // spec.page_size_bytes for spec in specs
         )
@@ -126,8 +126,8 @@ class Simulation:
             self.num_running.append(len(output.num_scheduled_tokens))
             for new in output.scheduled_new_reqs:
                 self.num_cached_tokens[new.req_id] = new.num_computed_tokens
-            self.note(output)
-            self._queue.append((output, self._samples(output)))
+            self.record_step(output)
+            self._queue.append((output, self._sample_tokens(output)))
             if len(self._queue) < self.engine.num_steps_in_flight:
                 return True
         if not self._queue:
@@ -144,7 +144,7 @@ class Simulation:
         )
         return True
 
-    def note(self, output: Any) -> None:
+    def record_step(self, output: Any) -> None:
         """Record a step that serves something, once its pages are taken; subclasses record more."""
         if self._count_pages:
             most = max(map(self.num_pages_of, output.num_scheduled_tokens))
@@ -168,7 +168,7 @@ class Simulation:
             num_preemptions=self._num_preemptions,
         )
 
-    def _samples(self, output: Any) -> list[list[int]]:
+    def _sample_tokens(self, output: Any) -> list[list[int]]:
         """Sample a token for each request whose prompt the step completes."""
         requests = self.scheduler.requests
         return [

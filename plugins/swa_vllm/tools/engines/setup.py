@@ -59,13 +59,13 @@ def setup_of(
     """
     check_numbers(args, ("chunk", "block_size"))
     if max_model_len > hf_config.max_position_embeddings:
-        check_table_can_grow(hf_config, max_model_len)
+        check_rope_can_grow(hf_config, max_model_len)
         # vLLM sizes its RoPE table from it.
         arguments["hf_overrides"] = {"max_position_embeddings": max_model_len}
     return Setup(args.model, max_model_len, args.dtype, args.chunk, args.block_size, arguments)
 
 
-def check_table_can_grow(hf_config: Any, max_model_len: int) -> None:
+def check_rope_can_grow(hf_config: Any, max_model_len: int) -> None:
     """Refuse a RoPE whose table does not follow ``max_position_embeddings``.
 
     Raises:
@@ -81,7 +81,7 @@ def check_table_can_grow(hf_config: Any, max_model_len: int) -> None:
         )
 
 
-def text_config(model: str) -> Any:
+def load_text_config(model: str) -> Any:
     """Read Hugging Face's config of a checkpoint's text layers.
 
     Raises:

@@ -11,6 +11,7 @@ from vllm.engine.arg_utils import EngineArgs
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheSpec, SlidingWindowSpec
 
 from swa_backend.options import PrefillPages
+from swa_vllm.config.storage import StoragePolicy
 from swa_vllm.kv_cache.spec import SWASpec
 from swa_vllm.tools.common.arms import Arm
 
@@ -59,7 +60,7 @@ class Engine:
     num_full_groups: int = 0
 
 
-def vllm_config_of(engine: Engine) -> VllmConfig:
+def simulated_config(engine: Engine) -> VllmConfig:
     """Make vLLM's configuration of an engine.
 
     Raises:
@@ -89,7 +90,7 @@ def vllm_config_of(engine: Engine) -> VllmConfig:
     return config
 
 
-def kv_cache_specs(arm: Arm, engine: Engine, config: VllmConfig) -> list[KVCacheSpec]:
+def simulated_specs(arm: Arm, engine: Engine, config: VllmConfig) -> list[KVCacheSpec]:
     """Make the KV cache spec of every group, full layers' first."""
     common: dict[str, Any] = {
         "block_size": engine.block_size,
@@ -102,11 +103,6 @@ def kv_cache_specs(arm: Arm, engine: Engine, config: VllmConfig) -> list[KVCache
     if arm is Arm.FULL:
         sliding = full
     elif arm is Arm.SWA:
-        sliding = SWASpec.from_stock(
-            sliding,
-            config,
-            engine.prefill_pages,
-            sink_tokens=engine.sink_tokens,
-            spare_tokens=engine.spare_tokens,
-        )
+        storage = StoragePolicy(engine.sink_tokens, engine.spare_tokens, engine.prefill_pages)
+        sliding = SWASpec.from_stock(sliding, config, storage)
     return [full] * engine.num_full_groups + [sliding] * engine.num_sliding_groups

@@ -9,7 +9,7 @@ _WHERE = ("the harbour", "the old mill", "the market", "a quiet garden", "the st
 _WHEN = ("before sunrise", "in the rain", "on a Sunday", "without a word", "after supper", "again")
 
 
-def sentences(seed: int) -> Iterator[str]:
+def filler_sentences(seed: int) -> Iterator[str]:
     """Make sentences without end, each with a blank before it; the same for the same seed."""
     generator = random.Random(seed)  # noqa: S311 (the same text every time)
     while True:

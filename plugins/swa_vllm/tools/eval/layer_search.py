@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
-from swa_vllm.tools.common.progress import progress
+from swa_vllm.tools.common.progress import progress_bar
 from swa_vllm.tools.engines.perplexity import Measured
 
 Layers = frozenset[int]
@@ -44,11 +44,11 @@ class Trials:
         before = self(sliding).perplexity
         return {
             layer: self(sliding | {layer}).perplexity / before - 1
-            for layer in progress(sorted(others), "layers")
+            for layer in progress_bar(sorted(others), "layers")
         }
 
 
-def find_plan(trials: Trials, num_layers: int, budget: float, rounds: int) -> Search:
+def find_sliding_layers(trials: Trials, num_layers: int, budget: float, rounds: int) -> Search:
     """Choose the layers that slide, within a part ``budget`` of full attention's bytes.
 
     Raises:
@@ -70,11 +70,11 @@ def find_plan(trials: Trials, num_layers: int, budget: float, rounds: int) -> Se
     count = math.ceil(num_layers * saved)
     while trials(order[:count]).pool_bytes > limit:
         count += 1
-    plans = Layers(order[:count]), _greedy(trials, costs, count, rounds)
+    plans = Layers(order[:count]), _slide_greedily(trials, costs, count, rounds)
     return Search(costs, tuple(order), min(plans, key=lambda plan: trials(plan).perplexity))
 
 
-def _greedy(trials: Trials, costs: dict[int, float], count: int, rounds: int) -> Layers:
+def _slide_greedily(trials: Trials, costs: dict[int, float], count: int, rounds: int) -> Layers:
     sliding = Layers()
     for done in range(1, rounds + 1):
         if sliding:
@@ -86,7 +86,7 @@ def _greedy(trials: Trials, costs: dict[int, float], count: int, rounds: int) ->
     return sliding
 
 
-def curve_of(trials: Trials, search: Search) -> dict[Layers, Measured]:
+def trials_in_order(trials: Trials, search: Search) -> dict[Layers, Measured]:
     """Pick the trials of the plan, and of layers that slide in the order of their costs."""
     in_order = {Layers(search.order[:count]) for count in range(len(search.order) + 1)}
     return {s: m for s, m in trials.made.items() if s in in_order or s == search.plan}

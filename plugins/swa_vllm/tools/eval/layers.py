@@ -16,17 +16,23 @@ from swa_backend.table import format_table
 from swa_vllm.tools.common import plots
 from swa_vllm.tools.common.arguments import check_numbers
 from swa_vllm.tools.common.progress import say
-from swa_vllm.tools.engines.perplexity import Measured, measure
+from swa_vllm.tools.engines.perplexity import Measured, measure_perplexity
 from swa_vllm.tools.engines.scoring import NUM_EXTRA_TOKENS, ScoringEngine
 from swa_vllm.tools.engines.setup import (
     FULL_ATTENTION,
     add_setup_arguments,
     check_options,
+    load_text_config,
     setup_of,
-    text_config,
 )
-from swa_vllm.tools.eval.layer_search import Layers, Search, Trials, curve_of, find_plan
-from swa_vllm.tools.eval.texts import cut, tokens_of
+from swa_vllm.tools.eval.layer_search import (
+    Layers,
+    Search,
+    Trials,
+    find_sliding_layers,
+    trials_in_order,
+)
+from swa_vllm.tools.eval.texts import cut_text, tokens_of
 
 EXAMPLE = "Qwen/Qwen3-0.6B --text book.txt --budget 0.5 --window 1024 --sinks 4"
 
@@ -41,40 +47,40 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--length", type=int, default=4096, help="tokens of a piece (4096)")
     parser.add_argument("--pieces", type=int, default=1, help="that choose layers (1)")
     parser.add_argument("--rounds", type=int, default=2, help="of choosing (2)")
-    plots.add_argument(parser)
+    plots.add_plot_argument(parser)
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Print tables and the option to use; returns the figures."""
-    plots.check(args.plot)
-    hf_config = text_config(args.model)
-    _check(args, hf_config)
+    plots.check_plot_path(args.plot)
+    hf_config = load_text_config(args.model)
+    _check_budget(args, hf_config)
     setup = setup_of(args, hf_config, args.length + NUM_EXTRA_TOKENS)
-    chosen_on, checked = _texts(args)
+    chosen_on, checked = _cut_texts(args)
     num_layers, on_held_out = hf_config.num_hidden_layers, dict[Layers, Measured]()
 
     def serve(sliding: Layers) -> Measured:
         full = num_layers - len(sliding)
         say(f"{len(sliding)} layers slide, {full} full")
-        with ScoringEngine.start(setup, options_of(args, sliding, num_layers)) as engine:
+        with ScoringEngine.start(setup, options_to_slide(args, sliding, num_layers)) as engine:
             if len(sliding) in (0, num_layers):
-                on_held_out[sliding] = measure(engine, checked)
-            return measure(engine, chosen_on)
+                on_held_out[sliding] = measure_perplexity(engine, checked)
+            return measure_perplexity(engine, chosen_on)
 
     trials = Trials(serve)
-    search = find_plan(trials, num_layers, args.budget, 1 if args.quick else args.rounds)
+    search = find_sliding_layers(trials, num_layers, args.budget, 1 if args.quick else args.rounds)
     for quarter in () if args.quick else (1, 2, 3):
         trials(search.order[: num_layers * quarter // 4])
-    options = options_of(args, search.plan, num_layers)
+    options = options_to_slide(args, search.plan, num_layers)
     if search.plan not in on_held_out:
         with ScoringEngine.start(setup, options) as engine:
-            on_held_out[search.plan] = measure(engine, checked)
+            on_held_out[search.plan] = measure_perplexity(engine, checked)
     plans = {"full": Layers(), "plan": search.plan, "all slide": Layers(range(num_layers))}
     results = {name: on_held_out[plan] for name, plan in plans.items()}
-    curve = curve_of(trials, search)
-    _print(args, search, curve, results, {"swa": options})
+    curve = trials_in_order(trials, search)
+    _print_layer_search(args, search, curve, results, {"swa": options})
     if args.plot:
-        _plot(args.plot, curve, search.plan)
+        _plot_layer_search(args.plot, curve, search.plan)
     return {
         "model": args.model,
         "budget": args.budget,
@@ -86,7 +92,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def _check(args: argparse.Namespace, hf_config: Any) -> None:
+def _check_budget(args: argparse.Namespace, hf_config: Any) -> None:
     if not 0 < args.budget < 1:
         raise ValueError(
             f"--budget is a part of full attention's pool bytes, between 0 and 1; got {args.budget}"
@@ -97,12 +103,12 @@ def _check(args: argparse.Namespace, hf_config: Any) -> None:
             f"a window of {args.window} with {args.sinks} sinks is not below --length "
             f"{args.length}: nothing would slide. Give longer pieces, or a smaller window"
         )
-    check_options(hf_config, options_of(args, Layers({0}), hf_config.num_hidden_layers))
+    check_options(hf_config, options_to_slide(args, Layers({0}), hf_config.num_hidden_layers))
 
 
-def _texts(args: argparse.Namespace) -> tuple[list[list[int]], list[list[int]]]:
+def _cut_texts(args: argparse.Namespace) -> tuple[list[list[int]], list[list[int]]]:
     """Cut the text into pieces that choose layers and pieces that are held out."""
-    pieces = cut(tokens_of(args.model, args.text), args.length)
+    pieces = cut_text(tokens_of(args.model, args.text), args.length)
     if len(pieces) <= args.pieces:
         raise ValueError(
             f"the text has {len(pieces)} pieces of {args.length} tokens and --pieces takes "
@@ -112,7 +118,7 @@ def _texts(args: argparse.Namespace) -> tuple[list[list[int]], list[list[int]]]:
     return pieces[: args.pieces], held_out[:1] if args.quick else held_out
 
 
-def options_of(args: argparse.Namespace, sliding: Layers, num_layers: int) -> dict[str, Any]:
+def options_to_slide(args: argparse.Namespace, sliding: Layers, num_layers: int) -> dict[str, Any]:
     """Spell the ``swa`` options with which these layers slide."""
     if not sliding:
         return dict(FULL_ATTENTION)
@@ -124,7 +130,7 @@ def options_of(args: argparse.Namespace, sliding: Layers, num_layers: int) -> di
     return options
 
 
-def _print(
+def _print_layer_search(
     args: argparse.Namespace,
     search: Search,
     curve: dict[Layers, Measured],
@@ -153,13 +159,13 @@ def _print(
     )
 
 
-def _plot(path: Path, curve: dict[Layers, Measured], plan: Layers) -> None:
+def _plot_layer_search(path: Path, curve: dict[Layers, Measured], plan: Layers) -> None:
     full = curve[Layers()]
     points = {
         sliding: (m.pool_bytes / full.pool_bytes, m.perplexity / full.perplexity)
         for sliding, m in curve.items()
     }
-    plots.lines(
+    plots.draw_lines(
         path,
         {"cheapest layers slide": list(points.values()), "plan": [points[plan]]},
         "pool bytes of a request, part of full attention's",

@@ -26,10 +26,10 @@ from swa_vllm.tools.engines.setup import (
     Setup,
     add_setup_arguments,
     check_options,
+    load_text_config,
     setup_of,
-    text_config,
 )
-from swa_vllm.tools.eval.filler import sentences
+from swa_vllm.tools.eval.filler import filler_sentences
 from swa_vllm.tools.eval.texts import tokenizer_of
 
 EXAMPLE = "Qwen/Qwen3-0.6B --window 1024 --sinks 4 --lengths 1024,4096,8192"
@@ -67,18 +67,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--lengths", default="1024,2048,4096", help="tokens (1024,2048,4096)")
     parser.add_argument("--depths", type=int, default=5, help="from 0 to 1 (5)")
     parser.add_argument("--trials", type=int, default=4, help="of each length and depth (4)")
-    plots.add_argument(parser)
+    plots.add_plot_argument(parser)
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Print recall by depth and by distance; returns the figures."""
-    plots.check(args.plot)
-    hf_config = text_config(args.model)
+    plots.check_plot_path(args.plot)
+    hf_config = load_text_config(args.model)
     options: dict[str, Any] = {"window": args.window, "sink_tokens": args.sinks}
     if args.full_attention_layers is not None:
         options["full_attention_layers"] = args.full_attention_layers
     every_layer_slides = None not in check_options(hf_config, options).windows
-    lengths = _lengths(args)
+    lengths = _needle_lengths(args)
     tokenizer = tokenizer_of(args.model)
     needles = make_needles(
         lambda text: list(tokenizer(text, add_special_tokens=False)["input_ids"]),
@@ -90,16 +90,18 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     recalled = {
         name: [
             tokenizer.decode(answer).strip().startswith(needle.number)
-            for needle, answer in zip(needles, _ask(name, setup, own, needles), strict=True)
+            for needle, answer in zip(
+                needles, _answer_needles(name, setup, own, needles), strict=True
+            )
         ]
         for name, own in {FULL: FULL_ATTENTION, WINDOW: options}.items()
     }
-    maps = [_by_depth(name, needles, hits) for name, hits in recalled.items()]
-    maps.append(_by_distance(needles, recalled))
-    _print(maps)
-    print(beyond_the_window(args.window, args.sinks, every_layer_slides, needles, recalled[WINDOW]))
+    maps = [_recall_by_depth(name, needles, hits) for name, hits in recalled.items()]
+    maps.append(_recall_by_distance(needles, recalled))
+    _print_heat_maps(maps)
+    print(describe_recall(args.window, args.sinks, every_layer_slides, needles, recalled[WINDOW]))
     if args.plot:
-        plots.heat_maps(args.plot, maps)
+        plots.draw_heat_maps(args.plot, maps)
     figures = [
         {"length": n.length, "depth": n.depth, "distance": n.distance, FULL: full, WINDOW: window}
         for n, full, window in zip(needles, *recalled.values(), strict=True)
@@ -107,7 +109,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     return {"model": args.model, "options": options, "needles": figures}
 
 
-def _lengths(args: argparse.Namespace) -> list[int]:
+def _needle_lengths(args: argparse.Namespace) -> list[int]:
     check_number("depths", args.depths, least=2)
     check_number("trials", args.trials)
     lengths = []
@@ -145,7 +147,7 @@ def _make_needle(
     question = tokenize(f" The secret number of {city} is")
     answer = tokenize(f" {number}.")
     left, hay = length - 2 * len(question) - len(answer), list[list[int]]()
-    for sentence in map(tokenize, sentences(seed)):
+    for sentence in map(tokenize, filler_sentences(seed)):
         if len(sentence) > left:
             break
         left -= len(sentence)
@@ -157,7 +159,7 @@ def _make_needle(
     return Needle(tokens, number, length, depth, distance)
 
 
-def _ask(
+def _answer_needles(
     name: str, setup: Setup, options: Mapping[str, Any], needles: Sequence[Needle]
 ) -> list[list[int]]:
     say(f"{name}: {len(needles)} prompts")
@@ -169,10 +171,10 @@ def _ask(
     return [list(output.outputs[0].token_ids) for output in outputs]
 
 
-def _by_depth(name: str, needles: Sequence[Needle], hits: Sequence[bool]) -> plots.HeatMap:
+def _recall_by_depth(name: str, needles: Sequence[Needle], hits: Sequence[bool]) -> plots.HeatMap:
     depths = sorted({needle.depth for needle in needles})
     lengths = sorted({needle.length for needle in needles})
-    found = _recall(((needle.length, needle.depth) for needle in needles), hits)
+    found = _recall_by_key(((needle.length, needle.depth) for needle in needles), hits)
     return plots.HeatMap(
         name,
         [[found.get((length, depth)) for depth in depths] for length in lengths],
@@ -183,11 +185,13 @@ def _by_depth(name: str, needles: Sequence[Needle], hits: Sequence[bool]) -> plo
     )
 
 
-def _by_distance(needles: Sequence[Needle], recalled: dict[str, list[bool]]) -> plots.HeatMap:
+def _recall_by_distance(
+    needles: Sequence[Needle], recalled: dict[str, list[bool]]
+) -> plots.HeatMap:
     # Up to 32, 64, 128, ... tokens.
     bins = [max(32, 1 << (needle.distance - 1).bit_length()) for needle in needles]
     columns = sorted(set(bins))
-    found = {name: _recall(bins, hits) for name, hits in recalled.items()}
+    found = {name: _recall_by_key(bins, hits) for name, hits in recalled.items()}
     return plots.HeatMap(
         "by distance",
         [[found[name].get(column) for column in columns] for name in recalled],
@@ -198,14 +202,14 @@ def _by_distance(needles: Sequence[Needle], recalled: dict[str, list[bool]]) -> 
     )
 
 
-def _recall(keys: Iterable[Any], hits: Sequence[bool]) -> dict[Any, float]:
+def _recall_by_key(keys: Iterable[Any], hits: Sequence[bool]) -> dict[Any, float]:
     groups = defaultdict[Any, list[bool]](list)
     for key, hit in zip(keys, hits, strict=True):
         groups[key].append(hit)
     return {key: sum(group) / len(group) for key, group in groups.items()}
 
 
-def beyond_the_window(
+def describe_recall(
     window: int,
     sinks: int,
     every_layer_slides: bool,
@@ -229,7 +233,7 @@ def beyond_the_window(
     )
 
 
-def _print(maps: Iterable[plots.HeatMap]) -> None:
+def _print_heat_maps(maps: Iterable[plots.HeatMap]) -> None:
     for heat_map in maps:
         print(f"\n{heat_map.title}: recall; across: {heat_map.x_label}")
         rows = [

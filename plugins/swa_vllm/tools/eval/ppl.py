@@ -17,17 +17,17 @@ from swa_backend.table import format_table
 from swa_vllm.tools.common import plots
 from swa_vllm.tools.common.arguments import is_number
 from swa_vllm.tools.common.progress import say
-from swa_vllm.tools.engines.perplexity import Measured, measure
+from swa_vllm.tools.engines.perplexity import Measured, measure_perplexity
 from swa_vllm.tools.engines.scoring import NUM_EXTRA_TOKENS, ScoringEngine
 from swa_vllm.tools.engines.setup import (
     FULL_ATTENTION,
     Setup,
     add_setup_arguments,
     check_options,
+    load_text_config,
     setup_of,
-    text_config,
 )
-from swa_vllm.tools.eval.texts import cut, tokens_of
+from swa_vllm.tools.eval.texts import cut_text, tokens_of
 
 EXAMPLE = "Qwen/Qwen3-0.6B --text book.txt --windows full,1024,512 --sinks 0,4"
 FULL = "full"
@@ -58,24 +58,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--full-attention-layers", metavar="LAYERS", help='such as "0-3,27"')
     parser.add_argument("--position-shift", action="store_true", help="of the sinks")
     parser.add_argument("--length", type=int, default=2048, help="tokens of a piece (2048)")
-    plots.add_argument(parser)
+    plots.add_plot_argument(parser)
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Print a row for each window and number of sinks; returns the figures."""
-    plots.check(args.plot)
-    hf_config = text_config(args.model)
-    arms = arms_of(args, hf_config)
+    plots.check_plot_path(args.plot)
+    hf_config = load_text_config(args.model)
+    arms = window_arms_of(args, hf_config)
     setup = setup_of(args, hf_config, args.length + NUM_EXTRA_TOKENS)
-    pieces = cut(
+    pieces = cut_text(
         tokens_of(args.model, args.text), args.length, QUICK_PIECES if args.quick else None
     )
-    rows = [(arm, _measure_arm(setup, arm, pieces)) for arm in arms]
+    rows = [(arm, _measure_window_arm(setup, arm, pieces)) for arm in arms]
     full = next((m.perplexity for arm, m in rows if arm.window is None), None)
     print(f"{len(pieces)} pieces of {args.length} tokens of {args.text.name}")
-    print(format_table(_HEADER, [_row(arm, measured, full) for arm, measured in rows]))
+    print(format_table(_HEADER, [_perplexity_row(arm, measured, full) for arm, measured in rows]))
     if args.plot:
-        _plot(args.plot, rows)
+        _plot_perplexity(args.plot, rows)
     return {
         "model": args.model,
         "dtype": args.dtype,
@@ -85,14 +85,16 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def arms_of(args: argparse.Namespace, hf_config: Any) -> list[WindowArm]:
+def window_arms_of(args: argparse.Namespace, hf_config: Any) -> list[WindowArm]:
     """List the rows that the command line asks for, and check each.
 
     Raises:
         ValueError: a number is missing, or an option would have no effect.
     """
-    windows = [None if w == FULL else _number("--windows", w, 1) for w in args.windows.split(",")]
-    sinks = [_number("--sinks", s, 0) for s in args.sinks.split(",")]
+    windows = [
+        None if w == FULL else _parse_number("--windows", w, 1) for w in args.windows.split(",")
+    ]
+    sinks = [_parse_number("--sinks", s, 0) for s in args.sinks.split(",")]
     if not any(windows) and (max(sinks) > 0 or args.full_attention_layers is not None):
         raise ValueError(
             f"--windows {args.windows} has no window: sinks and full layers would have no effect. "
@@ -106,7 +108,7 @@ def arms_of(args: argparse.Namespace, hf_config: Any) -> list[WindowArm]:
     arms = []
     for window in windows:
         for count in sinks if window else [0]:
-            options = _options(args, window, count)
+            options = _options_of_arm(args, window, count)
             if window and window + count >= args.length:
                 raise ValueError(
                     f"a window of {window} with {count} sinks is not below --length {args.length}: "
@@ -117,7 +119,7 @@ def arms_of(args: argparse.Namespace, hf_config: Any) -> list[WindowArm]:
     return arms
 
 
-def _number(flag: str, text: str, least: int) -> int:
+def _parse_number(flag: str, text: str, least: int) -> int:
     if not is_number(text, least):
         allowed = f"integers from {least} on, separated by commas"
         raise ValueError(
@@ -126,7 +128,7 @@ def _number(flag: str, text: str, least: int) -> int:
     return int(text)
 
 
-def _options(args: argparse.Namespace, window: int | None, sinks: int) -> dict[str, Any]:
+def _options_of_arm(args: argparse.Namespace, window: int | None, sinks: int) -> dict[str, Any]:
     if window is None:
         return dict(FULL_ATTENTION)
     options: dict[str, Any] = {"window": window}
@@ -139,14 +141,14 @@ def _options(args: argparse.Namespace, window: int | None, sinks: int) -> dict[s
     return options
 
 
-def _measure_arm(setup: Setup, arm: WindowArm, pieces: Sequence[Sequence[int]]) -> Measured:
+def _measure_window_arm(setup: Setup, arm: WindowArm, pieces: Sequence[Sequence[int]]) -> Measured:
     name = FULL if arm.window is None else f"window {arm.window}, {arm.sinks} sinks"
     say(name)
     with ScoringEngine.start(setup, arm.options) as engine:
-        return measure(engine, pieces)
+        return measure_perplexity(engine, pieces)
 
 
-def _row(arm: WindowArm, measured: Measured, full: float | None) -> list[object]:
+def _perplexity_row(arm: WindowArm, measured: Measured, full: float | None) -> list[object]:
     window = FULL if arm.window is None else arm.window
     ratio = f"{measured.perplexity / full:.3f}" if full else None
     return [
@@ -160,10 +162,10 @@ def _row(arm: WindowArm, measured: Measured, full: float | None) -> list[object]
     ]
 
 
-def _plot(path: Path, rows: Sequence[tuple[WindowArm, Measured]]) -> None:
+def _plot_perplexity(path: Path, rows: Sequence[tuple[WindowArm, Measured]]) -> None:
     series: dict[str, list[tuple[float, float]]] = {}
     for arm, measured in rows:
         name = "full attention" if arm.window is None else f"{arm.sinks} sinks"
         point = (measured.pool_bytes / 2**20, measured.perplexity)
         series.setdefault(name, []).append(point)
-    plots.lines(path, series, "KV cache of a request, MiB", "perplexity")
+    plots.draw_lines(path, series, "KV cache of a request, MiB", "perplexity")

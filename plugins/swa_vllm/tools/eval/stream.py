@@ -30,10 +30,10 @@ from swa_vllm.tools.engines.setup import (
     Setup,
     add_setup_arguments,
     check_options,
+    load_text_config,
     setup_of,
-    text_config,
 )
-from swa_vllm.tools.eval.filler import sentences
+from swa_vllm.tools.eval.filler import filler_sentences
 from swa_vllm.tools.eval.texts import tokenizer_of, tokens_of
 
 EXAMPLE = "Qwen/Qwen3-0.6B --tokens 200000 --window 1024 --sinks 4"
@@ -92,24 +92,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--full-attention-layers", metavar="LAYERS", help='such as "0-3,27"')
     parser.add_argument("--arms", default="shifted,sinks", help="default: shifted,sinks")
     parser.add_argument("--text", type=Path, help="UTF-8, repeated as needed; else made-up prose")
-    plots.add_argument(parser)
+    plots.add_plot_argument(parser)
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Print each stretch and the passage that comes twice; returns the figures."""
-    plots.check(args.plot)
-    hf_config = text_config(args.model)
-    arms = arms_of(args, hf_config)
+    plots.check_plot_path(args.plot)
+    hf_config = load_text_config(args.model)
+    arms = stream_arms_of(args, hf_config)
     stream = _stream_of(args, trained_len(hf_config))
     setup = setup_of(args, hf_config, len(stream.tokens) + 1, logits_processors=[ForcedTokens])
     # The V2 runner, vLLM's choice on GPUs, takes logits processors of another kind.
     os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", "0")
-    outcomes = {name: _serve(name, setup, options, stream) for name, options in arms.items()}
-    _print(stream, outcomes)
+    outcomes = {name: _score_stream(name, setup, options, stream) for name, options in arms.items()}
+    _print_stream(stream, outcomes)
     if args.plot:
         middle = [i + stream.bucket / 2 for i in range(0, len(stream.tokens), stream.bucket)]
         series = {n: list(zip(middle, o.perplexities, strict=True)) for n, o in outcomes.items()}
-        plots.lines(args.plot, series, "tokens", "perplexity", log_y=True)
+        plots.draw_lines(args.plot, series, "tokens", "perplexity", log_y=True)
     return {
         "model": args.model,
         "dtype": args.dtype,
@@ -121,7 +121,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def arms_of(args: argparse.Namespace, hf_config: Any) -> dict[str, dict[str, Any]]:
+def stream_arms_of(args: argparse.Namespace, hf_config: Any) -> dict[str, dict[str, Any]]:
     """List the ``swa`` options of each arm that is asked for, and check them."""
     window: dict[str, Any] = {"window": args.window}
     if args.full_attention_layers is not None:
@@ -150,13 +150,13 @@ def _stream_of(args: argparse.Namespace, trained: int) -> Stream:
             f"--tokens must be at least twice the trained length of {trained}, got {num_tokens}; "
             "give more"
         )
-    text = tokens_of(args.model, args.text) if args.text else _made_up(args.model, num_tokens)
+    text = tokens_of(args.model, args.text) if args.text else _made_up_text(args.model, num_tokens)
     return make_stream(text, num_tokens, trained)
 
 
-def _made_up(model: str, num_tokens: int) -> list[int]:
+def _made_up_text(model: str, num_tokens: int) -> list[int]:
     tokenizer, tokens = tokenizer_of(model), list[int]()
-    for sentence in sentences(0):
+    for sentence in filler_sentences(0):
         tokens += tokenizer(sentence, add_special_tokens=False)["input_ids"]
         if len(tokens) >= num_tokens:
             return tokens
@@ -179,13 +179,15 @@ def make_stream(text: Sequence[int], num_tokens: int, trained: int) -> Stream:
     return Stream(tokens, trained, bucket, num_decoded=num_tokens // 2)
 
 
-def _serve(name: str, setup: Setup, options: dict[str, Any], stream: Stream) -> StreamOutcome:
+def _score_stream(
+    name: str, setup: Setup, options: dict[str, Any], stream: Stream
+) -> StreamOutcome:
     say(f"{name}: {len(stream.tokens)} tokens")
     with ScoringEngine.start(setup, options) as engine, token_bar(len(stream.tokens)) as advance:
-        return look_at(stream, engine.score(stream.tokens, stream.num_decoded, advance))
+        return summarize_stream(stream, engine.score(stream.tokens, stream.num_decoded, advance))
 
 
-def look_at(stream: Stream, scored: Scored) -> StreamOutcome:
+def summarize_stream(stream: Stream, scored: Scored) -> StreamOutcome:
     """Reduce what was scored to perplexity and pages of each stretch and of both passages."""
     # logprobs[i] is that of token i + 1.
     stretches = [
@@ -193,7 +195,7 @@ def look_at(stream: Stream, scored: Scored) -> StreamOutcome:
         for start in range(0, len(stream.tokens), stream.bucket)
     ]
     num_prompt = len(stream.tokens) - stream.num_decoded
-    held = [_held_in(stretch, scored) for stretch in stretches]
+    held = [_pages_held_in(stretch, scored) for stretch in stretches]
     decoding = [p for p, n in zip(scored.pages, scored.computed, strict=True) if n > num_prompt]
 
     def of(stretch: range) -> float:
@@ -209,7 +211,7 @@ def look_at(stream: Stream, scored: Scored) -> StreamOutcome:
     )
 
 
-def _held_in(stretch: range, scored: Scored) -> list[int]:
+def _pages_held_in(stretch: range, scored: Scored) -> list[int]:
     """List the pages after each step that ended in a stretch, or after the next step."""
     steps = list(zip(scored.computed, scored.pages, strict=True))
     within = [pages for computed, pages in steps if computed - 1 in stretch]
@@ -218,7 +220,7 @@ def _held_in(stretch: range, scored: Scored) -> list[int]:
     return within or [next(after, scored.pages[-1])]
 
 
-def _print(stream: Stream, outcomes: dict[str, StreamOutcome]) -> None:
+def _print_stream(stream: Stream, outcomes: dict[str, StreamOutcome]) -> None:
     num_tokens, num_prompt = len(stream.tokens), len(stream.tokens) - stream.num_decoded
     print(
         f"{num_tokens} tokens, {num_tokens / stream.trained:.1f} times the trained length of "

@@ -36,7 +36,7 @@ from swa_vllm.tools.common.sizing import (
     longest_text,
 )
 from swa_vllm.tools.plan.pictures import plot_plan
-from swa_vllm.tools.plan.report import describe, figures, need_rows, notes, pool_rows
+from swa_vllm.tools.plan.report import describe_plan, need_rows, plan_figures, plan_notes, pool_rows
 
 EXAMPLE = (
     "Qwen3-8B/config.json --window 4096 --sink-tokens 4 --full-attention-layers every:4 "
@@ -81,14 +81,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--prompt", metavar="N,N,...", help=f"lengths; default: {','.join(map(str, _PROMPTS))}"
     )
     parser.add_argument("--output", type=int, default=512, metavar="N", help="default: 512")
-    plots.add_argument(parser)
+    plots.add_plot_argument(parser)
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Print the pools and the requests in them; returns the figures."""
-    plots.check(args.plot)
+    plots.check_plot_path(args.plot)
     checkpoint = read_checkpoint(Path(args.model))
-    limits = _limits(args, checkpoint)
+    limits = _planned_limits(args, checkpoint)
     options = SWAOptions.from_dict(window_options(args))
     layers = resolve_layers(checkpoint.config, options, max_model_len=limits.max_model_len)
     if not layers.slides:
@@ -102,24 +102,24 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         head_dim=checkpoint.head_dim,
         number_bytes=bytes_of_an_element(checkpoint, args.dtype, args.kv_cache_dtype),
     )
-    memory = None if args.kv_memory is None else parse_size(args.kv_memory)
+    memory = None if args.kv_memory is None else parse_memory_size(args.kv_memory)
     pools = {arm: plan_pool(arm, model, limits, memory) for arm in Arm}
     if memory is not None and not all(pool.num_pages for pool in pools.values()):
         raise ValueError(f"--kv-memory {args.kv_memory} does not hold a single page; give more")
-    workloads = [Workload(prompt, args.output) for prompt in _prompts(args, limits)]
+    workloads = [Workload(prompt, args.output) for prompt in _planned_prompts(args, limits)]
     needs = {w: {arm: plan_need(pools[arm], limits, w) for arm in Arm} for w in workloads}
-    print(describe(args, model, limits))
+    print(describe_plan(args, model, limits))
     print(format_table(("", *Arm), pool_rows(pools)))
     print(f"\none request, and how many run at once; answers of {args.output} tokens")
     print(format_table(*need_rows(needs, with_pool=memory is not None)))
-    for note in (*layers.warnings, *notes(model, limits, pools)):
+    for note in (*layers.warnings, *plan_notes(model, limits, pools)):
         print(f"note: {note}")
     if args.plot is not None:
         plot_plan(args.plot, Path(args.model).name, needs)
-    return figures(args, model, limits, pools, needs)
+    return plan_figures(args, model, limits, pools, needs)
 
 
-def parse_size(text: str) -> int:
+def parse_memory_size(text: str) -> int:
     """Read a size such as ``16GiB``; returns bytes.
 
     Raises:
@@ -134,7 +134,7 @@ def parse_size(text: str) -> int:
     return size
 
 
-def _limits(args: argparse.Namespace, checkpoint: Checkpoint) -> Limits:
+def _planned_limits(args: argparse.Namespace, checkpoint: Checkpoint) -> Limits:
     device = Device(args.device)
     if args.block_size is None:
         args.block_size = device.block_size
@@ -156,7 +156,7 @@ def _limits(args: argparse.Namespace, checkpoint: Checkpoint) -> Limits:
     )
 
 
-def _prompts(args: argparse.Namespace, limits: Limits) -> list[int]:
+def _planned_prompts(args: argparse.Namespace, limits: Limits) -> list[int]:
     longest = limits.max_model_len - args.output
     if longest < 1:
         raise ValueError(

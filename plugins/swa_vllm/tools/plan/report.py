@@ -14,7 +14,7 @@ Pools = Mapping[Arm, Pool]
 Needs = Mapping[Workload, Mapping[Arm, Need]]
 
 
-def describe(args: argparse.Namespace, model: Model, limits: Limits) -> str:
+def describe_plan(args: argparse.Namespace, model: Model, limits: Limits) -> str:
     """Describe the model and the engine in three lines."""
     sliding = [window for window in model.windows if window is not None]
     sinks = f", {model.sink_tokens} sink tokens" if model.sink_tokens else ""
@@ -72,7 +72,7 @@ def need_rows(needs: Needs, *, with_pool: bool) -> tuple[list[str], list[list[ob
     return header, rows
 
 
-def notes(model: Model, limits: Limits, pools: Pools) -> list[str]:
+def plan_notes(model: Model, limits: Limits, pools: Pools) -> list[str]:
     """List what the tables leave unsaid: what stock vLLM refuses, and what does not start."""
     notes = []
     if None in model.windows:
@@ -93,7 +93,7 @@ def notes(model: Model, limits: Limits, pools: Pools) -> list[str]:
     return notes
 
 
-def figures(
+def plan_figures(
     args: argparse.Namespace,
     model: Model,
     limits: Limits,

@@ -12,7 +12,7 @@ from typing import Any
 from swa_vllm.tools.common import plots
 from swa_vllm.tools.common.arguments import check_number, check_numbers, numbers_of_tokens
 from swa_vllm.tools.trace.picture import plot_trace
-from swa_vllm.tools.trace.recording import record
+from swa_vllm.tools.trace.recording import record_trace
 from swa_vllm.tools.trace.text import print_trace
 
 EXAMPLE = "--window 1024 --sink-tokens 4 --prompt 12000,3000,6000 --output 300 --plot pages.png"
@@ -37,12 +37,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--prompt", default="12000,3000,6000,1000", metavar="N,N,...", help="default: %(default)s"
     )
-    plots.add_argument(parser)
+    plots.add_plot_argument(parser)
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Print the map of pages; returns the figures."""
-    plots.check(args.plot)
+    plots.check_plot_path(args.plot)
     check_numbers(args, _NUMBERS)
     check_number("sink_tokens", args.sink_tokens, least=0)
     if args.pool_tokens < 2 * args.block_size:
@@ -51,7 +51,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             f"{args.block_size}; give more, or smaller pages"
         )
     prompts = numbers_of_tokens("--prompt", args.prompt)
-    trace = record(args, prompts)
+    trace = record_trace(args, prompts)
     title = (
         f"W={args.window}, {args.sink_tokens} sink tokens, pages of {args.block_size}, chunks of "
         f"{args.max_num_batched_tokens}, answers of {args.output}, {args.steps_in_flight} step(s) "

@@ -37,7 +37,7 @@ class Row:
         """Pages that full attention would hold in each step."""
         return [held + gone for held, gone in zip(self.held, self.gone, strict=True)]
 
-    def note(self, pages: WindowPages, held: int, num_computed: int) -> None:
+    def add_step(self, pages: WindowPages, held: int, num_computed: int) -> None:
         """Add a step in which the request holds ``held`` pages of ``num_computed`` tokens."""
         window, sink, prefill = pages.kinds(held)
         self.window.append(window)
@@ -66,7 +66,7 @@ class Trace:
         return {**vars(self), "rows": [vars(row) for row in self.rows]}
 
 
-def record(args: argparse.Namespace, prompts: list[int]) -> Trace:
+def record_trace(args: argparse.Namespace, prompts: list[int]) -> Trace:
     """Serve the prompts on vLLM's scheduler, all there at the start, and note every step.
 
     Raises:
@@ -78,11 +78,11 @@ def record(args: argparse.Namespace, prompts: list[int]) -> Trace:
     rows = {str(index): Row(num_prompt) for index, num_prompt in enumerate(prompts)}
 
     class Recorder(Simulation):
-        def note(self, output: Any) -> None:
+        def record_step(self, output: Any) -> None:
             for name, row in rows.items():
-                row.note(pages, self.num_pages_of(name), self.num_computed_of(name))
+                row.add_step(pages, self.num_pages_of(name), self.num_computed_of(name))
 
-    simulation = Recorder(Arm.SWA, _engine(args, max(prompts)))
+    simulation = Recorder(Arm.SWA, _traced_engine(args, max(prompts)))
     num_pages = simulation.engine.num_pages
     if not simulation.starts:
         raise ValueError(
@@ -101,7 +101,7 @@ def record(args: argparse.Namespace, prompts: list[int]) -> Trace:
     )
 
 
-def _engine(args: argparse.Namespace, longest_prompt: int) -> "Engine":
+def _traced_engine(args: argparse.Namespace, longest_prompt: int) -> "Engine":
     from swa_vllm.tools.engines.simulated import Engine
 
     return Engine(

@@ -62,7 +62,7 @@ class Batch:
             raise ValueError(reason)
 
 
-def ours(batch: Batch, impl: str = "triton") -> list[Call]:
+def our_kernels(batch: Batch, impl: str = "triton") -> list[Call]:
     """Attend with :mod:`swa_backend.ops`: decode or prefill, by the queries of a request."""
     out, start_loc = torch.empty_like(batch.query), batch.start_loc
 
@@ -241,7 +241,7 @@ def xformers(batch: Batch) -> list[Call]:
 
 OURS = "here"
 KERNEL_ARMS: dict[str, Callable[[Batch], list[Call]]] = {
-    OURS: ours,
+    OURS: our_kernels,
     "TRITON_ATTN": vllm_triton,
     "FLASH_ATTN": flash_attn,
     "FlashInfer": flashinfer,

@@ -30,7 +30,7 @@ from swa_vllm.tools.bench.attention.stock_kernel import real_triton
 from swa_vllm.tools.bench.attention.times import HEAD_DIM
 from swa_vllm.tools.common.arms import Arm
 from swa_vllm.tools.common.spread import Spread
-from swa_vllm.tools.common.timing import interleave
+from swa_vllm.tools.common.timing import time_in_turns
 from swa_vllm.tools.engines.batches import BLOCK_SIZE, make_batch
 from swa_vllm.tools.engines.layer import SHAPES, model_directory
 
@@ -103,7 +103,7 @@ def _measure_here(shape: str, window: int, rounds: int) -> Iterator[HostTime]:
                     launched.clear()
                     call()
                     launches[arm] = len(launched)
-                yield HostTime(part, batch, interleave(calls, rounds), launches)
+                yield HostTime(part, batch, time_in_turns(calls, rounds), launches)
 
 
 class _Layer:

@@ -21,7 +21,7 @@ from swa_backend.kernels.plans import Target
 from swa_backend.pages import ceil_div
 from swa_backend.window import first_visible
 from swa_vllm.tools.bench.attention.arms import vllm_triton
-from swa_vllm.tools.bench.attention.times import HEAD_DIM, AttentionCase, make_batch
+from swa_vllm.tools.bench.attention.times import HEAD_DIM, AttentionCase, make_kernel_batch
 
 # What imports Triton, of what a layer of TRITON_ATTN needs.
 _MODULES = (
@@ -69,7 +69,7 @@ def compile_stock(case: AttentionCase, target: Target) -> Any:
     """Compile the split kernel for ``case``; returns :class:`swa_backend.verify.aot.Facts`."""
     from swa_backend.verify import aot
 
-    batch = make_batch(case, torch.device("cpu"), cold_bytes=1)
+    batch = make_kernel_batch(case, torch.device("cpu"), cold_bytes=1)
     with aot.compiling(target) as kernels, real_triton(aot.triton_modules(), target):
         for call in vllm_triton(batch):
             call()

@@ -10,7 +10,7 @@ import torch
 from swa_backend import reference
 from swa_backend.pages import ceil_div
 from swa_backend.window import first_visible, num_visible
-from swa_vllm.tools.bench.attention.arms import OURS, Batch, Call, ours
+from swa_vllm.tools.bench.attention.arms import OURS, Batch, Call, our_kernels
 
 Clock = Callable[[Sequence[Call]], float]
 PAGE = 16
@@ -76,7 +76,7 @@ class Result:
         return self.case.num_flops / self.times[name] / 1e6
 
 
-def make_batch(case: AttentionCase, device: torch.device, cold_bytes: int) -> Batch:
+def make_kernel_batch(case: AttentionCase, device: torch.device, cold_bytes: int) -> Batch:
     """Make random tensors, and block tables whose different pages hold ``cold_bytes`` or more.
 
     With several times what a GPU's caches hold, a call finds its keys cold, as behind other layers.
@@ -115,7 +115,7 @@ def make_batch(case: AttentionCase, device: torch.device, cold_bytes: int) -> Ba
     )
 
 
-def measure(
+def time_kernel_arms(
     case: AttentionCase,
     batch: Batch,
     arms: Mapping[str, Callable[[Batch], list[Call]]],
@@ -126,7 +126,7 @@ def measure(
     Raises:
         RuntimeError: this project's own output is wrong.
     """
-    expected = _expected(batch).float()
+    expected = _oracle_output(batch).float()
     bound = _TOLERANCE * float(batch.kv_cache.float().abs().max())
     result = Result(case)
     for name, prepare in arms.items():
@@ -147,10 +147,10 @@ def measure(
     return result
 
 
-def _expected(batch: Batch) -> torch.Tensor:
+def _oracle_output(batch: Batch) -> torch.Tensor:
     """Compute the oracle's output; of chunks in fp64, one block of queries after the other."""
     if batch.num_queries == 1:
-        return ours(batch, impl="torch")[0]()
+        return our_kernels(batch, impl="torch")[0]()
     page, device = batch.kv_cache.shape[2], batch.query.device
     outputs = []
     chunks = batch.query.view(len(batch.seq_lens), batch.num_queries, *batch.query.shape[1:])
@@ -174,7 +174,7 @@ def copy_bandwidth(device: torch.device, clock: Clock, num_bytes: int) -> float:
     return 2 * num_bytes / clock([lambda: target.copy_(source)]) / 1e3
 
 
-def targets(results: Sequence[Result], copied: float) -> list[dict[str, Any]]:
+def judge_targets(results: Sequence[Result], copied: float) -> list[dict[str, Any]]:
     """Compare the times with their targets: what is wanted, the worst measured, whether it was met.
 
     ``worst`` and ``met`` are None where nothing was measured. All are of decoding.
@@ -197,22 +197,24 @@ def targets(results: Sequence[Result], copied: float) -> list[dict[str, Any]]:
     many = [r.bandwidth(OURS) / copied for r in results if r.case.batch == 64]
     long = [r for r in single if r.case.seq_len >= 32768]
     return [
-        _at_most("us at batch 1, W <= 1024", 8.0, latency(lambda window: window <= 1024)),
-        _at_most("us at batch 1, W = 4096", 14.0, latency(lambda window: window == 4096)),
-        _at_least("of copy bandwidth at batch 64", 0.85, many),
-        _at_most("time at 128k tokens / at 8k", 1.05, growth),
-        _at_most("time / TRITON_ATTN's, batch 1, n >= 32k", 0.5, against("TRITON_ATTN", long)),
-        _at_most("time / FLASH_ATTN's", 1.05, against("FLASH_ATTN", results)),
+        _target_at_most("us at batch 1, W <= 1024", 8.0, latency(lambda window: window <= 1024)),
+        _target_at_most("us at batch 1, W = 4096", 14.0, latency(lambda window: window == 4096)),
+        _target_at_least("of copy bandwidth at batch 64", 0.85, many),
+        _target_at_most("time at 128k tokens / at 8k", 1.05, growth),
+        _target_at_most(
+            "time / TRITON_ATTN's, batch 1, n >= 32k", 0.5, against("TRITON_ATTN", long)
+        ),
+        _target_at_most("time / FLASH_ATTN's", 1.05, against("FLASH_ATTN", results)),
     ]
 
 
-def _at_most(what: str, limit: float, measured: Sequence[float]) -> dict[str, Any]:
+def _target_at_most(what: str, limit: float, measured: Sequence[float]) -> dict[str, Any]:
     worst = max(measured, default=None)
     met = None if worst is None else worst <= limit
     return {"target": f"{what}: at most {limit}", "worst": worst, "met": met}
 
 
-def _at_least(what: str, limit: float, measured: Sequence[float]) -> dict[str, Any]:
+def _target_at_least(what: str, limit: float, measured: Sequence[float]) -> dict[str, Any]:
     worst = min(measured, default=None)
     met = None if worst is None else worst >= limit and math.isfinite(worst)
     return {"target": f"{what}: at least {limit}", "worst": worst, "met": met}

@@ -53,7 +53,7 @@ def add_serving_arguments(parser: argparse.ArgumentParser, names: str, rounds: i
     parser.add_argument("--rounds", type=int, default=rounds, help="default: %(default)s")
 
 
-def arms_of(flag: str, text: str) -> dict[str, ServingArm]:
+def serving_arms_of(flag: str, text: str) -> dict[str, ServingArm]:
     """Look up arms by their names on the command line.
 
     Raises:

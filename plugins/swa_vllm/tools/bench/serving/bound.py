@@ -76,12 +76,12 @@ def makespan(
             left.append(ask.output_tokens - 1)  # prefill gives the first
         left = [n for n in left if n > 0]
         if left:
-            now += step_time(step_s, len(left))
+            now += interpolate_step_time(step_s, len(left))
             left = [n - 1 for n in left if n > 1]
     return now
 
 
-def step_time(step_s: Mapping[int, float], batch: int) -> float:
+def interpolate_step_time(step_s: Mapping[int, float], batch: int) -> float:
     """Interpolate the seconds of a step with so many requests between those measured."""
     sizes = sorted(step_s)
     above = next((size for size in sizes if size >= batch), sizes[-1])

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 
-def add_window(model: Path, directory: Path, window: int | None) -> Path:
+def make_windowed_checkpoint(model: Path, directory: Path, window: int | None) -> Path:
     """Make a checkpoint of ``model``'s files in which all layers slide, or none.
 
     It says so in ``config.json``, where vLLM and Hugging Face look: stock vLLM slides all layers
@@ -42,7 +42,7 @@ def add_window(model: Path, directory: Path, window: int | None) -> Path:
     return directory
 
 
-def save_random(directory: Path, max_position_embeddings: int, seed: int = 0) -> Path:
+def save_random_checkpoint(directory: Path, max_position_embeddings: int, seed: int = 0) -> Path:
     """Save a small Qwen3 of random weights: 2 layers of 2 KV heads, 2 million parameters.
 
     Its answers are not those of an untrained model, which barely look at the text: weights are
@@ -70,7 +70,7 @@ def save_random(directory: Path, max_position_embeddings: int, seed: int = 0) ->
     return directory
 
 
-def prepare_models(
+def prepare_checkpoints(
     model: Path | None, directory: Path, window: int, longest: int, seed: int
 ) -> dict[bool, Path]:
     """Make the checkpoints of all arms in ``directory``.
@@ -81,13 +81,13 @@ def prepare_models(
     Returns:
         The checkpoint with all layers sliding by True, that with all full by False.
     """
-    model = model or save_random(directory / "random", longest, seed)
+    model = model or save_random_checkpoint(directory / "random", longest, seed)
     return {
-        True: add_window(model, directory / "sliding", window),
-        False: add_window(model, directory / "full", None),
+        True: make_windowed_checkpoint(model, directory / "sliding", window),
+        False: make_windowed_checkpoint(model, directory / "full", None),
     }
 
 
-def vocabulary(model: Path) -> int:
+def vocabulary_size(model: Path) -> int:
     """Read how many tokens a checkpoint knows."""
     return int(json.loads((model / "config.json").read_text())["vocab_size"])

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, GenerationConfig, LogitsProcessorList
 
-from swa_vllm.tools.bench.serving.process import Progress, answer
+from swa_vllm.tools.bench.serving.process import Progress, answer_commands
 from swa_vllm.tools.bench.serving.records import Step, Timed
 
 _PADDING = 0  # any token: the mask hides it
@@ -94,7 +94,7 @@ class Generator:
         return made[:, longest:].tolist(), ends
 
 
-def start(
+def start_generator(
     threads: int, **arguments: Any
 ) -> tuple[dict[str, Any], Mapping[str, Callable[..., Any]]]:
     """Load a :class:`Generator` with these arguments; returns its facts and its commands."""
@@ -104,4 +104,4 @@ def start(
 
 
 if __name__ == "__main__":
-    answer(start)
+    answer_commands(start_generator)

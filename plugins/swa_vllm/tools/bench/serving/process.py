@@ -24,7 +24,7 @@ class ArmProcess:
     def __init__(
         self, name: str, module: str, arguments: Mapping[str, Any], env: Mapping[str, str]
     ) -> None:
-        """Start ``python -m module``, which calls :func:`answer`; ``env`` is added to ours.
+        """Start ``python -m module``, which calls :func:`answer_commands`; ``env`` joins ours.
 
         Attributes:
             facts: what the arm says of itself.
@@ -99,7 +99,7 @@ class ArmProcess:
         raise RuntimeError(f"{self.name} ended with status {self._process.wait()}:\n{last}")
 
 
-def answer(start: Callable[..., tuple[dict[str, Any], Mapping[str, Handler]]]) -> None:
+def answer_commands(start: Callable[..., tuple[dict[str, Any], Mapping[str, Handler]]]) -> None:
     """Answer commands until the parent closes the pipe: the ``main`` of the child.
 
     Args:

@@ -74,8 +74,8 @@ class ServedWorkload:
         return {
             "seconds": self.seconds,
             "output": sum(len(r.tokens) for r in self.requests) / self.seconds,
-            "prefill": _rate((s.prefill, s.seconds) for s in mixed),
-            "decode": _rate((s.decode, s.seconds) for s in alone),
+            "prefill": _token_rate((s.prefill, s.seconds) for s in mixed),
+            "decode": _token_rate((s.decode, s.seconds) for s in alone),
             **{f"ttft_p{p}_ms": 1e3 * percentile(first, p) for p in (50, 99)},
             **{f"tpot_p{p}_ms": 1e3 * percentile(each, p) for p in (50, 99)},
             "running": sum(running) / len(running),
@@ -101,7 +101,7 @@ def percentile(values: Sequence[float], percent: int) -> float:
     return statistics.quantiles(values, n=100, method="inclusive")[percent - 1]
 
 
-def _rate(parts: Iterable[tuple[int, float]]) -> float:
+def _token_rate(parts: Iterable[tuple[int, float]]) -> float:
     pairs = list(parts)
     seconds = sum(s for _, s in pairs)
     return sum(n for n, _ in pairs) / seconds if seconds else 0.0

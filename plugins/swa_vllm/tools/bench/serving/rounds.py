@@ -8,7 +8,7 @@ from typing import Any
 
 from swa_vllm.tools.bench.serving.arms import HF_FULL, SERVING_ARMS, ServingArm
 from swa_vllm.tools.bench.serving.bound import EngineSpeed
-from swa_vllm.tools.bench.serving.checkpoints import vocabulary
+from swa_vllm.tools.bench.serving.checkpoints import vocabulary_size
 from swa_vllm.tools.bench.serving.launcher import Launcher
 from swa_vllm.tools.bench.serving.process import ArmProcess
 from swa_vllm.tools.bench.serving.records import ServedWorkload
@@ -36,49 +36,53 @@ class Rounds:
     seed: int
 
 
-def measure(launcher: Launcher, arms: Mapping[str, ServingArm], rounds: Rounds) -> dict[str, Any]:
+def measure_rounds(
+    launcher: Launcher, arms: Mapping[str, ServingArm], rounds: Rounds
+) -> dict[str, Any]:
     """Check the arms, then time them.
 
     Raises:
         RuntimeError: they do not do the same, or have different pools.
     """
     if launcher.dtype != _EXACT:
-        checked = _check(replace(launcher, dtype=_EXACT), arms, rounds, {})
+        checked = _check_same_answers(replace(launcher, dtype=_EXACT), arms, rounds, {})
     with ExitStack() as stack:
         processes = {}
         for name, arm in arms.items():
             say(f"starting {arm.name}")
             processes[name] = stack.enter_context(launcher.start(arm))
-        pool_bytes = _pool_bytes(processes)
+        pool_bytes = _common_pool_bytes(processes)
         if launcher.dtype == _EXACT:
-            checked = _check(launcher, arms, rounds, processes)
-        vocab = vocabulary(launcher.models[True])
-        _warm_up(processes, rounds, vocab)
+            checked = _check_same_answers(launcher, arms, rounds, processes)
+        vocab = vocabulary_size(launcher.models[True])
+        _warm_up_arms(processes, rounds, vocab)
         speed = EngineSpeed.measure(
             processes["here"], rounds.asks, rounds.window, launcher.engine["block_size"]
         )
         served = _serve_in_turns(processes, rounds, vocab)
-    figures = {SERVING_ARMS[name].name: _figures(workloads) for name, workloads in served.items()}
+    figures = {
+        SERVING_ARMS[name].name: _figures_of_arm(workloads) for name, workloads in served.items()
+    }
     here = figures[SERVING_ARMS["here"].name]
     return {
         "pool_bytes": pool_bytes,
         "checked": checked,
-        "same_tokens": _agreement(served),
+        "same_tokens": _share_of_same_tokens(served),
         "peers": figures,
         "ratios": {
-            SERVING_ARMS[name].name: _ratio(served["here"], workloads)
+            SERVING_ARMS[name].name: _ratio_of_rounds(served["here"], workloads)
             for name, workloads in served.items()
         },
         "bound": speed.to_json(rounds.asks, here["seconds"]["median"]),
     }
 
 
-def _warm_up(processes: Mapping[str, ArmProcess], rounds: Rounds, vocab: int) -> None:
+def _warm_up_arms(processes: Mapping[str, ArmProcess], rounds: Rounds, vocab: int) -> None:
     """Have each arm compile and allocate what it does once."""
     first = rounds.asks[0]
     asks = [replace(first, arrival=0.0, output_tokens=min(8, first.output_tokens))] * 2
     for process in processes.values():
-        _serve(process, asks, vocab, seed=-1)
+        _serve_round(process, asks, vocab, seed=-1)
 
 
 def _serve_in_turns(
@@ -91,14 +95,14 @@ def _serve_in_turns(
             if index and name in rounds.once:
                 continue
             say(f"round {index + 1} of {rounds.count}, {process.name}")
-            result = _serve(process, rounds.asks, vocab, rounds.seed + index)
+            result = _serve_round(process, rounds.asks, vocab, rounds.seed + index)
             served[name].append(result)
             rate = result.summary()["output"]
             say(f"  {result.seconds:.1f} s, {rate:.1f} tokens/s", is_result=True)
     return served
 
 
-def _serve(process: ArmProcess, asks: Sequence[Ask], vocab: int, seed: int) -> ServedWorkload:
+def _serve_round(process: ArmProcess, asks: Sequence[Ask], vocab: int, seed: int) -> ServedWorkload:
     with token_bar(sum(ask.output_tokens for ask in asks)) as progress:
         answer = process.ask(
             "serve",
@@ -114,7 +118,7 @@ def _serve(process: ArmProcess, asks: Sequence[Ask], vocab: int, seed: int) -> S
     return served
 
 
-def _check(
+def _check_same_answers(
     launcher: Launcher,
     arms: Mapping[str, ServingArm],
     rounds: Rounds,
@@ -129,14 +133,14 @@ def _check(
     wanted = (rounds.window // 2, rounds.window + 1, 3 * rounds.window + 5)
     lengths = [max(1, min(room, n)) for n in wanted]
     asks = [Ask(0.0, length, _CHECKED_TOKENS) for length in lengths]
-    vocab = vocabulary(launcher.models[True])
+    vocab = vocabulary_size(launcher.models[True])
     both = {"hf_full": HF_FULL} if {"full", "hf"} <= set(arms) else {}
     groups: dict[bool, dict[str, list[list[int]]]] = {True: {}, False: {}}
     for name, arm in {**arms, **both}.items():
         say(f"checking {arm.name}")
         with ExitStack() as stack:
             process = running.get(name) or stack.enter_context(launcher.start(arm))
-            answers = [request.tokens for request in _serve(process, asks, vocab, 0).requests]
+            answers = [request.tokens for request in _serve_round(process, asks, vocab, 0).requests]
         groups[arm.windowed][arm.name] = answers
     for group in groups.values():
         for name, answers in group.items():
@@ -152,14 +156,14 @@ def _check(
     }
 
 
-def _pool_bytes(processes: Mapping[str, ArmProcess]) -> int:
+def _common_pool_bytes(processes: Mapping[str, ArmProcess]) -> int:
     sizes = {p.name: p.facts["pool_bytes"] for p in processes.values() if "pool_bytes" in p.facts}
     if len(set(sizes.values())) != 1:
         raise RuntimeError(f"the pools are not of the same bytes: {sizes}")
     return int(next(iter(sizes.values())))
 
 
-def _figures(rounds: Sequence[ServedWorkload]) -> dict[str, Any]:
+def _figures_of_arm(rounds: Sequence[ServedWorkload]) -> dict[str, Any]:
     summaries = [served.summary() for served in rounds]
     return {
         **{
@@ -171,24 +175,24 @@ def _figures(rounds: Sequence[ServedWorkload]) -> dict[str, Any]:
     }
 
 
-def _ratio(here: Sequence[ServedWorkload], other: Sequence[ServedWorkload]) -> float:
+def _ratio_of_rounds(here: Sequence[ServedWorkload], other: Sequence[ServedWorkload]) -> float:
     """Divide the other's time by this plugin's: the median of the rounds that both served."""
     return statistics.median(b.seconds / a.seconds for a, b in zip(here, other, strict=False))
 
 
-def _agreement(served: Mapping[str, Sequence[ServedWorkload]]) -> dict[str, float]:
+def _share_of_same_tokens(served: Mapping[str, Sequence[ServedWorkload]]) -> dict[str, float]:
     """Share of the first round's tokens before an answer parts from this plugin's, by arm."""
     here = [request.tokens for request in served["here"][0].requests]
     shares = {}
     for name, rounds in served.items():
         if SERVING_ARMS[name].windowed:
             theirs = [request.tokens for request in rounds[0].requests]
-            shares[SERVING_ARMS[name].name] = sum(map(_num_shared, here, theirs)) / sum(
+            shares[SERVING_ARMS[name].name] = sum(map(_num_same_tokens, here, theirs)) / sum(
                 map(len, here)
             )
     return shares
 
 
-def _num_shared(first: Sequence[int], second: Sequence[int]) -> int:
+def _num_same_tokens(first: Sequence[int], second: Sequence[int]) -> int:
     pairs = enumerate(zip(first, second, strict=True))
     return next((index for index, (a, b) in pairs if a != b), len(first))

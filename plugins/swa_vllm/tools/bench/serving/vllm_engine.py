@@ -16,7 +16,7 @@ from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
 
 from swa_backend.pages import ceil_div
-from swa_vllm.tools.bench.serving.process import Progress, answer
+from swa_vllm.tools.bench.serving.process import Progress, answer_commands
 from swa_vllm.tools.bench.serving.records import Step, Timed
 from swa_vllm.tools.bench.serving.workload import make_prompts
 
@@ -158,7 +158,7 @@ class SteppedEngine:
         return name
 
 
-def start(
+def start_stepped_engine(
     threads: int, **arguments: Any
 ) -> tuple[dict[str, Any], Mapping[str, Callable[..., Any]]]:
     """Start an engine with these arguments of ``LLM``; returns its facts and its commands."""
@@ -175,4 +175,4 @@ def start(
 
 
 if __name__ == "__main__":
-    answer(start)
+    answer_commands(start_stepped_engine)

@@ -28,11 +28,11 @@ class Ask:
         return self.prompt_tokens + self.output_tokens
 
 
-def _same(num_prompt: int, num_output: int) -> Callable[[int, int], list[Ask]]:
+def _equal_requests(num_prompt: int, num_output: int) -> Callable[[int, int], list[Ask]]:
     return lambda count, seed: [Ask(0.0, num_prompt, num_output)] * count
 
 
-def _chat(count: int, seed: int) -> list[Ask]:
+def _chat_requests(count: int, seed: int) -> list[Ask]:
     """Make one request a second on average; medians of 200 and 120 tokens, with long tails."""
     generator, now, asks = random.Random(seed), 0.0, []  # noqa: S311 (no secret)
     for _ in range(count):
@@ -45,10 +45,10 @@ def _chat(count: int, seed: int) -> list[Ask]:
 
 
 MIXES: dict[str, Callable[[int, int], list[Ask]]] = {
-    "decode": _same(256, 1024),
-    "even": _same(512, 128),
-    "prefill": _same(2048, 32),
-    "chat": _chat,
+    "decode": _equal_requests(256, 1024),
+    "even": _equal_requests(512, 128),
+    "prefill": _equal_requests(2048, 32),
+    "chat": _chat_requests,
 }
 
 
@@ -64,13 +64,13 @@ def read_trace(path: Path) -> list[Ask]:
         raise ValueError(
             f"--trace {path} cannot be read: {error}; give a file of JSON lines"
         ) from error
-    asks = [_ask(path, n, line) for n, line in enumerate(lines, 1) if line.strip()]
+    asks = [_parse_trace_line(path, n, line) for n, line in enumerate(lines, 1) if line.strip()]
     if not asks:
         raise ValueError(f"--trace {path} has no requests")
     return sorted(asks, key=lambda ask: ask.arrival)
 
 
-def _ask(path: Path, number: int, line: str) -> Ask:
+def _parse_trace_line(path: Path, number: int, line: str) -> Ask:
     try:
         values = json.loads(line)
         arrival, *lengths = (values[key] for key in _KEYS)
