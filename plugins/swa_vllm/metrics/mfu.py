@@ -21,10 +21,10 @@ def wrong_flops(vllm_config: VllmConfig, layers: LayerPlan) -> str | None:
     if counted == served:
         return None
     return (
-        f"--enable-mfu-metrics reads the checkpoint's config only: it counts {_told(counted)}, "
-        f"and served are {_told(served)}. Its FLOPs and bytes of attention are wrong by that"
+        f"--enable-mfu-metrics reads the checkpoint's config only: it counts {_describe_windows(counted)}, "
+        f"and served are {_describe_windows(served)}. Its FLOPs and bytes of attention are wrong by that"
     )
 
 
-def _told(windows: list[int]) -> str:
+def _describe_windows(windows: list[int]) -> str:
     return f"{len(windows)} layers with a window of {windows[0]}" if windows else "no windows"
