@@ -21,8 +21,9 @@ def wrong_flops(vllm_config: VllmConfig, layers: LayerPlan) -> str | None:
     if counted == served:
         return None
     return (
-        f"--enable-mfu-metrics reads the checkpoint's config only: it counts {_describe_windows(counted)}, "
-        f"and served are {_describe_windows(served)}. Its FLOPs and bytes of attention are wrong by that"
+        "--enable-mfu-metrics reads the checkpoint's config only: it counts "
+        f"{_describe_windows(counted)}, and served are {_describe_windows(served)}. Its FLOPs and "
+        "bytes of attention are wrong by that"
     )
 
 
