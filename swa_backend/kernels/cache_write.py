@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from swa_backend.kernels.launch import Launcher, launcher_of
+from swa_backend.kernels.launch import Launcher, kernel_launcher
 from swa_backend.kernels.plans import Target
 
 
@@ -83,7 +83,7 @@ def _write_launcher(
         "PAGE": page,
         "MANTISSA": mantissa,
     }
-    return launcher_of(write_kernel, constants, target.options(), target)
+    return kernel_launcher(write_kernel, constants, target.options(), target)
 
 
 class WriteLaunch:

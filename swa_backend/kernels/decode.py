@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 
 from swa_backend.attention_call import AttentionCall
-from swa_backend.kernels.launch import Launcher, launcher_of
+from swa_backend.kernels.launch import Launcher, kernel_launcher
 from swa_backend.kernels.plans import DecodePlan, Target
 from swa_backend.kernels.tiles import as_operand, attend, load_pages, load_rows, request_of
 
@@ -197,8 +197,8 @@ def _decode_launchers(
     constants = {**plan.constants(), "DOT": tl.dtype(plan.dot)}
     merged = {"HEAD_DIM": plan.head_dim, "PARTS": plan.num_merged}
     return (
-        launcher_of(decode_kernel, constants, target.decode_options(num_kv_bytes), target),
-        launcher_of(merge_kernel, merged, target.options(), target),
+        kernel_launcher(decode_kernel, constants, target.decode_options(num_kv_bytes), target),
+        kernel_launcher(merge_kernel, merged, target.options(), target),
     )
 
 

@@ -72,14 +72,14 @@ class Launcher:
             self._known[kind] = compiled
 
 
-def launcher_of(
+def kernel_launcher(
     kernel: Any, constants: dict[str, Any], options: dict[str, Any], target: Target
 ) -> Launcher:
     """Give the launcher of a kernel with these constants, and options of the compiler."""
-    return _launcher_of(kernel, tuple(constants.items()), tuple(options.items()), target)
+    return _kernel_launcher(kernel, tuple(constants.items()), tuple(options.items()), target)
 
 
 @lru_cache(maxsize=1024)
-def _launcher_of(kernel: Any, constants: _Items, options: _Items, target: Target) -> Launcher:
+def _kernel_launcher(kernel: Any, constants: _Items, options: _Items, target: Target) -> Launcher:
     # On AMD, Triton looks at the size of storage too.
     return Launcher(kernel, dict(constants), dict(options), is_direct=target.backend == "cuda")

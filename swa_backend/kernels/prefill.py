@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from swa_backend.attention_call import AttentionCall
-from swa_backend.kernels.launch import Launcher, launcher_of
+from swa_backend.kernels.launch import Launcher, kernel_launcher
 from swa_backend.kernels.plans import PrefillPlan, Target
 from swa_backend.kernels.tiles import (
     as_operand,
@@ -185,7 +185,9 @@ def prefill_kernel(
 @lru_cache(maxsize=1024)
 def _prefill_launcher(plan: PrefillPlan, target: Target) -> Launcher:
     constants = {**plan.constants(), "DOT": tl.dtype(plan.dot)}
-    return launcher_of(prefill_kernel, constants, target.prefill_options(plan.has_sinks), target)
+    return kernel_launcher(
+        prefill_kernel, constants, target.prefill_options(plan.has_sinks), target
+    )
 
 
 class PrefillLaunch:

@@ -4,7 +4,7 @@ import torch
 import triton
 import triton.language as tl
 
-from swa_backend.kernels.launch import launcher_of
+from swa_backend.kernels.launch import kernel_launcher
 from swa_backend.kernels.plans import Target
 
 
@@ -77,7 +77,7 @@ def launch_rotate(
         "ROTARY_DIM": table.shape[1],
         "IS_NEOX": is_neox,
     }
-    launcher = launcher_of(rotate_kernel, constants, target.options(), target)
+    launcher = kernel_launcher(rotate_kernel, constants, target.options(), target)
     launcher(
         (num_tokens, 1, 1),
         (out, states, table),

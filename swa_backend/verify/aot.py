@@ -102,7 +102,7 @@ def compiling(target: Target) -> Iterator[dict[str, Any]]:
 
 
 @contextmanager
-def recording_keys(target: Target) -> Iterator[set[tuple[str, str]]]:
+def recording_compile_keys(target: Target) -> Iterator[set[tuple[str, str]]]:
     """Record what the launches inside would be compiled for; as :func:`compiling` otherwise.
 
     Yields:

@@ -15,7 +15,7 @@ import torch
 
 from swa_backend.kernels import cache_write, decode, prefill, rotate
 from swa_backend.kernels.plans import Target
-from swa_backend.verify.aot import recording_keys
+from swa_backend.verify.aot import recording_compile_keys
 from tests.helpers.kernel_layer import PAGE, SIZE, KernelLayer, by_v1
 
 NUM_HEADS, NUM_KV_HEADS, MAX_LENGTH, MAX_TOKENS = 8, 4, 512, 512
@@ -45,7 +45,7 @@ def main() -> None:
     found = {}
     for index, (name, changes) in enumerate(CASES.items()):
         target = TARGETS[index % len(TARGETS)]
-        with pytest.MonkeyPatch.context() as patch, recording_keys(target) as keys:
+        with pytest.MonkeyPatch.context() as patch, recording_compile_keys(target) as keys:
             layer = KernelLayer(
                 model,
                 patch,

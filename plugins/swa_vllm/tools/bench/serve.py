@@ -153,7 +153,7 @@ def _print_served_arms(figures: Mapping[str, Any]) -> None:
     rows = [
         [label, *(arm[key]["median"] for arm in by_name.values())] for key, label in _ROWS.items()
     ]
-    rows.append(["seconds, least to most", *map(_range_of_seconds, by_name.values())])
+    rows.append(["seconds, least to most", *map(_served_seconds, by_name.values())])
     rows.append(["times as fast as it, here", *(figures["ratios"][name] for name in by_name)])
     print(
         f"\n{figures['workload']}: {figures['num_requests']} requests, "
@@ -172,7 +172,7 @@ def _print_served_arms(figures: Mapping[str, Any]) -> None:
         print(f"lost: {loss}")
 
 
-def _range_of_seconds(arm: Mapping[str, Any]) -> str:
+def _served_seconds(arm: Mapping[str, Any]) -> str:
     return Spread(**arm["seconds"]).range_text(digits=1)
 
 

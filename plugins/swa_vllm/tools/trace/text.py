@@ -33,10 +33,12 @@ def print_trace(title: str, trace: Trace) -> None:
     beyond = sum(full > trace.num_pages for full in trace.full)
     print(f"at most {max(trace.used)} pages; full attention would hold {max(trace.full)}", end="")
     print(f", more than there are in {beyond} steps\n" if beyond else "\n")
-    print(format_table(_HEADER, [_peak_row(index, row) for index, row in enumerate(trace.rows)]))
+    print(
+        format_table(_HEADER, [_trace_peak_row(index, row) for index, row in enumerate(trace.rows)])
+    )
 
 
-def _peak_row(index: int, row: Row) -> list[object]:
+def _trace_peak_row(index: int, row: Row) -> list[object]:
     """Make a row of the table: the most that the request has of each kind in a step."""
     kinds = (row.window, row.sink, row.prefill, row.held, row.gone, row.full)
     return [index, row.num_prompt, *map(max, kinds)]
