@@ -93,6 +93,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     here = items
     if config.getoption("--share"):
         here = [item for item, runners in turns(items) if RUNNER in runners]
+    for item in here:
+        only_on = item.get_closest_marker("only_on")
+        if only_on is not None and RUNNER not in only_on.args:
+            item.add_marker(pytest.mark.skip(reason=f"is for {', '.join(only_on.args)} only"))
     if resumed := config.getoption("--resume"):
         passed = set(Path(resumed).read_text().splitlines()) if Path(resumed).exists() else set()
         here = [item for item in here if f"{RUNNER} {item.nodeid}" not in passed]

@@ -4,15 +4,18 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 from vllm import SamplingParams
 from vllm.lora.ops.torch_ops import bgmv_shrink
+from vllm.lora.request import LoRARequest
 from vllm.platforms import current_platform
 
-from tests.helpers.engines import EngineFactory, ModelFactory
-from tests.helpers.tiny_models import FULL, MIXED, random_prompts
+from tests.helpers.eagle3 import eagle3_config
+from tests.helpers.engines import EngineFactory, ModelFactory, generate, resolve_here
+from tests.helpers.tiny_models import FULL, MIXED, random_prompts, save_lora
 
 
 @pytest.mark.skipif(not current_platform.is_cpu(), reason="this vLLM is not the CPU build")
@@ -59,3 +62,24 @@ def test_a_request_without_adapter_gets_the_one_of_its_batch() -> None:
     output = torch.zeros(2, 3)
     bgmv_shrink(inputs, weights, output, torch.tensor([0, -1]))
     assert output.tolist() == [[4.0] * 3] * 2
+
+
+@pytest.mark.only_on("0.33/V2")
+def test_an_adapter_and_drafts_with_the_newer_runner(
+    engine: EngineFactory,
+    tiny_model: ModelFactory,
+    no_engine: Callable[[], None],
+    tmp_path: Path,
+) -> None:
+    """No window has a part in it: an adapter's logits are computed for one token of a request."""
+    model = tiny_model(**FULL)
+    save_lora(tmp_path / "adapter", model, tmp_path / "merged")
+    resolve_here("Eagle3Qwen3ForCausalLM")
+    try:
+        llm = engine(model, enable_lora=True, speculative_config=eagle3_config(tmp_path, **FULL))
+        lora = LoRARequest("a", 1, str(tmp_path / "adapter"))
+        with pytest.raises(RuntimeError, match="does not broadcast"):
+            generate(llm, random_prompts([20, 30]), lora=lora)
+    finally:
+        del llm
+        no_engine()  # it did not survive
