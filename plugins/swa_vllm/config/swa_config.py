@@ -48,7 +48,7 @@ class SWAConfig:
         Raises:
             SWAConfigError: contradictory or ineffective settings, with the remedy.
         """
-        options, layers = _decide_layers(vllm_config)
+        options, layers = _decide_options_and_layers(vllm_config)
         implementation = implementation_of(options)
         needs_all = obstacle_to_survivors(implementation, vllm_config) is not None
         storage = StoragePolicy(
@@ -92,7 +92,7 @@ def parse_additional_config(additional: object) -> SWAOptions:
     return SWAOptions.from_dict(additional.get("swa", {}))
 
 
-def _decide_layers(vllm_config: VllmConfig) -> tuple[SWAOptions, LayerPlan]:
+def _decide_options_and_layers(vllm_config: VllmConfig) -> tuple[SWAOptions, LayerPlan]:
     """Decide what needs nothing but the model's config and the options, in any vLLM."""
     options = parse_additional_config(vllm_config.additional_config)
     model_config = vllm_config.model_config
@@ -112,7 +112,7 @@ def model_slides(vllm_config: VllmConfig) -> bool:
     Raises:
         SWAConfigError: as :meth:`SWAConfig.from_vllm`.
     """
-    return _decide_layers(vllm_config)[1].slides
+    return _decide_options_and_layers(vllm_config)[1].slides
 
 
 def wants_windows_decided(vllm_config: VllmConfig) -> bool:

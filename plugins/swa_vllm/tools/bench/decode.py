@@ -59,7 +59,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         )
     contexts = _context_lengths(args)
     with tempfile.TemporaryDirectory() as directory, ExitStack() as stack:
-        launcher = _decode_launcher(args, Path(directory), contexts)
+        launcher = _launcher_of_decode_arms(args, Path(directory), contexts)
         started = {}
         for name, arm in arms.items():
             say(f"starting {arm.name}")
@@ -107,7 +107,9 @@ def _max_model_len(args: argparse.Namespace, contexts: list[int]) -> int:
     return contexts[-1] + args.steps + 1 + ceil_div(args.batch * contexts[-1], args.chunk)
 
 
-def _decode_launcher(args: argparse.Namespace, directory: Path, contexts: list[int]) -> Launcher:
+def _launcher_of_decode_arms(
+    args: argparse.Namespace, directory: Path, contexts: list[int]
+) -> Launcher:
     longest = _max_model_len(args, contexts)
     # The positions of random weights are few, so that its overriding is always at work.
     models = prepare_checkpoints(args.model, directory, args.window, contexts[0], args.seed)
