@@ -57,7 +57,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
     """
     # Unlike Path.is_dir this does not raise where a directory may not be read: reading does.
     file = path / "config.json" if os.path.isdir(path) else path
-    raw = _load_config(file)
+    raw = _load_config_json(file)
     text = dict(raw)
     for key in _NESTED:
         if isinstance(text.get(key), dict):
@@ -86,7 +86,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
     )
 
 
-def _load_config(file: Path) -> dict[str, Any]:
+def _load_config_json(file: Path) -> dict[str, Any]:
     try:
         raw = json.loads(file.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError) as error:

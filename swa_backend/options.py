@@ -183,17 +183,17 @@ def _checked_layers(value: object) -> str | tuple[int, ...]:
 
 def _parse_layer_range(part: str, spec: str, num_layers: int) -> set[int]:
     kind, _, step = part.partition("every:")
-    first, last = (_layer_index(text) for text in part.partition("-")[::2])
+    first, last = (_parse_layer_index(text) for text in part.partition("-")[::2])
     if part == "none" and spec.strip() == "none":
         return set()
-    if not kind and (stride := _layer_index(step)):
+    if not kind and (stride := _parse_layer_index(step)):
         if stride > num_layers:
             raise SWAConfigError(
                 f"swa.full_attention_layers={spec!r}: every:{stride} names none of this model's "
                 f'{num_layers} layers; give a smaller number, or "none"'
             )
         return set(range(stride - 1, num_layers, stride))
-    if (index := _layer_index(part)) is not None:
+    if (index := _parse_layer_index(part)) is not None:
         return {index}
     if first is not None and last is not None and first <= last:
         # Both ends, so that one outside of the model is found, and no range beyond the model.
@@ -204,7 +204,7 @@ def _parse_layer_range(part: str, spec: str, num_layers: int) -> set[int]:
     )
 
 
-def _layer_index(text: str) -> int | None:
+def _parse_layer_index(text: str) -> int | None:
     return int(text) if text.isdecimal() and len(text) < 10 else None
 
 

@@ -93,7 +93,7 @@ def compiling(target: Target) -> Iterator[dict[str, Any]]:
         compiled[function.__name__] = triton.compile(
             ASTSource(function, compile["signature"], compile["constants"], *compile["configs"]),
             target=_Driver(target).get_current_target(),
-            options=_restore_tuples(json.loads(compile["specialization_data"])["options"]),
+            options=_compiler_options_of(json.loads(compile["specialization_data"])["options"]),
         )
         return True
 
@@ -164,11 +164,11 @@ def _refuse_interpreter() -> None:
         )
 
 
-def _restore_tuples(value: Any) -> Any:
+def _compiler_options_of(value: Any) -> Any:
     """Restore a compiler's options from JSON, which has made lists of their tuples."""
     if isinstance(value, dict):
-        return {name: _restore_tuples(item) for name, item in value.items()}
-    return tuple(map(_restore_tuples, value)) if isinstance(value, list) else value
+        return {name: _compiler_options_of(item) for name, item in value.items()}
+    return tuple(map(_compiler_options_of, value)) if isinstance(value, list) else value
 
 
 class _Driver:

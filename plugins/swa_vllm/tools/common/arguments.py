@@ -55,7 +55,7 @@ def check_output_path(flag: str, path: Path) -> None:
         raise ValueError(f"{flag} {path}: this user cannot write there; name another place")
 
 
-def is_number(text: str, least: int) -> bool:
+def is_flag_number(text: str, least: int) -> bool:
     """Say whether an item of a list is a number, from ``least`` on and below 10**9."""
     text = text.strip()
     return text.isdecimal() and len(text) < 10 and int(text) >= least
@@ -68,7 +68,7 @@ def numbers_of_tokens(flag: str, text: str) -> list[int]:
         ValueError: an item is no such number.
     """
     parts = text.split(",")
-    if not all(is_number(part, 1) for part in parts):
+    if not all(is_flag_number(part, 1) for part in parts):
         raise ValueError(
             f"{flag} {text!r}: write numbers of tokens from 1 on with commas between them"
         )

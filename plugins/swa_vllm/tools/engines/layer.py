@@ -177,7 +177,7 @@ def _start_engine_of_a_layer(
     os.environ.setdefault("OMP_NUM_THREADS", str(os.cpu_count() or 1))
     from vllm import LLM
 
-    with model_directory(shape, max_model_len) as model:
+    with one_layer_checkpoint(shape, max_model_len) as model:
         return LLM(
             model,
             load_format="dummy",
@@ -192,7 +192,7 @@ def _start_engine_of_a_layer(
 
 
 @contextmanager
-def model_directory(shape: Mapping[str, int], max_model_len: int) -> Iterator[str]:
+def one_layer_checkpoint(shape: Mapping[str, int], max_model_len: int) -> Iterator[str]:
     """Write the config of a Qwen3 with one layer of ``shape``, without weights."""
     model = {
         **shape,

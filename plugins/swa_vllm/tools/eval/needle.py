@@ -18,7 +18,7 @@ from vllm import SamplingParams
 
 from swa_backend.table import format_table
 from swa_vllm.tools.common import plots
-from swa_vllm.tools.common.arguments import check_number, is_number
+from swa_vllm.tools.common.arguments import check_number, is_flag_number
 from swa_vllm.tools.common.progress import say
 from swa_vllm.tools.engines.scoring import ScoringEngine
 from swa_vllm.tools.engines.setup import (
@@ -114,7 +114,7 @@ def _needle_lengths(args: argparse.Namespace) -> list[int]:
     check_number("trials", args.trials)
     lengths = []
     for text in args.lengths.split(","):
-        if not is_number(text, _SHORTEST):
+        if not is_flag_number(text, _SHORTEST):
             raise ValueError(f"--lengths takes integers from {_SHORTEST} on, got {text.strip()!r}")
         lengths.append(int(text))
     if args.window + args.sinks >= max(lengths):

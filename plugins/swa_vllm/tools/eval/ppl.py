@@ -15,7 +15,7 @@ from typing import Any
 
 from swa_backend.table import format_table
 from swa_vllm.tools.common import plots
-from swa_vllm.tools.common.arguments import is_number
+from swa_vllm.tools.common.arguments import is_flag_number
 from swa_vllm.tools.common.progress import say
 from swa_vllm.tools.engines.perplexity import Measured, measure_perplexity
 from swa_vllm.tools.engines.scoring import NUM_EXTRA_TOKENS, ScoringEngine
@@ -120,7 +120,7 @@ def window_arms_of(args: argparse.Namespace, hf_config: Any) -> list[WindowArm]:
 
 
 def _parse_number(flag: str, text: str, least: int) -> int:
-    if not is_number(text, least):
+    if not is_flag_number(text, least):
         allowed = f"integers from {least} on, separated by commas"
         raise ValueError(
             f"{flag} takes {allowed}{' (or full)' if least else ''}; got {text.strip()!r}"

@@ -32,7 +32,7 @@ from swa_vllm.tools.common.arms import Arm
 from swa_vllm.tools.common.spread import Spread
 from swa_vllm.tools.common.timing import time_in_turns
 from swa_vllm.tools.engines.batches import BLOCK_SIZE, make_batch
-from swa_vllm.tools.engines.layer import SHAPES, model_directory
+from swa_vllm.tools.engines.layer import SHAPES, one_layer_checkpoint
 
 DEVICE = Target("cuda", 90, 132)
 # Of each request: tokens before, and queries.
@@ -177,7 +177,7 @@ class _Layer:
 @contextmanager
 def _engine_config(shape: str, window: int) -> Iterator[VllmConfig]:
     """Make the config of an engine whose windows run on this project's kernels."""
-    with model_directory(SHAPES[shape], 4096) as model:
+    with one_layer_checkpoint(SHAPES[shape], 4096) as model:
         yield EngineArgs(
             model,
             skip_tokenizer_init=True,
