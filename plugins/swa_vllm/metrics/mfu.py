@@ -22,10 +22,10 @@ def wrong_flops(vllm_config: VllmConfig, layers: LayerPlan) -> str | None:
         return None
     return (
         "--enable-mfu-metrics reads the checkpoint's config only: it counts "
-        f"{_describe_windows(counted)}, and served are {_describe_windows(served)}. Its FLOPs and "
+        f"{_describe_counted_windows(counted)}, and served are {_describe_counted_windows(served)}. Its FLOPs and "
         "bytes of attention are wrong by that"
     )
 
 
-def _describe_windows(windows: list[int]) -> str:
+def _describe_counted_windows(windows: list[int]) -> str:
     return f"{len(windows)} layers with a window of {windows[0]}" if windows else "no windows"

@@ -12,7 +12,7 @@ from enum import StrEnum
 from typing import Any
 
 from swa_vllm.tools.check import device, steps
-from swa_vllm.tools.common.arguments import add_window_arguments, window_options
+from swa_vllm.tools.common.arguments import add_window_arguments, options_of_window_arguments
 from swa_vllm.tools.common.terminal import GREEN, RED, YELLOW, paint
 
 EXAMPLE = "Qwen3-8B --window 4096 --sink-tokens 4 --full-attention-layers every:4"
@@ -53,7 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Print each finding as it comes; returns all of them, and sets the exit status."""
-    options = window_options(args)
+    options = options_of_window_arguments(args)
     if args.model is None and options:
         raise ValueError(f"--{next(iter(options)).replace('_', '-')} is about a model: give MODEL")
     findings = []

@@ -18,7 +18,7 @@ def add_window_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def window_options(args: argparse.Namespace) -> dict[str, Any]:
+def options_of_window_arguments(args: argparse.Namespace) -> dict[str, Any]:
     """Spell the ``swa`` options that the arguments mean."""
     given = {name: getattr(args, name) for name in ("window", "full_attention_layers")}
     options = {name: value for name, value in given.items() if value is not None}

@@ -21,7 +21,7 @@ from swa_vllm.tools.common.arguments import (
     add_window_arguments,
     check_number,
     check_numbers,
-    window_options,
+    options_of_window_arguments,
 )
 from swa_vllm.tools.common.arms import Arm
 from swa_vllm.tools.common.pools import Model, plan_need, plan_pool
@@ -89,7 +89,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     plots.check_plot_path(args.plot)
     checkpoint = read_checkpoint(Path(args.model))
     limits = _planned_limits(args, checkpoint)
-    options = SWAOptions.from_dict(window_options(args))
+    options = SWAOptions.from_dict(options_of_window_arguments(args))
     layers = resolve_layers(checkpoint.config, options, max_model_len=limits.max_model_len)
     if not layers.slides:
         raise ValueError(

@@ -81,7 +81,7 @@ def measure_host_time(shape: str, window: int, rounds: int) -> list[HostTime]:
     ]
 
 
-def _measure_here(shape: str, window: int, rounds: int) -> Iterator[HostTime]:
+def _time_host_of_layer(shape: str, window: int, rounds: int) -> Iterator[HostTime]:
     from swa_backend.verify import aot
 
     launched: list[str] = []
@@ -94,10 +94,13 @@ def _measure_here(shape: str, window: int, rounds: int) -> Iterator[HostTime]:
     ):
         init_distributed_environment(1, 0, f"file://{store.name}", 0, "gloo")
         initialize_model_parallel()
-        layer = _Layer(shape, window, config)
+        layer = _TimedLayer(shape, window, config)
         for batch, (contexts, queries) in BATCHES.items():
             step = make_batch(list(contexts), list(queries))
-            for part, calls in ((BUILDER, layer.builds(step)), (ATTENTION, layer.forwards(step))):
+            for part, calls in (
+                (BUILDER, layer.metadata_builds(step)),
+                (ATTENTION, layer.attention_calls(step)),
+            ):
                 launches = {}
                 for arm, call in calls.items():
                     launched.clear()
@@ -106,7 +109,7 @@ def _measure_here(shape: str, window: int, rounds: int) -> Iterator[HostTime]:
                 yield HostTime(part, batch, time_in_turns(calls, rounds), launches)
 
 
-class _Layer:
+class _TimedLayer:
     """A windowed layer on this project's kernels, and what vLLM would serve it with on its own."""
 
     def __init__(self, shape: str, window: int, config: VllmConfig) -> None:
@@ -148,11 +151,11 @@ class _Layer:
         }
         self._heads = (heads, kv_heads, kv_heads)
 
-    def builds(self, batch: CommonAttentionMetadata) -> dict[str, Callable[[], Any]]:
+    def metadata_builds(self, batch: CommonAttentionMetadata) -> dict[str, Callable[[], Any]]:
         """Prepare building a step's metadata, by arm."""
         return {arm: partial(b.build, 0, batch) for arm, b in self._builders.items()}
 
-    def forwards(self, batch: CommonAttentionMetadata) -> dict[str, Callable[[], object]]:
+    def attention_calls(self, batch: CommonAttentionMetadata) -> dict[str, Callable[[], object]]:
         """Prepare storing a step's tokens and attending from them, by arm."""
         query, key, value = (
             torch.zeros(batch.num_actual_tokens, n, HEAD_DIM, dtype=torch.bfloat16)
@@ -161,7 +164,7 @@ class _Layer:
         num_pages, page = int(batch.block_table_tensor.max()) + 1, BLOCK_SIZE
         cache = torch.zeros(num_pages, self._heads[1], page, 2 * HEAD_DIM, dtype=query.dtype)
         output, layer, stock = torch.empty_like(query), self._layer, self._stock
-        steps = {arm: build() for arm, build in self.builds(batch).items()}
+        steps = {arm: build() for arm, build in self.metadata_builds(batch).items()}
 
         def run_stock() -> None:
             step = steps[Arm.STOCK.value]
@@ -190,4 +193,4 @@ def _engine_config(shape: str, window: int) -> Iterator[VllmConfig]:
 
 if __name__ == "__main__":
     shape, window, rounds = sys.argv[1:]
-    print(json.dumps([astuple(t) for t in _measure_here(shape, int(window), int(rounds))]))
+    print(json.dumps([astuple(t) for t in _time_host_of_layer(shape, int(window), int(rounds))]))
