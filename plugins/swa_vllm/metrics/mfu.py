@@ -22,8 +22,8 @@ def wrong_flops(vllm_config: VllmConfig, layers: LayerPlan) -> str | None:
         return None
     return (
         "--enable-mfu-metrics reads the checkpoint's config only: it counts "
-        f"{_describe_counted_windows(counted)}, and served are {_describe_counted_windows(served)}. Its FLOPs and "
-        "bytes of attention are wrong by that"
+        f"{_describe_counted_windows(counted)}, and served are "
+        f"{_describe_counted_windows(served)}. Its FLOPs and bytes of attention are wrong by that"
     )
 
 
