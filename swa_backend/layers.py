@@ -264,8 +264,11 @@ def _check_overrides(
         overrides.get("sliding_window") and SLIDING not in layer_types and options.window is None
     ):
         keys = ", ".join(late or ["sliding_window"])
+        missing = (
+            "layer_types" if hf_config.use_sliding_window else "use_sliding_window and layer_types"
+        )
         raise SWAConfigError(
             f"--hf-overrides of {keys} has no effect: transformers derives layer_types before "
-            "overrides apply, and layer_types decides. Override layer_types too, or use "
-            f"{USE_OPTIONS} (with full_attention_layers for a mixed model)"
+            f"overrides apply, and layer_types decides. Override {missing} too, or leave the "
+            f"override out and use {USE_OPTIONS} (with full_attention_layers for a mixed model)"
         )

@@ -12,15 +12,40 @@ from tests.helpers.tiny_models import BY_LAYER_TYPES, FULL, MIXED, MOE, ROPE, SL
 LAYERS = "swa.full_attention_layers"
 
 
-def _refused(name: str, given: Any, got: str, allowed: str, do: str) -> Bad:
-    return Bad(name, given, got, allowed, do, ValidationError, SWAConfigError)
+# A value of each option that is right beside a window of 8.
+_RIGHT: dict[str, Any] = {
+    "enabled": True,
+    "window": 8,
+    "sink_tokens": 4,
+    "position_shift": False,
+    "full_attention_layers": "0",
+    "prefill_pages": "auto",
+    "impl": "auto",
+    "debug_poison": False,
+}
 
 
-def _option(given: dict[str, Any], got: str, allowed: str, do: str, name: str = "") -> Bad:
-    """Of the ``swa`` object, with a window unless it is about that."""
+def _refused(name: str, given: Any, got: str, allowed: str, do: str, *remedies: Any) -> Bad:
+    return Bad(name, given, got, allowed, do, ValidationError, SWAConfigError, remedies)
+
+
+def _option(
+    given: dict[str, Any], got: str, allowed: str, do: str, *remedies: dict[str, Any]
+) -> Bad:
+    """Of the ``swa`` object, with a window unless it is about that.
+
+    What is unknown is to be removed, and of what is known to be given a right value, unless
+    ``remedies`` say something else.
+    """
     options = given if "window" in given else {"window": 8, **given}
     shown = ", ".join(f"{key}={value!r}" for key, value in given.items())
-    return _refused(name or shown, {"swa": options}, got, allowed, do)
+    right = {
+        key: _RIGHT[key] if key in given else value
+        for key, value in options.items()
+        if key in _RIGHT
+    }
+    fixed = [{"swa": remedy} for remedy in remedies or (right,)]
+    return _refused(shown, {"swa": options}, got, allowed, do, *fixed)
 
 
 def _tokens(key: str, value: Any, least: int) -> Bad:
@@ -29,7 +54,14 @@ def _tokens(key: str, value: Any, least: int) -> Bad:
 
 
 def _spec(spec: Any, got: str, allowed: str, do: str) -> Bad:
-    return _option({"full_attention_layers": spec}, got, allowed, do)
+    right = "0-2" if spec == "0-3" else "every:4" if spec == "every:5" else "0"
+    return _option(
+        {"full_attention_layers": spec},
+        got,
+        allowed,
+        do,
+        {"window": 8, "full_attention_layers": right},
+    )
 
 
 # Of --additional-config, for a full-attention checkpoint of four layers.
@@ -49,8 +81,20 @@ OPTIONS = [
         "Write --add",
     ),
     _refused("SWA", {"SWA": {"window": 64}}, "has 'SWA' where", 'an object "swa"', "Write --add"),
-    _option({"windows": 4}, "unknown key windows", "allowed are enabled, window", "mean window?"),
-    _option({"Sink_Tokens": 4}, "key Sink_Tokens", "allowed are enabled,", "mean sink_tokens?"),
+    _option(
+        {"windows": 4},
+        "unknown key windows",
+        "allowed are enabled, window",
+        "mean window?",
+        {"window": 4},
+    ),
+    _option(
+        {"Sink_Tokens": 4},
+        "key Sink_Tokens",
+        "allowed are enabled,",
+        "mean sink_tokens?",
+        {"window": 8, "sink_tokens": 4},
+    ),
     _option({"x": 1}, "unknown key x", "allowed are enabled, window, sink_tokens", "allowed are"),
     *(
         _tokens("window", value, 1)
@@ -65,7 +109,12 @@ OPTIONS = [
         {"position_shift": 1, "sink_tokens": 4}, "got 1", "true or false", "swa.position_shift"
     ),
     _option(
-        {"position_shift": True}, "position_shift moves", "there are none", "give sink_tokens too"
+        {"position_shift": True},
+        "position_shift moves",
+        "there are none",
+        "give sink_tokens too",
+        {"window": 8, "position_shift": True, "sink_tokens": 4},
+        {"window": 8},
     ),
     _option({"prefill_pages": "most"}, "got 'most'", '"auto", "survivors", "all"', "prefill_pages"),
     _option({"prefill_pages": None}, "got None", '"auto", "survivors", "all"', "prefill_pages"),
@@ -85,7 +134,14 @@ OPTIONS = [
     ),
     _spec("every:5", "every:5 names none", "this model's 4 layers", "give a smaller number"),
     _spec("0-3", "='0-3' names all 4", "no window would take effect", "leave at least one layer"),
-    _option({"enabled": False}, "enabled=false", "contradicts window", "remove either"),
+    _option(
+        {"enabled": False},
+        "enabled=false",
+        "contradicts window",
+        "remove either",
+        {"window": 8},
+        {"enabled": False},
+    ),
     _refused(
         "no window",
         {"swa": {"full_attention_layers": "0"}},
@@ -95,7 +151,13 @@ OPTIONS = [
     ),
     *(
         _refused(
-            f"{key} alone", {"swa": {key: value}}, f"swa.{key} would", "no effect", "Remove it"
+            f"{key} alone",
+            {"swa": {key: value}},
+            f"swa.{key} would",
+            "no effect",
+            "Remove it",
+            {"swa": {}},
+            {"swa": {key: value, "window": 8}},
         )
         for key, value in {
             "sink_tokens": 4,
@@ -107,34 +169,32 @@ OPTIONS = [
 ]
 
 
-def _config(name: str, keys: dict[str, Any], got: str, allowed: str, do: str) -> Bad:
-    return _refused(name, keys, got, allowed, do)
-
-
-# Keys of config.json, beside those of the tiny model.
+# Keys of config.json, beside those of the tiny model; of a remedy also arguments of the engine.
 CONFIGS = [
-    _config(
+    _refused(
         "unknown layer type",
         {**SLIDING, "layer_types": ["chunked_attention"] * 4},
         "contains chunked_attention",
         "Qwen3 has full_attention and sliding_attention",
         "only",
+        ({**SLIDING, "layer_types": ["sliding_attention"] * 4}, {}),
     ),
-    _config(
+    _refused(
         "layer types without use_sliding_window",
         {**BY_LAYER_TYPES, "use_sliding_window": False},
         "use_sliding_window is false",
         "makes transformers drop the window",
         "Set use_sliding_window=true",
+        (BY_LAYER_TYPES, {}),
     ),
-    _config(
+    _refused(
         "no layer slides",
         {**SLIDING, "max_window_layers": 4},
         "max_window_layers=4, 4 layers",
         "no layer slides",
         "override layer_types too, or use",
     ),
-    _config(
+    _refused(
         "window of 0",
         {**SLIDING, "sliding_window": 0},
         "sliding_window is null or 0",
@@ -142,34 +202,37 @@ CONFIGS = [
         "Give one with --additional-config",
     ),
     *(
-        _config(
+        _refused(
             f"window of {window}",
             {**SLIDING, "sliding_window": window},
             f"got {window}",
             "sliding_window must be an integer >= 1 and below 2**31",
             "correct the checkpoint's config.json",
+            (SLIDING, {}),
         )
         for window in (-4, 10**20)
     ),
-    _config(
+    _refused(
         "no layers",
         {**SLIDING, "num_hidden_layers": 0, "layer_types": []},
         "got 0",
         "num_hidden_layers must be an integer >= 1",
         "correct the checkpoint's config.json",
+        (SLIDING, {}),
     ),
     *(
-        _config(
+        _refused(
             f"{key}={heads}",
             {**SLIDING, key: heads},
             f"{key}={heads}",
             "is no multiple of",
             "correct the checkpoint's config.json",
+            (SLIDING, {}),
         )
         for key, heads in {"num_attention_heads": 5, "num_key_value_heads": 3}.items()
     ),
     *(
-        _config(
+        _refused(
             f"experts, max_window_layers={first}",
             {**SLIDING, **MOE, "max_window_layers": first},
             f"max_window_layers={first} would leave",
@@ -182,31 +245,44 @@ CONFIGS = [
             5: '{"enabled": false}',
         }.items()
     ),
-    _config(
+    _refused(
         "bidirectional",
         {**SLIDING, "is_causal": False},
         "is_causal=false",
         "cannot have a window",
         "remove the window or is_causal=false",
+        ({**FULL, "is_causal": False}, {}),
+        (SLIDING, {}),
     ),
-    _config(
+    _refused(
         "dual chunks",
         {**SLIDING, "dual_chunk_attention_config": {"chunk_size": 8}},
         "dual_chunk_attention_config",
         "cannot be combined with a window",
         "remove either",
+        (SLIDING, {}),
     ),
 ]
 
 
 def _engine(
-    name: str, arguments: dict[str, Any], got: str, allowed: str, do: str, keys: Any = SLIDING
+    name: str,
+    arguments: dict[str, Any],
+    got: str,
+    allowed: str,
+    do: str,
+    keys: Any = SLIDING,
+    remedies: tuple[dict[str, Any], ...] = ({},),
 ) -> Bad:
-    return _refused(name, (keys, arguments), got, allowed, do)
+    """Of ``remedies`` the arguments; by default what is wrong is left out."""
+    return _refused(
+        name, (keys, arguments), got, allowed, do, *((keys, remedy) for remedy in remedies)
+    )
 
 
 _OVERRIDE = {"use_sliding_window": True, "sliding_window": 40, "max_window_layers": 0}
 _CONNECTOR = {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}
+_ALL_SLIDE = ["sliding_attention"] * 4
 _LATE = "transformers derives layer_types before"
 
 # Keys of config.json, and arguments of vLLM's engine.
@@ -216,16 +292,26 @@ ENGINES = [
         {"hf_overrides": _OVERRIDE},
         "--hf-overrides of use_sliding_window, max_window_layers has no effect",
         _LATE,
-        "Override layer_types too, or use",
+        "Override layer_types too, or leave the override out",
         FULL,
+        ({"hf_overrides": {**_OVERRIDE, "layer_types": _ALL_SLIDE}},),
     ),
     _engine(
         "window by override",
         {"hf_overrides": {"sliding_window": 40}},
         "--hf-overrides of sliding_window has no effect",
         _LATE,
-        "Override layer_types too, or use",
+        "Override use_sliding_window and layer_types too, or leave the override out",
         FULL,
+        (
+            {
+                "hf_overrides": {
+                    "sliding_window": 40,
+                    "use_sliding_window": True,
+                    "layer_types": _ALL_SLIDE,
+                }
+            },
+        ),
     ),
     _engine(
         "full layers by override",
@@ -233,6 +319,14 @@ ENGINES = [
         "--hf-overrides of max_window_layers has no effect",
         _LATE,
         "with full_attention_layers for a mixed model",
+        remedies=(
+            {
+                "hf_overrides": {
+                    "max_window_layers": 2,
+                    "layer_types": ["full_attention"] * 2 + ["sliding_attention"] * 2,
+                }
+            },
+        ),
     ),
     _engine(
         "window overridden by null",
@@ -247,7 +341,7 @@ ENGINES = [
         "layer_types has 3 entries",
         "num_hidden_layers=4",
         "give one entry a layer",
-        FULL,
+        remedies=({"hf_overrides": {"layer_types": _ALL_SLIDE}},),
     ),
     _engine(
         "sliding window disabled",

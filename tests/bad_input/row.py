@@ -16,6 +16,7 @@ class Bad:
         do: part that says what to do, at the least what to change.
         error: the exact class.
         cause: the class that vLLM's pydantic wraps as ``error``; None where nothing does.
+        remedies: what the message tells to give instead, each as the kind of the row takes it.
     """
 
     name: str
@@ -25,6 +26,7 @@ class Bad:
     do: str
     error: type[BaseException] = ValueError
     cause: type[BaseException] | None = None
+    remedies: tuple[Any, ...] = ()
 
     def check(self, error: BaseException) -> None:
         """Assert that ``error`` is what this row expects."""

@@ -3,7 +3,9 @@
 Rows of HTTP requests meet a live server, in ``test_serve.py``.
 """
 
+import dataclasses
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -107,6 +109,46 @@ def test_configs(row: Bad, without_weights: Any) -> None:
 def test_engines(row: Bad, without_weights: Any) -> None:
     keys, arguments = row.given
     refused(row, lambda: set_up(without_weights(**keys), **arguments))
+
+
+# --- what the messages tell to do -----------------------------------------------------------------
+
+# Options that a message spells out, with a W for a window.
+SPELLED_OUT = re.compile(r"--additional-config '(\{.*?\})'(?!\w)")
+
+
+def check_remedies(row: Bad, keys: dict[str, Any], arguments: dict[str, Any], make: Any) -> int:
+    """Assert that what the message tells to do is served; returns how many things that are."""
+    with pytest.raises(row.error) as caught:
+        set_up(make(**keys), **arguments)
+    options = [
+        json.loads(text.replace("W", "8")) for text in SPELLED_OUT.findall(str(caught.value))
+    ]
+    kept = arguments
+    if "leave the override out and use" in str(caught.value):
+        kept = {key: value for key, value in arguments.items() if key != "hf_overrides"}
+    for additional in options:
+        set_up(make(**keys), **{**kept, "additional_config": additional})
+    for other_keys, others in row.remedies:
+        set_up(make(**other_keys), **others)
+    assert options or row.remedies
+    return len(options) + len(row.remedies)
+
+
+@rows([*CONFIGS, *ENGINES])
+def test_remedies(row: Bad, without_weights: Any, record_property: Record) -> None:
+    keys, arguments = row.given if isinstance(row.given, tuple) else (row.given, {})
+    num_applied = check_remedies(row, keys, arguments, without_weights)
+    record_property("summary: remedies applied", num_applied)
+
+
+@rows(OPTIONS)
+def test_remedies_of_options(row: Bad, without_weights: Any, record_property: Record) -> None:
+    fixed = tuple((FULL, {"additional_config": remedy}) for remedy in row.remedies)
+    row = dataclasses.replace(row, remedies=fixed)
+    given = {"additional_config": row.given}
+    num_applied = check_remedies(row, FULL, given, without_weights)
+    record_property("summary: remedies applied", num_applied)
 
 
 def test_what_the_rows_start_from_is_served(without_weights: Any) -> None:
