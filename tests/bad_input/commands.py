@@ -10,6 +10,37 @@ MODEL, TEXT = DATA / "tiny-swa-sliding", DATA / "acts-1-7.txt"
 HERE = "{here}"
 
 
+# Of commands that start no engine a right value of each flag.
+_RIGHT: dict[str, dict[str, str]] = {
+    "plan": {
+        "--window": "64",
+        "--sink-tokens": "4",
+        "--full-attention-layers": "0",
+        "--block-size": "16",
+        "--output": "64",
+        "--max-model-len": "512",
+        "--max-num-seqs": "256",
+        "--max-num-batched-tokens": "8192",
+        "--tensor-parallel-size": "1",
+        "--kv-memory": "16GiB",
+        "--prompt": "100,448",
+        "--plot": f"{HERE}/a.png",
+        "--json": f"{HERE}/a.json",
+    },
+    "trace": {
+        "--window": "64",
+        "--sink-tokens": "4",
+        "--block-size": "16",
+        "--max-num-batched-tokens": "64",
+        "--output": "4",
+        "--prompt": "10,40",
+        "--pool-tokens": "4096",
+        "--steps-in-flight": "2",
+        "--json": f"{HERE}/a.json",
+    },
+}
+
+
 def _says(command: str, arguments: list[str], got: str, allowed: str, do: str) -> Bad:
     common: dict[str, list[Any]] = {
         "plan": [MODEL, "--output", 64],
@@ -19,8 +50,19 @@ def _says(command: str, arguments: list[str], got: str, allowed: str, do: str) -
         "eval stream": [MODEL, "--text", TEXT],
         "eval layers": [MODEL, "--text", TEXT, "--length", 256, "--window", 64],
     }
-    given = [*command.split(), *common.get(command, ()), *arguments]
-    return Bad(" ".join([command, *arguments])[:80], given, got, allowed, do)
+    first = [*command.split(), *common.get(command, ())]
+    remedies = []
+    if right := _RIGHT.get(command):
+        pairs = zip(arguments[::2], arguments[1::2], strict=True)
+        remedies = [[*first, *(part for flag, _ in pairs for part in (flag, right[flag]))]]
+    return Bad(
+        " ".join([command, *arguments])[:80],
+        [*first, *arguments],
+        got,
+        allowed,
+        do,
+        remedies=tuple(remedies),
+    )
 
 
 def _range(command: str, flag: str, value: str, least: int = 1, *others: str) -> Bad:

@@ -218,6 +218,13 @@ def test_commands(
     row.check_text(capsys.readouterr().err)
 
 
+@rows([row for row in COMMANDS if row.remedies])
+def test_remedies_of_commands(row: Bad, tmp_path: Path, record_property: Record) -> None:
+    for remedy in row.remedies:
+        assert main([str(part).replace(HERE, str(tmp_path)) for part in remedy]) == 0
+    record_property("summary: remedies applied", len(row.remedies))
+
+
 @rows(OPERATIONS)
 def test_operations(row: Bad) -> None:
     name, changes = row.given
