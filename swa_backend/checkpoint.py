@@ -39,6 +39,8 @@ class Checkpoint:
         head_dim: elements of a key, and of a value.
         dtype: name of the weights' dtype; None where the config does not say.
         max_positions: ``max_position_embeddings``.
+        quantization: how weights and KV cache are quantized, as the tool that did it writes it
+            down; empty where nothing is.
     """
 
     config: Any
@@ -47,6 +49,7 @@ class Checkpoint:
     head_dim: int
     dtype: str | None
     max_positions: int
+    quantization: dict[str, Any]
 
 
 def read_checkpoint(path: Path) -> Checkpoint:
@@ -83,6 +86,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
         head_dim=_count(file, text, "head_dim"),
         dtype=None if dtype is None else str(dtype),
         max_positions=_count(file, text, "max_position_embeddings"),
+        quantization=_quantization(file, raw),
     )
 
 
@@ -103,6 +107,19 @@ def _load(file: Path) -> dict[str, Any]:
     if not isinstance(raw, dict):
         raise ValueError(f"{file} holds a JSON {type(raw).__name__}, not an object; {_REMEDY}")
     return raw
+
+
+def _quantization(file: Path, raw: dict[str, Any]) -> dict[str, Any]:
+    """Find where a checkpoint says how it is quantized: tools have several places for it."""
+    found = raw.get("quantization_config")
+    if found is None and os.path.exists(beside := file.with_name("hf_quant_config.json")):
+        found = _load(beside)
+    for other in (raw.get("text_config"), {"quantization_config": raw.get("compression_config")}):
+        if found is None and isinstance(other, dict):
+            found = other.get("quantization_config")
+    if found is not None and not isinstance(found, dict):
+        raise ValueError(_wrong(file, "quantization_config", "an object", found))
+    return found or {}
 
 
 def _check_types(file: Path, text: dict[str, Any]) -> None:

@@ -30,8 +30,9 @@ MEMBERS: dict[str, set[str]] = {
     },
     "vllm.config.speculative:SpeculativeConfig": {"method", "use_eagle"},
     "vllm.config.vllm:VllmConfig": {
-        *("additional_config", "cache_config", "compilation_config", "instance_id"),
-        *("kv_transfer_config", "load_config", "max_concurrent_batches", "model_config"),
+        *("additional_config", "cache_config", "compilation_config", "get_quantization_config"),
+        *("instance_id", "kv_transfer_config", "load_config", "max_concurrent_batches"),
+        "model_config",
         *("num_lookahead_tokens", "num_speculative_tokens", "parallel_config", "quant_config"),
         *("scheduler_config", "speculative_config"),
     },
