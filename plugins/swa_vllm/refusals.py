@@ -9,6 +9,7 @@ from vllm.config import VllmConfig
 from vllm.platforms import current_platform
 from vllm.v1.kv_cache_interface import is_quantized_kv_cache
 
+from swa_backend.can_slide import check_can_slide
 from swa_backend.kernels.device import target_of
 from swa_backend.kernels.plans import Target
 from swa_backend.options import PrefillPages, SWAConfigError
@@ -34,7 +35,7 @@ def check_servable(vllm_config: VllmConfig, swa: SWAConfig) -> None:
             "remove the window"
         )
     check_backend_slot()
-    _check_model(vllm_config)
+    check_can_slide(text_config(vllm_config))
     _check_engine(vllm_config)
     if swa.uses_kernels:
         _check_kernels(vllm_config)
@@ -59,25 +60,6 @@ def check_part(vllm_config: VllmConfig, prefix: str) -> None:
         raise SWAConfigError(
             f"the Qwen3 that is the part {prefix!r} of this model or engine was not tested with "
             "windows; remove the window from the options and from the checkpoint of that part"
-        )
-
-
-def _check_model(vllm_config: VllmConfig) -> None:
-    config = text_config(vllm_config)
-    if config.num_attention_heads % config.num_key_value_heads:
-        raise SWAConfigError(
-            f"num_attention_heads={config.num_attention_heads} is no multiple of "
-            f"num_key_value_heads={config.num_key_value_heads}; correct the checkpoint's "
-            "config.json"
-        )
-    if not getattr(config, "is_causal", True):
-        raise SWAConfigError(
-            "is_causal=false (bidirectional attention) cannot have a window; remove the window "
-            "or is_causal=false"
-        )
-    if getattr(config, "dual_chunk_attention_config", None):
-        raise SWAConfigError(
-            "dual_chunk_attention_config cannot be combined with a window; remove either"
         )
 
 
