@@ -23,9 +23,29 @@ _TEXT_MODELS = (
 _UNSAID = {"qwen3_asr": "qwen3"}
 _REMEDY = "give the config.json of a Qwen3"
 _NESTED = ("thinker_config", "text_config")
-# Defaults of transformers' Qwen3Config.
-_DENSE_DEFAULTS = {"head_dim": 128, "sliding_window": 4096, "max_window_layers": 28}
-_MOE_DEFAULTS = {"sliding_window": 4096}
+# Defaults of transformers' Qwen3Config and Qwen3MoeConfig.
+_COMMON_DEFAULTS = {
+    "num_attention_heads": 32,
+    "max_position_embeddings": 32768,
+    "use_sliding_window": False,
+    "sliding_window": 4096,
+}
+_DEFAULTS: dict[str, dict[str, Any]] = {
+    "qwen3": {
+        **_COMMON_DEFAULTS,
+        "hidden_size": 4096,
+        "num_hidden_layers": 32,
+        "num_key_value_heads": 32,
+        "head_dim": 128,
+        "max_window_layers": 28,
+    },
+    "qwen3_moe": {
+        **_COMMON_DEFAULTS,
+        "hidden_size": 2048,
+        "num_hidden_layers": 24,
+        "num_key_value_heads": 4,
+    },
+}
 
 
 @dataclass(frozen=True)
@@ -33,20 +53,25 @@ class Checkpoint:
     """What a plan needs to know of a model.
 
     Attributes:
+        architectures: what the checkpoint says that it is; empty where it does not.
         config: the text layers' config, as :func:`swa_backend.layers.resolve_layers` reads it.
         num_layers: number of text layers.
         num_kv_heads: KV heads of a layer, those of all devices together.
         head_dim: elements of a key, and of a value.
         dtype: name of the weights' dtype; None where the config does not say.
         max_positions: ``max_position_embeddings``.
+        quantization: how weights and KV cache are quantized, as the tool that did it writes it
+            down; empty where nothing is.
     """
 
+    architectures: tuple[str, ...]
     config: Any
     num_layers: int
     num_kv_heads: int
     head_dim: int
     dtype: str | None
     max_positions: int
+    quantization: dict[str, Any]
 
 
 def read_checkpoint(path: Path) -> Checkpoint:
@@ -68,21 +93,26 @@ def read_checkpoint(path: Path) -> Checkpoint:
             f"{file}: model_type {raw.get('model_type')!r} is no Qwen3 that this plugin serves "
             f"with windows; its text layers must be one of {', '.join(_TEXT_MODELS)}"
         )
+    text = {**_DEFAULTS.get(kind, {}), **text, "model_type": kind}
     _check_config_types(file, text)
-    text = _with_config_defaults({**text, "model_type": kind})
-    heads, hidden = _config_count(file, text, "num_attention_heads"), text.get("hidden_size")
-    if text.get("head_dim") is None and isinstance(hidden, int):
-        text["head_dim"] = hidden // heads
-    if text.get("num_key_value_heads") is None:
+    heads = _config_count(file, text, "num_attention_heads")
+    if text.get("num_key_value_heads") is None and kind != "qwen3_moe":
         text["num_key_value_heads"] = heads
-    dtype = next((d for c in (raw, text) if (d := c.get("dtype") or c.get("torch_dtype"))), None)
+    if text.get("head_dim") is None and kind != "qwen3":
+        text["head_dim"] = (text.get("hidden_size") or 0) // heads
+    num_layers = _config_count(file, text, "num_hidden_layers")
+    text |= {"rope_parameters": _config_rope(file, text), **_config_windows(file, text, num_layers)}
+    keys = ("dtype", "torch_dtype")
+    dtype = next((c[key] for c in (raw, text) for key in keys if c.get(key) is not None), None)
     return Checkpoint(
+        architectures=_config_architectures(file, raw),
         config=SimpleNamespace(**text),
-        num_layers=_config_count(file, text, "num_hidden_layers"),
+        num_layers=num_layers,
         num_kv_heads=_config_count(file, text, "num_key_value_heads"),
         head_dim=_config_count(file, text, "head_dim"),
         dtype=None if dtype is None else str(dtype),
         max_positions=_config_count(file, text, "max_position_embeddings"),
+        quantization=_config_quantization(file, raw),
     )
 
 
@@ -105,18 +135,40 @@ def _load_config_json(file: Path) -> dict[str, Any]:
     return raw
 
 
+def _config_quantization(file: Path, raw: dict[str, Any]) -> dict[str, Any]:
+    """Find where a checkpoint says how it is quantized: tools have several places for it."""
+    found = raw.get("quantization_config")
+    if found is None and os.path.exists(beside := file.with_name("hf_quant_config.json")):
+        found = _load_config_json(beside)
+    for other in (raw.get("text_config"), {"quantization_config": raw.get("compression_config")}):
+        if found is None and isinstance(other, dict):
+            found = other.get("quantization_config")
+    if found is not None and not isinstance(found, dict):
+        raise ValueError(_wrong_config_key(file, "quantization_config", "an object", found))
+    return found or {}
+
+
+def _config_architectures(file: Path, raw: dict[str, Any]) -> tuple[str, ...]:
+    names = raw.get("architectures") or ()
+    if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
+        raise ValueError(_wrong_config_key(file, "architectures", "a list of names", names))
+    return tuple(names)
+
+
 def _check_config_types(file: Path, text: dict[str, Any]) -> None:
     """Raise for a key about layers whose type transformers would refuse."""
+    defaults = _DEFAULTS.get(text["model_type"], {})
     for keys, fits, allowed in (
-        (("rope_parameters", "rope_scaling"), dict, "an object"),
         (("use_sliding_window",), bool, "true or false"),
-        (("max_window_layers", "sliding_window"), int, "an integer"),
+        (("hidden_size", "max_window_layers", "sliding_window"), int, "an integer"),
         (("layer_types",), list, "a list of names"),
     ):
         for key in keys:
             value = text.get(key)
+            if value is None and (key == "sliding_window" or key not in defaults):
+                continue
             names = value if isinstance(value, list) else ()
-            if value is not None and (
+            if (
                 not isinstance(value, fits)
                 or (fits is int and isinstance(value, bool))
                 or not all(isinstance(name, str) for name in names)
@@ -128,26 +180,40 @@ def _wrong_config_key(file: Path, key: str, allowed: str, value: object) -> str:
     return f"{file}: {key} must be {allowed}, got {value!r}; correct it, or download the file again"
 
 
-def _with_config_defaults(text: dict[str, Any]) -> dict[str, Any]:
-    """Complete a config as transformers does, which leaves those of derived models alone."""
-    rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
-    text = {**text, "rope_parameters": {**rope, "rope_type": rope.get("rope_type", "default")}}
-    if "type" in rope:  # the older name
-        text["rope_parameters"]["rope_type"] = rope["type"]
-    if text["model_type"] not in ("qwen3", "qwen3_moe"):
-        return text
-    is_dense = text["model_type"] == "qwen3"
-    text = {**(_DENSE_DEFAULTS if is_dense else _MOE_DEFAULTS), **text}
-    text["use_sliding_window"] = bool(text.get("use_sliding_window"))
-    if not text["use_sliding_window"]:
-        text["sliding_window"] = None
-    if is_dense and text.get("layer_types") is None:
-        first, slides = text["max_window_layers"], text["sliding_window"] is not None
-        text["layer_types"] = [
-            SLIDING if slides and index >= first else FULL
-            for index in range(text.get("num_hidden_layers") or 0)
-        ]
-    return text
+def _config_rope(file: Path, text: dict[str, Any]) -> dict[str, Any]:
+    """Read the rotary embedding; the older key wins in transformers, unless it is empty."""
+    found = {"rope_parameters": text.get("rope_parameters")}
+    if text.get("rope_scaling"):
+        found["rope_scaling"] = text["rope_scaling"]
+    rope: dict[str, Any] = {}
+    for key, value in found.items():
+        if value is not None and not isinstance(value, dict):
+            raise ValueError(_wrong_config_key(file, key, "an object", value))
+        rope = value or {}
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind in ("linear", "dynamic", "yarn") and "factor" not in rope:
+        raise ValueError(
+            _wrong_config_key(file, "rope_parameters", "an object with a factor", rope)
+        )
+    return {**rope, "rope_type": kind}
+
+
+def _config_windows(file: Path, text: dict[str, Any], num_layers: int) -> dict[str, Any]:
+    """Derive what transformers derives, which leaves derived models alone."""
+    layer_types = text.get("layer_types")
+    if layer_types is not None:  # "attention" is the older name
+        if len(layer_types) != num_layers:
+            raise ValueError(
+                _wrong_config_key(file, "layer_types", f"{num_layers} names", layer_types)
+            )
+        layer_types = [FULL if name == "attention" else name for name in layer_types]
+    if text["model_type"] not in _DEFAULTS:
+        return {"layer_types": layer_types}
+    window = text["sliding_window"] if text["use_sliding_window"] else None
+    if layer_types is None and text["model_type"] == "qwen3":
+        first = num_layers if window is None else text["max_window_layers"]
+        layer_types = [FULL if index < first else SLIDING for index in range(num_layers)]
+    return {"sliding_window": window, "layer_types": layer_types}
 
 
 def _config_count(file: Path, text: dict[str, Any], key: str) -> int:

@@ -9,12 +9,14 @@ from vllm.config import VllmConfig
 from vllm.platforms import current_platform
 from vllm.v1.kv_cache_interface import is_quantized_kv_cache
 
+from swa_backend.can_slide import check_can_slide
 from swa_backend.kernels.device import target_of
 from swa_backend.kernels.plans import Target
 from swa_backend.options import PrefillPages, SWAConfigError
 from swa_backend.weights import check_weights
 from swa_vllm.compat import envs
 from swa_vllm.compat.backend_slot import check_backend_slot
+from swa_vllm.config.cache_dtype import checkpoints_cache_dtype, resolved_cache_dtype
 from swa_vllm.config.implementation import FP8_DTYPES, obstacle_to_survivors
 from swa_vllm.config.swa_config import SWAConfig, text_config, wants_windows_decided
 
@@ -33,7 +35,7 @@ def check_servable(vllm_config: VllmConfig, swa: SWAConfig) -> None:
             "remove the window"
         )
     check_backend_slot()
-    _check_model(vllm_config)
+    check_can_slide(text_config(vllm_config))
     _check_engine(vllm_config)
     if swa.uses_kernels:
         _check_kernels(vllm_config)
@@ -61,25 +63,6 @@ def check_part(vllm_config: VllmConfig, prefix: str) -> None:
         )
 
 
-def _check_model(vllm_config: VllmConfig) -> None:
-    config = text_config(vllm_config)
-    if config.num_attention_heads % config.num_key_value_heads:
-        raise SWAConfigError(
-            f"num_attention_heads={config.num_attention_heads} is no multiple of "
-            f"num_key_value_heads={config.num_key_value_heads}; correct the checkpoint's "
-            "config.json"
-        )
-    if not getattr(config, "is_causal", True):
-        raise SWAConfigError(
-            "is_causal=false (bidirectional attention) cannot have a window; remove the window "
-            "or is_causal=false"
-        )
-    if getattr(config, "dual_chunk_attention_config", None):
-        raise SWAConfigError(
-            "dual_chunk_attention_config cannot be combined with a window; remove either"
-        )
-
-
 def _check_survivors(vllm_config: VllmConfig, swa: SWAConfig) -> None:
     obstacle = obstacle_to_survivors(swa.implementation, vllm_config)
     if obstacle is not None:
@@ -98,8 +81,9 @@ def _check_sinks(vllm_config: VllmConfig, swa: SWAConfig) -> None:
         remedy = "remove sink_tokens"
     elif vllm_config.scheduler_config.disable_hybrid_kv_cache_manager:
         obstacle = "--disable-hybrid-kv-cache-manager, which leaves pages to vLLM"
-    elif not swa.uses_kernels and is_quantized_kv_cache(vllm_config.cache_config.cache_dtype):
-        obstacle = f"kv_cache_dtype={vllm_config.cache_config.cache_dtype}: not tested on CPUs"
+    elif not swa.uses_kernels and is_quantized_kv_cache(dtype := resolved_cache_dtype(vllm_config)):
+        obstacle = f"{_named(dtype, vllm_config)}: not tested on CPUs"
+        remedy = f"remove sink_tokens, or use {_unquantized_cache(vllm_config)}"
     elif options.position_shift and _has_positions_of_several_kinds(text_config(vllm_config)):
         obstacle = "position_shift in a model whose RoPE has positions in time and space"
         remedy = "remove position_shift"
@@ -131,16 +115,16 @@ def _check_poison(vllm_config: VllmConfig, swa: SWAConfig) -> None:
 
 def _check_kernels(vllm_config: VllmConfig) -> None:
     remedy = "remove the window"
-    kv_dtype = vllm_config.cache_config.cache_dtype
-    if is_quantized_kv_cache(kv_dtype) and kv_dtype not in FP8_DTYPES:
+    dtype = resolved_cache_dtype(vllm_config)
+    if is_quantized_kv_cache(dtype) and dtype not in FP8_DTYPES:
         raise SWAConfigError(
-            f"kv_cache_dtype={kv_dtype} is unknown to the kernels of windowed layers; use one of "
-            f"auto, {', '.join(FP8_DTYPES)}, or {remedy}"
+            f"{_named(dtype, vllm_config)} is unknown to the kernels of windowed layers; use "
+            f"{_unquantized_cache(vllm_config)} or one of {', '.join(FP8_DTYPES)}, or {remedy}"
         )
-    if is_quantized_kv_cache(kv_dtype) and current_platform.is_fp8_fnuz():
+    if is_quantized_kv_cache(dtype) and current_platform.is_fp8_fnuz():
         raise SWAConfigError(
-            f"kv_cache_dtype={kv_dtype}: this device's fp8 (fnuz) is unknown to the kernels of "
-            f"windowed layers; use auto, or {remedy}"
+            f"{_named(dtype, vllm_config)}: this device's fp8 (fnuz) is unknown to the kernels of "
+            f"windowed layers; use {_unquantized_cache(vllm_config)}, or {remedy}"
         )
     try:
         _check_device()
@@ -150,6 +134,22 @@ def _check_kernels(vllm_config: VllmConfig) -> None:
             'TRITON_INTERPRET=1 before the engine starts (slow, for debugging) or swa.impl="auto"; '
             f"on a GPU that is too old {remedy}"
         ) from error
+
+
+def _named(dtype: str, vllm_config: VllmConfig) -> str:
+    """Name the KV cache's dtype, and the checkpoint if that asks for it."""
+    by_checkpoint = dtype == checkpoints_cache_dtype(vllm_config)
+    return f"kv_cache_dtype={dtype}" + (" (the checkpoint asks for it)" if by_checkpoint else "")
+
+
+def _unquantized_cache(vllm_config: VllmConfig) -> str:
+    """Give the flags of a KV cache in the model's dtype, whatever the checkpoint asks for."""
+    if checkpoints_cache_dtype(vllm_config) == "auto":
+        return "--kv-cache-dtype auto"
+    dtype = str(vllm_config.model_config.dtype).removeprefix("torch.")
+    if dtype == "float32":  # which no value of the flag names
+        return "--dtype bfloat16 --kv-cache-dtype bfloat16"
+    return f"--kv-cache-dtype {dtype}"
 
 
 def _check_device() -> None:

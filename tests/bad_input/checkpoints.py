@@ -178,6 +178,7 @@ CONFIG_FILES = [
     _key("head_dim", -32, "got -32", "head_dim must be an integer >= 1"),
     _key("rope_parameters", "yarn", "got 'yarn'", "rope_parameters must be an object"),
     _key("max_window_layers", "2", "got '2'", "max_window_layers must be an integer"),
+    _key("quantization_config", "fp8", "got 'fp8'", "quantization_config must be an object"),
     _key("layer_types", "sliding_attention", "got 'sliding_attention'", "must be a list"),
     _key("layer_types", [1, 2, 3, 4], "got [1, 2, 3, 4]", "layer_types must be a list"),
 ]

@@ -7,6 +7,7 @@ from pydantic import ValidationError
 
 from swa_backend.options import SWAConfigError
 from tests.bad_input.row import Bad
+from tests.helpers.quantized_models import FP8_CACHE
 from tests.helpers.tiny_models import BY_LAYER_TYPES, FULL, MIXED, MOE, ROPE, SLIDING
 
 LAYERS = "swa.full_attention_layers"
@@ -419,9 +420,28 @@ ENGINES = [
     _engine(
         "sinks in an fp8 cache on CPUs",
         {"kv_cache_dtype": "fp8", "additional_config": {"swa": {"sink_tokens": 4}}},
-        "kv_cache_dtype=fp8",
+        "kv_cache_dtype=fp8:",
         "not tested on CPUs",
-        "remove either",
+        "remove sink_tokens, or use --kv-cache-dtype auto",
+    ),
+    *(
+        _engine(
+            f"sinks in an fp8 cache that {kind} asks for, on CPUs",
+            {"dtype": "bfloat16", "additional_config": {"swa": {"sink_tokens": 4}}},
+            f"kv_cache_dtype={name} (the checkpoint asks for it)",
+            "not tested on CPUs",
+            "remove sink_tokens, or use --kv-cache-dtype bfloat16",
+            {**SLIDING, "quantization_config": FP8_CACHE[kind]},
+        )
+        for kind, name in (("compressed-tensors", "fp8"), ("modelopt", "fp8_e4m3"))
+    ),
+    _engine(
+        "sinks in fp32 and in an fp8 cache that the checkpoint asks for, on CPUs",
+        {"additional_config": {"swa": {"sink_tokens": 4}}},
+        "kv_cache_dtype=fp8 (the checkpoint asks for it)",
+        "not tested on CPUs",
+        "use --dtype bfloat16 --kv-cache-dtype bfloat16",
+        {**SLIDING, "quantization_config": FP8_CACHE["compressed-tensors"]},
     ),
     _engine(
         "shifted sinks in time and space",

@@ -77,8 +77,7 @@ def set_up(model: Path, **arguments: Any) -> Any:
     return EngineArgs(
         str(model),
         skip_tokenizer_init=True,
-        dtype="float32",
-        **{"max_model_len": 512, **arguments},
+        **{"dtype": "float32", "max_model_len": 512, **arguments},
     ).create_engine_config()
 
 

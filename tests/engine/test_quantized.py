@@ -1,4 +1,4 @@
-"""Quantized weights: windowed layers answer as stock vLLM's do."""
+"""Quantized checkpoints: windowed layers answer as stock vLLM's do."""
 
 from typing import Any
 
@@ -35,10 +35,25 @@ def test_quantized_weights_answer_as_stock(
     quantized_model: ModelFactory,
 ) -> None:
     if kind not in RUNNABLE:
-        pytest.skip("vLLM's CPU build runs 4-bit weights on processors with AVX-512 only")
+        pytest.skip("vLLM's CPU build runs this on processors with AVX-512 only")
     model = quantized_model(kind, **checkpoint)
     llm = engine(model, dtype="bfloat16", additional_config={"swa": options})
+    cache_dtype = "fp8" if "fp8 cache" in kind else "auto"
+    assert [layer.kv_cache_dtype for layer in attention_layers(llm)] == [cache_dtype] * 4
     assert [layer.sliding_window for layer in attention_layers(llm)] == windows
     answers = stock_results[f"{stock}_{kind}"]["answers"]
     assert [list(answer) for answer in describe(llm)["answers"]] == answers
     assert len({tuple(tokens) for tokens, _ in answers}) == len(answers)
+
+
+def test_sinks_are_served_where_the_fp8_cache_of_a_checkpoint_is_declined(
+    engine: EngineFactory, quantized_model: ModelFactory
+) -> None:
+    """What the refusal of both says to do."""
+    served = {"dtype": "bfloat16", "additional_config": {"swa": {"sink_tokens": 4}}}
+    plain = describe(engine(quantized_model("w8a8", **SLIDING), **served))
+    model = quantized_model("w8a8 and an fp8 cache", **SLIDING)
+    with pytest.raises(ValueError, match="use --kv-cache-dtype bfloat16"):
+        engine(model, **served)
+    declined = describe(engine(model, kv_cache_dtype="bfloat16", **served))
+    assert declined["answers"] == plain["answers"]

@@ -85,23 +85,29 @@ def _awq(weight: torch.Tensor) -> Tensors:
 
 
 _EIGHT_BITS = {"num_bits": 8, "type": "int", "symmetric": True}
+_W8A8 = {
+    "quant_method": "compressed-tensors",
+    "format": "int-quantized",
+    "quantization_status": "compressed",
+    "ignore": ["lm_head"],
+    "config_groups": {
+        "group_0": {
+            "targets": ["Linear"],
+            "weights": {**_EIGHT_BITS, "strategy": "channel", "dynamic": False},
+            "input_activations": {**_EIGHT_BITS, "strategy": "token", "dynamic": True},
+        }
+    },
+}
+_SCHEME = {"type": "float", "num_bits": 8, "dynamic": False, "symmetric": True}
+# What checkpoints say that ask for an fp8 KV cache, by the tool that made them.
+FP8_CACHE: dict[str, dict[str, Any]] = {
+    "compressed-tensors": {**_W8A8, "kv_cache_scheme": {**_SCHEME, "strategy": "tensor"}},
+    "modelopt": {"quant_method": "modelopt", "quant_algo": "FP8", "kv_cache_quant_algo": "FP8"},
+}
 FORMATS: dict[str, tuple[Callable[[torch.Tensor], Tensors], dict[str, Any]]] = {
-    "w8a8": (
-        _w8a8,
-        {
-            "quant_method": "compressed-tensors",
-            "format": "int-quantized",
-            "quantization_status": "compressed",
-            "ignore": ["lm_head"],
-            "config_groups": {
-                "group_0": {
-                    "targets": ["Linear"],
-                    "weights": {**_EIGHT_BITS, "strategy": "channel", "dynamic": False},
-                    "input_activations": {**_EIGHT_BITS, "strategy": "token", "dynamic": True},
-                }
-            },
-        },
-    ),
+    "w8a8": (_w8a8, _W8A8),
+    # Without scales of the cache, which are 1 then.
+    "w8a8 and an fp8 cache": (_w8a8, FP8_CACHE["compressed-tensors"]),
     "gptq": (
         _gptq,
         {
@@ -124,7 +130,7 @@ FORMATS: dict[str, tuple[Callable[[torch.Tensor], Tensors], dict[str, Any]]] = {
         },
     ),
 }
-# vLLM's CPU build has the operator for four bits where the processor has AVX-512.
+# vLLM's CPU build has operators for four bits and fp8 where the processor has AVX-512.
 RUNNABLE = tuple(FORMATS) if hasattr(torch.ops._C, "cpu_gemm_wna16") else ("w8a8",)
 needs_fp8_kernels = pytest.mark.skipif(
     not (torch.cpu._is_avx512_supported() or torch.cpu._is_amx_tile_supported()),

@@ -14,10 +14,12 @@ from functools import cache
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import vllm
+from vllm.config.model import iter_architecture_defaults
 
 import swa_vllm
 from swa_vllm.attention.cpu.backend import SWACPUBackend, SWACPUImpl, SWACPUMetadataBuilder
@@ -456,3 +458,20 @@ def test_what_is_imported_exists(tree: Path) -> None:
         if name not in _names(tree.parent.joinpath(*module.split(".")))
     }
     assert not missing
+
+
+def test_architectures_with_windows_are_known_without_vllm() -> None:
+    """``swa plan`` asks our table, which says of every architecture what vLLM would."""
+    swa_vllm.register()
+    assert tuple(ending for ending, _ in iter_architecture_defaults()) == architectures.ENDINGS
+    endings = (*architectures.ENDINGS, "ForGuardModel", "DSparkModel", "")
+    bases = {
+        name.removesuffix(ending) for name in architectures.MODELS for ending in endings if ending
+    }
+    for name in {
+        *vllm.ModelRegistry.models,
+        *(base + ending for base in bases for ending in endings),
+    }:
+        found = vllm.ModelRegistry._normalize_arch(name, SimpleNamespace())
+        with_windows = found in architectures.PLAIN or found in architectures.WINDOWED
+        assert architectures.has_windows(name) is with_windows, name

@@ -314,3 +314,23 @@ def test_refused_on_old_gpus_and_with_foreign_caches(
     setup.config.cache_config.cache_dtype = "auto"
     with pytest.raises(SWAConfigError, match="on a GPU that is too old remove the window"):
         check_servable(setup.config, SWAConfig.from_vllm(setup.config))
+
+
+def test_foreign_caches_that_the_checkpoint_asks_for_are_refused(
+    setup: KernelLayer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where vLLM's config still says "auto"."""
+    _on_gpu(monkeypatch, 0, is_fnuz=True)
+    setup.config.quant_config = SimpleNamespace(kv_cache_scheme={})
+    with pytest.raises(SWAConfigError, match=r"fp8 .the checkpoint asks for it.*fnuz. is unknown"):
+        check_servable(setup.config, SWAConfig.from_vllm(setup.config))
+    model = setup.config.model_config
+    model.dtype = torch.float16
+    model.hf_config.quantization_config = {
+        "quant_method": "modelopt",
+        "kv_cache_quant_algo": "NVFP4",
+    }
+    with pytest.raises(SWAConfigError, match=r"nvfp4 .the.*use --kv-cache-dtype float16 or one of"):
+        check_servable(setup.config, SWAConfig.from_vllm(setup.config))
+    setup.config.cache_config.cache_dtype = "float16"
+    check_servable(setup.config, SWAConfig.from_vllm(setup.config))

@@ -5,19 +5,27 @@ import subprocess
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from transformers import AutoConfig
 from vllm import LLM, SamplingParams
-from vllm.config import ModelConfig, ParallelConfig
+from vllm.config import LoadConfig, ModelConfig, ParallelConfig
 
 from swa_backend.checkpoint import read_checkpoint
 from swa_backend.layers import resolve_layers
 from swa_backend.options import SWAConfigError, SWAOptions
+from swa_vllm.config.cache_dtype import checkpoints_cache_dtype
 from swa_vllm.tools.cli import main
-from swa_vllm.tools.common.sizing import bytes_of_an_element, kv_heads_of_a_device, longest_text
+from swa_vllm.tools.common.sizing import (
+    bytes_of_an_element,
+    cache_dtype_of,
+    kv_heads_of_a_device,
+    longest_text,
+)
 from tests.helpers.engines import EngineFactory, ModelFactory, scheduler
+from tests.helpers.quantized_models import FORMATS, FP8_CACHE
 from tests.helpers.tiny_models import (
     BY_LAYER_TYPES,
     FULL,
@@ -220,6 +228,69 @@ def test_an_element_takes_the_bytes_of_vllms_dtype(
     config = ModelConfig(str(tmp_path), dtype=dtype, skip_tokenizer_init=True)
     planned = bytes_of_an_element(read_checkpoint(tmp_path), dtype, "auto")
     assert planned == config.dtype.itemsize
+
+
+_STATIC = {"type": "float", "num_bits": 8, "dynamic": False}
+_BEFORE_0_31 = {"producer": {"name": "modelopt"}, "quantization": {"quant_algo": "FP8"}}
+# What a quantized checkpoint says of its KV cache.
+CACHES: dict[str, dict[str, Any]] = {
+    "not quantized": {},
+    "w8a8": {"quantization_config": FORMATS["w8a8"][1]},
+    "gptq": {"quantization_config": FORMATS["gptq"][1]},
+    **{tool: {"quantization_config": said} for tool, said in FP8_CACHE.items()},
+    "compressed_tensors": {
+        "quantization_config": FP8_CACHE["compressed-tensors"]
+        | {"quant_method": "Compressed_Tensors"}
+    },
+    "compression_config": {"compression_config": FP8_CACHE["compressed-tensors"]},
+    **{
+        f"modelopt, {key}={value}": {
+            "quantization_config": {"quant_method": "modelopt", "quant_algo": "FP8", key: value}
+        }
+        for key, value in [
+            ("kv_cache_quant_algo", "nvfp4"),
+            ("kv_cache_quant_algo", "INT8"),
+            ("kv_cache_quant_algo", None),
+            ("kv_cache_scheme", _STATIC),
+            ("kv_cache_scheme", {**_STATIC, "dynamic": True}),
+            ("kv_cache_scheme", {**_STATIC, "num_bits": 4}),
+            ("kv_cache_scheme", "fp8"),
+            ("quantization", {"quant_algo": "FP8", "kv_cache_quant_algo": "FP8"}),
+        ]
+    },
+    "modelopt, unnamed": {
+        "quantization_config": {
+            **_BEFORE_0_31,
+            "quantization": {"quant_algo": "FP8", "kv_cache_quant_algo": "FP8"},
+        }
+    },
+    "modelopt, in a file of its own": {
+        "hf_quant_config.json": {
+            **_BEFORE_0_31,
+            "quantization": {"quant_algo": "FP8", "kv_cache_quant_algo": "FP8"},
+        }
+    },
+}
+
+
+@pytest.mark.parametrize("name", CACHES)
+def test_an_fp8_cache_that_the_checkpoint_asks_for_is_planned(name: str, tmp_path: Path) -> None:
+    keys = dict(CACHES[name])
+    if (beside := keys.pop("hf_quant_config.json", None)) is not None:
+        (tmp_path / "hf_quant_config.json").write_text(json.dumps(beside))
+    config = tiny_config(architectures=["Qwen3ForCausalLM"], dtype="bfloat16").to_dict() | keys
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    model = ModelConfig(str(tmp_path), skip_tokenizer_init=True)
+    served: Any = SimpleNamespace(model_config=model, load_config=LoadConfig(), quant_config=None)
+    planned = read_checkpoint(tmp_path)
+    dtype = cache_dtype_of(planned.quantization)
+    assert dtype == checkpoints_cache_dtype(served)
+    if dtype == "nvfp4":
+        with pytest.raises(ValueError, match=r"asks for a KV cache in nvfp4.*give --kv"):
+            bytes_of_an_element(planned, "auto", "auto")
+    else:
+        assert bytes_of_an_element(planned, "auto", "auto") == (2 if dtype == "auto" else 1)
+    assert bytes_of_an_element(planned, "auto", "bfloat16") == 2
 
 
 QWEN3_8B = {

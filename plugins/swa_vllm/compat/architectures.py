@@ -2,8 +2,6 @@
 
 from typing import Any
 
-from vllm import ModelRegistry
-
 # Architectures, and vLLM's class for each: the text stack is a plain Qwen3, which may slide ...
 WINDOWED = {
     "ColQwen3": "ColQwen3Model",
@@ -39,10 +37,29 @@ GUARDS = {
     name: f"swa_vllm.models.guard:Untested{stock}"
     for name, stock in {**dict(zip(PLAIN, PLAIN, strict=True)), **WINDOWED, **UNPROVEN}.items()
 }
+# Endings of architectures, of which vLLM takes one for another that it knows, in its order.
+ENDINGS = (
+    *("ForCausalLM", "ForConditionalGeneration", "ChatModel", "LMHeadModel", "ForTextEncoding"),
+    *("EmbeddingModel", "ForSequenceClassification", "ForTokenClassification"),
+    *("ForAudioClassification", "ForImageClassification", "ForVideoClassification"),
+    *("ClassificationModel", "ForRewardModeling", "RewardModel", "Model"),
+)
+
+
+def has_windows(architecture: str) -> bool:
+    """Whether this plugin serves an architecture with windows, without asking vLLM."""
+    served = {*PLAIN, *WINDOWED}
+    ending = next((ending for ending in ENDINGS if architecture.endswith(ending)), None)
+    return architecture in served or (
+        ending is not None
+        and any(architecture.replace(ending, other) in served for other in ENDINGS)
+    )
 
 
 def registered_class(architecture: str) -> str | None:
     """``module:class`` that vLLM's model registry holds for an architecture, or None."""
+    from vllm import ModelRegistry  # here only: tools read these tables where there is no vLLM
+
     entry: Any = ModelRegistry.models.get(architecture)
     if entry is None:
         return None

@@ -1,11 +1,14 @@
 """The arithmetic of vLLM's start-up: what it makes of a model's layers. No vLLM is imported.
 
-vLLM 0.32 and 0.33: ``v1/core/kv_cache_utils.py``. ``tests/tools/test_plan.py`` holds this against
-vLLM's own functions and against engines that were started.
+vLLM 0.32 and 0.33: ``v1/core/kv_cache_utils.py``; for the dtype of the KV cache
+``utils/torch_utils.py`` and ``Attention``. ``tests/tools/test_plan.py`` holds this against vLLM's
+own functions and against engines that were started.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import Any
 
 from swa_backend.checkpoint import Checkpoint
 from swa_backend.pages import WindowPages, ceil_div
@@ -24,6 +27,8 @@ DTYPE_BYTES = {
 }
 MODEL_DTYPES = ("auto", "bfloat16", "float16", "half", "float32", "float")
 CACHE_DTYPES = ("auto", "bfloat16", "float16", "fp8", "fp8_e4m3", "fp8_e5m2")
+# vLLM's names of KV cache dtypes, by modelopt's.
+_MODELOPT_CACHES = {"fp8": "fp8_e4m3", "nvfp4": "nvfp4"}
 # Rotary embeddings whose max_position_embeddings is the scaled length already.
 _SCALED_ROPE = ("default", "yarn", "longrope", "llama3", "su")
 
@@ -155,7 +160,14 @@ def bytes_of_an_element(checkpoint: Checkpoint, dtype: str, cache_dtype: str) ->
     Raises:
         ValueError: the checkpoint names no dtype, or an unknown one.
     """
+    if cache_dtype == "auto":
+        cache_dtype = cache_dtype_of(checkpoint.quantization)
     if cache_dtype != "auto":
+        if cache_dtype not in DTYPE_BYTES:
+            raise ValueError(
+                f"the checkpoint asks for a KV cache in {cache_dtype}, which windowed layers do "
+                f"not have; give --kv-cache-dtype, one of {', '.join(CACHE_DTYPES[1:])}"
+            )
         return DTYPE_BYTES[cache_dtype]
     if dtype == "auto":
         if checkpoint.dtype not in DTYPE_BYTES:
@@ -166,6 +178,32 @@ def bytes_of_an_element(checkpoint: Checkpoint, dtype: str, cache_dtype: str) ->
         # vLLM rounds weights of 32 bits unless it is asked not to.
         dtype = "bfloat16" if checkpoint.dtype == "float32" else checkpoint.dtype
     return DTYPE_BYTES[dtype]
+
+
+def cache_dtype_of(quantization: Mapping[str, Any]) -> str:
+    """Name the KV cache dtype that a checkpoint asks for, "auto" where it asks for none.
+
+    Args:
+        quantization: that of a :class:`Checkpoint`.
+    """
+    method = str(quantization.get("quant_method", "")).lower().replace("_", "-")
+    if method == "compressed-tensors":
+        return "auto" if quantization.get("kv_cache_scheme") is None else "fp8"
+    # Before 0.31 modelopt wrote two objects.
+    producer, inner = (
+        found if isinstance(found := quantization.get(key), dict) else {}
+        for key in ("producer", "quantization")
+    )
+    if not method.startswith("modelopt") and producer.get("name") != "modelopt":
+        return "auto"
+    keys = ("kv_cache_scheme", "kv_cache_quant_algo")
+    asked = next((c[key] for key in keys for c in (inner, quantization) if c.get(key)), None)
+    if isinstance(asked, dict):
+        bits = asked.get("num_bits") if asked.get("type") == "float" else None
+        asked = (
+            "nvfp4" if bits == 4 else "fp8" if bits == 8 and asked.get("dynamic") is False else None
+        )
+    return _MODELOPT_CACHES.get(str(asked).lower(), "auto")
 
 
 def longest_text(checkpoint: Checkpoint) -> int:

@@ -1,0 +1,208 @@
+"""Random forms of a config.json: `swa plan` refuses what engines refuse, and agrees on the rest."""
+
+import json
+import re
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from dataclasses import dataclass
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import AutoConfig
+from vllm.engine.arg_utils import EngineArgs
+
+import swa_vllm
+from swa_vllm.config.swa_config import SWAConfig
+from swa_vllm.tools.cli import main
+from tests.helpers.engines import resolve_here
+
+LAYERS = 4
+FULL, SLIDING = "full_attention", "sliding_attention"
+# Values of each key that transformers takes.
+RIGHT: dict[str, list[Any]] = {
+    "num_hidden_layers": [LAYERS],
+    "num_attention_heads": [4, 8],
+    "num_key_value_heads": [1, 2],
+    "head_dim": [32, 64],
+    "hidden_size": [128, 256],
+    "max_position_embeddings": [512, 4096],
+    "dtype": ["bfloat16", "float32"],
+    "torch_dtype": ["float16"],
+    "use_sliding_window": [True, True, False],
+    "sliding_window": [64, None, 0],
+    "max_window_layers": [0, 2, LAYERS],
+    "layer_types": [[FULL, SLIDING] * 2, [SLIDING] * LAYERS, ["attention", SLIDING] * 2],
+    "rope_parameters": [
+        {"rope_type": "linear", "factor": 4.0},
+        {"type": "yarn", "factor": 2.0, "rope_theta": 1e6},
+        {"rope_type": "default"},
+    ],
+    "rope_scaling": [{"type": "linear", "factor": 2.0}, {}],
+    "is_causal": [True, True, True, False],
+    "dual_chunk_attention_config": [None, None, {"chunk_size": 64}],
+}
+WRONG: list[Any] = [None, "4", 2.5, True, [], [1], [FULL] * 3, {}, -1, SLIDING]
+USUAL = {
+    "architectures": ["Qwen3ForCausalLM"],
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "hidden_size": 128,
+    "vocab_size": 512,
+    "max_position_embeddings": 512,
+    "dtype": "bfloat16",
+}
+
+
+@dataclass(frozen=True)
+class Form:
+    """A config.json, and the window that is asked for beside it."""
+
+    config: dict[str, Any]
+    window: int | None
+
+
+@st.composite
+def forms(draw: st.DrawFn, kind: str, architecture: str) -> Form:
+    """Usual values, with some keys changed or added, some missing, and at most one wrong."""
+    config: dict[str, Any] = {**USUAL, "model_type": kind, "architectures": [architecture]}
+    for key in draw(st.sets(st.sampled_from(sorted(RIGHT)), max_size=8)):
+        config[key] = draw(st.sampled_from(RIGHT[key]))
+    for key in draw(st.sets(st.sampled_from(sorted(RIGHT)), max_size=3)):
+        config.pop(key, None)
+    for key in draw(st.sets(st.sampled_from(sorted(RIGHT)), max_size=1)):
+        config[key] = draw(st.sampled_from(WRONG))
+    return Form(config, draw(st.sampled_from([None, 8])))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _known_models() -> None:
+    swa_vllm.register()
+    for architecture in ("Qwen3ForCausalLM", "Qwen3MoeForCausalLM"):
+        resolve_here(architecture)
+
+
+@contextmanager
+def written(form: Form) -> Iterator[Path]:
+    with tempfile.TemporaryDirectory() as directory:
+        (Path(directory) / "config.json").write_text(json.dumps(form.config))
+        yield Path(directory)
+
+
+def served(model: Path, form: Form) -> dict[str, Any] | str:
+    """What an engine would hold; or why there would be none."""
+    swa = {} if form.window is None else {"window": form.window}
+    try:
+        AutoConfig.from_pretrained(model)  # vLLM tries again after a while
+        config = EngineArgs(
+            str(model), skip_tokenizer_init=True, additional_config={"swa": swa}
+        ).create_engine_config()
+        windows = SWAConfig.from_vllm(config).layers.windows
+    except Exception as error:  # transformers, vLLM and pydantic have their own
+        return repr(error)
+    if not any(windows):
+        return "no window"
+    theirs = config.model_config
+    return {
+        "windows": list(windows),
+        "kv_heads": theirs.get_total_num_kv_heads(),
+        "head_dim": theirs.get_head_size(),
+        "number_bytes": theirs.dtype.itemsize,
+        "max_model_len": theirs.max_model_len,
+    }
+
+
+def planned(model: Path, form: Form) -> dict[str, Any] | str:
+    """What is planned; or what the error says."""
+    flags = [] if form.window is None else ["--window", str(form.window)]
+    out, err = StringIO(), StringIO()
+    with redirect_stdout(out), redirect_stderr(err):
+        status = main(["plan", str(model), *flags, "--output", "1", "--json", "-"])
+    if status:
+        assert status == 1
+        assert err.getvalue().startswith("error: ")
+        return err.getvalue()
+    figures = json.loads(out.getvalue())
+    keys = ("windows", "kv_heads", "head_dim", "number_bytes", "max_model_len")
+    return {key: figures[key] for key in keys}
+
+
+@pytest.mark.parametrize(
+    ("kind", "architecture"),
+    [("qwen3", "Qwen3ForCausalLM"), ("qwen3_moe", "Qwen3MoeForCausalLM")],
+)
+def test_plan_and_engine_agree(
+    kind: str, architecture: str, record_property: Callable[[str, object], None]
+) -> None:
+    compared: list[bool] = []
+
+    @settings(max_examples=500, derandomize=True, database=None)
+    @given(forms(kind, architecture))
+    def compare(form: Form) -> None:
+        with written(form) as model:
+            engine, plan = served(model, form), planned(model, form)
+        compared.append(isinstance(engine, dict))
+        if isinstance(engine, str):
+            assert isinstance(plan, str), engine
+        elif isinstance(plan, str):
+            # A plan has no weights to ask, and engines never ask some keys, or when they load.
+            assert re.search("give --dtype|must be an integer", plan), plan
+        else:
+            assert plan == engine
+
+    compare()
+    record_property("summary: config forms compared", len(compared))
+    assert 50 < sum(compared) < len(compared) - 50
+
+
+BASE = {**USUAL, "use_sliding_window": True, "sliding_window": 64, "max_window_layers": 0}
+
+
+@pytest.mark.parametrize("kind", ["qwen3", "qwen3_moe"])
+@pytest.mark.parametrize("key", sorted(RIGHT))
+@pytest.mark.parametrize("value", [..., None], ids=["missing", "null"])
+def test_each_default_is_transformers(kind: str, key: str, value: Any) -> None:
+    """Every key alone, in a model that slides."""
+    name = "Qwen3ForCausalLM" if kind == "qwen3" else "Qwen3MoeForCausalLM"
+    config: dict[str, Any] = {**BASE, "model_type": kind, "architectures": [name], key: value}
+    form = Form({k: v for k, v in config.items() if v is not ...}, None)
+    with written(form) as model:
+        engine, plan = served(model, form), planned(model, form)
+    if key == "dtype":
+        assert "give --dtype" in str(plan)
+    elif isinstance(engine, str):
+        assert isinstance(plan, str), engine
+    else:
+        assert plan == engine
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"architectures": ["DFlashDraftModel"]}, "architectures DFlashDraftModel: not served"),
+        ({"architectures": ["Qwen3ForGuardModel"]}, "architectures Qwen3ForGuardModel: not served"),
+        ({"architectures": "Qwen3ForCausalLM"}, "architectures must be a list of names"),
+        ({"is_causal": False}, "is_causal=false"),
+        ({"dual_chunk_attention_config": {"chunk_size": 64}}, "dual_chunk_attention_config cannot"),
+        ({"layer_types": [FULL] * 3}, "layer_types must be 4 names"),
+        ({"num_key_value_heads": 3}, "is no multiple of num_key_value_heads=3"),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_what_is_not_served_with_windows_is_not_planned(keys: dict[str, Any], message: str) -> None:
+    form = Form({**BASE, "model_type": "qwen3", **keys}, None)
+    with written(form) as model:
+        assert message in str(planned(model, form))
+
+
+@pytest.mark.parametrize("names", [None, [], ["Qwen3Model"], ["Qwen3ForSequenceClassification"]])
+def test_what_vllm_takes_for_a_qwen3_is_planned(names: list[str] | None) -> None:
+    form = Form({**BASE, "model_type": "qwen3", "architectures": names}, None)
+    with written(form) as model:
+        assert isinstance(planned(model, form), dict)
