@@ -283,6 +283,8 @@ def _engine(
 
 _OVERRIDE = {"use_sliding_window": True, "sliding_window": 40, "max_window_layers": 0}
 _CONNECTOR = {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}
+_BFLOAT16 = {"dtype": "bfloat16", "kv_cache_dtype": "bfloat16"}
+_SINKS = {"additional_config": {"swa": {"sink_tokens": 4}}}
 _ALL_SLIDE = ["sliding_attention"] * 4
 _LATE = "transformers derives layer_types before"
 
@@ -432,16 +434,18 @@ ENGINES = [
             "not tested on CPUs",
             "remove sink_tokens, or use --kv-cache-dtype bfloat16",
             {**SLIDING, "quantization_config": FP8_CACHE[kind]},
+            ({"dtype": "bfloat16"}, {**_SINKS, **_BFLOAT16}),
         )
         for kind, name in (("compressed-tensors", "fp8"), ("modelopt", "fp8_e4m3"))
     ),
     _engine(
         "sinks in fp32 and in an fp8 cache that the checkpoint asks for, on CPUs",
-        {"additional_config": {"swa": {"sink_tokens": 4}}},
+        _SINKS,
         "kv_cache_dtype=fp8 (the checkpoint asks for it)",
         "not tested on CPUs",
         "use --dtype bfloat16 --kv-cache-dtype bfloat16",
         {**SLIDING, "quantization_config": FP8_CACHE["compressed-tensors"]},
+        ({}, {**_SINKS, **_BFLOAT16}),
     ),
     _engine(
         "shifted sinks in time and space",
