@@ -1,0 +1,54 @@
+"""What a windowed layer's spec takes from vLLM's config."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from vllm.engine.arg_utils import EngineArgs
+
+from swa_vllm.config.storage import StoragePolicy
+from swa_vllm.kv_cache.spec import SWASpec
+from tests.helpers.eagle3 import eagle3_config
+from tests.helpers.engines import ModelFactory, resolve_here
+from tests.helpers.tiny_models import FULL, SLIDING
+from tests.plugin.upstream.pages import stock_spec
+
+NGRAM = {
+    "method": "ngram",
+    "num_speculative_tokens": 4,
+    "prompt_lookup_max": 2,
+    "prompt_lookup_min": 1,
+}
+
+
+@pytest.mark.parametrize("is_async", [False, True])
+@pytest.mark.parametrize(
+    ("drafts", "rejected_a_step", "lookahead", "drops_last_hit"),
+    [("none", 0, 0, False), ("ngram", 4, 0, False), ("eagle3", 3, 3, True)],
+)
+def test_rollback_is_that_of_all_steps_in_flight(
+    drafts: str,
+    rejected_a_step: int,
+    lookahead: int,
+    drops_last_hit: bool,
+    is_async: bool,
+    tiny_model: ModelFactory,
+    tmp_path: Path,
+) -> None:
+    """vLLM's CPU platform turns asynchronous scheduling off; here it is on behind its back."""
+    resolve_here("Eagle3Qwen3ForCausalLM")
+    speculation: dict[str, Any] = {
+        "none": {},
+        "ngram": {"speculative_config": NGRAM},
+        "eagle3": {"speculative_config": eagle3_config(tmp_path, **FULL)},
+    }[drafts]
+    config = EngineArgs(
+        str(tiny_model(**SLIDING)), skip_tokenizer_init=True, dtype="float32", **speculation
+    ).create_engine_config()
+    config.scheduler_config.async_scheduling = is_async
+    spec = SWASpec.from_stock(stock_spec(40, 16), config, StoragePolicy())
+    num_steps = 2 if is_async else 1
+    assert spec.num_steps_in_flight == num_steps
+    assert spec.rollback_tokens == spec.pages.rollback_tokens == num_steps * rejected_a_step
+    assert spec.lookahead_tokens == spec.num_ahead_tokens == lookahead
+    assert spec.drops_last_hit is drops_last_hit
