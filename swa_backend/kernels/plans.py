@@ -29,6 +29,8 @@ _PRODUCTS_FROM_SHARED = (90, 100, 103)
 _SMALL_SHARED_MEMORY = (86, 89, 120)
 # Registers a thread, so that four programs of four warps fit on a multiprocessor.
 _MAX_REGISTERS = 128
+# Compute capabilities where ptxas spills rather than take more than 72.
+_SPILLS_EARLY = (100, 103)
 
 
 class NumberFormat(StrEnum):
@@ -86,8 +88,10 @@ class Target:
             return {**self.options(), "num_stages": 2}
         has_large_tiles = self.arch == _TIMED and num_kv_bytes == 2
         num_stages = 3 if has_large_tiles or self.arch in _SMALL_SHARED_MEMORY else 4
-        # Only where it is needed: a cap makes ptxas use what it allows.
-        cap = {"maxnreg": _MAX_REGISTERS} if num_kv_bytes == 1 else {}
+        # Only where it is needed: a cap makes ptxas use what it allows. Where it would spill early
+        # (with Triton 3.7), as many programs fit with it.
+        is_capped = num_kv_bytes == 1 or (num_kv_bytes == 2 and self.arch in _SPILLS_EARLY)
+        cap = {"maxnreg": _MAX_REGISTERS} if is_capped else {}
         return {**self.options(), "num_stages": num_stages, **cap}
 
     @property
