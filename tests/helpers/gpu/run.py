@@ -112,7 +112,10 @@ def run_step(
         finally:
             _kill_group(process)
     found = read_lines(file)
-    return judge(code, step.limit_s, found), found
+    outcome = judge(code, step.limit_s, found)
+    if dry and step.dry_lacks and outcome.status is Status.PASSED:
+        outcome = Outcome(Status.NOT_RUN, step.dry_lacks)
+    return outcome, found
 
 
 def _kill_group(process: subprocess.Popen[bytes]) -> None:

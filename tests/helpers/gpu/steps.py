@@ -15,6 +15,7 @@ class Step:
         name: in the record, and of the step's log.
         command: arguments of Python.
         dry: the same on a machine without a GPU, as far as that goes.
+        dry_lacks: what is left out there, so that the step did not run; empty if it did.
         limit_s: after which it is killed.
         needs: modules without which it is not run.
         tool: program that runs Python, with its arguments; not in a dry run.
@@ -27,6 +28,7 @@ class Step:
     limit_s: int
     needs: tuple[str, ...]
     tool: tuple[str, ...] = ()
+    dry_lacks: str = ""
     environment: dict[str, str] = field(default_factory=dict)
 
 
@@ -42,7 +44,8 @@ def _tests(
     options = ("-o", "addopts=", "--import-mode=importlib", "-q", "-p", "no:cacheprovider")
     chosen = ("-p", f"{_PARTS}.pytest_record", "-m", "gpu and not full", "-k", selected, *files)
     command = ("-m", "pytest", *options, *chosen)
-    return Step(name, command, (*command, *dry), limit_s, _ENGINE)
+    lacks = "dry run: its tests were collected, and need a GPU" if "--collect-only" in dry else ""
+    return Step(name, command, (*command, *dry), limit_s, _ENGINE, dry_lacks=lacks)
 
 
 _KERNELS = tuple(
@@ -79,6 +82,7 @@ STEPS = (
         50,
         ("torch", "triton"),
         tool=("compute-sanitizer", "--tool", "memcheck", "--error-exitcode", "9"),
+        dry_lacks="dry run: without compute-sanitizer",
         # The sanitizer sees only what CUDA itself allocates.
         environment={"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
     ),

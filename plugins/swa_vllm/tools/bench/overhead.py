@@ -88,8 +88,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     say("host time of Triton kernels, which are compiled first")
     on_gpus = _sum_host_times(measure_host_time(_GPU_SHAPE, args.window, rounds))
     print(
-        f"\nHost time on GPUs, without the launches; W={args.window}, layer of {_GPU_SHAPE}, "
-        f"{_NUM_LAYERS} of them in a step"
+        "\nHost time of Triton kernels (stock: TRITON_ATTN), on this processor and without the "
+        f"launches; W={args.window}, layer of {_GPU_SHAPE}.\nA step builds metadata once, and "
+        f"attends in each of {_NUM_LAYERS} layers. Ratios are here / stock"
     )
     print(format_table(_GPU_HEADER, map(_host_time_row, on_gpus)))
     return {
