@@ -14,10 +14,12 @@ from tests.helpers.dense_qwen3 import Sight
 from tests.helpers.dense_text import DenseText
 from tests.helpers.engines import EngineFactory
 from tests.helpers.paths import DATA
+from tests.helpers.runners import RUNNER
 
-# Model Runner V2 takes prompt logprobs by a kernel of vLLM's, in Triton's interpreter: each test
-# takes longer than its limit.
-pytestmark = pytest.mark.only_on("0.32/V1", "0.33/V1")
+pytestmark = pytest.mark.skipif(
+    RUNNER == "0.33/V2",
+    reason="takes prompt logprobs by a kernel of vLLM's, in the interpreter longer than a test may",
+)
 
 WINDOW, LENGTH = 128, 1024
 # Of each text, the first log-probability that counts; they begin with the second token's. The
