@@ -78,10 +78,13 @@ def test_effective_windows_of_moe(
     assert resolve_layers(config, SWAOptions.from_dict(options)).windows == windows
 
 
-@pytest.mark.parametrize("first", [2, 4])
-def test_max_window_layers_of_moe_is_ambiguous(first: int) -> None:
+@pytest.mark.parametrize(
+    ("first", "remedy"),
+    [(2, '"full_attention_layers": "0-1"'), (4, '"enabled": false'), (9, '"enabled": false')],
+)
+def test_max_window_layers_of_moe_is_ambiguous(first: int, remedy: str) -> None:
     config = Qwen3MoeConfig(num_hidden_layers=4, **{**MIXED, "max_window_layers": first})
-    with pytest.raises(SWAConfigError, match=f'"full_attention_layers": "0-{first - 1}"'):
+    with pytest.raises(SWAConfigError, match=remedy):
         resolve_layers(config, SWAOptions())
 
 

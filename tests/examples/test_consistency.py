@@ -11,7 +11,7 @@ from tokenizers import Tokenizer
 from transformers import Qwen3Config
 
 import consistency
-from consistency import engine_arguments, options_of_window_arguments, perplexity
+from consistency import engine_arguments, window_options, perplexity
 from tests.helpers.engines import EngineFactory
 from tests.helpers.paths import ROOT
 from tests.helpers.trained_models import (
@@ -29,7 +29,7 @@ BELOW, ABOVE = 48, 160  # chunk sizes, beside the models' window
 TOLERANCE = 1e-6
 CASES = ("own", "half", "double", "full")
 # The example's options; ``OVERRIDES`` say the same to Hugging Face.
-OPTIONS = dict(zip(CASES, options_of_window_arguments(TRAINED_WINDOW).values(), strict=True))
+OPTIONS = dict(zip(CASES, window_options(TRAINED_WINDOW).values(), strict=True))
 
 
 @pytest.fixture(scope="module")
