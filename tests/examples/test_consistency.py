@@ -11,7 +11,7 @@ from tokenizers import Tokenizer
 from transformers import Qwen3Config
 
 import consistency
-from consistency import engine_arguments, window_options, perplexity
+from consistency import engine_arguments, perplexity, window_options
 from tests.helpers.engines import EngineFactory
 from tests.helpers.paths import ROOT
 from tests.helpers.trained_models import (
