@@ -25,7 +25,7 @@ def options_of_window_arguments(args: argparse.Namespace) -> dict[str, Any]:
     return {**options, **({"sink_tokens": args.sink_tokens} if args.sink_tokens else {})}
 
 
-def check_numbers(args: argparse.Namespace, names: Iterable[str], least: int = 1) -> None:
+def check_number_arguments(args: argparse.Namespace, names: Iterable[str], least: int = 1) -> None:
     """Raise ValueError for the first option of these that is given and out of range."""
     for name in names:
         check_number(name, getattr(args, name), least)

@@ -101,7 +101,7 @@ def plan_pool(arm: Arm, model: Model, limits: Limits, memory: int | None) -> Poo
         groups=tuple(groups),
         page_bytes=page_bytes,
         token_bytes=num_growing * page_bytes // limits.block_size,
-        promised_pages=_promised_pages(groups, limits),
+        promised_pages=_pool_pages_promised(groups, limits),
     )
     if memory is None:
         return pool
@@ -109,7 +109,7 @@ def plan_pool(arm: Arm, model: Model, limits: Limits, memory: int | None) -> Poo
 
     def starts(max_model_len: int) -> bool:
         shorter = replace(limits, max_model_len=max_model_len)
-        promised = _promised_pages(
+        promised = _pool_pages_promised(
             kv_groups_of(arm, model.windows, model.sink_tokens, shorter), shorter
         )
         return promised <= num_pages - 1  # vLLM never gives out the first page
@@ -131,7 +131,7 @@ def plan_need(pool: Pool, limits: Limits, workload: Workload) -> Need:
     return Need(peak, last, peak * pool.page_bytes, running)
 
 
-def _promised_pages(groups: Sequence[KVGroups], limits: Limits) -> int:
+def _pool_pages_promised(groups: Sequence[KVGroups], limits: Limits) -> int:
     total = 0
     for group in groups:
         cap, entries = group.policy.cap, ceil_div(limits.max_model_len, limits.block_size)

@@ -88,7 +88,7 @@ class KVGroups:
     num_padding: int
 
 
-def split_layers(num_full: int, num_sliding: int) -> tuple[int, int, int]:
+def split_into_kv_groups(num_full: int, num_sliding: int) -> tuple[int, int, int]:
     """Split layers into groups of one size, as vLLM does.
 
     Returns:
@@ -115,7 +115,7 @@ def kv_groups_of(
     """
     sliding = [] if arm is Arm.FULL else [window for window in windows if window is not None]
     num_full = len(windows) - len(sliding)
-    size, full_groups, sliding_groups = split_layers(num_full, len(sliding))
+    size, full_groups, sliding_groups = split_into_kv_groups(num_full, len(sliding))
     groups = []
     if num_full:
         full = PagePolicy(limits.block_size)
@@ -161,7 +161,7 @@ def bytes_of_an_element(checkpoint: Checkpoint, dtype: str, cache_dtype: str) ->
         ValueError: the checkpoint names no dtype, or an unknown one.
     """
     if cache_dtype == "auto":
-        cache_dtype = cache_dtype_of(checkpoint.quantization)
+        cache_dtype = size_cache_dtype(checkpoint.quantization)
     if cache_dtype != "auto":
         if cache_dtype not in DTYPE_BYTES:
             raise ValueError(
@@ -180,7 +180,7 @@ def bytes_of_an_element(checkpoint: Checkpoint, dtype: str, cache_dtype: str) ->
     return DTYPE_BYTES[dtype]
 
 
-def cache_dtype_of(quantization: Mapping[str, Any]) -> str:
+def size_cache_dtype(quantization: Mapping[str, Any]) -> str:
     """Name the KV cache dtype that a checkpoint asks for, "auto" where it asks for none.
 
     Args:

@@ -85,7 +85,7 @@ def _parse_trace_line(path: Path, number: int, line: str) -> Ask:
     )
 
 
-def make_prompts(lengths: Sequence[int], vocab_size: int, seed: int) -> list[list[int]]:
+def make_workload_prompts(lengths: Sequence[int], vocab_size: int, seed: int) -> list[list[int]]:
     """Make prompts of random tokens, the same for the same seed."""
     generator = random.Random(seed)  # noqa: S311 (no secret)
     return [generator.choices(range(vocab_size), k=length) for length in lengths]
