@@ -21,7 +21,7 @@ from swa_vllm.tools.cli import main
 from swa_vllm.tools.common.sizing import (
     bytes_of_an_element,
     kv_heads_of_a_device,
-    longest_text,
+    longest_text_in_limits,
     size_cache_dtype,
 )
 from tests.helpers.engines import EngineFactory, ModelFactory, scheduler
@@ -214,7 +214,7 @@ def test_the_longest_text_is_vllms(rope: str, tmp_path: Path) -> None:
         tmp_path
     )
     config = ModelConfig(str(tmp_path), skip_tokenizer_init=True)
-    assert longest_text(read_checkpoint(tmp_path)) == config.max_model_len
+    assert longest_text_in_limits(read_checkpoint(tmp_path)) == config.max_model_len
 
 
 @pytest.mark.parametrize("dtype", ["auto", "float32", "half"])

@@ -24,10 +24,14 @@ from swa_vllm.tools.bench.serving.checkpoints import prepare_checkpoints
 from swa_vllm.tools.bench.serving.launcher import Launcher
 from swa_vllm.tools.bench.serving.process import ArmProcess
 from swa_vllm.tools.common import plots
-from swa_vllm.tools.common.arguments import check_number, check_number_arguments, numbers_of_tokens
+from swa_vllm.tools.common.arguments import (
+    check_number_argument,
+    check_number_arguments,
+    numbers_of_tokens,
+)
 from swa_vllm.tools.common.progress import say
 from swa_vllm.tools.common.spread import Spread
-from swa_vllm.tools.engines.setup import check_rope_can_grow, text_config_of_engine
+from swa_vllm.tools.engines.setup import check_rope_can_grow, scoring_text_config
 
 EXAMPLE = "--window 512 --contexts 2048,4096,32768 --batch 4"
 _QUICK_CONTEXTS = "512,1024,2048"
@@ -54,7 +58,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     """Print a table for each figure, a row for each length; returns the figures."""
     names = ("window", "batch", "rounds", "block_size", "threads", "full_to", "chunk")
     check_number_arguments(args, names)
-    check_number("steps", args.steps, least=3)
+    check_number_argument("steps", args.steps, least=3)
     arms = serving_arms_of("--peers", args.peers)
     if "hf" in arms or "here" not in arms:
         raise ValueError(
@@ -117,7 +121,7 @@ def _launcher_of_decode_arms(
     longest = _benchmark_max_model_len(args, contexts)
     # The positions of random weights are few, so that its overriding is always at work.
     models = prepare_checkpoints(args.model, directory, args.window, contexts[0], args.seed)
-    config = text_config_of_engine(str(models[True]))
+    config = scoring_text_config(str(models[True]))
     engine: dict[str, Any] = {}
     if longest > config.max_position_embeddings:
         check_rope_can_grow(config, longest)
@@ -147,7 +151,7 @@ def _time_decode_rounds(
                     continue
                 if context in _contexts_of_arm(name, contexts, args.full_to):
                     say(f"round {index + 1} of {args.rounds}, {context} tokens, {process.name}")
-                    answer = _ask_to_decode(args, process, context, seed=args.seed + index)
+                    answer = _decode_benchmark_ask(args, process, context, seed=args.seed + index)
                     taken.setdefault((name, context), []).append(answer)
     return [
         {
@@ -162,7 +166,7 @@ def _time_decode_rounds(
     ]
 
 
-def _ask_to_decode(
+def _decode_benchmark_ask(
     args: argparse.Namespace, process: ArmProcess, context: int, seed: int
 ) -> dict[str, Any]:
     answer: dict[str, Any] = process.ask(
@@ -183,7 +187,8 @@ def _warm_up_decode_benchmark(
     """
     say(f"comparing behind {context} tokens")
     answers = {
-        name: _ask_to_decode(args, process, context, seed=-1) for name, process in started.items()
+        name: _decode_benchmark_ask(args, process, context, seed=-1)
+        for name, process in started.items()
     }
     first = {name: [row[:_COMPARED] for row in a["tokens"]] for name, a in answers.items()}
     if args.dtype == "float32" and first.get("stock", first["here"]) != first["here"]:

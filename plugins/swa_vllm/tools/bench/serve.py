@@ -28,7 +28,7 @@ from swa_vllm.tools.bench.serving.launcher import Launcher
 from swa_vllm.tools.bench.serving.rounds import Rounds, measure_rounds
 from swa_vllm.tools.bench.serving.workload import MIXES, Ask, read_trace
 from swa_vllm.tools.common import plots
-from swa_vllm.tools.common.arguments import check_number, check_number_arguments
+from swa_vllm.tools.common.arguments import check_number_argument, check_number_arguments
 from swa_vllm.tools.common.spread import Spread
 
 EXAMPLE = "Qwen3-0.6B --window 128 --mix decode --pool-requests 2 --json serve.json"
@@ -115,7 +115,7 @@ def plot(path: Path, figures: Mapping[str, Any]) -> None:
 def _requests_to_serve(args: argparse.Namespace) -> list[Ask]:
     names = ("window", "num_requests", "rounds", "hf_batch", "block_size", "threads", "chunk")
     check_number_arguments(args, names)
-    check_number("pool_requests", args.pool_requests, least=0)
+    check_number_argument("pool_requests", args.pool_requests, least=0)
     if args.trace is not None:
         return read_trace(args.trace)
     asks = MIXES[args.mix](args.num_requests, args.seed)

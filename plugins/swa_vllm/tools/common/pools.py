@@ -10,7 +10,7 @@ from typing import Any
 
 from swa_backend.pages import ceil_div
 from swa_vllm.tools.common.arms import Arm
-from swa_vllm.tools.common.queueing import Workload, pages_of_one_request, running_at_once
+from swa_vllm.tools.common.queueing import Workload, queue_pages_of_one_request, running_at_once
 from swa_vllm.tools.common.sizing import KVGroups, Limits, kv_groups_of
 
 
@@ -122,9 +122,9 @@ def plan_pool(arm: Arm, model: Model, limits: Limits, memory: int | None) -> Poo
     )
 
 
-def plan_need(pool: Pool, limits: Limits, workload: Workload) -> Need:
+def need_in_pool(pool: Pool, limits: Limits, workload: Workload) -> Need:
     """Plan what requests of ``workload`` take of a pool."""
-    peak, last = pages_of_one_request(pool.groups, limits, workload)
+    peak, last = queue_pages_of_one_request(pool.groups, limits, workload)
     running = None
     if pool.num_pages is not None and pool.starts(limits):
         running = running_at_once(pool.groups, pool.num_pages, limits, workload)

@@ -206,7 +206,7 @@ def size_cache_dtype(quantization: Mapping[str, Any]) -> str:
     return _MODELOPT_CACHES.get(str(asked).lower(), "auto")
 
 
-def longest_text(checkpoint: Checkpoint) -> int:
+def longest_text_in_limits(checkpoint: Checkpoint) -> int:
     """Compute the ``max_model_len`` that vLLM takes from a checkpoint."""
     rope = checkpoint.config.rope_parameters
     factor = 1.0 if rope["rope_type"] in _SCALED_ROPE else rope.get("factor") or 1.0
