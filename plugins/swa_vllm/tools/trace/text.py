@@ -28,10 +28,11 @@ def print_trace(title: str, trace: Trace) -> None:
     for index, row in enumerate(trace.rows):
         print(f"{f'request {index}':14}  {_draw_traced_request(row, width, most)}")
     print(f"\npages of the pool ({trace.num_pages} at the height of a line)")
-    print(
-        f"{'full attention':14}  {paint(_draw_trace_levels(trace.full, width, trace.num_pages), GREY)}"
-    )
-    print(f"{'in use':14}  {paint(_draw_trace_levels(trace.used, width, trace.num_pages), BLUE)}")
+    for name, levels, colour in (
+        ("full attention", trace.full, GREY),
+        ("in use", trace.used, BLUE),
+    ):
+        print(f"{name:14}  {paint(_draw_trace_levels(levels, width, trace.num_pages), colour)}")
     beyond = sum(full > trace.num_pages for full in trace.full)
     print(f"at most {max(trace.used)} pages; full attention would hold {max(trace.full)}", end="")
     print(f", more than there are in {beyond} steps\n" if beyond else "\n")
