@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from vllm import SamplingParams
+from vllm import RequestOutput, SamplingParams
 from vllm.lora.ops.torch_ops import bgmv_shrink
 from vllm.lora.request import LoRARequest
 from vllm.platforms import current_platform
@@ -22,6 +22,24 @@ from tests.helpers.tiny_models import FULL, MIXED, random_prompts, save_lora
 def test_sleep_mode(engine: EngineFactory, tiny_model: ModelFactory) -> None:
     with pytest.raises(ValueError, match="Sleep mode is not supported on current platform"):
         engine(tiny_model(**MIXED), enable_sleep_mode=True)
+
+
+@pytest.mark.skipif(not current_platform.is_cpu(), reason="this vLLM is not the CPU build")
+def test_sleep_without_its_flag(engine: EngineFactory, tiny_model: ModelFactory) -> None:
+    """It is accepted, and only pauses: a request waits, and is served behind it as before."""
+    llm = engine(tiny_model(**MIXED))
+    (prompt,) = random_prompts([70])
+    (expected,) = generate(llm, [prompt], 8)
+    llm.sleep(level=1)
+    greedy = SamplingParams(temperature=0.0, max_tokens=8, ignore_eos=True, detokenize=False)
+    llm.llm_engine.add_request("waits", {"prompt_token_ids": prompt}, greedy)
+    assert not any(llm.llm_engine.step() for _ in range(5))
+    llm.wake_up()
+    outputs: list[RequestOutput] = []
+    while llm.llm_engine.has_unfinished_requests():
+        outputs += llm.llm_engine.step()
+    assert tuple(outputs[-1].outputs[0].token_ids) == tuple(expected.tokens)
+    assert not outputs[-1].num_cached_tokens  # the prefix cache was emptied
 
 
 @pytest.mark.only_on("0.32/V1", "0.33/V1")  # V2 draws by a kernel of its own
