@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from swa_backend import ops, reference
+from swa_backend.window import Phase
 from tests.helpers.kernels.cases import DTYPES, DecodeCase, WriteCase, check_decode, check_write
 from tests.helpers.kernels.guard import DEVICE
 from tests.helpers.kernels.mutants import MUTANTS, Mutant, assert_caught, load_kernels
@@ -36,6 +37,42 @@ DECODE = (
     DecodeCase(window=32, seq_lens=(60,), dtype=torch.bfloat16, kv_dtype=torch.float8_e4m3fn),
     DecodeCase(window=32, seq_lens=(60,), dtype=torch.float16, kv_dtype=torch.float8_e5m2),
     DecodeCase(window=20, seq_lens=(45,), dtype=torch.float16, is_far=True, by_token=True),
+    DecodeCase(
+        window=20,
+        seq_lens=(90, 60, 61, 0),
+        sink_tokens=3,
+        is_shifted=True,
+        phase=Phase.PREFILL,
+        prompt_lens=(40, 60, 60, 5),
+    ),
+    DecodeCase(
+        window=17,
+        seq_lens=(80, 40, 20),
+        num_queries=(5, 4, 3),
+        group=3,
+        sink_tokens=2,
+        num_padding=1,
+        phase=Phase.PREFILL,
+        prompt_lens=(77, 10, 60),
+    ),
+    DecodeCase(
+        window=18,
+        seq_lens=(150, 60, 61, 0, 90),
+        num_kv_heads=2,
+        phase=Phase.DECODE,
+        prompt_lens=(70, 60, 60, 5, 85),
+    ),
+    DecodeCase(
+        window=17,
+        seq_lens=(130, 40, 20, 60),
+        num_queries=(5, 4, 3, 2),
+        group=3,
+        sink_tokens=4,
+        num_padding=1,
+        dtype=torch.float16,
+        phase=Phase.DECODE,
+        prompt_lens=(33, 38, 60, 1),
+    ),
 )
 
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from swa_backend import ops
+from swa_backend.window import Phase
 from tests.helpers.kernels.cases import DTYPES
 from tests.helpers.kernels.mutants import PREFILL_MUTANTS, Mutant, assert_caught
 from tests.helpers.kernels.prefill_cases import PrefillCase, check_prefill
@@ -32,6 +33,31 @@ PREFILL = (
         dtype=torch.float16,
         kv_dtype=torch.float8_e5m2,
         by_token=True,
+    ),
+    PrefillCase(
+        window=20,
+        chunks=((70, 90), (100, 3), (30, 5)),
+        sink_tokens=3,
+        is_shifted=True,
+        phase=Phase.PREFILL,
+        prompt_lens=(100, 40, 60),
+    ),
+    PrefillCase(
+        window=20,
+        chunks=((40, 100), (100, 3), (30, 5), (-2, 2), (50, 4)),
+        sink_tokens=3,
+        group=4,
+        num_padding=1,
+        phase=Phase.DECODE,
+        prompt_lens=(65, 40, 60, 7, 1),
+    ),
+    PrefillCase(
+        window=9,
+        chunks=((2, 200),),
+        dtype=torch.bfloat16,
+        kv_dtype=torch.float8_e4m3fn,
+        phase=Phase.DECODE,
+        prompt_lens=(1,),
     ),
 )
 
