@@ -12,6 +12,7 @@ from triton.runtime.errors import InterpreterError
 
 import swa_backend
 
+Record = Callable[[str, object], None]
 # In the order of their imports.
 MODULES = (
     "attention_call",
