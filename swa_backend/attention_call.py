@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from swa_backend.window import Phase
+
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class AttentionCall:
@@ -25,6 +27,8 @@ class AttentionCall:
     sink_query: torch.Tensor | None = None
     k_scale: float = 1.0
     v_scale: float = 1.0
+    phase: Phase = Phase.BOTH
+    prompt_lens: torch.Tensor | None = None
 
     def arguments(self) -> dict[str, Any]:
         """Give the arguments by name, as the oracle takes them."""
@@ -35,17 +39,29 @@ class AttentionCall:
         """Scale of the scores, ``D ** -0.5`` by default."""
         return self.query.shape[2] ** -0.5 if self.scale is None else self.scale
 
-    def reach(self) -> tuple[int, bool]:
-        """Say how far a query sees.
+    @property
+    def num_slots(self) -> int:
+        """Slots that a row of the block table names; at least 1."""
+        return max(1, self.block_table.shape[1] * self.kv_cache.shape[2])
 
-        Returns:
-            The window in tokens, for full attention the slots that a row of the block table names;
-            and whether sinks may lie below it. No launch depends on the width of that table
-            otherwise.
+    @property
+    def kernel_window(self) -> int:
+        """Window in tokens, for full attention one that no text outgrows."""
+        return self.num_slots if self.window is None else self.window
+
+    @property
+    def most_visible(self) -> int:
+        """Most keys that a query may see, sinks aside.
+
+        No launch depends on the width of the block table but by this number: of full attention, and
+        of phases in which some queries see everything.
         """
-        if self.window is None:
-            return max(1, self.block_table.shape[1] * self.kv_cache.shape[2]), False
-        return self.window, self.sink_tokens > 0
+        return self.kernel_window if self.phase is Phase.BOTH else self.num_slots
+
+    @property
+    def has_sinks(self) -> bool:
+        """Whether sinks may lie below a query's window."""
+        return self.window is not None and self.sink_tokens > 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

@@ -5,7 +5,7 @@ Nothing here knows about kernels or engines; whatever a kernel accepts is accept
 
 import torch
 
-from swa_backend.window import first_visible
+from swa_backend.window import Phase, first_visible
 
 
 def reference_mask(
@@ -13,6 +13,8 @@ def reference_mask(
     key_positions: torch.Tensor,
     window: int | None,
     sink_tokens: int = 0,
+    phase: Phase = Phase.BOTH,
+    prompt_len: int = 0,
 ) -> torch.Tensor:
     """Evaluate :func:`swa_backend.window.is_visible` over two position vectors.
 
@@ -23,11 +25,16 @@ def reference_mask(
     Returns:
         bool ``[Q, K]``, true where the query sees the key.
     """
-    distance = query_positions[:, None] - key_positions[None, :]
-    mask = distance >= 0
+    query, key = query_positions[:, None], key_positions[None, :]
+    mask = query >= key
     if window is None:
         return mask
-    return mask & ((distance < window) | (key_positions[None, :] < sink_tokens))
+    visible = (query - key < window) | (key < sink_tokens)
+    if phase is Phase.PREFILL:
+        visible |= query >= prompt_len
+    elif phase is Phase.DECODE:
+        visible |= key < prompt_len
+    return mask & visible
 
 
 def sliding_window_mask_4d(
@@ -148,6 +155,8 @@ def decode_attention(
     query_start_loc: torch.Tensor | None = None,
     k_scale: float = 1.0,
     v_scale: float = 1.0,
+    phase: Phase = Phase.BOTH,
+    prompt_lens: torch.Tensor | None = None,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Compute what :func:`swa_backend.ops.decode_attention` does, query by query, in fp64.
@@ -160,15 +169,16 @@ def decode_attention(
     out = torch.empty_like(query) if out is None else out
     out.zero_()
     for request, seq_len in enumerate(seq_lens.tolist()):
+        by_prompt = phase, 0 if prompt_lens is None else int(prompt_lens[request])
         for token in range(starts[request], starts[request + 1]):
             position = seq_len - starts[request + 1] + token
-            everything = torch.arange(max(seq_len, 0))
-            visible = reference_mask(torch.tensor([position]), everything, window, sink_tokens)[0]
+            everything, own = torch.arange(max(seq_len, 0)), torch.tensor([position])
+            visible = reference_mask(own, everything, window, sink_tokens, *by_prompt)[0]
             # Table entries of the other positions may be stale.
             positions = visible.nonzero().flatten()
             rows = _gather_reference_rows(kv_cache, block_table[request], positions)
             key, value = rows.chunk(2, dim=-1)
-            is_shifted = positions < first_visible(position, window)
+            is_shifted = positions < first_visible(position, window, *by_prompt)
             shifted = query if sink_query is None else sink_query
             out[token] = _reference_attention(
                 query[token], shifted[token], key * k_scale, value * v_scale, is_shifted, scale
@@ -191,6 +201,8 @@ def prefill_attention(
     sink_query: torch.Tensor | None = None,
     k_scale: float = 1.0,
     v_scale: float = 1.0,
+    phase: Phase = Phase.BOTH,
+    prompt_lens: torch.Tensor | None = None,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Compute what :func:`swa_backend.ops.prefill_attention` does, query by query, in fp64.
@@ -203,10 +215,11 @@ def prefill_attention(
     shifted = query if sink_query is None else sink_query
     for request, seq_len in enumerate(seq_lens.tolist()):
         tokens = range(starts[request], starts[request + 1])
+        by_prompt = phase, 0 if prompt_lens is None else int(prompt_lens[request])
         context = seq_len - len(tokens)
         for position, token in enumerate(tokens, start=context):
-            everything = torch.arange(max(seq_len, 0))
-            visible = reference_mask(torch.tensor([position]), everything, window, sink_tokens)[0]
+            everything, own = torch.arange(max(seq_len, 0)), torch.tensor([position])
+            visible = reference_mask(own, everything, window, sink_tokens, *by_prompt)[0]
             positions = visible.nonzero().flatten()
             is_cached = positions < context
             cached = _gather_reference_rows(kv_cache, block_table[request], positions[is_cached])
@@ -217,7 +230,7 @@ def prefill_attention(
                 shifted[token],
                 torch.cat((keys * k_scale, key[own].double().transpose(0, 1)), dim=1),
                 torch.cat((values * v_scale, value[own].double().transpose(0, 1)), dim=1),
-                positions < first_visible(position, window),
+                positions < first_visible(position, window, *by_prompt),
                 scale,
             )
     return out

@@ -2,6 +2,10 @@
 
 Where one part holds all keys, the first stores the output and nothing is merged.
 
+In the phase ``"decode"`` the prompt's keys below the window and the window's own are one row of
+tiles, divided among programs as a window is. In ``"prefill"`` the window of a generated token is
+the whole text.
+
 The window, not the text, is divided among programs, so that all of them work at any length, and the
 launch depends on shapes only, as CUDA graphs demand. The kernels do not depend on the number of
 parts, which the grid says: it changes with the number of requests while the engine serves.
@@ -21,6 +25,8 @@ from swa_backend.kernels.plans import DecodePlan, Target
 from swa_backend.kernels.tiles import (
     as_operand,
     attend,
+    first_seen,
+    first_seen_of_block,
     load_pages,
     load_rows,
     request_of_query_tile,
@@ -30,7 +36,7 @@ from swa_backend.kernels.tiles import (
 @triton.jit(
     do_not_specialize=["stride_table_request", "num_tokens", "num_reqs", "window", "sink_tokens"],
     do_not_specialize_on_alignment=[
-        *("lse_ptr", "block_table_ptr", "seq_lens_ptr", "query_start_loc_ptr"),
+        *("lse_ptr", "block_table_ptr", "seq_lens_ptr", "query_start_loc_ptr", "prompt_lens_ptr"),
     ],
 )
 def decode_kernel(
@@ -42,6 +48,7 @@ def decode_kernel(
     block_table_ptr,
     seq_lens_ptr,
     query_start_loc_ptr,
+    prompt_lens_ptr,
     stride_out_token,
     stride_out_head,
     stride_query_token,
@@ -67,13 +74,15 @@ def decode_kernel(
     ROWS_PER_BLOCK: tl.constexpr,
     HAS_SINKS: tl.constexpr,
     IS_RAGGED: tl.constexpr,
+    PHASE: tl.constexpr,
     IS_SPLIT: tl.constexpr,
     DOT: tl.constexpr,
 ):
     """Compute attention of one block of queries, one KV head and one part of the keys.
 
     A block is up to ``ROWS_PER_BLOCK`` queries of one request times ``GROUP`` heads. The parts are
-    those of the window; with sinks, the last one are the sinks below it. Writes the part's output
+    those of the window; with sinks, the last one are the sinks below it. In the phase ``"decode"``
+    they are those of the prompt below the window, and then the window's. Writes the part's output
     ``[HEAD_DIM]`` and base-2 log-sum-exp of each row; a row that sees nothing writes -inf only.
     A single part, which is not ``IS_SPLIT``, is the output, and has no log-sum-exp.
     Rows behind the last request's count as one more request, which has no keys.
@@ -92,11 +101,17 @@ def decode_kernel(
         if first >= num_queries:
             return
         seq_len = tl.load(seq_lens_ptr + request, mask=is_request, other=0)
+        prompt_len = 0
+        if PHASE != "both":
+            prompt_len = tl.load(prompt_lens_ptr + request, mask=is_request, other=0)
     else:
         request = tl.program_id(0)
         token_start = request
         num_queries = 1
         seq_len = tl.load(seq_lens_ptr + request)
+        prompt_len = 0
+        if PHASE != "both":
+            prompt_len = tl.load(prompt_lens_ptr + request)
         first = 0
 
     rows = tl.arange(0, ROWS)
@@ -104,15 +119,23 @@ def decode_kernel(
     is_row = (rows < ROWS_PER_BLOCK * GROUP) & (query_idx < num_queries)
     head = kv_head * GROUP + rows % GROUP
     position = seq_len - num_queries + query_idx  # [ROWS]
-    row_low = tl.maximum(position - window + 1, 0)
+    row_low = first_seen(position, window, prompt_len, PHASE)
 
     first_position = seq_len - num_queries + first
     last_position = tl.minimum(first_position + ROWS_PER_BLOCK, seq_len) - 1
-    low = tl.maximum(first_position - window + 1, 0)
-    num_tiles = tl.cdiv(tl.maximum(last_position + 1 - low, 0), TILE)
+    low, highest_low = first_seen_of_block(first_position, last_position, window, prompt_len, PHASE)
+    # The keys of a program: positions, or with a prompt below the window, the place of the tile.
+    pinned_stop = 0
+    window_place = low
+    if PHASE == "decode":
+        pinned_stop = tl.minimum(tl.maximum(prompt_len, sink_tokens), highest_low)
+        window_place = tl.cdiv(pinned_stop, TILE) * TILE
+    num_window = tl.maximum(last_position + 1 - low, 0)
+    first_place = 0 if PHASE == "decode" else low
+    num_tiles = tl.cdiv(window_place - first_place + num_window, TILE)
     span = tl.cdiv(num_tiles, num_splits) * TILE
-    start = low + split * span
-    stop = tl.minimum(start + span, last_position + 1)
+    start = first_place + split * span
+    stop = tl.minimum(start + span, window_place + num_window)
     row_start = row_low
     row_stop = position + 1
 
@@ -123,7 +146,7 @@ def decode_kernel(
     if HAS_SINKS:
         if split == num_splits:
             start = 0
-            stop = tl.minimum(sink_tokens, tl.maximum(last_position - window + 1, 0))
+            stop = tl.minimum(sink_tokens, highest_low)
             row_start = tl.zeros_like(row_low)
             row_stop = tl.minimum(row_low, sink_tokens)
             q_ptr = sink_query_ptr
@@ -139,13 +162,23 @@ def decode_kernel(
     offsets = tl.arange(0, TILE)
     # Carried from tile to tile: loaded in the loop that uses them, page ids would take the
     # pipeline's stages, and keys and values would be left with one buffer.
-    pages = load_pages(table_ptr, start + offsets, stop, PAGE)
-    for tile_start in tl.range(start, stop, TILE):
-        keys = tile_start + offsets
-        next_pages = load_pages(table_ptr, keys + TILE, stop, PAGE)
+    keys, key_stop = _tile_keys(start, offsets, stop, pinned_stop, window_place, low, PHASE)
+    pages = load_pages(table_ptr, keys, key_stop, PAGE)
+    for place in tl.range(start, stop, TILE):
+        keys, key_stop = _tile_keys(place, offsets, stop, pinned_stop, window_place, low, PHASE)
+        next_keys, next_stop = _tile_keys(
+            place + TILE, offsets, stop, pinned_stop, window_place, low, PHASE
+        )
+        next_pages = load_pages(table_ptr, next_keys, next_stop, PAGE)
+        if PHASE == "decode":
+            is_window = place >= window_place
+            row_start = tl.where(is_window, row_low, 0)
+            pinned = tl.minimum(row_low, tl.maximum(prompt_len, sink_tokens))
+            row_stop = tl.where(is_window, position + 1, pinned)
         slots = pages.to(tl.int64) * stride_kv_page + (keys % PAGE) * stride_kv_slot
-        k = as_operand(load_rows(key_ptr, slots, keys < stop, stride_kv_dim, HEAD_DIM), DOT)
-        v = as_operand(load_rows(value_ptr, slots, keys < stop, stride_kv_dim, HEAD_DIM), DOT)
+        is_read = keys < key_stop
+        k = as_operand(load_rows(key_ptr, slots, is_read, stride_kv_dim, HEAD_DIM), DOT)
+        v = as_operand(load_rows(value_ptr, slots, is_read, stride_kv_dim, HEAD_DIM), DOT)
         top, total, acc = attend(
             q, k, v, keys, row_start, row_stop, score_scale, top, total, acc, DOT
         )
@@ -164,6 +197,23 @@ def decode_kernel(
         out_offset = token * stride_out_token + head * stride_out_head
     out = acc.to(out_ptr.dtype.element_ty)
     tl.store(out_ptr + out_offset[:, None] + dims[None, :], out, mask=is_stored[:, None])
+
+
+@triton.jit
+def _tile_keys(place, offsets, stop, pinned_stop, window_place, low, PHASE: tl.constexpr):
+    """Find the positions of a tile's keys, and the position up to which they are read.
+
+    Args:
+        place: of the tile in the row of tiles: of the prompt's below the window, up to
+            ``pinned_stop``, and of the window's from ``window_place`` on, which begins at
+            ``low``. In other phases than ``"decode"`` places are positions.
+        stop: place behind the last key that the program reads.
+    """
+    if PHASE == "decode":
+        is_window = place >= window_place
+        keys = tl.where(is_window, place - window_place + low, place) + offsets
+        return keys, tl.where(is_window, stop - window_place + low, tl.minimum(stop, pinned_stop))
+    return place + offsets, stop
 
 
 @triton.jit(do_not_specialize=["num_parts"], do_not_specialize_on_alignment=["lse_ptr"])
@@ -217,14 +267,12 @@ class DecodeLaunch:
         plan: DecodePlan,
         target: Target,
         *,
-        window: int,
         num_kv_bytes: int,
     ) -> None:
         """Prepare all but the tensors of a layer.
 
         Args:
             call: of ``query`` and ``kv_cache`` only the shapes count.
-            window: as :meth:`AttentionCall.reach` says.
             num_kv_bytes: bytes of an element of the cache.
         """
         num_tokens, num_heads, _ = call.query.shape
@@ -232,9 +280,14 @@ class DecodeLaunch:
         self._grid = (plan.num_blocks(num_tokens, num_reqs), call.kv_cache.shape[1], plan.num_parts)
         self._merge_grid = (num_tokens, num_heads, 1)
         self._num_parts = plan.num_parts
-        self._indices = (call.block_table, call.seq_lens, call.query_start_loc)
+        self._indices = (
+            call.block_table,
+            call.seq_lens,
+            call.query_start_loc,
+            call.prompt_lens,
+        )
         self._table_stride = call.block_table.stride(0)
-        self._numbers = (num_tokens, num_reqs, window, call.sink_tokens)
+        self._numbers = (num_tokens, num_reqs, call.kernel_window, call.sink_tokens)
         self._read, self._merge = _decode_kernel_launchers(plan, target, num_kv_bytes)
 
     def __call__(

@@ -10,6 +10,7 @@ from functools import lru_cache
 from typing import Any
 
 from swa_backend.pages import ceil_div
+from swa_backend.window import Phase
 
 # Programs that fit on a multiprocessor, by the table of the ahead-of-time gate.
 _PROGRAMS_PER_PROCESSOR = 4
@@ -118,6 +119,7 @@ class Plan:
     rows: int
     rows_per_block: int
     has_sinks: bool
+    phase: str
     dot: str
 
     def constants(self) -> dict[str, Any]:
@@ -173,6 +175,7 @@ def plan_decode(
     window: int,
     has_sinks: bool,
     is_ragged: bool,
+    phase: Phase,
     query_format: NumberFormat,
     kv_format: NumberFormat,
 ) -> DecodePlan:
@@ -192,7 +195,9 @@ def plan_decode(
         num_splits=choose_splits(
             max(1, ceil_div(window + rows_per_block - 1, tile)), num_programs, target
         ),
-        has_sinks=has_sinks,
+        # What stays visible below the window is divided with the window's tiles there.
+        has_sinks=has_sinks and phase is not Phase.DECODE,
+        phase=phase.value,
         is_ragged=is_ragged,
         dot=_plan_dot_format(target, query_format, kv_format).value,
     )
@@ -214,10 +219,12 @@ def plan_prefill(
     head_dim: int,
     page: int,
     has_sinks: bool,
+    phase: Phase,
     query_format: NumberFormat,
     kv_format: NumberFormat,
 ) -> PrefillPlan:
     """Plan one prefill call; products are in the query's format, which holds every fp8 value."""
+    has_sinks = has_sinks or phase is Phase.DECODE  # the prompt stays visible as sinks do
     is_fp8 = kv_format is not query_format
     is_tight = not target.has_registers_to_spare
     rows = _FEWER_PREFILL_ROWS if is_tight and (has_sinks or is_fp8) else _PREFILL_ROWS
@@ -231,6 +238,7 @@ def plan_prefill(
         rows=rows,
         rows_per_block=rows // group,
         has_sinks=has_sinks,
+        phase=phase.value,
         dot=_plan_dot_format(target, query_format, query_format).value,
     )
 

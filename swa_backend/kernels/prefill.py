@@ -17,6 +17,8 @@ from swa_backend.kernels.plans import PrefillPlan, Target
 from swa_backend.kernels.tiles import (
     as_operand,
     attend,
+    first_seen,
+    first_seen_of_block,
     load_pages,
     load_rows,
     request_of_query_tile,
@@ -26,7 +28,9 @@ from swa_backend.kernels.tiles import (
 
 @triton.jit(
     do_not_specialize=["stride_table_request", "num_tokens", "num_reqs", "window", "sink_tokens"],
-    do_not_specialize_on_alignment=["block_table_ptr", "query_start_loc_ptr", "seq_lens_ptr"],
+    do_not_specialize_on_alignment=[
+        *("block_table_ptr", "query_start_loc_ptr", "seq_lens_ptr", "prompt_lens_ptr"),
+    ],
 )
 def prefill_kernel(
     out_ptr,
@@ -38,6 +42,7 @@ def prefill_kernel(
     block_table_ptr,
     query_start_loc_ptr,
     seq_lens_ptr,
+    prompt_lens_ptr,
     stride_out_token,
     stride_out_head,
     stride_query_token,
@@ -67,12 +72,14 @@ def prefill_kernel(
     ROWS: tl.constexpr,
     ROWS_PER_BLOCK: tl.constexpr,
     HAS_SINKS: tl.constexpr,
+    PHASE: tl.constexpr,
     DOT: tl.constexpr,
 ):
     """Compute the output of one block of queries and one KV head.
 
     A block is up to ``ROWS_PER_BLOCK`` queries of one request times ``GROUP`` heads. Rows behind
-    the last request's count as one more request, which has no keys: they become zeros.
+    the last request's count as one more request, which has no keys: they become zeros. In the phase
+    ``"decode"`` the sinks are the prompt.
     """
     block = tl.program_id(0)
     kv_head = tl.program_id(1)
@@ -81,6 +88,9 @@ def prefill_kernel(
     token_start = tl.load(query_start_loc_ptr + request)
     token_stop = tl.load(query_start_loc_ptr + request + 1, mask=is_request, other=num_tokens)
     seq_len = tl.load(seq_lens_ptr + request, mask=is_request, other=0)
+    prompt_len = 0
+    if PHASE != "both":
+        prompt_len = tl.load(prompt_lens_ptr + request, mask=is_request, other=0)
     num_queries = token_stop - token_start
     first = (block - token_start // ROWS_PER_BLOCK - request) * ROWS_PER_BLOCK
     if first >= num_queries:
@@ -92,8 +102,13 @@ def prefill_kernel(
     is_row = (rows < ROWS_PER_BLOCK * GROUP) & (query_idx < num_queries)
     head = kv_head * GROUP + rows % GROUP
     position = context + query_idx  # [ROWS]
-    row_low = tl.maximum(position - window + 1, 0)
+    row_low = first_seen(position, window, prompt_len, PHASE)
     last_position = tl.minimum(context + first + ROWS_PER_BLOCK, seq_len) - 1
+    lowest, highest_low = first_seen_of_block(
+        context + first, last_position, window, prompt_len, PHASE
+    )
+    if PHASE == "decode":
+        sink_tokens = tl.maximum(sink_tokens, prompt_len)
 
     token = (token_start + query_idx).to(tl.int64)
     dims = tl.arange(0, HEAD_DIM)
@@ -108,18 +123,18 @@ def prefill_kernel(
     acc = tl.zeros([ROWS, HEAD_DIM], dtype=tl.float32)
     # The sinks below the window first, then the window.
     for sweep in tl.static_range(1 - HAS_SINKS, 2):
-        start = tl.maximum(context + first - window + 1, 0)
+        start = lowest
         stop = last_position + 1
         row_start = row_low
         row_stop = position + 1
-        seen_start = last_position - window + 1  # by every row
+        seen_start = highest_low  # by every row
         seen_stop = context + first + 1
         q_ptr = query_ptr
         q_offset = token * stride_query_token + head * stride_query_head
         if HAS_SINKS:
             if sweep == 0:
                 start = 0
-                stop = tl.minimum(sink_tokens, tl.maximum(last_position - window + 1, 0))
+                stop = tl.minimum(sink_tokens, highest_low)
                 row_start = tl.zeros_like(row_low)
                 row_stop = tl.minimum(row_low, sink_tokens)
                 q_ptr = sink_query_ptr
@@ -193,20 +208,22 @@ def _prefill_launcher(plan: PrefillPlan, target: Target) -> Launcher:
 class PrefillLaunch:
     """The kernel of planned chunks, for any layer."""
 
-    def __init__(
-        self, call: AttentionCall, plan: PrefillPlan, target: Target, *, window: int
-    ) -> None:
+    def __init__(self, call: AttentionCall, plan: PrefillPlan, target: Target) -> None:
         """Prepare all but the tensors of a layer.
 
         Args:
             call: of ``query`` and ``kv_cache`` only the shapes count.
-            window: as :meth:`AttentionCall.reach` says.
         """
         num_tokens, num_reqs = call.query.shape[0], call.seq_lens.shape[0]
         self._grid = (plan.num_blocks(num_tokens, num_reqs), call.kv_cache.shape[1], 1)
-        self._indices = (call.block_table, call.query_start_loc, call.seq_lens)
+        self._indices = (
+            call.block_table,
+            call.query_start_loc,
+            call.seq_lens,
+            call.prompt_lens,
+        )
         self._table_stride = call.block_table.stride(0)
-        self._numbers = (num_tokens, num_reqs, window, call.sink_tokens)
+        self._numbers = (num_tokens, num_reqs, call.kernel_window, call.sink_tokens)
         self._launch = _prefill_launcher(plan, target)
 
     def __call__(

@@ -27,6 +27,36 @@ def request_of_query_tile(query_start_loc_ptr, num_reqs, block, ROWS_PER_BLOCK: 
 
 
 @triton.jit
+def first_seen(position, window, prompt_len, PHASE: tl.constexpr):
+    """Find the lowest position in the window of each query, as ``window.first_visible`` says.
+
+    In the phase ``"decode"`` the prompt's queries would see the same with a window, because they
+    see the prompt below it too, but in two ranges.
+    """
+    low = tl.maximum(position - window + 1, 0)
+    if PHASE == "prefill":
+        low = tl.where(position < prompt_len, low, 0)
+    if PHASE == "decode":
+        low = tl.where(position < prompt_len, 0, low)
+    return low
+
+
+@triton.jit
+def first_seen_of_block(first, last, window, prompt_len, PHASE: tl.constexpr):
+    """Find the lowest and the highest ``first_seen`` of the queries from ``first`` to ``last``."""
+    if PHASE == "prefill":
+        low = tl.minimum(
+            first_seen(first, window, prompt_len, PHASE),
+            first_seen(last, window, prompt_len, PHASE),
+        )
+        # Of the prompt's last query in the block, if any is the prompt's.
+        last = tl.minimum(last, tl.maximum(prompt_len - 1, first))
+    else:
+        low = first_seen(first, window, prompt_len, PHASE)
+    return low, first_seen(last, window, prompt_len, PHASE)
+
+
+@triton.jit
 def load_pages(table_ptr, keys, stop, PAGE: tl.constexpr):
     """Load the page id of every key below ``stop``; other entries may be stale and are not read."""
     return tl.load(table_ptr + keys // PAGE, mask=keys < stop, other=0)

@@ -7,6 +7,7 @@ import torch
 
 from swa_backend.attention_call import AttentionCall, PrefillCall
 from swa_backend.options import is_count
+from swa_backend.window import Phase
 
 QUERY_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 FP8_DTYPES = (torch.float8_e4m3fn, torch.float8_e5m2)
@@ -118,6 +119,7 @@ def check_call(
     check_operand_like("sink_query", call.sink_query, query, "query")
     check_operand_like("out", out, query, "query")
     check_window_operand(call.window, call.sink_tokens, call.sink_query is not None)
+    check_phase_operand(call)
     scale = 1.0 if call.scale is None else call.scale
     check_scales(scale=scale, k_scale=call.k_scale, v_scale=call.v_scale)
     check_same_device(
@@ -127,6 +129,7 @@ def check_call(
         block_table=call.block_table,
         seq_lens=call.seq_lens,
         query_start_loc=call.query_start_loc,
+        prompt_lens=call.prompt_lens,
         sink_query=call.sink_query,
         out=out,
         **others,
@@ -140,6 +143,8 @@ def check_rows_of_requests(call: AttentionCall) -> None:
     check_integers("block_table", call.block_table, torch.int32, (num_reqs, None))
     if call.query_start_loc is not None:
         check_integers("query_start_loc", call.query_start_loc, torch.int32, (num_reqs + 1,))
+    if call.prompt_lens is not None:
+        check_integers("prompt_lens", call.prompt_lens, torch.int32, (num_reqs,))
 
 
 def check_one_query_each(call: AttentionCall) -> None:
@@ -223,6 +228,25 @@ def check_window_operand(window: int | None, sink_tokens: int, has_sink_query: b
         )
     if has_sink_query and (window is None or not sink_tokens):
         raise ValueError("sink_query needs sink_tokens and a window: without both no key meets it")
+
+
+def check_phase_operand(call: AttentionCall) -> None:
+    """Raise for a phase that has nothing to rule, or lengths of prompts that nothing reads."""
+    if not isinstance(call.phase, Phase):
+        allowed = ", ".join(f"Phase.{phase.name}" for phase in Phase)
+        raise TypeError(f"phase must be one of {allowed} of swa_backend.window; got {call.phase!r}")
+    if call.phase is Phase.BOTH:
+        if call.prompt_lens is not None:
+            raise ValueError("prompt_lens needs a phase other than Phase.BOTH, which reads none")
+        return
+    if call.window is None:
+        raise ValueError(f"Phase.{call.phase.name} needs a window: give one, or Phase.BOTH")
+    if call.prompt_lens is None:
+        raise ValueError(f"Phase.{call.phase.name} needs prompt_lens, int32 [num_reqs]")
+    if call.phase is Phase.DECODE and call.sink_query is not None:
+        raise ValueError(
+            "Phase.DECODE has no sink_query: what stays visible is the prompt, at its own distance"
+        )
 
 
 def check_scales(**scales: float) -> None:

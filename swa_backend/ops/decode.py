@@ -16,6 +16,7 @@ from swa_backend.ops.checks import (
     check_scratch,
 )
 from swa_backend.ops.dispatch import FORMATS, dispatched_cache_dtype, resolve_impl
+from swa_backend.window import Phase
 
 
 def decode_attention(
@@ -31,6 +32,8 @@ def decode_attention(
     query_start_loc: torch.Tensor | None = None,
     k_scale: float = 1.0,
     v_scale: float = 1.0,
+    phase: Phase = Phase.BOTH,
+    prompt_lens: torch.Tensor | None = None,
     out: torch.Tensor | None = None,
     scratch: torch.Tensor | None = None,
     impl: str = "auto",
@@ -54,6 +57,8 @@ def decode_attention(
         query_start_loc: int32 ``[num_reqs + 1]``; request ``r`` has the queries from entry ``r`` to
             entry ``r + 1``, the last of them at position ``seq_lens[r] - 1``. One each by default.
         k_scale, v_scale: factors of the elements of an fp8 cache.
+        phase: whose queries have the window; another than ``BOTH`` needs a window.
+        prompt_lens: int32 ``[num_reqs]``, tokens of each request's prompt, for such a phase.
         out: where to write, as query.
         scratch: fp32 ``[n]``, overwritten, ``n`` at least :func:`decode_scratch_size`; allocated by
             default.
@@ -76,6 +81,8 @@ def decode_attention(
         sink_query=sink_query,
         k_scale=k_scale,
         v_scale=v_scale,
+        phase=phase,
+        prompt_lens=prompt_lens,
     )
     check_call(call, out)
     if scratch is not None:
@@ -131,7 +138,6 @@ class DecodeBatch:
             call,
             self._plan,
             target,
-            window=call.reach()[0],
             num_kv_bytes=call.kv_cache.element_size(),
         )
 
@@ -191,7 +197,6 @@ def _decode_by_kernels(
 def plan_decode_operation(call: AttentionCall, target: Target) -> DecodePlan:
     """Plan the launch of ``call``."""
     (num_tokens, num_heads, head_dim), num_kv_heads = call.query.shape, call.kv_cache.shape[1]
-    window, has_sinks = call.reach()
     return plan_decode(
         target,
         num_tokens=num_tokens,
@@ -200,9 +205,10 @@ def plan_decode_operation(call: AttentionCall, target: Target) -> DecodePlan:
         group=num_heads // num_kv_heads,
         head_dim=head_dim,
         page=call.kv_cache.shape[2],
-        window=window,
-        has_sinks=has_sinks,
+        window=call.most_visible,
+        has_sinks=call.has_sinks,
         is_ragged=call.query_start_loc is not None,
+        phase=call.phase,
         query_format=FORMATS[call.query.dtype],
         kv_format=FORMATS[call.kv_cache.dtype],
     )

@@ -15,6 +15,7 @@ from swa_backend.ops.checks import (
 )
 from swa_backend.ops.dispatch import FORMATS, dispatched_cache_dtype, resolve_impl
 from swa_backend.ops.xformers_prefill import prefill_by_xformers
+from swa_backend.window import Phase
 
 
 def prefill_attention(
@@ -32,6 +33,8 @@ def prefill_attention(
     sink_query: torch.Tensor | None = None,
     k_scale: float = 1.0,
     v_scale: float = 1.0,
+    phase: Phase = Phase.BOTH,
+    prompt_lens: torch.Tensor | None = None,
     out: torch.Tensor | None = None,
     impl: str = "auto",
 ) -> torch.Tensor:
@@ -55,8 +58,10 @@ def prefill_attention(
         sink_query: as query; meets the sinks below the window instead of it.
         k_scale, v_scale: factors of the elements of an fp8 cache; ``key`` and ``value`` are taken
             as they are.
+        phase: whose queries have the window; another than ``BOTH`` needs a window.
+        prompt_lens: int32 ``[num_reqs]``, tokens of each request's prompt, for such a phase.
         out: where to write, as query.
-        impl: also ``"xformers"``, which waits for the host and has no sinks.
+        impl: also ``"xformers"``, which waits for the host and has neither sinks nor phases.
 
     Returns:
         As query; zeros in padded rows and in those behind the last request's.
@@ -78,6 +83,8 @@ def prefill_attention(
         sink_query=sink_query,
         k_scale=k_scale,
         v_scale=v_scale,
+        phase=phase,
+        prompt_lens=prompt_lens,
     )
     check_prefill_call(call, out)
     chosen = resolve_impl(impl, kv_cache.device, others=("xformers",))
@@ -94,7 +101,6 @@ class PrefillBatch:
         """Plan a batch; the arguments are as for :class:`~swa_backend.ops.decode.DecodeBatch`."""
         from swa_backend.kernels.prefill import PrefillLaunch
 
-        window, has_sinks = call.reach()
         (_, num_heads, head_dim), num_kv_heads = call.query.shape, call.kv_cache.shape[1]
         self._shape = call.query.shape
         self._view, self._factor = dispatched_cache_dtype(call.kv_cache.dtype, target)
@@ -104,11 +110,12 @@ class PrefillBatch:
             group=num_heads // num_kv_heads,
             head_dim=head_dim,
             page=call.kv_cache.shape[2],
-            has_sinks=has_sinks,
+            has_sinks=call.has_sinks,
+            phase=call.phase,
             query_format=FORMATS[call.query.dtype],
             kv_format=FORMATS[call.kv_cache.dtype],
         )
-        self._launch = PrefillLaunch(call, plan, target, window=window)
+        self._launch = PrefillLaunch(call, plan, target)
 
     def attend(
         self,

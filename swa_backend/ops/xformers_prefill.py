@@ -8,20 +8,24 @@ lengths on the host. No mask has sinks. A chunk's tokens need not be stored here
 import torch
 
 from swa_backend.attention_call import PrefillCall
-from swa_backend.window import first_visible
+from swa_backend.window import Phase, first_visible
 
 
 def prefill_by_xformers(call: PrefillCall, out: torch.Tensor) -> torch.Tensor:
     """Write what :func:`swa_backend.ops.prefill_attention` computes to ``out``, and return it.
 
     Raises:
-        ValueError: the call has sinks.
+        ValueError: the call has sinks, or a phase.
         NotImplementedError: xformers has no operator for the device, with its reasons.
     """
     if call.sink_tokens:
         raise ValueError(
             f"xformers has no mask with sinks, got sink_tokens={call.sink_tokens}; use "
             'impl="triton"'
+        )
+    if call.phase is not Phase.BOTH:
+        raise ValueError(
+            f'xformers has no mask of phases, got phase="{call.phase}"; use impl="triton"'
         )
     out.zero_()
     key, value, device = call.key, call.value, call.kv_cache.device

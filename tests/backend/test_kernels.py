@@ -11,9 +11,10 @@ import pytest
 import torch
 
 from swa_backend import ops, reference
+from swa_backend.window import Phase
 from tests.helpers.kernels.cases import DTYPES, DecodeCase, WriteCase, check_decode, check_write
 from tests.helpers.kernels.guard import DEVICE
-from tests.helpers.kernels.mutants import MUTANTS, Mutant, assert_caught, load_kernels
+from tests.helpers.kernels.mutants import MUTANTS, Mutant, Record, assert_caught, load_kernels
 
 DECODE = (
     DecodeCase(window=50, seq_lens=(77, 0, 13), num_kv_heads=2),
@@ -36,6 +37,42 @@ DECODE = (
     DecodeCase(window=32, seq_lens=(60,), dtype=torch.bfloat16, kv_dtype=torch.float8_e4m3fn),
     DecodeCase(window=32, seq_lens=(60,), dtype=torch.float16, kv_dtype=torch.float8_e5m2),
     DecodeCase(window=20, seq_lens=(45,), dtype=torch.float16, is_far=True, by_token=True),
+    DecodeCase(
+        window=20,
+        seq_lens=(90, 60, 61, 0),
+        sink_tokens=3,
+        is_shifted=True,
+        phase=Phase.PREFILL,
+        prompt_lens=(40, 60, 60, 5),
+    ),
+    DecodeCase(
+        window=17,
+        seq_lens=(80, 40, 20),
+        num_queries=(5, 4, 3),
+        group=3,
+        sink_tokens=2,
+        num_padding=1,
+        phase=Phase.PREFILL,
+        prompt_lens=(77, 10, 60),
+    ),
+    DecodeCase(
+        window=18,
+        seq_lens=(150, 60, 61, 0, 90),
+        num_kv_heads=2,
+        phase=Phase.DECODE,
+        prompt_lens=(70, 60, 60, 5, 85),
+    ),
+    DecodeCase(
+        window=17,
+        seq_lens=(130, 40, 20, 60),
+        num_queries=(5, 4, 3, 2),
+        group=3,
+        sink_tokens=4,
+        num_padding=1,
+        dtype=torch.float16,
+        phase=Phase.DECODE,
+        prompt_lens=(33, 38, 60, 1),
+    ),
 )
 
 
@@ -113,8 +150,11 @@ def _smoke(module: ModuleType, monkeypatch: pytest.MonkeyPatch, directory: Path)
 
 
 @pytest.mark.parametrize("mutant", MUTANTS, ids=str)
-def test_mutant_is_caught(mutant: Mutant, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_mutant_is_caught(
+    mutant: Mutant, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, record_property: Record
+) -> None:
     assert_caught(mutant, _smoke, monkeypatch, tmp_path)
+    record_property("summary: mutants killed", 1)
 
 
 def test_kernels_loaded_without_a_mutation_pass(
@@ -131,12 +171,15 @@ def _grid() -> list[DecodeCase]:
     product = itertools.product(windows, (0, 1, 4, 20), (1, 2, 4, 5, 8), (16, 32, 64, 128))
     dtypes = itertools.cycle(DTYPES)
     drafts = itertools.cycle((None, None, (2, 0, 1, 5, 3), (1, 1, 4, 1, 2), None))
+    phases = itertools.cycle((Phase.BOTH, Phase.PREFILL, Phase.DECODE))
     cases = []
-    for index, ((window, sinks, group, page), types, num_queries) in enumerate(
-        zip(product, dtypes, drafts, strict=False)
+    for index, ((window, sinks, group, page), types, num_queries, phase) in enumerate(
+        zip(product, dtypes, drafts, phases, strict=False)
     ):
         size = window or 70
-        seq_lens = (0, size - 1, size, size + 1, 100003 if window else 203)
+        phase = phase if window else Phase.BOTH
+        longest = 100003 if window and phase is Phase.BOTH else 203
+        seq_lens = (0, size - 1, size, size + 1, longest)
         if num_queries is not None:  # a request has no more queries than tokens
             num_queries = tuple(map(min, num_queries, seq_lens))
         case = DecodeCase(
@@ -150,10 +193,14 @@ def _grid() -> list[DecodeCase]:
             dtype=types[0],
             kv_dtype=types[1],
             num_queries=num_queries,
-            is_shifted=bool(sinks and window and index % 3),
+            is_shifted=bool(sinks and window and index % 4 and phase is not Phase.DECODE),
             by_token=index % 7 > 3,
             is_far=index % 29 == 0,
             num_padding=index % 2 if num_queries else 0,
+            phase=phase,
+            prompt_lens=(3, size - 2, size, 1, 100 + index % 103)
+            if phase is not Phase.BOTH
+            else (),
         )
         cases.append(case)
     return cases

@@ -12,8 +12,9 @@ import pytest
 import torch
 
 from swa_backend import ops
+from swa_backend.window import Phase
 from tests.helpers.kernels.cases import DTYPES
-from tests.helpers.kernels.mutants import PREFILL_MUTANTS, Mutant, assert_caught
+from tests.helpers.kernels.mutants import PREFILL_MUTANTS, Mutant, Record, assert_caught
 from tests.helpers.kernels.prefill_cases import PrefillCase, check_prefill
 
 PREFILL = (
@@ -33,6 +34,31 @@ PREFILL = (
         kv_dtype=torch.float8_e5m2,
         by_token=True,
     ),
+    PrefillCase(
+        window=20,
+        chunks=((70, 90), (100, 3), (30, 5)),
+        sink_tokens=3,
+        is_shifted=True,
+        phase=Phase.PREFILL,
+        prompt_lens=(100, 40, 60),
+    ),
+    PrefillCase(
+        window=20,
+        chunks=((40, 100), (100, 3), (30, 5), (-2, 2), (50, 4)),
+        sink_tokens=3,
+        group=4,
+        num_padding=1,
+        phase=Phase.DECODE,
+        prompt_lens=(65, 40, 60, 7, 1),
+    ),
+    PrefillCase(
+        window=9,
+        chunks=((2, 200),),
+        dtype=torch.bfloat16,
+        kv_dtype=torch.float8_e4m3fn,
+        phase=Phase.DECODE,
+        prompt_lens=(1,),
+    ),
 )
 
 
@@ -50,8 +76,11 @@ def _smoke(module: ModuleType, monkeypatch: pytest.MonkeyPatch, directory: Path)
 
 
 @pytest.mark.parametrize("mutant", PREFILL_MUTANTS, ids=str)
-def test_mutant_is_caught(mutant: Mutant, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_mutant_is_caught(
+    mutant: Mutant, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, record_property: Record
+) -> None:
     assert_caught(mutant, _smoke, monkeypatch, tmp_path)
+    record_property("summary: mutants killed", 1)
 
 
 def _grid() -> list[PrefillCase]:
@@ -59,22 +88,25 @@ def _grid() -> list[PrefillCase]:
     windows = (1, 5, 16, 17, 32, 50, 64, None)
     product = itertools.product(windows, (0, 1, 4, 20), (1, 2, 4, 5, 8), (16, 32, 64, 128))
     dtypes = itertools.cycle(DTYPES)
+    phases = itertools.cycle((Phase.BOTH, Phase.PREFILL, Phase.DECODE))
     cases = []
-    for index, ((window, sinks, group, page), (dtype, kv_dtype)) in enumerate(
-        zip(product, dtypes, strict=False)
+    for index, ((window, sinks, group, page), (dtype, kv_dtype), phase) in enumerate(
+        zip(product, dtypes, phases, strict=False)
     ):
         size = window or 40
+        phase = phase if window else Phase.BOTH
         batches = itertools.cycle(
             (
                 ((0, 1), (size - 1, 2), (3 * size, 33), (0, 0)),
                 ((0, 70), (-2, 2), (size, 31)),
                 ((2 * size + 1, 130),),
-                ((100003 if window else 103, 40), (5, 3)),
+                ((100003 if window and phase is Phase.BOTH else 103, 40), (5, 3)),
             )
         )
+        chunks = next(itertools.islice(batches, index % 4, None))
         case = PrefillCase(
             window=window,
-            chunks=next(itertools.islice(batches, index % 4, None)),
+            chunks=chunks,
             page=page,
             sink_tokens=sinks,
             group=group,
@@ -82,10 +114,18 @@ def _grid() -> list[PrefillCase]:
             head_dim=(64, 128)[index // 3 % 2],
             dtype=dtype,
             kv_dtype=kv_dtype,
-            is_shifted=bool(sinks and window and index % 3),
+            is_shifted=bool(sinks and window and index % 4 and phase is not Phase.DECODE),
             by_token=index % 7 > 3,
             is_far=index % 29 == 0,
             num_padding=index % 2,
+            phase=phase,
+            # Inside the chunk, before it and behind it.
+            prompt_lens=tuple(
+                max(1, context + (num_queries // 2, -1, num_queries)[(index + i) % 3])
+                for i, (context, num_queries) in enumerate(chunks)
+            )
+            if phase is not Phase.BOTH
+            else (),
         )
         cases.append(case)
     return cases

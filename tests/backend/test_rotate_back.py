@@ -10,7 +10,7 @@ import torch
 
 from swa_backend import ops, reference
 from tests.helpers.kernels.guard import DEVICE, guarded
-from tests.helpers.kernels.mutants import ROTATE_MUTANTS, Mutant, assert_caught
+from tests.helpers.kernels.mutants import ROTATE_MUTANTS, Mutant, Record, assert_caught
 
 DISTANCES = (0, 1, 7, -3, 40, -40)
 
@@ -98,8 +98,11 @@ def _smoke(module: ModuleType, monkeypatch: pytest.MonkeyPatch, _: Path) -> None
 
 
 @pytest.mark.parametrize("mutant", ROTATE_MUTANTS, ids=str)
-def test_mutant_is_caught(mutant: Mutant, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_mutant_is_caught(
+    mutant: Mutant, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, record_property: Record
+) -> None:
     assert_caught(mutant, _smoke, monkeypatch, tmp_path)
+    record_property("summary: mutants killed", 1)
 
 
 STATES, TABLE = torch.randn(2, 3, 16), Case().table

@@ -6,24 +6,56 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import Qwen3Config
 from transformers.masking_utils import (
+    and_masks,
+    causal_mask_function,
     create_sliding_window_causal_mask,
     eager_mask,
+    or_masks,
     sliding_window_causal_mask_function,
+    sliding_window_overlay,
 )
 
 from swa_backend import pages, reference, window
 
 positions = st.integers(0, 300)
 windows = st.one_of(st.none(), st.integers(1, 80))
+phases = st.sampled_from(list(window.Phase))
 page_sizes = st.sampled_from([1, 2, 16, 32])
 
 
-@given(positions, windows, st.integers(0, 8))
-def test_num_visible_counts_is_visible(query: int, size: int | None, sinks: int) -> None:
-    visible = [k for k in range(query + 5) if window.is_visible(query, k, size, sinks)]
-    assert len(visible) == window.num_visible(query, size, sinks)
-    if not sinks:
-        assert visible[0] == window.first_visible(query, size)
+@given(positions, windows, st.integers(0, 8), phases, positions)
+def test_num_visible_counts_is_visible(
+    query: int, size: int | None, sinks: int, phase: window.Phase, prompt_len: int
+) -> None:
+    by_prompt = phase, prompt_len
+    visible = [k for k in range(query + 5) if window.is_visible(query, k, size, sinks, *by_prompt)]
+    assert len(visible) == window.num_visible(query, size, sinks, *by_prompt)
+    first = window.first_visible(query, size, *by_prompt)
+    pinned = range(min(window.num_pinned(sinks, *by_prompt), first))
+    assert visible == [*pinned, *range(first, query + 1)]
+
+
+@given(st.integers(1, 40), st.integers(1, 12), st.integers(0, 5), phases, st.integers(0, 45))
+def test_mask_of_a_phase_equals_hugging_faces_masks_combined(
+    num_tokens: int, size: int, sinks: int, phase: window.Phase, prompt_len: int
+) -> None:
+    """From transformers' masks of causal and sliding attention, and one of the prompt alone."""
+    always = {
+        window.Phase.BOTH: lambda batch, head, query, key: key < sinks,
+        window.Phase.PREFILL: lambda batch, head, query, key: (key < sinks) | (query >= prompt_len),
+        window.Phase.DECODE: lambda batch, head, query, key: (key < sinks) | (key < prompt_len),
+    }[phase]
+    expected = eager_mask(
+        batch_size=1,
+        q_length=num_tokens,
+        kv_length=num_tokens,
+        mask_function=and_masks(
+            causal_mask_function, or_masks(sliding_window_overlay(size), always)
+        ),
+    )
+    every = torch.arange(num_tokens)
+    mask = reference.reference_mask(every, every, size, sinks, phase, prompt_len)
+    assert torch.equal(mask, expected[0, 0] == 0)
 
 
 @given(st.integers(1, 80), st.integers(0, 8))

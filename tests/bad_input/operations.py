@@ -6,10 +6,12 @@ from typing import Any
 
 import torch
 
+from swa_backend.window import Phase
 from tests.bad_input.row import Bad
 
 QUERY = torch.randn(2, 4, 16)
 TABLE = torch.randn(100, 16)
+LENGTHS = torch.tensor([9, 3]).int()
 
 
 def arguments_of(name: str) -> dict[str, Any]:
@@ -140,6 +142,42 @@ _DECODE = [
         f"seq_lens {_CONTIGUOUS}",
         "call seq_lens.contiguous()",
     ),
+    _decode(
+        {"phase": "decode"}, TypeError, "got 'decode'", "Phase.BOTH, Phase.PREFILL, Phase.DECODE"
+    ),
+    _decode({"phase": Phase.DECODE}, ValueError, "Phase.DECODE", "int32 [num_reqs]", "needs"),
+    _decode(
+        {"phase": Phase.PREFILL, "window": None, "prompt_lens": LENGTHS},
+        ValueError,
+        "Phase.PREFILL needs a window",
+        "or Phase.BOTH",
+        "give one",
+    ),
+    _decode(
+        {"prompt_lens": LENGTHS},
+        ValueError,
+        "prompt_lens",
+        "other than Phase.BOTH",
+        "needs a phase",
+    ),
+    _decode(
+        {"phase": Phase.DECODE, "prompt_lens": LENGTHS.long()},
+        TypeError,
+        "got int64 [2]",
+        "prompt_lens must be int32 [2]",
+    ),
+    _decode(
+        {
+            "phase": Phase.DECODE,
+            "prompt_lens": LENGTHS,
+            "sink_tokens": 1,
+            "sink_query": QUERY,
+        },
+        ValueError,
+        "Phase.DECODE has no sink_query",
+        "what stays visible is the prompt",
+        "at its own distance",
+    ),
     _decode({"scale": -0.5}, ValueError, "got -0.5", "positive number", "scale must be"),
     _decode({"impl": "cuda"}, ValueError, "got 'cuda'", "one of auto, triton, torch", "impl must"),
     _decode(
@@ -171,6 +209,13 @@ _PREFILL = [
     _prefill({"scale": 0.0}, ValueError, "got 0.0", "positive number", "scale must be"),
     _prefill(
         {"out": torch.empty(3, 4, 16, device="meta")}, ValueError, "on meta", "cpu", "move it"
+    ),
+    _prefill(
+        {"phase": Phase.DECODE, "prompt_lens": LENGTHS, "impl": "xformers"},
+        ValueError,
+        'got phase="decode"',
+        "xformers has no mask of phases",
+        'use impl="triton"',
     ),
     _prefill(
         {"impl": "cuda"}, ValueError, "got 'cuda'", "auto, triton, torch, xformers", "impl must"

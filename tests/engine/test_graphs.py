@@ -222,6 +222,7 @@ def test_a_mistake_is_caught(
     ask: Callable[[Case], LLM],
     no_engine: Callable[[], None],
     monkeypatch: pytest.MonkeyPatch,
+    record_property: Callable[[str, object], None],
 ) -> None:
     no_engine()
     make(monkeypatch)
@@ -231,6 +232,7 @@ def test_a_mistake_is_caught(
             ask(SMALL)
     finally:
         no_engine()  # which has the mistake
+    record_property("summary: mutants killed", 1)
 
 
 def test_without_a_mistake_the_same_is_right(ask: Callable[[Case], LLM]) -> None:

@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from swa_backend import reference
-from swa_backend.window import is_visible
+from swa_backend.window import Phase, is_visible
 from tests.helpers.kernels.guard import DEVICE, IS_WATCHED, Guard, guarded
 
 BAD_PAGE = 2**30
@@ -45,6 +45,7 @@ class DecodeCase:
         by_token: whether the heads of a token lie together, or the tokens of a head.
         is_far: whether the cache is so large that its offsets do not fit in 32 bits.
         num_padding: queries behind the last request's.
+        prompt_lens: tokens of each request's prompt, in a phase that asks for them.
     """
 
     window: int | None
@@ -61,6 +62,8 @@ class DecodeCase:
     by_token: bool = False
     is_far: bool = False
     num_padding: int = 0
+    phase: Phase = Phase.BOTH
+    prompt_lens: tuple[int, ...] = ()
 
     def __str__(self) -> str:
         changed = (f"{k}={v}" for k, v in vars(self).items() if v != getattr(type(self), k, None))
@@ -75,10 +78,15 @@ class DecodeCase:
         seq_len = self.seq_lens[request]
         num_queries = 1 if self.num_queries is None else self.num_queries[request]
         lowest = max(0, seq_len - num_queries - (self.window or seq_len) - 1)
+        by_prompt = self.phase, self.prompt_lens[request] if self.prompt_lens else 0
         near = {*range(lowest, seq_len), *range(min(self.sink_tokens, seq_len))}
+        if self.phase is not Phase.BOTH:
+            near = {*range(seq_len)}
         queries = range(max(0, seq_len - num_queries), seq_len)
         return sorted(
-            k for k in near if any(is_visible(q, k, self.window, self.sink_tokens) for q in queries)
+            k
+            for k in near
+            if any(is_visible(q, k, self.window, self.sink_tokens, *by_prompt) for q in queries)
         )
 
 
@@ -114,6 +122,8 @@ def make_inputs(case: DecodeCase, directory: Path) -> DecodeInputs:
             "sink_tokens": case.sink_tokens,
             "sink_query": shifted if case.is_shifted else None,
             "query_start_loc": start_loc,
+            "phase": case.phase,
+            "prompt_lens": prompt_lens_of(case),
             **scales,
         },
         is_live=table != BAD_PAGE,
@@ -121,6 +131,13 @@ def make_inputs(case: DecodeCase, directory: Path) -> DecodeInputs:
         num_kv_bytes=sum(map(len, visible))
         * (case.num_kv_heads * 2 * case.head_dim * kv_cache.element_size()),
     )
+
+
+def prompt_lens_of(case: Any) -> torch.Tensor | None:
+    """The operand int32 ``[num_reqs]`` of a case in a phase."""
+    if case.phase is Phase.BOTH:
+        return None
+    return torch.tensor(case.prompt_lens).int().to(DEVICE)
 
 
 def _relative_error(dtype: torch.dtype, kv_dtype: torch.dtype) -> float:

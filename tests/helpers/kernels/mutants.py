@@ -12,6 +12,7 @@ from triton.runtime.errors import InterpreterError
 
 import swa_backend
 
+Record = Callable[[str, object], None]
 # In the order of their imports.
 MODULES = (
     "attention_call",
@@ -91,14 +92,14 @@ MUTANTS = (
     Mutant(
         "window too wide",
         DECODE,
-        "(first_position - window + 1, 0)",
-        "(first_position - window, 0)",
+        "first_position, last_position, window, prompt_len",
+        "first_position, last_position, window + 1, prompt_len",
     ),
     Mutant(
         "window too narrow",
         DECODE,
-        "row_low = tl.maximum(position - window + 1",
-        "row_low = tl.maximum(position - window + 2",
+        "row_low = first_seen(position,",
+        "row_low = first_seen(position + 1,",
     ),
     Mutant(
         "future visible", DECODE, "row_stop = position + 1", "row_stop = 0 * position + seq_len"
@@ -107,8 +108,8 @@ MUTANTS = (
     Mutant(
         "last tile not masked",
         DECODE,
-        "load_rows(value_ptr, slots, keys < stop,",
-        "load_rows(value_ptr, slots, keys < stop + TILE,",
+        "load_rows(value_ptr, slots, is_read,",
+        "load_rows(value_ptr, slots, keys < key_stop + TILE,",
     ),
     Mutant("32-bit page arithmetic", DECODE, "pages.to(tl.int64) *", "pages *"),
     Mutant("tiles taken for aligned", DECODE, "(keys % PAGE)", "(offsets % PAGE)"),
@@ -138,7 +139,12 @@ MUTANTS = (
         "num_programs(2) - HAS_SINKS",
         "num_programs(2)",
     ),
-    Mutant("splits overlap", DECODE, "low + split * span", "low + split * (span - TILE)"),
+    Mutant(
+        "splits overlap",
+        DECODE,
+        "first_place + split * span",
+        "first_place + split * (span - TILE)",
+    ),
     Mutant(
         "heads grouped the other way",
         DECODE,
@@ -165,6 +171,42 @@ MUTANTS = (
         DECODE,
         'mask=(lse > float("-inf"))[:, None]',
         "mask=(parts < num_parts)[:, None]",
+    ),
+    Mutant(
+        "prompt not divided among programs",
+        DECODE,
+        "tl.where(is_window, place - window_place + low, place)",
+        "place - window_place + low",
+    ),
+    Mutant(
+        "prompt in the window counted twice",
+        DECODE,
+        "pinned = tl.minimum(row_low, tl.maximum(prompt_len, sink_tokens))",
+        "pinned = tl.maximum(prompt_len, sink_tokens)",
+    ),
+    Mutant(
+        "prompt's last tile not masked",
+        DECODE,
+        "tl.minimum(stop, pinned_stop))",
+        "tl.minimum(stop, pinned_stop + 16))",
+    ),
+    Mutant(
+        "sinks behind a short prompt forgotten",
+        DECODE,
+        "pinned_stop = tl.minimum(tl.maximum(prompt_len, sink_tokens), highest_low)",
+        "pinned_stop = tl.minimum(prompt_len, highest_low)",
+    ),
+    Mutant(
+        "generated tokens have the prompt's window",
+        TILES,
+        "low = tl.where(position < prompt_len, low, 0)",
+        "low = tl.where(position < 2**30, low, 0)",
+    ),
+    Mutant(
+        "last query of the prompt taken for generated",
+        TILES,
+        "low = tl.where(position < prompt_len, low, 0)",
+        "low = tl.where(position < prompt_len - 1, low, 0)",
     ),
     Mutant("rows behind the last request left", DECODE, "num_reqs + 1, block", "num_reqs, block"),
     Mutant(
@@ -239,20 +281,20 @@ PREFILL_MUTANTS = (
     Mutant(
         "window too wide",
         PREFILL,
-        "tl.maximum(position - window + 1",
-        "tl.maximum(position - window",
+        "row_low = first_seen(position,",
+        "row_low = first_seen(position - 1,",
     ),
     Mutant(
         "first key of a block skipped",
         PREFILL,
-        "(context + first - window + 1, 0)",
-        "(context + first - window + 2, 0)",
+        "context + first, last_position, window",
+        "context + first + 1, last_position, window",
     ),
     Mutant(
         "tiles outside the window read",
         PREFILL,
-        "(context + first - window + 1, 0)",
-        "(context - window + 1, 0)",
+        "context + first, last_position, window",
+        "context, last_position, window",
     ),
     Mutant("future visible", PREFILL, "row_stop = position + 1", "row_stop = position + 2"),
     Mutant("own key hidden", PREFILL, "row_stop = position + 1", "row_stop = position"),
@@ -302,7 +344,7 @@ PREFILL_MUTANTS = (
     Mutant(
         "keys before the window unmasked",
         PREFILL,
-        "seen_start = last_position - window + 1",
+        "seen_start = highest_low",
         "seen_start = start",
     ),
     Mutant("sinks forgotten", PREFILL, "range(1 - HAS_SINKS, 2)", "range(1, 2)"),
@@ -320,7 +362,31 @@ PREFILL_MUTANTS = (
         "kv_head * GROUP + rows % GROUP",
         "rows % GROUP * tl.num_programs(1) + kv_head",
     ),
-    Mutant("sinks taken for absent", CALL, "window, self.sink_tokens > 0", "window, False"),
+    Mutant("sinks taken for absent", CALL, "and self.sink_tokens > 0", "and self.sink_tokens < 0"),
+    Mutant(
+        "prompt below the window forgotten",
+        PREFILL,
+        "sink_tokens = tl.maximum(sink_tokens, prompt_len)",
+        "sink_tokens = sink_tokens",
+    ),
+    Mutant(
+        "sinks behind a short prompt forgotten",
+        PREFILL,
+        "sink_tokens = tl.maximum(sink_tokens, prompt_len)",
+        "sink_tokens = prompt_len",
+    ),
+    Mutant(
+        "block that crosses the prompt's end begins at its window",
+        TILES,
+        "        low = tl.minimum(\n            first_seen(first, window, prompt_len, PHASE),",
+        "        low = tl.maximum(\n            first_seen(first, window, prompt_len, PHASE),",
+    ),
+    Mutant(
+        "tiles of a block that crosses the prompt's end unmasked",
+        TILES,
+        "last = tl.minimum(last, tl.maximum(prompt_len - 1, first))",
+        "last = last",
+    ),
 )
 ROTATE_MUTANTS = (
     Mutant("other direction", ROTATE, "is_first == (distance >= 0)", "is_first == (distance < 0)"),

@@ -10,8 +10,16 @@ import pytest
 import torch
 
 from swa_backend import reference
-from swa_backend.window import is_visible
-from tests.helpers.kernels.cases import BAD_PAGE, FP8, FP32_SLACK, ROUNDING, DecodeCase, make_pages
+from swa_backend.window import Phase, first_visible, is_visible, num_pinned
+from tests.helpers.kernels.cases import (
+    BAD_PAGE,
+    FP8,
+    FP32_SLACK,
+    ROUNDING,
+    DecodeCase,
+    make_pages,
+    prompt_lens_of,
+)
 from tests.helpers.kernels.guard import DEVICE, IS_WATCHED, guarded
 
 NAN = float("nan")
@@ -27,6 +35,7 @@ class PrefillCase:
         chunks: of each request, tokens before its queries, and queries; ``(-n, n)`` is a padded
             row of ``n`` queries.
         num_padding: queries behind the last request's.
+        prompt_lens: tokens of each request's prompt, in a phase that asks for them.
     """
 
     window: int | None
@@ -42,6 +51,8 @@ class PrefillCase:
     by_token: bool = False
     is_far: bool = False
     num_padding: int = 0
+    phase: Phase = Phase.BOTH
+    prompt_lens: tuple[int, ...] = ()
 
     __str__ = DecodeCase.__str__
 
@@ -50,29 +61,30 @@ class PrefillCase:
         """First token of each request, and the one behind the last."""
         return [0, *torch.tensor([n for _, n in self.chunks]).cumsum(0).tolist()]
 
-    def seen(self, queries: range) -> Iterator[set[int]]:
-        """Keys that queries at these positions see: those in their windows, then the sinks."""
+    def seen(self, request: int, queries: range) -> Iterator[set[int]]:
+        """Keys that queries at these positions see: those in their windows, then those below."""
         window, low = self.window, 0
-        if window is not None:
+        by_prompt = self.phase, self.prompt_lens[request] if self.prompt_lens else 0
+        if window is not None and self.phase is Phase.BOTH:
             low = max(0, queries.start - window)
-        keys = range(low, queries.stop)
-        yield {k for q in queries for k in keys if is_visible(q, k, window)}
-        sinks = range(min(self.sink_tokens, queries.stop))
+        firsts = {q: first_visible(q, window, *by_prompt) for q in queries}
+        yield {k for q in queries for k in range(max(low, firsts[q]), q + 1)}
+        pinned = range(min(num_pinned(self.sink_tokens, *by_prompt), queries.stop))
         yield {
             k
             for q in queries
-            for k in sinks
-            if is_visible(q, k, window, self.sink_tokens) and not is_visible(q, k, window)
+            for k in pinned
+            if is_visible(q, k, window, self.sink_tokens, *by_prompt) and k < firsts[q]
         }
 
     def keys_read(self) -> tuple[int, int]:
         """Cached and own keys that the blocks read, each block those that its queries see."""
         cached = own = 0
-        for context, num_queries in self.chunks:
+        for request, (context, num_queries) in enumerate(self.chunks):
             step = ROWS // self.group
             for first in range(0, num_queries if context >= 0 else 0, step):
                 stop = context + min(num_queries, first + step)
-                for keys in self.seen(range(context + first, stop)):
+                for keys in self.seen(request, range(context + first, stop)):
                     cached += sum(key < context for key in keys)
                     own += sum(key >= context for key in keys)
         return cached, own
@@ -92,8 +104,10 @@ def make_inputs(case: PrefillCase, directory: Path) -> PrefillInputs:
     generator = torch.Generator().manual_seed(7)
     kv_dtype, starts = case.kv_dtype or case.dtype, case.starts
     visible = [
-        sorted(k for keys in case.seen(range(context, context + n)) for k in keys if k < context)
-        for context, n in case.chunks
+        sorted(
+            {k for keys in case.seen(i, range(context, context + n)) for k in keys if k < context}
+        )
+        for i, (context, n) in enumerate(case.chunks)
     ]
     longest = max(context + n for context, n in case.chunks)
     kv_cache, table, largest = make_pages(case, kv_dtype, visible, longest, directory, generator)
@@ -118,6 +132,8 @@ def make_inputs(case: PrefillCase, directory: Path) -> PrefillInputs:
             "window": case.window,
             "sink_tokens": case.sink_tokens,
             "sink_query": shifted if case.is_shifted else None,
+            "phase": case.phase,
+            "prompt_lens": prompt_lens_of(case),
             **scales,
         },
         tolerance=largest * (ROUNDING[dot] + ROUNDING[case.dtype] + FP32_SLACK),
