@@ -262,9 +262,7 @@ _BENCH = [
     ),
     _says("bench serve", ["--peers", "here,tgi"], "'tgi'", "here, stock, full, hf", "--peers"),
     _says("bench serve", ["--peers", "stock"], "--peers stock", "in every round", "name it"),
-    _says(
-        "bench serve", ["--once", "here"], "--once here", "in every round", "not in --once"
-    ),
+    _says("bench serve", ["--once", "here"], "--once here", "in every round", "not in --once"),
     _says(
         "bench serve",
         ["--pool-requests", "1"],
@@ -512,9 +510,7 @@ _OTHERS = [
         "config.json has dtype None",
         "one of bfloat16, float16",
         "give --dtype",
-        remedies=(
-            ["plan", f"{HERE}/config.json", "--output", "64", "--dtype", "float16"],
-        ),
+        remedies=(["plan", f"{HERE}/config.json", "--output", "64", "--dtype", "float16"],),
     ),
     Bad(
         "check what",

@@ -214,7 +214,15 @@ SURROUNDINGS = [
         _ray({}, **_OVER_RAY, distributed_executor_backend=None),
     ),
     *(
-        Bad(name, _node(**what), got, _NEEDED, do, SWAConfigError, remedies=(_node(version=__version__),))
+        Bad(
+            name,
+            _node(**what),
+            got,
+            _NEEDED,
+            do,
+            SWAConfigError,
+            remedies=(_node(version=__version__),),
+        )
         for name, what, got, do in (
             ("node without it", {"version": None}, "(b) has no", "pip install"),
             (

@@ -297,3 +297,20 @@ def test_stacked_projections_are_not_missing(tiny_model: ModelFactory, tmp_path:
             tensors[f"model.layers.{layer}.{stack}_proj.weight"] = torch.cat(taken)
     save_file(tensors, model / WEIGHTS, metadata={"format": "pt"})
     set_up(model)
+
+
+def test_an_adapter_that_is_moved_away_is_in_nobodys_way(
+    tiny_model: ModelFactory, tmp_path: Path
+) -> None:
+    """And vLLM leaves one alone that an index of the weights does not name."""
+    model = tmp_path / "model"
+    shutil.copytree(tiny_model(**SLIDING), model)
+    (damage,) = (row.given for row in CHECKPOINTS if row.name == "an adapter beside the weights")
+    damage(model)
+    index = model / f"{WEIGHTS}.index.json"
+    index.write_text(json.dumps({"weight_map": dict.fromkeys(load_file(model / WEIGHTS), WEIGHTS)}))
+    set_up(model)
+    index.unlink()
+    for file in ("adapter_model.safetensors", "adapter_config.json"):
+        (model / file).rename(tmp_path / file)
+    set_up(model)

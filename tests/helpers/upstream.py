@@ -199,6 +199,7 @@ MEMBERS: dict[str, set[str]] = {
     "xformers.ops.fmha.attn_bias:BlockDiagonalMask": {
         *("from_seqlens", "make_causal_from_bottomright", "make_local_attention_from_bottomright"),
     },
+    "psutil:Process": {"cmdline", "create_time", "pid"},
 }
 
 # Functions that we call, with the parameters that we pass by name.

@@ -77,8 +77,7 @@ def test_a_decoded_token_is_timed_at_each_length(tmp_path: Path) -> None:
     "arguments",
     [
         ["decode", "--contexts", "64", "--batch", "1", "--window", "16"],
-        ["serve", "--pool-requests", "2", "--num-requests", "2", "--window", "2000"]
-        + ["--mix", "prefill"],
+        ["serve", "--mix", "prefill", "--num-requests", "2", "--window", "2000"],
     ],
     ids=["decode", "serve"],
 )
