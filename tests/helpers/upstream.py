@@ -15,8 +15,9 @@ MEMBERS: dict[str, set[str]] = {
     },
     "vllm.config.load:LoadConfig": {"load_format"},
     "vllm.config.model:ModelConfig": {
-        *("architecture", "architectures", "dtype", "get_head_size", "hf_config", "hf_overrides"),
-        *("max_model_len", "model"),
+        *("architecture", "architectures", "code_revision", "config_format", "dtype"),
+        *("get_head_size", "hf_config", "hf_config_path", "hf_overrides", "max_model_len", "model"),
+        *("revision", "trust_remote_code"),
     },
     "vllm.config.observability:ObservabilityConfig": {"enable_mfu_metrics"},
     "vllm.config.parallel:ParallelConfig": {

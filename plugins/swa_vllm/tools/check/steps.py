@@ -158,7 +158,7 @@ def inspect_page_manager() -> str:
     return "SWASpec is managed by SWAManager"
 
 
-def inspect_model(model: str, options: dict[str, Any]) -> str:
+def inspect_model(model: str, options: dict[str, Any], hf_overrides: dict[str, Any]) -> str:
     """Check that a model can be served; returns the table that its start-up would log."""
     from swa_vllm.compat.architectures import UNPROVEN, check_architectures
     from swa_vllm.tools.check.inspection import limit_inspection
@@ -174,6 +174,6 @@ def inspect_model(model: str, options: dict[str, Any]) -> str:
         raise ProblemError(str(error), "give the directory of a whole Qwen3") from error
     try:
         with limit_inspection():
-            return inspect_layers(model, options)
+            return inspect_layers(model, options, hf_overrides)
     except (ValueError, RuntimeError) as error:
         raise ProblemError(error_text(error), "see above; nothing was loaded") from error
