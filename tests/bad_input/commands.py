@@ -131,18 +131,27 @@ def _usage(arguments: list[str], got: str, allowed: str, do: str) -> Bad:
 
 
 _PLAN = [
-    _says("plan", ["--window", "0"], "got 0", "must be an integer >= 1", "swa.window"),
-    _says("plan", ["--window", str(10**30)], f"got {10**30}", "below 2**31", "swa.window"),
-    _says("plan", ["--sink-tokens", "-1"], "got -1", "an integer >= 0", "swa.sink_tokens"),
+    _says("plan", ["--window", "0"], "got 0", "must be an integer >= 1", "--window"),
+    _says("plan", ["--window", str(10**30)], f"got {10**30}", "below 2**31", "--window"),
+    _says("plan", ["--sink-tokens", "-1"], "got -1", "an integer >= 0", "--sink-tokens"),
     _says("plan", ["--sink-tokens", "512"], "=512 is", "not below max_model_len 512", "Give fewer"),
     _says(
         "plan",
         ["--full-attention-layers", "4"],
         "layer 4 is out",
         "has layers 0..3",
-        "attention_layers",
+        "--full-attention-layers",
     ),
     _says("plan", ["--full-attention-layers", "0-3"], "names all 4", "no window would", "leave at"),
+    _says(
+        "plan",
+        ["--device", "cpu", "--sink-tokens", "4", "--kv-cache-dtype", "fp8"],
+        "--sink-tokens cannot be had with --kv-cache-dtype fp8",
+        "not tested on CPUs",
+        "remove --sink-tokens, or use --kv-cache-dtype auto",
+        ["--device", "cpu", "--kv-cache-dtype", "fp8"],
+        ["--device", "cpu", "--sink-tokens", "4", "--kv-cache-dtype", "auto"],
+    ),
     *(_range("plan", f"--{flag}", "0") for flag in ("block-size", "output", "max-model-len")),
     *(_range("plan", f"--{flag}", "-2") for flag in ("max-num-seqs", "tensor-parallel-size")),
     _range("plan", "--max-model-len", str(10**18)),

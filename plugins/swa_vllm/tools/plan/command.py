@@ -15,14 +15,16 @@ from typing import Any
 from swa_backend.can_slide import check_can_slide
 from swa_backend.checkpoint import Checkpoint, read_checkpoint
 from swa_backend.layers import resolve_layers
-from swa_backend.options import SWAOptions
+from swa_backend.options import SWAConfigError, SWAOptions
 from swa_backend.table import format_table
 from swa_vllm.compat.architectures import check_architectures
+from swa_vllm.compat.cache_dtypes import UNQUANTIZED, sinks_refused_on_cpus
 from swa_vllm.tools.common import plots
 from swa_vllm.tools.common.arguments import (
     add_window_arguments,
     check_number,
     check_numbers,
+    options_as_flags,
     options_of_window_arguments,
 )
 from swa_vllm.tools.common.arms import Arm
@@ -34,6 +36,7 @@ from swa_vllm.tools.common.sizing import (
     Device,
     Limits,
     bytes_of_an_element,
+    cache_dtype_of,
     kv_heads_of_a_device,
     longest_text,
 )
@@ -87,7 +90,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    """Print the pools and the requests in them; returns the figures."""
+    """Print the pools and the requests in them; returns the figures.
+
+    Raises:
+        ValueError: what is planned cannot be served; options are named as this command has them.
+    """
+    try:
+        return _run_plan(args)
+    except SWAConfigError as error:
+        raise ValueError(options_as_flags(str(error))) from error
+
+
+def _run_plan(args: argparse.Namespace) -> dict[str, Any]:
     plots.check_plot_path(args.plot)
     checkpoint = read_checkpoint(Path(args.model))
     check_architectures(checkpoint.architectures)
@@ -99,6 +113,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             "no layer of this model has a window, so there is nothing to compare: give --window"
         )
     check_can_slide(checkpoint.config)
+    _check_cache_of_sinks(args, checkpoint)
     model = Model(
         windows=layers.windows,
         sink_tokens=options.sink_tokens,
@@ -116,11 +131,22 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     print(format_table(("", *Arm), pool_rows(pools)))
     print(f"\none request, and how many run at once; answers of {args.output} tokens")
     print(format_table(*need_rows(needs, with_pool=memory is not None)))
-    for note in (*layers.warnings, *plan_notes(model, limits, pools)):
+    for note in (*layers.warnings, *plan_notes(model, limits, pools, needs)):
         print(f"note: {note}")
     if args.plot is not None:
         plot_plan(args.plot, Path(args.model).name, needs)
     return plan_figures(args, model, limits, pools, needs)
+
+
+def _check_cache_of_sinks(args: argparse.Namespace, checkpoint: Checkpoint) -> None:
+    """Refuse what engines refuse on CPUs, in their words."""
+    asked = cache_dtype_of(checkpoint.quantization)
+    by_checkpoint = args.kv_cache_dtype == "auto"
+    dtype = asked if by_checkpoint else args.kv_cache_dtype
+    if args.device == Device.CPU and args.sink_tokens and dtype not in UNQUANTIZED:
+        named = f"--kv-cache-dtype {dtype}{' (the checkpoint asks for it)' * by_checkpoint}"
+        other = f"--kv-cache-dtype {'auto' if asked == 'auto' else 'bfloat16'}"
+        raise ValueError(sinks_refused_on_cpus(named, "--sink-tokens", other))
 
 
 def parse_memory_size(text: str) -> int:
