@@ -22,13 +22,13 @@ from swa_vllm.compat.cache_dtypes import UNQUANTIZED, sinks_refused_on_cpus
 from swa_vllm.tools.common import plots
 from swa_vllm.tools.common.arguments import (
     add_window_arguments,
-    check_number,
-    check_numbers,
+    check_number_argument,
+    check_number_arguments,
     options_as_flags,
     options_of_window_arguments,
 )
 from swa_vllm.tools.common.arms import Arm
-from swa_vllm.tools.common.pools import Model, plan_need, plan_pool
+from swa_vllm.tools.common.pools import Model, need_in_pool, plan_pool
 from swa_vllm.tools.common.queueing import Workload
 from swa_vllm.tools.common.sizing import (
     CACHE_DTYPES,
@@ -36,12 +36,12 @@ from swa_vllm.tools.common.sizing import (
     Device,
     Limits,
     bytes_of_an_element,
-    cache_dtype_of,
     kv_heads_of_a_device,
-    longest_text,
+    longest_text_in_limits,
+    size_cache_dtype,
 )
 from swa_vllm.tools.plan.pictures import plot_plan
-from swa_vllm.tools.plan.report import describe_plan, need_rows, plan_figures, plan_notes, pool_rows
+from swa_vllm.tools.plan.report import describe_plan, plan_figures, plan_notes, plan_rows, pool_rows
 
 EXAMPLE = (
     "Qwen3-8B/config.json --window 4096 --sink-tokens 4 --full-attention-layers every:4 "
@@ -121,16 +121,16 @@ def _run_plan(args: argparse.Namespace) -> dict[str, Any]:
         head_dim=checkpoint.head_dim,
         number_bytes=bytes_of_an_element(checkpoint, args.dtype, args.kv_cache_dtype),
     )
-    memory = None if args.kv_memory is None else parse_memory_size(args.kv_memory)
+    memory = None if args.kv_memory is None else parse_planned_memory(args.kv_memory)
     pools = {arm: plan_pool(arm, model, limits, memory) for arm in Arm}
     if memory is not None and not all(pool.num_pages for pool in pools.values()):
         raise ValueError(f"--kv-memory {args.kv_memory} does not hold a single page; give more")
-    workloads = [Workload(prompt, args.output) for prompt in _planned_prompts(args, limits)]
-    needs = {w: {arm: plan_need(pools[arm], limits, w) for arm in Arm} for w in workloads}
+    workloads = [Workload(prompt, args.output) for prompt in _prompts_to_plan(args, limits)]
+    needs = {w: {arm: need_in_pool(pools[arm], limits, w) for arm in Arm} for w in workloads}
     print(describe_plan(args, model, limits))
     print(format_table(("", *Arm), pool_rows(pools)))
     print(f"\none request, and how many run at once; answers of {args.output} tokens")
-    print(format_table(*need_rows(needs, with_pool=memory is not None)))
+    print(format_table(*plan_rows(needs, with_pool=memory is not None)))
     for note in (*layers.warnings, *plan_notes(model, limits, pools, needs)):
         print(f"note: {note}")
     if args.plot is not None:
@@ -140,7 +140,7 @@ def _run_plan(args: argparse.Namespace) -> dict[str, Any]:
 
 def _check_cache_of_sinks(args: argparse.Namespace, checkpoint: Checkpoint) -> None:
     """Refuse what engines refuse on CPUs, in their words."""
-    asked = cache_dtype_of(checkpoint.quantization)
+    asked = size_cache_dtype(checkpoint.quantization)
     by_checkpoint = args.kv_cache_dtype == "auto"
     dtype = asked if by_checkpoint else args.kv_cache_dtype
     if args.device == Device.CPU and args.sink_tokens and dtype not in UNQUANTIZED:
@@ -149,7 +149,7 @@ def _check_cache_of_sinks(args: argparse.Namespace, checkpoint: Checkpoint) -> N
         raise ValueError(sinks_refused_on_cpus(named, "--sink-tokens", other))
 
 
-def parse_memory_size(text: str) -> int:
+def parse_planned_memory(text: str) -> int:
     """Read a size such as ``16GiB``; returns bytes.
 
     Raises:
@@ -168,9 +168,11 @@ def _planned_limits(args: argparse.Namespace, checkpoint: Checkpoint) -> Limits:
     device = Device(args.device)
     if args.block_size is None:
         args.block_size = device.block_size
-    max_model_len = longest_text(checkpoint) if args.max_model_len is None else args.max_model_len
-    check_numbers(args, _NUMBERS)
-    check_number("max_model_len", max_model_len)
+    max_model_len = (
+        longest_text_in_limits(checkpoint) if args.max_model_len is None else args.max_model_len
+    )
+    check_number_arguments(args, _NUMBERS)
+    check_number_argument("max_model_len", max_model_len)
     if args.max_num_batched_tokens < args.max_num_seqs:
         raise ValueError(
             f"--max-num-batched-tokens {args.max_num_batched_tokens} is below --max-num-seqs "
@@ -186,7 +188,7 @@ def _planned_limits(args: argparse.Namespace, checkpoint: Checkpoint) -> Limits:
     )
 
 
-def _planned_prompts(args: argparse.Namespace, limits: Limits) -> list[int]:
+def _prompts_to_plan(args: argparse.Namespace, limits: Limits) -> list[int]:
     longest = limits.max_model_len - args.output
     if longest < 1:
         raise ValueError(
