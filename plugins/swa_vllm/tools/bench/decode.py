@@ -31,7 +31,7 @@ from swa_vllm.tools.common.arguments import (
 )
 from swa_vllm.tools.common.progress import say
 from swa_vllm.tools.common.spread import Spread
-from swa_vllm.tools.engines.setup import check_rope_can_grow, text_config_of_engine
+from swa_vllm.tools.engines.setup import check_rope_can_grow, scoring_text_config
 
 EXAMPLE = "--window 512 --contexts 2048,4096,32768 --batch 4"
 _QUICK_CONTEXTS = "512,1024,2048"
@@ -121,7 +121,7 @@ def _launcher_of_decode_arms(
     longest = _benchmark_max_model_len(args, contexts)
     # The positions of random weights are few, so that its overriding is always at work.
     models = prepare_checkpoints(args.model, directory, args.window, contexts[0], args.seed)
-    config = text_config_of_engine(str(models[True]))
+    config = scoring_text_config(str(models[True]))
     engine: dict[str, Any] = {}
     if longest > config.max_position_embeddings:
         check_rope_can_grow(config, longest)

@@ -81,7 +81,7 @@ def check_rope_can_grow(hf_config: Any, max_model_len: int) -> None:
         )
 
 
-def text_config_of_engine(model: str) -> Any:
+def scoring_text_config(model: str) -> Any:
     """Read Hugging Face's config of a checkpoint's text layers.
 
     Raises:
@@ -96,7 +96,7 @@ def text_config_of_engine(model: str) -> Any:
         ) from error
 
 
-def resolve_engine_options(hf_config: Any, options: Mapping[str, Any]) -> LayerPlan:
+def resolve_scoring_options(hf_config: Any, options: Mapping[str, Any]) -> LayerPlan:
     """Resolve ``swa`` options to what each layer does, before an engine starts.
 
     Raises:

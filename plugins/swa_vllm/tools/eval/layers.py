@@ -21,9 +21,9 @@ from swa_vllm.tools.engines.scoring import NUM_EXTRA_TOKENS, ScoringEngine
 from swa_vllm.tools.engines.setup import (
     FULL_ATTENTION,
     add_setup_arguments,
-    resolve_engine_options,
+    resolve_scoring_options,
+    scoring_text_config,
     setup_of,
-    text_config_of_engine,
 )
 from swa_vllm.tools.eval.layer_search import (
     Layers,
@@ -53,7 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Print tables and the option to use; returns the figures."""
     plots.check_plot_path(args.plot)
-    hf_config = text_config_of_engine(args.model)
+    hf_config = scoring_text_config(args.model)
     _check_budget(args, hf_config)
     setup = setup_of(args, hf_config, args.length + NUM_EXTRA_TOKENS)
     chosen_on, checked = _cut_texts(args)
@@ -103,7 +103,7 @@ def _check_budget(args: argparse.Namespace, hf_config: Any) -> None:
             f"a window of {args.window} with {args.sinks} sinks is not below --length "
             f"{args.length}: nothing would slide. Give longer pieces, or a smaller window"
         )
-    resolve_engine_options(
+    resolve_scoring_options(
         hf_config, options_to_slide(args, Layers({0}), hf_config.num_hidden_layers)
     )
 

@@ -25,9 +25,9 @@ from swa_vllm.tools.engines.setup import (
     FULL_ATTENTION,
     Setup,
     add_setup_arguments,
-    resolve_engine_options,
+    resolve_scoring_options,
+    scoring_text_config,
     setup_of,
-    text_config_of_engine,
 )
 from swa_vllm.tools.eval.filler import filler_sentences
 from swa_vllm.tools.eval.texts import tokenizer_of
@@ -73,11 +73,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Print recall by depth and by distance; returns the figures."""
     plots.check_plot_path(args.plot)
-    hf_config = text_config_of_engine(args.model)
+    hf_config = scoring_text_config(args.model)
     options: dict[str, Any] = {"window": args.window, "sink_tokens": args.sinks}
     if args.full_attention_layers is not None:
         options["full_attention_layers"] = args.full_attention_layers
-    every_layer_slides = None not in resolve_engine_options(hf_config, options).windows
+    every_layer_slides = None not in resolve_scoring_options(hf_config, options).windows
     lengths = _needle_lengths(args)
     tokenizer = tokenizer_of(args.model)
     needles = make_needles(

@@ -23,9 +23,9 @@ from swa_vllm.tools.engines.setup import (
     FULL_ATTENTION,
     Setup,
     add_setup_arguments,
-    resolve_engine_options,
+    resolve_scoring_options,
+    scoring_text_config,
     setup_of,
-    text_config_of_engine,
 )
 from swa_vllm.tools.eval.texts import cut_evaluated_text, tokens_of
 
@@ -64,7 +64,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Print a row for each window and number of sinks; returns the figures."""
     plots.check_plot_path(args.plot)
-    hf_config = text_config_of_engine(args.model)
+    hf_config = scoring_text_config(args.model)
     arms = ppl_window_arms(args, hf_config)
     setup = setup_of(args, hf_config, args.length + NUM_EXTRA_TOKENS)
     pieces = cut_evaluated_text(
@@ -114,7 +114,7 @@ def ppl_window_arms(args: argparse.Namespace, hf_config: Any) -> list[WindowArm]
                     f"a window of {window} with {count} sinks is not below --length {args.length}: "
                     "nothing would slide. Give longer pieces, or a smaller window"
                 )
-            resolve_engine_options(hf_config, options)
+            resolve_scoring_options(hf_config, options)
             arms.append(WindowArm(window, count, options))
     return arms
 

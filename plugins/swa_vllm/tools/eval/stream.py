@@ -29,9 +29,9 @@ from swa_vllm.tools.engines.setup import (
     FULL_ATTENTION,
     Setup,
     add_setup_arguments,
-    resolve_engine_options,
+    resolve_scoring_options,
+    scoring_text_config,
     setup_of,
-    text_config_of_engine,
 )
 from swa_vllm.tools.eval.filler import filler_sentences
 from swa_vllm.tools.eval.texts import tokenizer_of, tokens_of
@@ -98,7 +98,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Print each stretch and the passage that comes twice; returns the figures."""
     plots.check_plot_path(args.plot)
-    hf_config = text_config_of_engine(args.model)
+    hf_config = scoring_text_config(args.model)
     arms = stream_arms_of(args, hf_config)
     stream = _stream_of(args, trained_len(hf_config))
     setup = setup_of(args, hf_config, len(stream.tokens) + 1, logits_processors=[ForcedTokens])
@@ -138,7 +138,7 @@ def stream_arms_of(args: argparse.Namespace, hf_config: Any) -> dict[str, dict[s
             raise ValueError(
                 f"--arms {name} needs sinks, got --sinks {args.sinks}; give some, or --arms window"
             )
-        resolve_engine_options(hf_config, known[name])
+        resolve_scoring_options(hf_config, known[name])
     return {name: dict(known[name]) for name in names}
 
 
