@@ -8,7 +8,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from swa_backend.layers import FULL, SLIDING
-from swa_backend.options import is_count
+from swa_backend.options import is_count, shown_value
 
 # Text stacks that are a plain Qwen3, by transformers' model type.
 _TEXT_MODELS = (
@@ -123,6 +123,12 @@ def _load_config_json(file: Path) -> dict[str, Any]:
     try:
         raw = json.loads(file.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError) as error:
+        if os.path.exists(file.with_name("adapter_config.json")):
+            raise ValueError(
+                f"{file} does not exist, but an adapter_config.json beside it: this is a LoRA "
+                "adapter. Give the directory of the model that it was made for, and serve it with "
+                f"--enable-lora --lora-modules NAME={file.parent}"
+            ) from error
         raise ValueError(
             f"{file} does not exist. Give a local directory with a config.json, or that file; of a "
             "model on the Hugging Face hub it is enough to download config.json"
@@ -180,7 +186,10 @@ def _check_config_types(file: Path, text: dict[str, Any]) -> None:
 
 
 def _wrong_checkpoint_key(file: Path, key: str, allowed: str, value: object) -> str:
-    return f"{file}: {key} must be {allowed}, got {value!r}; correct it, or download the file again"
+    return (
+        f"{file}: {key} must be {allowed}, got {shown_value(value)}; correct it, or download the "
+        "file again"
+    )
 
 
 def _checkpoint_rope(file: Path, text: dict[str, Any]) -> dict[str, Any]:

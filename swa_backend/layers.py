@@ -14,6 +14,7 @@ from swa_backend.options import (
     SWAOptions,
     is_count,
     parse_layers,
+    shown_value,
 )
 
 FULL, SLIDING = "full_attention", "sliding_attention"
@@ -216,8 +217,9 @@ def _checkpoint_window(hf_config: Any) -> int:
         )
     if not is_count(window):
         raise SWAConfigError(
-            f"sliding_window must be an integer >= 1 and below 2**31, got {window!r}; correct the "
-            f"checkpoint's config.json, or give a window with {USE_OPTIONS}"
+            "sliding_window must be an integer >= 1 and below 2**31, got "
+            f"{shown_value(window)}; correct the checkpoint's config.json, or give a window with "
+            f"{USE_OPTIONS}"
         )
     return window
 

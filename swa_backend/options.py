@@ -168,6 +168,15 @@ def is_count(value: object, least: int = 1) -> TypeGuard[int]:
     return isinstance(value, int) and not isinstance(value, bool) and least <= value <= MOST_TOKENS
 
 
+def shown_value(value: object) -> str:
+    """Show a wrong value in a message: as it is, or its type and length where that is long."""
+    text = repr(value)
+    if len(text) <= 80:
+        return text
+    length = len(value) if isinstance(value, list | tuple | dict | str) else len(text)
+    return f"a {type(value).__name__} of length {length}"
+
+
 def _checked_layers(value: object) -> str | tuple[int, ...]:
     if isinstance(value, str):
         return value

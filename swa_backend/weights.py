@@ -12,6 +12,7 @@ from typing import Any
 
 _INDEX = "model.safetensors.index.json"
 _REMEDY = "download or copy the checkpoint again"
+_OF_PEFT = "base_model."
 _MODULE = re.compile(r"(?:^|\.)layers\.(\d+)\.((?:self_attn|mlp)\.\w+)\.")
 # Some checkpoints stack these projections, as vLLM does.
 _STACKS = {
@@ -39,12 +40,41 @@ def check_weights(directory: Path, config: Any) -> None:
         ValueError: a file that is missing or cut short, a layer without a weight, a wrong shape.
     """
     tensors: Tensors = {}
-    for file in _safetensors_files(directory):
+    files = _safetensors_files(directory)
+    _check_adapter_files(directory, files)
+    for file in files:
         tensors |= read_safetensors_header(file)
+    if wrapped := next((name for name in tensors if name.startswith(_OF_PEFT)), None):
+        raise ValueError(
+            f"the weights in {directory} are named as PEFT names them ({wrapped}), and vLLM knows "
+            f"no '{_OF_PEFT.rstrip('.')}'; merge the adapter with PEFT's merge_and_unload(), and "
+            "save that model"
+        )
     if tensors and config.model_type in ("qwen3", "qwen3_moe"):
         _check_weight_names(directory, config, tensors)
         if not getattr(config, "quantization_config", None):
             _check_weight_shapes(directory, config, tensors)
+
+
+def _check_adapter_files(directory: Path, files: list[Path]) -> None:
+    """Refuse a LoRA adapter among the weights: vLLM would load it as a part of the model.
+
+    An index of weights leaves it out.
+    """
+    adapters = [file for file in files if file.name.startswith("adapter_model")]
+    if not adapters:
+        return
+    serve = "serve it with --enable-lora --lora-modules NAME=DIRECTORY"
+    if len(adapters) == len(files):
+        raise ValueError(
+            f"{directory} has a LoRA adapter ({adapters[0].name}) and no weights of a model; give "
+            f"the directory of the model that it was made for, and {serve}"
+        )
+    raise ValueError(
+        f"{directory} has a LoRA adapter ({adapters[0].name}) beside the weights of the model, and "
+        "vLLM would load it as one of them; move it and adapter_config.json to a directory of "
+        f"their own, and {serve}"
+    )
 
 
 def read_safetensors_header(file: Path) -> Tensors:

@@ -7,7 +7,6 @@ that follow one another with the same configuration.
 
 import json
 import os
-import subprocess
 from collections import Counter, defaultdict
 from collections.abc import Callable, Generator, Iterator
 from functools import cache
@@ -46,7 +45,7 @@ from tests.helpers.engines import (
     start_engine,
     stop_engine,
 )
-from tests.helpers.processes import probe_command, probe_environment
+from tests.helpers.processes import ask_without_plugin
 from tests.helpers.quantized_models import RUNNABLE, save_quantized
 from tests.helpers.runners import RUNNER, turns
 from tests.helpers.tiny_models import (
@@ -198,15 +197,7 @@ def _ask_stock(
             model = quantized_model(kind, **checkpoint)
             cases[f"{name}_{kind}"] = (model, {"dtype": "bfloat16"})
     asked = json.dumps({k: (str(model), kwargs) for k, (model, kwargs) in cases.items()})
-    result = subprocess.run(
-        [*probe_command("stock"), asked],
-        env={**probe_environment(), "VLLM_PLUGINS": ""},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert result.returncode == 0, result.stderr[-3000:]
-    return dict(json.loads(result.stdout.splitlines()[-1]))
+    return dict(ask_without_plugin("stock", asked))
 
 
 @pytest.fixture(scope="session")

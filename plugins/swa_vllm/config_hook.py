@@ -4,6 +4,7 @@ from vllm.config import VllmConfig
 from vllm.logger import init_logger
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
 
+from swa_vllm.config.rope import lost_rope_theta
 from swa_vllm.config.swa_config import SWAConfig
 from swa_vllm.distributed.prepare import prepare_ray
 from swa_vllm.metrics.mfu import wrong_flops
@@ -20,7 +21,8 @@ class ConfigHook(VerifyAndUpdateConfig):
     def verify_and_update_config(vllm_config: VllmConfig) -> None:
         """Refuse what cannot be served, have metrics served, and have Ray's nodes checked.
 
-        Warns of metrics of vLLM's own that do not know the window.
+        Warns of metrics of vLLM's own that do not know the window, and of an override that loses
+        the checkpoint's RoPE theta.
 
         The model checks again, in its own process, what vLLM made of the config since.
 
@@ -32,6 +34,8 @@ class ConfigHook(VerifyAndUpdateConfig):
         swa = SWAConfig.from_vllm(vllm_config)
         if wrong := wrong_flops(vllm_config, swa.layers):
             logger.warning("SWA %s", wrong)
+        if lost := lost_rope_theta(vllm_config.model_config):
+            logger.warning("%s", lost)
         if not swa.slides:
             return
         check_servable(vllm_config, swa)

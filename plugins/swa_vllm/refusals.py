@@ -7,7 +7,6 @@ from pathlib import Path
 import torch
 from vllm.config import VllmConfig
 from vllm.platforms import current_platform
-from vllm.v1.kv_cache_interface import is_quantized_kv_cache
 
 from swa_backend.can_slide import check_can_slide
 from swa_backend.kernels.device import target_of
@@ -16,8 +15,9 @@ from swa_backend.options import PrefillPages, SWAConfigError
 from swa_backend.weights import check_weights
 from swa_vllm.compat import envs
 from swa_vllm.compat.backend_slot import check_backend_slot
+from swa_vllm.compat.cache_dtypes import FP8, UNQUANTIZED, sinks_refused_on_cpus
 from swa_vllm.config.cache_dtype import checkpoints_cache_dtype, resolved_cache_dtype
-from swa_vllm.config.implementation import FP8_DTYPES, obstacle_to_survivors
+from swa_vllm.config.implementation import obstacle_to_survivors
 from swa_vllm.config.swa_config import SWAConfig, vllm_text_config, wants_windows_decided
 
 PROVEN_SPECULATION = ("ngram", "eagle3")
@@ -37,6 +37,8 @@ def check_servable(vllm_config: VllmConfig, swa: SWAConfig) -> None:
     check_backend_slot()
     check_can_slide(vllm_text_config(vllm_config))
     _refuse_engine(vllm_config)
+    if swa.has_own_backend:
+        _refuse_cache_dtype(vllm_config, swa)
     if swa.uses_kernels:
         _refuse_kernels(vllm_config)
     if swa.options.prefill_pages is PrefillPages.SURVIVORS:
@@ -81,9 +83,9 @@ def _refuse_sinks(vllm_config: VllmConfig, swa: SWAConfig) -> None:
         remedy = "remove sink_tokens"
     elif vllm_config.scheduler_config.disable_hybrid_kv_cache_manager:
         obstacle = "--disable-hybrid-kv-cache-manager, which leaves pages to vLLM"
-    elif not swa.uses_kernels and is_quantized_kv_cache(dtype := resolved_cache_dtype(vllm_config)):
-        obstacle = f"{_name_refused_dtype(dtype, vllm_config)}: not tested on CPUs"
-        remedy = f"remove sink_tokens, or use {_flags_for_refused_dtype(vllm_config)}"
+    elif not swa.uses_kernels and (dtype := resolved_cache_dtype(vllm_config)) not in UNQUANTIZED:
+        got, flags = _name_refused_dtype(dtype, vllm_config), _flags_for_refused_dtype(vllm_config)
+        raise SWAConfigError(sinks_refused_on_cpus(got, "swa.sink_tokens", flags))
     elif options.position_shift and _has_positions_of_several_kinds(vllm_text_config(vllm_config)):
         obstacle = "position_shift in a model whose RoPE has positions in time and space"
         remedy = "remove position_shift"
@@ -113,16 +115,22 @@ def _refuse_poison(vllm_config: VllmConfig, swa: SWAConfig) -> None:
         )
 
 
+def _refuse_cache_dtype(vllm_config: VllmConfig, swa: SWAConfig) -> None:
+    dtype = resolved_cache_dtype(vllm_config)
+    if dtype not in UNQUANTIZED and dtype not in FP8:
+        who = "the kernels of windowed layers" if swa.uses_kernels else "windowed layers on CPUs"
+        got, flags = _name_refused_dtype(dtype, vllm_config), _flags_for_refused_dtype(vllm_config)
+        raise SWAConfigError(
+            f"{got} is unknown to {who}; use {flags} or one of {', '.join(FP8)}, or remove the "
+            "window"
+        )
+
+
 def _refuse_kernels(vllm_config: VllmConfig) -> None:
     remedy = "remove the window"
     dtype = resolved_cache_dtype(vllm_config)
-    got, flags = _name_refused_dtype(dtype, vllm_config), _flags_for_refused_dtype(vllm_config)
-    if is_quantized_kv_cache(dtype) and dtype not in FP8_DTYPES:
-        raise SWAConfigError(
-            f"{got} is unknown to the kernels of windowed layers; use {flags} or one of "
-            f"{', '.join(FP8_DTYPES)}, or {remedy}"
-        )
-    if is_quantized_kv_cache(dtype) and current_platform.is_fp8_fnuz():
+    if dtype in FP8 and current_platform.is_fp8_fnuz():
+        got, flags = _name_refused_dtype(dtype, vllm_config), _flags_for_refused_dtype(vllm_config)
         raise SWAConfigError(
             f"{got}: this device's fp8 (fnuz) is unknown to the kernels of windowed layers; "
             f"use {flags}, or {remedy}"

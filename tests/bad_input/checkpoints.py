@@ -60,6 +60,23 @@ def _of_another_model(model: Path) -> None:
     save_file({"transformer.h.0.attn.weight": torch.zeros(4, 4)}, model / WEIGHTS)
 
 
+def _add_adapter(model: Path) -> None:
+    """What PEFT saves for a model."""
+    name = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
+    save_file({name: torch.zeros(8, 64)}, model / "adapter_model.safetensors")
+    (model / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+
+
+def _replace_by_adapter(model: Path) -> None:
+    _add_adapter(model)
+    (model / WEIGHTS).unlink()
+
+
+def _leave_an_adapter(model: Path) -> None:
+    (model / "config.json").unlink()
+    _add_adapter(model)
+
+
 def _damaged(name: str, damage: Damage, got: str, allowed: str, do: str = _CONFIG_TOO) -> Bad:
     return Bad(name, damage, got, allowed, do, ValidationError, ValueError)
 
@@ -121,6 +138,28 @@ CHECKPOINTS = [
     _damaged("another head size", _config(head_dim=24), "[128, 64]", "must be [96, 64]"),
     _damaged("a head size of 0", _config(head_dim=0), "[128, 64]", "must be [0, 64]"),
     _damaged("another hidden size", _config(hidden_size=96), "[512, 64]", "must be [512, 96]"),
+    _damaged(
+        "an adapter beside the weights",
+        _add_adapter,
+        "LoRA adapter (adapter_model.safetensors) beside the weights",
+        "vLLM would load it",
+        "move it and adapter_config.json to a directory of their own, and serve it with "
+        "--enable-lora",
+    ),
+    _damaged(
+        "an adapter alone",
+        _replace_by_adapter,
+        "LoRA adapter (adapter_model.safetensors)",
+        "no weights of a model",
+        "give the directory of the model that it was made for",
+    ),
+    _damaged(
+        "names of PEFT",
+        _tensors(lambda tensors: {f"base_model.model.{k}": v for k, v in tensors.items()}),
+        "(base_model.model.",
+        "vLLM knows no 'base_model'",
+        "merge the adapter with PEFT's merge_and_unload()",
+    ),
 ]
 
 
@@ -158,6 +197,13 @@ CONFIG_FILES = [
         "Give a",
         "download",
     ),
+    Bad(
+        "an adapter",
+        _leave_an_adapter,
+        "does not exist, but an adapter_config.json",
+        "this is a LoRA adapter",
+        "Give the directory of the model that it was made for",
+    ),
     Bad("not JSON", _text("{"), "config.json is not JSON", "property name", _QWEN3),
     Bad("empty", _text(""), "config.json is not JSON", "Expecting value", _QWEN3),
     Bad("not UTF-8", _text(b"\xff\xfe{}"), "config.json is not JSON", "codec can't decode", _QWEN3),
@@ -180,6 +226,13 @@ CONFIG_FILES = [
     _key("max_window_layers", "2", "got '2'", "max_window_layers must be an integer"),
     _key("quantization_config", "fp8", "got 'fp8'", "quantization_config must be an object"),
     _key("layer_types", "sliding_attention", "got 'sliding_attention'", "must be a list"),
+    Bad(
+        "sliding_window is a long list",
+        _config(sliding_window=list(range(1000))),
+        "got a list of length 1000;",
+        "sliding_window must be an integer",
+        "correct it, or",
+    ),
     _key("layer_types", [1, 2, 3, 4], "got [1, 2, 3, 4]", "layer_types must be a list"),
 ]
 

@@ -6,11 +6,12 @@ from tests.bad_input.row import Bad
 from tests.helpers.paths import DATA
 
 MODEL, TEXT = DATA / "tiny-swa-sliding", DATA / "acts-1-7.txt"
-# A directory: "short" has two tokens, "empty" nothing, and "config.json" no dtype.
+# A directory: "short" has two tokens, "empty" nothing, "config.json" no dtype, and "trace" a
+# request.
 HERE = "{here}"
 
 
-# Of commands that start no engine a right value of each flag.
+# A right value of each flag.
 _RIGHT: dict[str, dict[str, str]] = {
     "plan": {
         "--window": "64",
@@ -38,10 +39,63 @@ _RIGHT: dict[str, dict[str, str]] = {
         "--steps-in-flight": "2",
         "--json": f"{HERE}/a.json",
     },
+    "bench pages": {
+        "--window": "8",
+        "--prompt": "100",
+        "--output": "8",
+        "--max-model-len": "108",
+        "--pool-tokens": "4096",
+        "--steps-in-flight": "2",
+    },
+    "bench prefill": {"--window": "48", "--chunk": "64", "--rounds": "2"},
+    "bench sinks": {"--sink-tokens": "4"},
+    "bench overhead": {"--batch": "2", "--rounds": "2"},
+    "bench serve": {
+        "--window": "16",
+        "--peers": "here,stock",
+        "--once": "stock",
+        "--trace": f"{HERE}/trace",
+        "--plot": f"{HERE}/a.png",
+    },
+    "bench decode": {
+        "--contexts": "64,128",
+        "--full-to": "64",
+        "--peers": "here,stock",
+        "--steps": "3",
+    },
+    "eval ppl": {
+        "--windows": "8",
+        "--sinks": "0",
+        "--full-attention-layers": "0",
+        "--length": "64",
+        "--chunk": "512",
+        "--block-size": "32",
+        "--text": str(TEXT),
+        "--plot": f"{HERE}/a.png",
+        "--json": f"{HERE}/a.json",
+    },
+    "eval needle": {"--lengths": "200", "--depths": "2", "--trials": "1", "--sinks": "4"},
+    "eval stream": {
+        "--tokens": "1024",
+        "--arms": "shifted,window",
+        "--window": "64",
+        "--text": str(TEXT),
+    },
+    "eval layers": {"--budget": "0.5", "--pieces": "1", "--rounds": "1", "--window": "64"},
+}
+# What the defaults of a command need to be taken, or to be done in a short time.
+_SHORT: dict[str, list[str]] = {
+    "bench pages": ["--window", "8", "--prompt", "100", "--output", "8", "--num-requests", "2"],
+    "bench overhead": ["--quick"],
+    "eval ppl": ["--windows", "8", "--sinks", "0"],
+    "eval stream": ["--tokens", "1024", "--window", "64"],
 }
 
 
-def _says(command: str, arguments: list[str], got: str, allowed: str, do: str) -> Bad:
+def _says(
+    command: str, arguments: list[str], got: str, allowed: str, do: str, *remedies: list[str]
+) -> Bad:
+    """A row whose flags are to be given right values, unless ``remedies`` say something else."""
     common: dict[str, list[Any]] = {
         "plan": [MODEL, "--output", 64],
         "trace": ["--prompt", "40", "--output", 4],
@@ -51,17 +105,17 @@ def _says(command: str, arguments: list[str], got: str, allowed: str, do: str) -
         "eval layers": [MODEL, "--text", TEXT, "--length", 256, "--window", 64],
     }
     first = [*command.split(), *common.get(command, ())]
-    remedies = []
-    if right := _RIGHT.get(command):
+    if not remedies:
         pairs = zip(arguments[::2], arguments[1::2], strict=True)
-        remedies = [[*first, *(part for flag, _ in pairs for part in (flag, right[flag]))]]
+        right = _RIGHT[command]
+        remedies = ([part for flag, _ in pairs for part in (flag, right[flag])],)
     return Bad(
         " ".join([command, *arguments])[:80],
         [*first, *arguments],
         got,
         allowed,
         do,
-        remedies=tuple(remedies),
+        remedies=tuple([*first, *_SHORT.get(command, ()), *remedy] for remedy in remedies),
     )
 
 
@@ -77,18 +131,27 @@ def _usage(arguments: list[str], got: str, allowed: str, do: str) -> Bad:
 
 
 _PLAN = [
-    _says("plan", ["--window", "0"], "got 0", "must be an integer >= 1", "swa.window"),
-    _says("plan", ["--window", str(10**30)], f"got {10**30}", "below 2**31", "swa.window"),
-    _says("plan", ["--sink-tokens", "-1"], "got -1", "an integer >= 0", "swa.sink_tokens"),
+    _says("plan", ["--window", "0"], "got 0", "must be an integer >= 1", "--window"),
+    _says("plan", ["--window", str(10**30)], f"got {10**30}", "below 2**31", "--window"),
+    _says("plan", ["--sink-tokens", "-1"], "got -1", "an integer >= 0", "--sink-tokens"),
     _says("plan", ["--sink-tokens", "512"], "=512 is", "not below max_model_len 512", "Give fewer"),
     _says(
         "plan",
         ["--full-attention-layers", "4"],
         "layer 4 is out",
         "has layers 0..3",
-        "attention_layers",
+        "--full-attention-layers",
     ),
     _says("plan", ["--full-attention-layers", "0-3"], "names all 4", "no window would", "leave at"),
+    _says(
+        "plan",
+        ["--device", "cpu", "--sink-tokens", "4", "--kv-cache-dtype", "fp8"],
+        "--sink-tokens cannot be had with --kv-cache-dtype fp8",
+        "not tested on CPUs",
+        "remove --sink-tokens, or use --kv-cache-dtype auto",
+        ["--device", "cpu", "--kv-cache-dtype", "fp8"],
+        ["--device", "cpu", "--sink-tokens", "4", "--kv-cache-dtype", "auto"],
+    ),
     *(_range("plan", f"--{flag}", "0") for flag in ("block-size", "output", "max-model-len")),
     *(_range("plan", f"--{flag}", "-2") for flag in ("max-num-seqs", "tensor-parallel-size")),
     _range("plan", "--max-model-len", str(10**18)),
@@ -166,10 +229,12 @@ _BENCH = [
     _says("bench prefill", ["--rounds", "1"], "got 1", "must be at least 2", "--rounds"),
     _says(
         "bench pages",
-        ["--window", "8", "--max-model-len", "100"],
+        ["--window", "8", "--prompt", "100", "--output", "8", "--max-model-len", "100"],
         "--max-model-len 100",
-        "prompt + output = 8512",
-        "raise it to that",
+        "prompt + output = 108",
+        "raise it to that, or leave it out",
+        ["--max-model-len", "108"],
+        [],
     ),
     _says(
         "bench pages", ["--prompt", "100"], "a workload of your own", "in tokens", "needs --window"
@@ -180,6 +245,7 @@ _BENCH = [
         "--quick is",
         "for the built-in",
         "remove it or",
+        [],
     ),
     _says(
         "bench pages",
@@ -206,8 +272,24 @@ _BENCH = [
     _says("bench serve", ["--peers", "here,tgi"], "'tgi'", "here, stock, full, hf", "--peers"),
     _says("bench serve", ["--peers", "stock"], "--peers stock", "in every round", "name it"),
     _says("bench serve", ["--once", "here"], "--once here", "in every round", "not in --once"),
+    _says(
+        "bench serve",
+        ["--pool-requests", "1"],
+        "--pool-requests 1 is a pool of 40 pages",
+        "charges its longest request 41",
+        "give more, or leave stock out",
+        ["--pool-requests", "2"],
+        ["--pool-requests", "1", "--peers", "here,full"],
+    ),
     _says("bench serve", ["--trace", "nowhere"], "nowhere", "No such file", "file of JSON lines"),
-    _says("bench serve", ["nowhere"], "nowhere is no", "config.json", "give one with a Qwen3"),
+    _says(
+        "bench serve",
+        ["nowhere"],
+        "nowhere is no",
+        "config.json",
+        "give one with a dense Qwen3",
+        [str(MODEL)],
+    ),
     _says("bench serve", ["--plot", "a.svg"], "--plot a.svg", "is a PNG", "ends in .png"),
     *(
         _says("bench decode", ["--contexts", text], f"--contexts {text!r}", "from 1 on", "commas")
@@ -243,6 +325,8 @@ _EVAL = [
         "--windows full has no window",
         "no effect",
         "Give a number of tokens",
+        ["--sinks", "4"],
+        ["--windows", "full", "--sinks", "0"],
     ),
     _says(
         "eval ppl",
@@ -250,20 +334,26 @@ _EVAL = [
         "--windows full has no window",
         "full layers would have no effect",
         "no --full-attention-layers",
+        ["--full-attention-layers", "0"],
+        ["--windows", "full", "--sinks", "0"],
     ),
     _says(
         "eval ppl",
         ["--windows", "60", "--sinks", "0,4"],
         "a window of 60 with 4 sinks",
         f"not below --length 64: {_SLIDE}",
-        "Give longer pieces",
+        "Give longer pieces, or a smaller window",
+        ["--windows", "60", "--sinks", "0,4", "--length", "65"],
+        ["--windows", "59", "--sinks", "0,4"],
     ),
     _says(
         "eval ppl",
         ["--windows", "8", "--sinks", "0", "--position-shift"],
         "--sinks 0 has none",
         "moves sinks",
-        "leave it out",
+        "give some, or leave it out",
+        ["--sinks", "4", "--position-shift"],
+        [],
     ),
     _says(
         "eval ppl",
@@ -294,9 +384,9 @@ _EVAL = [
     *(
         _says("eval ppl", ["--windows", "8", "--text", text], f"{text} ".replace(HERE, ""), why, do)
         for text, why, do in (
-            ("nowhere", "cannot be read: No such file", "--text"),
-            (HERE, "cannot be read: Is a directory", "--text"),
-            (str(MODEL / "model.safetensors"), "is no UTF-8", "--text"),
+            ("nowhere", "cannot be read: No such file", "give a text file"),
+            (HERE, "cannot be read: Is a directory", "give a text file"),
+            (str(MODEL / "model.safetensors"), "is no UTF-8", "give a text file in UTF-8"),
         )
     ),
     _says(
@@ -331,7 +421,9 @@ _EVAL = [
         ["--window", "200"],
         "a window of 200",
         "longest of --lengths, 200",
-        "Give a longer one",
+        "Give a longer one, or a smaller window",
+        ["--window", "200", "--lengths", "300"],
+        ["--window", "64"],
     ),
     *(
         _says(
@@ -350,7 +442,15 @@ _EVAL = [
         "shifted, sinks, window, full",
         "--arms",
     ),
-    _says("eval stream", ["--sinks", "0"], "got --sinks 0", "shifted needs sinks", "give some, or"),
+    _says(
+        "eval stream",
+        ["--sinks", "0"],
+        "got --sinks 0",
+        "shifted needs sinks",
+        "give some, or --arms window",
+        ["--arms", "shifted", "--sinks", "4"],
+        ["--sinks", "0", "--arms", "window"],
+    ),
     _says("eval stream", ["--window", "0"], "got 0", "must be an integer >= 1", "swa.window"),
     _says(
         "eval stream",
@@ -370,7 +470,9 @@ _EVAL = [
         ["--window", "256"],
         "a window of 256 with 4 sinks",
         "not below --length 256",
-        "Give longer pieces",
+        "Give longer pieces, or a smaller window",
+        ["--window", "256", "--length", "300"],
+        ["--window", "251"],
     ),
     _says("eval layers", ["--window", "0"], "got 0", "must be an integer >= 1", "swa.window"),
     _says(
@@ -378,20 +480,38 @@ _EVAL = [
         ["--pieces", "34"],
         "34 pieces of 256 tokens and --pieces takes 34",
         "none is left",
-        "Give more text",
+        "fewer --pieces",
+        ["--pieces", "33"],
+        ["--pieces", "34", "--length", "250"],
     ),
 ]
 
 _NONE = "does not exist"
+_PLANNED = ["plan", "--output", "64"]
 _OTHERS = [
-    Bad("plan nowhere", ["plan", "/nowhere"], "/nowhere", _NONE, "download config.json"),
-    Bad("plan a device", ["plan", "/dev/null"], "/dev/null", "is not JSON", "give the config.json"),
+    Bad(
+        "plan nowhere",
+        ["plan", "/nowhere"],
+        "/nowhere",
+        _NONE,
+        "download config.json",
+        remedies=([*_PLANNED, MODEL], [*_PLANNED, MODEL / "config.json"]),
+    ),
+    Bad(
+        "plan a device",
+        ["plan", "/dev/null"],
+        "/dev/null",
+        "is not JSON",
+        "give the config.json",
+        remedies=([*_PLANNED, MODEL / "config.json"],),
+    ),
     Bad(
         "no model",
         ["eval", "ppl", "./nowhere", "--text", TEXT],
         "./nowhere: ",
         "config.json",
         "dir",
+        remedies=(["eval", "ppl", MODEL, "--text", TEXT, "--length", 64, *_SHORT["eval ppl"]],),
     ),
     Bad(
         "no dtype",
@@ -399,8 +519,16 @@ _OTHERS = [
         "config.json has dtype None",
         "one of bfloat16, float16",
         "give --dtype",
+        remedies=(["plan", f"{HERE}/config.json", "--output", "64", "--dtype", "float16"],),
     ),
-    Bad("check what", ["check", "--window", "64"], "--window is", "about a model", "give MODEL"),
+    Bad(
+        "check what",
+        ["check", "--window", "64"],
+        "--window is",
+        "about a model",
+        "give MODEL",
+        remedies=(["check", MODEL, "--window", "64"],),
+    ),
     _usage(["nosuch"], "'nosuch'", "'plan', 'check', 'trace', 'bench', 'eval'", "choose from"),
     _usage(["plan"], "the following arguments", "MODEL", "are required"),
     _usage(["plan", str(MODEL), "--window", "1e3"], "'1e3'", "invalid int value", "--window"),

@@ -2,28 +2,77 @@
 
 ``given`` is the path below ``/v1/``, the body (keys beside those of a good request, or bytes), and
 the status. Where vLLM says less than it could, a row's three parts are one.
+
+A remedy is a pair: the keys to send instead, and the arguments with which the server is to be
+started, none as a rule. A body that is no JSON object has none: what to send instead is not said.
 """
 
 from typing import Any
 
 from tests.bad_input.row import Bad
 
+EMBEDS = "embeds"  # stands for the embeddings of a prompt, whose size is the model's
 _TOOLS = [{"type": "function", "function": {"name": "f"}}]
 
 
-def _row(path: str, name: str, body: Any, status: int, *parts: str) -> Bad:
+_SAYS_HELLO = [{"role": "user", "content": "Hello"}]
+# A right value of each key.
+_RIGHT: dict[str, Any] = {
+    "model": "demo",
+    "prompt": "The sea is",
+    "max_tokens": 5,
+    "min_tokens": 1,
+    "n": 1,
+    "temperature": 0.5,
+    "top_p": 0.5,
+    "top_k": 5,
+    "min_p": 0.1,
+    "repetition_penalty": 1.1,
+    "presence_penalty": 1,
+    "logprobs": 5,
+    "prompt_logprobs": 5,
+    "seed": 7,
+    "stop": "sea",
+    "stop_token_ids": [5],
+    "logit_bias": {"5": 1},
+    "allowed_token_ids": [5, 6],
+    "bad_words": ["sea"],
+    "truncate_prompt_tokens": 3,
+    "response_format": {"type": "text"},
+    "messages": _SAYS_HELLO,
+    "tools": _TOOLS,
+    "tool_choice": "auto",
+    "reasoning_effort": "low",
+}
+
+
+def _row(path: str, name: str, body: Any, status: int, *parts: str, remedies: Any = ()) -> Bad:
     got, allowed, do = (*parts, *[parts[-1]] * 3)[:3]
-    return Bad(name, (path, body, status), got, allowed, do)
+    return Bad(name, (path, body, status), got, allowed, do, remedies=remedies)
 
 
-def _completion(keys: dict[str, Any], *parts: str, name: str = "", status: int = 400) -> Bad:
-    shown = ", ".join(f"{key}={value!r}" for key, value in keys.items())
-    return _row("completions", name or shown[:60], keys, status, *parts)
+def _keys(
+    path: str, name: str, keys: dict[str, Any], status: int, parts: tuple[str, ...], remedies: Any
+) -> Bad:
+    """A row whose keys are to have right values, unless ``remedies`` say something else."""
+    if remedies is None:
+        remedies = (({key: _RIGHT[key] for key in keys}, ()),)
+    return _row(path, name, keys, status, *parts, remedies=remedies)
 
 
-def _chat(keys: dict[str, Any], *parts: str, name: str = "") -> Bad:
-    shown = ", ".join(f"{key}={value!r}" for key, value in keys.items())
-    return _row("chat/completions", f"chat: {name or shown[:60]}", keys, 400, *parts)
+def _shown(keys: dict[str, Any]) -> str:
+    return ", ".join(f"{key}={value!r}" for key, value in keys.items())[:60]
+
+
+def _completion(
+    keys: dict[str, Any], *parts: str, name: str = "", status: int = 400, remedies: Any = None
+) -> Bad:
+    return _keys("completions", name or _shown(keys), keys, status, parts, remedies)
+
+
+def _chat(keys: dict[str, Any], *parts: str, name: str = "", remedies: Any = None) -> Bad:
+    name = f"chat: {name or _shown(keys)}"
+    return _keys("chat/completions", name, keys, 400, parts, remedies)
 
 
 def _bytes(name: str, body: bytes, *parts: str) -> Bad:
@@ -112,7 +161,12 @@ _COMPLETIONS = [
     ),
     _completion({"n": 0}, "got 0", "n must be at least 1"),
     _completion({"n": 10**9}, "got 1000000000", "n must be at most", "To increase this limit, set"),
-    _completion({"n": 2}, "got 2", "n must be 1 when using greedy sampling"),
+    _completion(
+        {"n": 2},
+        "got 2",
+        "n must be 1 when using greedy sampling",
+        remedies=(({"n": 1}, ()), ({"n": 2, "temperature": 1}, ())),
+    ),
     _completion({"temperature": -1}, "got -1.0", "must be non-negative", "temperature must"),
     _completion({"temperature": "hot"}, "'input': 'hot'", "a valid number", "body.temperature"),
     _completion({"top_p": 2}, "got 2.0", "must be in (0, 1]", "top_p must"),
@@ -139,7 +193,11 @@ _COMPLETIONS = [
     ),
     _completion({"bad_words": [""]}, "bad_words=['']", "cannot contain an empty string"),
     _completion(
-        {"stream_options": {"include_usage": True}}, "Stream options", "`stream=True`", "be defined"
+        {"stream_options": {"include_usage": True}},
+        "Stream options",
+        "`stream=True`",
+        "be defined",
+        remedies=(({"stream_options": {"include_usage": True}, "stream": True}, ()),),
     ),
     _completion(
         {"truncate_prompt_tokens": 10**6},
@@ -148,22 +206,35 @@ _COMPLETIONS = [
         "Please request a smaller",
     ),
     _completion(
-        {"structured_outputs": {"regex": "("}}, 'regex "("', "unclosed group", "Grammar error"
+        {"structured_outputs": {"regex": "("}},
+        'regex "("',
+        "unclosed group",
+        "Grammar error",
+        remedies=(({"structured_outputs": {"regex": "(a)"}}, ()),),
     ),
     _completion(
-        {"structured_outputs": {"json": {"type": "x"}}}, "type: x", "Invalid", "Grammar error"
+        {"structured_outputs": {"json": {"type": "x"}}},
+        "type: x",
+        "Invalid",
+        "Grammar error",
+        remedies=(({"structured_outputs": {"json": {"type": "object"}}}, ()),),
     ),
     _completion(
         {"structured_outputs": {"grammar": "root ::= ("}},
         "'root ::= ('",
         "Expected ')'",
         "Invalid grammar specification",
+        remedies=(({"structured_outputs": {"grammar": 'root ::= ("a")'}}, ()),),
     ),
     _completion(
         {"response_format": {"type": "x"}}, "'input': 'x'", "Input should be 'text'", "type"
     ),
     _completion(
-        {"prompt_embeds": "AAAA"}, "`prompt_embeds`", "--enable-prompt-embeds", "You must set"
+        {"prompt_embeds": "AAAA"},
+        "`prompt_embeds`",
+        "--enable-prompt-embeds",
+        "You must set",
+        remedies=(({"prompt_embeds": EMBEDS}, ("--enable-prompt-embeds",)),),
     ),
 ]
 
@@ -182,6 +253,7 @@ _CHATS = [
         {"messages": _says("user", [{"type": "image_url", "image_url": {"url": "data:,"}}])},
         "demo is not a multimodal model",
         name="an image",
+        remedies=(),  # to serve another model
     ),
     _chat(
         {"messages": _says("user", [{"type": "nosuch"}])},
@@ -192,7 +264,13 @@ _CHATS = [
     _chat({"tools": "all"}, "'input': 'all'", "should be a valid list", "body.tools"),
     _chat({"tools": [{}]}, "'<dict of 0 items>'", "Field required", "body.tools.0.function"),
     _chat(
-        {"tool_choice": "nosuch", "tools": _TOOLS}, "nosuch", '"auto" or "required"', "tool_choice"
+        {"tool_choice": "nosuch", "tools": _TOOLS},
+        "nosuch",
+        '"auto" or "required"',
+        "tool_choice",
+        remedies=tuple(
+            ({"tool_choice": choice, "tools": _TOOLS}, ()) for choice in ("auto", "required")
+        ),
     ),
     _chat(
         {"tool_choice": {"type": "function", "function": {"name": "g"}}, "tools": _TOOLS},
@@ -200,13 +278,56 @@ _CHATS = [
         "any of the specified `tools`",
         "does not match",
         name="another tool than those given",
+        remedies=(
+            (
+                {
+                    "tool_choice": {"type": "function", "function": {"name": "f"}},
+                    "tools": _TOOLS,
+                },
+                (),
+            ),
+        ),
     ),
-    _chat({"tool_choice": "required"}, "When using `tool_choice`", "`tools` must be set"),
-    _chat({"logprobs": True, "top_logprobs": 10000}, "of 10000", "max allowed: 20", "logprobs"),
-    _chat({"top_logprobs": 5}, "`top_logprobs`", "`logprobs` must be set to true"),
-    _chat({"chat_template": "{{ nosuch() }}"}, *_TEMPLATE),
     _chat(
-        {"response_format": {"type": "json_schema"}}, "'json_schema'", "must be provided", "field"
+        {"tool_choice": "required"},
+        "When using `tool_choice`",
+        "`tools` must be set",
+        remedies=(({"tool_choice": "required", "tools": _TOOLS}, ()),),
+    ),
+    _chat(
+        {"logprobs": True, "top_logprobs": 10000},
+        "of 10000",
+        "max allowed: 20",
+        "logprobs",
+        remedies=(({"logprobs": True, "top_logprobs": 20}, ()),),
+    ),
+    _chat(
+        {"top_logprobs": 5},
+        "`top_logprobs`",
+        "`logprobs` must be set to true",
+        remedies=(({"logprobs": True, "top_logprobs": 5}, ()),),
+    ),
+    _chat(
+        {"chat_template": "{{ nosuch() }}"},
+        *_TEMPLATE,
+        remedies=(({"chat_template": "Hello"}, ("--trust-request-chat-template",)),),
+    ),
+    _chat(
+        {"response_format": {"type": "json_schema"}},
+        "'json_schema'",
+        "must be provided",
+        "field",
+        remedies=(
+            (
+                {
+                    "response_format": {
+                        "type": "json_schema",
+                        "json_schema": {"name": "any", "schema": {"type": "object"}},
+                    }
+                },
+                (),
+            ),
+        ),
     ),
     _chat({"reasoning_effort": "huge"}, "'input': 'huge'", "Input should be 'none'", "_effort"),
 ]

@@ -3,7 +3,6 @@
 import json
 import os
 import random
-import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,7 @@ import pytest
 
 from tests.helpers.engines import EngineFactory, describe, resolve_here
 from tests.helpers.probes.accepts import refusal
-from tests.helpers.processes import probe_command, probe_environment
+from tests.helpers.processes import ask_without_plugin
 from tests.helpers.tiny_models import FULL, MOE, ROPE, tiny_config
 
 NUM_CASES, NUM_SERVED = 120, 5
@@ -75,23 +74,10 @@ def cases(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[str, dict[str,
     return made
 
 
-def without_plugin(probe: str, *arguments: str, given: str = "") -> Any:
-    done = subprocess.run(
-        [*probe_command(probe), *arguments],
-        input=given,
-        env={**probe_environment(), "VLLM_PLUGINS": ""},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout.splitlines()[-1])
-
-
 @pytest.fixture(scope="module")
 def stock_accepts(cases: list[Any]) -> list[Any]:
     """Those that stock vLLM takes."""
-    refusals = without_plugin("accepts", given=json.dumps(cases))
+    refusals = ask_without_plugin("accepts", given=json.dumps(cases))
     return [case for case, said in zip(cases, refusals, strict=True) if said is None]
 
 
@@ -116,7 +102,7 @@ def test_what_stock_takes_is_served_alike(stock_accepts: list[Any], engine: Engi
         str(i): (model, {**arguments, "load_format": "dummy"})
         for i, (model, arguments) in enumerate(dense[:NUM_SERVED])
     }
-    stock = without_plugin("stock", json.dumps(chosen))
+    stock = ask_without_plugin("stock", json.dumps(chosen))
     for name, (model, arguments) in chosen.items():
         served = json.loads(json.dumps(describe(engine(model, **arguments))))
         assert served["modules"].pop(0) == f"SWA{stock[name]['modules'].pop(0)}"

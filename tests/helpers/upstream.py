@@ -15,8 +15,9 @@ MEMBERS: dict[str, set[str]] = {
     },
     "vllm.config.load:LoadConfig": {"load_format"},
     "vllm.config.model:ModelConfig": {
-        *("architecture", "architectures", "dtype", "get_head_size", "hf_config", "hf_overrides"),
-        *("max_model_len", "model"),
+        *("architecture", "architectures", "code_revision", "config_format", "dtype"),
+        *("get_head_size", "hf_config", "hf_config_path", "hf_overrides", "max_model_len", "model"),
+        *("revision", "trust_remote_code"),
     },
     "vllm.config.observability:ObservabilityConfig": {"enable_mfu_metrics"},
     "vllm.config.parallel:ParallelConfig": {
@@ -199,6 +200,7 @@ MEMBERS: dict[str, set[str]] = {
     "xformers.ops.fmha.attn_bias:BlockDiagonalMask": {
         *("from_seqlens", "make_causal_from_bottomright", "make_local_attention_from_bottomright"),
     },
+    "psutil:Process": {"cmdline", "create_time", "pid"},
 }
 
 # Functions that we call, with the parameters that we pass by name.

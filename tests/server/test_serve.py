@@ -1,7 +1,9 @@
 """`vllm serve` with the plugin over HTTP, on real weights with mixed layers."""
 
 import asyncio
+import base64
 import contextlib
+import io
 import json
 import os
 import socket
@@ -14,11 +16,12 @@ from typing import Any
 import httpx
 import psutil
 import pytest
+import torch
 from transformers import AutoTokenizer
 
 from quickstart import PAGE_SIZE, SERVE_ARGS, Server
 from swa_backend.metrics import METRICS
-from tests.bad_input.requests import REQUESTS
+from tests.bad_input.requests import EMBEDS, REQUESTS
 from tests.bad_input.row import Bad
 from tests.helpers.engines import ModelFactory
 from tests.helpers.metrics import gained, samples
@@ -254,14 +257,62 @@ def test_bad_request_is_refused(
     if isinstance(body, bytes):
         headers = {"Content-Type": "application/json"}
         response = httpx.post(f"{url}/v1/{path}", content=body, headers=headers, timeout=60)
-    elif path == "completions":
-        response = _post(url, path, **{**GOOD, **body})
     else:
-        messages = [{"role": "user", "content": "Hello"}]
-        response = _post(url, path, **{"messages": messages, "max_tokens": 4, **body})
+        response = _ask(url, path, body)
     assert response.status_code == status, response.text
     answer = response.json()
     row.check_text(answer["error"]["message"] if "error" in answer else answer["detail"])
+
+
+def _ask(url: str, path: str, keys: dict[str, Any]) -> httpx.Response:
+    """Post a good request, but for these keys."""
+    if path == "completions":
+        return _post(url, path, **{**GOOD, **keys})
+    messages = [{"role": "user", "content": "Hello"}]
+    return _post(url, path, **{"messages": messages, "max_tokens": 4, **keys})
+
+
+@pytest.mark.parametrize("row", [row for row in REQUESTS if row.remedies], ids=lambda row: row.name)
+def test_what_a_refusal_tells_is_served(
+    row: Bad, url: str, record_property: Callable[[str, object], None]
+) -> None:
+    num_applied = 0
+    for keys, arguments in row.remedies:
+        if not arguments:
+            response = _ask(url, row.given[0], keys)
+            assert response.status_code == 200, response.text
+            num_applied += 1
+    record_property("summary: remedies applied", num_applied)
+
+
+def test_arguments_of_the_server_that_refusals_name(
+    server: Server,
+    demo_model: dict[str, Path],
+    tmp_path: Path,
+    record_property: Callable[[str, object], None],
+) -> None:
+    remedies = [
+        (row.given[0], keys, arguments)
+        for row in REQUESTS
+        for keys, arguments in row.remedies
+        if arguments
+    ]
+    named = [argument for *_, arguments in remedies for argument in arguments]
+    other = Server(demo_model["mixed"], tmp_path / "log", [*SERVE_ARGS, *named])
+    embeds = io.BytesIO()
+    torch.save(torch.zeros(5, 576, dtype=torch.bfloat16), embeds)
+    try:
+        other.wait()
+        for path, keys, _ in remedies:
+            keys = {
+                key: base64.b64encode(embeds.getvalue()).decode() if value == EMBEDS else value
+                for key, value in keys.items()
+            }
+            response = _ask(other.url, path, keys)
+            assert response.status_code == 200, response.text
+    finally:
+        other.stop()
+    record_property("summary: remedies applied", len(remedies))
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ import pytest
 
 from swa_vllm.tools.bench.serve import serve_benchmark_losses
 from swa_vllm.tools.bench.serving import rounds
-from swa_vllm.tools.bench.serving.arms import SERVING_ARMS
+from swa_vllm.tools.bench.serving.arms import SERVING_ARMS, ServingArm
 from swa_vllm.tools.bench.serving.bound import interpolate_step_time, makespan
 from swa_vllm.tools.bench.serving.checkpoints import make_windowed_checkpoint
 from swa_vllm.tools.bench.serving.launcher import Launcher
@@ -20,6 +20,10 @@ from swa_vllm.tools.bench.serving.process import ArmProcess
 from swa_vllm.tools.bench.serving.records import ServedWorkload, Step, Timed, percentile
 from swa_vllm.tools.bench.serving.vllm_engine import SteppedEngine
 from swa_vllm.tools.bench.serving.workload import MIXES, Ask, read_trace
+from swa_vllm.tools.cli import main
+from swa_vllm.tools.common.arms import Arm
+from swa_vllm.tools.engines.scheduler import simulate
+from swa_vllm.tools.engines.simulated import Engine
 from tests.helpers.engines import EngineFactory, ModelFactory
 from tests.helpers.tiny_models import FULL, SLIDING
 
@@ -67,6 +71,37 @@ def test_a_decoded_token_is_timed_at_each_length(tmp_path: Path) -> None:
     assert [case["context"] for case in figures["cases"]] == [64, 200]
     assert all(case["decode_s"]["low"] > 0 for case in figures["cases"])
     assert set(figures["growth"]["this plugin"]) == {"decode_s", "prefill_s"}
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["decode", "--contexts", "64", "--batch", "1", "--window", "16"],
+        ["serve", "--mix", "prefill", "--num-requests", "2", "--window", "2000"],
+    ],
+    ids=["decode", "serve"],
+)
+def test_the_smallest_pool_is_enough_for_stock_vllm_to_start(
+    arguments: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its admission charges a window a page more than its text has."""
+    engines = []
+
+    def start(launcher: Launcher, arm: ServingArm, **engine: Any) -> ArmProcess:
+        engines.append({**launcher.engine, **engine})
+        raise RuntimeError("it would start")
+
+    monkeypatch.setattr(Launcher, "start", start)
+    assert main(["bench", *arguments, "--peers", "here,stock"]) == 1
+    (asked,) = engines
+    engine = Engine(
+        int(arguments[arguments.index("--window") + 1]),
+        asked["block_size"],
+        asked["num_gpu_blocks_override"],
+        asked["max_num_batched_tokens"],
+        asked["max_model_len"],
+    )
+    assert simulate(Arm.STOCK, engine, []).starts
 
 
 RECORDING = {

@@ -5,12 +5,14 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 from vllm import ModelRegistry
 from vllm.model_executor.models import qwen3 as stock
+from vllm.model_executor.models import registry
 from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 
@@ -19,7 +21,8 @@ import swa_vllm
 from swa_backend import ops
 from swa_backend.verify import smoke as smoke_module
 from swa_vllm.compat import versions
-from swa_vllm.tools.check import device
+from swa_vllm.compat.architectures import MODELS
+from swa_vllm.tools.check import device, inspection
 from swa_vllm.tools.check.steps import ProblemError
 from swa_vllm.tools.cli import main
 from tests.helpers.engines import ModelFactory
@@ -197,3 +200,38 @@ def test_a_process_that_dies_without_a_word_is_a_problem(tmp_path: Path) -> None
     (tmp_path / "dies.py").write_text("import os\nos.kill(os.getpid(), 9)\n")
     with pytest.raises(ProblemError, match="dies ended with status -9"):
         device._error_of_smoke_test("dies", PYTHONPATH=str(tmp_path))
+
+
+def test_an_inspection_by_vllm_that_hangs_is_told_of_and_ended(
+    tiny_model: ModelFactory,
+    clean_registries: pytest.MonkeyPatch,
+    check: Callable[..., Figures],
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+) -> None:
+    clean_registries.setenv("VLLM_CACHE_ROOT", str(tmp_path))  # else it need not inspect
+    sleep = [sys.executable, "-c", "import time; time.sleep(600)"]
+    clean_registries.setattr(registry, "_SUBPROCESS_COMMAND", [*sleep, registry.__name__])
+    clean_registries.setattr(
+        inspection, "limit_inspection", partial(inspection.limit_inspection, 0.5, 2.0)
+    )
+    # An entry of its own in the registry: vLLM remembers what it found for one.
+    ModelRegistry.register_model("Qwen3ForCausalLM", MODELS["Qwen3ForCausalLM"])
+    wrong = _last(check(str(tiny_model(**MIXED))))
+    assert "inspection of the model's class" in wrong["detail"]
+    assert "did not end within 2 s. See what keeps Python" in wrong["detail"]
+    assert "vLLM inspects the model's class in another process" in capsys.readouterr().err
+
+
+def test_an_architecture_of_another_family_is_told_in_one_sentence(
+    tiny_model: ModelFactory, tmp_path: Path, check: Callable[..., Figures]
+) -> None:
+    """Of one that vLLM does not know, vLLM lists all that it knows."""
+    config = json.loads((tiny_model(**FULL) / "config.json").read_text())
+    for name in ("NosuchForCausalLM", "LlamaForCausalLM"):
+        (tmp_path / "config.json").write_text(json.dumps(config | {"architectures": [name]}))
+        wrong = _last(check(str(tmp_path), "--window", "64"))
+        assert wrong["detail"].startswith(f"architectures {name}: not served with windows")
+        assert "Qwen3ForCausalLM" in wrong["detail"]
+        assert "Give the config.json of one" in wrong["detail"]
+        assert len(wrong["detail"]) < 600

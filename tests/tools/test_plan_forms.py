@@ -19,7 +19,8 @@ from vllm.engine.arg_utils import EngineArgs
 import swa_vllm
 from swa_vllm.config.swa_config import SWAConfig
 from swa_vllm.tools.cli import main
-from tests.helpers.engines import resolve_here
+from tests.helpers.engines import ModelFactory, resolve_here
+from tests.helpers.tiny_models import SLIDING as SLIDING_CHECKPOINT
 
 LAYERS = 4
 FULL, SLIDING = "full_attention", "sliding_attention"
@@ -206,3 +207,58 @@ def test_what_vllm_takes_for_a_qwen3_is_planned(names: list[str] | None) -> None
     form = Form({**BASE, "model_type": "qwen3", "architectures": names}, None)
     with written(form) as model:
         assert isinstance(planned(model, form), dict)
+
+
+@pytest.mark.parametrize(
+    ("keys", "flags", "told", "remedy"),
+    [
+        ({"sliding_window": None}, [], "Give one with --window W,", ["--window", "64"]),
+        (
+            {"model_type": "qwen3_moe", "max_window_layers": 2, "layer_types": None},
+            [],
+            "Say which layers are full: --full-attention-layers 0-1 (or, for no layer, "
+            "--full-attention-layers none)",
+            ["--full-attention-layers", "0-1"],
+        ),
+        (
+            {"use_sliding_window": False, "layer_types": None},
+            ["--sink-tokens", "4"],
+            "--sink-tokens would have no effect",
+            ["--window", "8"],
+        ),
+    ],
+    ids=["no window", "full layers of a MoE", "sinks without a window"],
+)
+def test_errors_name_the_flags_of_this_command(
+    keys: dict[str, Any],
+    flags: list[str],
+    told: str,
+    remedy: list[str],
+    tiny_model: ModelFactory,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    config = json.loads((tiny_model(**SLIDING_CHECKPOINT) / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | keys))
+    planned = ["plan", str(tmp_path), "--output", "64", *flags]
+    assert main(planned) == 1
+    said = capsys.readouterr().err
+    assert told in said
+    assert "--additional-config" not in said
+    assert "swa." not in said
+    assert main([*planned, *remedy]) == 0
+
+
+@pytest.mark.parametrize(("chunk", "is_told"), [(512, True), (16, False)])
+def test_fewer_pages_that_serve_no_more_requests_are_explained(
+    chunk: int, is_told: bool, tiny_model: ModelFactory, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A long chunk makes the peak of a prompt; of long answers most steps only decode."""
+    sizes = ["--prompt", "100", "--output", "400", "--max-num-batched-tokens", str(chunk)]
+    more = ["--block-size", "16", "--max-num-seqs", "16", "--kv-memory", "1MiB"]
+    assert main(["plan", str(tiny_model(**SLIDING_CHECKPOINT)), *sizes, *more, "--json", "-"]) == 0
+    printed = capsys.readouterr()
+    (request,) = json.loads(printed.out)["requests"]
+    stock, here = (request["arms"][name] for name in ("stock vLLM", "this plugin"))
+    assert (here["peak_pages"] < stock["peak_pages"]) == is_told
+    assert ("fewer pages need not mean more requests" in printed.err) == is_told, request

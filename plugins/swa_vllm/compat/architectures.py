@@ -1,5 +1,6 @@
 """The architectures that are, or contain, a Qwen3, and which class serves each."""
 
+from collections.abc import Sequence
 from typing import Any
 
 # Architectures, and vLLM's class for each: the text stack is a plain Qwen3, which may slide ...
@@ -54,6 +55,20 @@ def has_windows(architecture: str) -> bool:
         ending is not None
         and any(architecture.replace(ending, other) in served for other in ENDINGS)
     )
+
+
+def check_architectures(architectures: Sequence[str]) -> None:
+    """Refuse a checkpoint of an architecture that is, or contains, no Qwen3.
+
+    Raises:
+        ValueError: none of the architectures is one.
+    """
+    if architectures and not any(map(has_windows, architectures)):
+        raise ValueError(
+            f"architectures {', '.join(architectures)}: not served with windows, though its layers "
+            f"are a Qwen3's; those of {', '.join((*PLAIN, *WINDOWED))} are. Give the config.json "
+            "of one"
+        )
 
 
 def registered_class(architecture: str) -> str | None:

@@ -129,8 +129,9 @@ def _launcher_of_decode_arms(
     most = _benchmark_max_model_len(args, _contexts_of_arm("full", contexts, args.full_to))
     engine |= {
         "block_size": args.block_size,
-        # What full attention needs, for all; one is vLLM's own.
-        "num_gpu_blocks_override": args.batch * ceil_div(most, args.block_size) + 1,
+        # What full attention needs, for all, and what stock vLLM charges for a window beyond the
+        # pages of a text: a page for each request. One is vLLM's own.
+        "num_gpu_blocks_override": args.batch * (ceil_div(most, args.block_size) + 1) + 1,
         "max_num_batched_tokens": args.chunk,
         "max_num_seqs": min(args.batch, args.chunk),
         "enable_prefix_caching": False,

@@ -82,6 +82,13 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             "would slide; give a smaller one"
         )
     num_pages = _benchmark_pool_pages(args, asks)
+    # Stock vLLM charges a page more than the text has.
+    charged = ceil_div(min(args.window - 1 + args.chunk, longest), args.block_size) + 1
+    if "stock" in arms and charged > num_pages:
+        raise ValueError(
+            f"--pool-requests {args.pool_requests} is a pool of {num_pages} pages, and stock vLLM "
+            f"charges its longest request {charged}; give more, or leave stock out of --peers"
+        )
     with tempfile.TemporaryDirectory() as directory:
         launcher = Launcher(
             prepare_checkpoints(args.model, Path(directory), args.window, longest, args.seed),

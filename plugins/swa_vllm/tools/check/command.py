@@ -6,6 +6,7 @@ the headers are read, where there are any.
 """
 
 import argparse
+import json
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from enum import StrEnum
@@ -49,15 +50,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of ``swa check``."""
     parser.add_argument("model", metavar="MODEL", nargs="?", help="a local directory")
     add_window_arguments(parser)
+    parser.add_argument(
+        "--hf-overrides", type=json.loads, default={}, metavar="JSON", help="as vLLM takes it"
+    )
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Print each finding as it comes; returns all of them, and sets the exit status."""
     options = options_of_window_arguments(args)
-    if args.model is None and options:
-        raise ValueError(f"--{next(iter(options)).replace('_', '-')} is about a model: give MODEL")
+    about_a_model = [*options, *(["hf_overrides"] if args.hf_overrides else [])]
+    if args.model is None and about_a_model:
+        raise ValueError(f"--{about_a_model[0].replace('_', '-')} is about a model: give MODEL")
     findings = []
-    for finding in findings_of(args.model, options):
+    for finding in findings_of(args.model, options, args.hf_overrides):
         findings.append(finding)
         label = paint(finding.state.value.ljust(11), _COLOURS[finding.state])
         lines = f"{finding.what}: {finding.detail}".splitlines()
@@ -69,7 +74,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     return {"ok": is_ok, "findings": [asdict(finding) for finding in findings]}
 
 
-def findings_of(model: str | None, options: dict[str, Any]) -> Iterator[Finding]:
+def findings_of(
+    model: str | None, options: dict[str, Any], hf_overrides: dict[str, Any]
+) -> Iterator[Finding]:
     """Check one thing after the other, each before what needs it, up to the first that is wrong."""
     todo: list[tuple[str, Callable[[], str]]] = [
         ("vLLM", steps.inspect_vllm),
@@ -83,7 +90,7 @@ def findings_of(model: str | None, options: dict[str, Any]) -> Iterator[Finding]
         ("CPU operators", device.inspect_cpu_operators),
     ]
     if model is not None:
-        todo.append((model, lambda: steps.inspect_model(model, options)))
+        todo.append((model, lambda: steps.inspect_model(model, options, hf_overrides)))
     for what, step in todo:
         try:
             yield Finding(what, State.OK, step())

@@ -8,22 +8,26 @@ from vllm.engine.arg_utils import EngineArgs
 from swa_vllm.attention.backends import windowed_backend
 from swa_vllm.attention.layer_table import lines_of_layers
 from swa_vllm.compat.architectures import MODELS
+from swa_vllm.config.rope import lost_rope_theta
 from swa_vllm.config.swa_config import SWAConfig
 from swa_vllm.refusals import check_servable
 
 _HEADER = ("layers", "kind", "window", "sinks", "backend", "KV spec")
 
 
-def inspect_layers(model: str, options: dict[str, Any]) -> str:
+def inspect_layers(model: str, options: dict[str, Any], hf_overrides: dict[str, Any]) -> str:
     """Make a line for each run of equal layers, below vLLM's class of the model.
 
-    Warnings about the options follow.
+    Warnings about the options and overrides follow.
 
     Raises:
         ValueError, RuntimeError: vLLM or this plugin would refuse it.
     """
     config = EngineArgs(
-        model=model, skip_tokenizer_init=True, additional_config={"swa": options}
+        model=model,
+        skip_tokenizer_init=True,
+        additional_config={"swa": options},
+        hf_overrides=hf_overrides,
     ).create_engine_config()
     architectures = config.model_config.architectures
     found, architecture = ModelRegistry.resolve_model_cls(architectures, config.model_config)
@@ -47,4 +51,7 @@ def inspect_layers(model: str, options: dict[str, Any]) -> str:
         for index, window in enumerate(swa.layers.windows)
     ]
     lines = lines_of_layers(_HEADER, described)
-    return "\n".join([path, *lines, *(f"warning: {text}" for text in swa.layers.warnings)])
+    warnings = list(swa.layers.warnings)
+    if lost := lost_rope_theta(config.model_config):
+        warnings.append(lost)
+    return "\n".join([path, *lines, *(f"warning: {text}" for text in warnings)])

@@ -158,17 +158,22 @@ def inspect_page_manager() -> str:
     return "SWASpec is managed by SWAManager"
 
 
-def inspect_model(model: str, options: dict[str, Any]) -> str:
+def inspect_model(model: str, options: dict[str, Any], hf_overrides: dict[str, Any]) -> str:
     """Check that a model can be served; returns the table that its start-up would log."""
+    from swa_vllm.compat.architectures import UNPROVEN, check_architectures
+    from swa_vllm.tools.check.inspection import limit_inspection
     from swa_vllm.tools.check.model import inspect_layers
 
     try:
         checkpoint = read_checkpoint(Path(model))
+        if not set(checkpoint.architectures) & set(UNPROVEN):  # which refuse windows themselves
+            check_architectures(checkpoint.architectures)
         if Path(model).is_dir():
             check_weights(Path(model), checkpoint.config)
     except ValueError as error:
         raise ProblemError(str(error), "give the directory of a whole Qwen3") from error
     try:
-        return inspect_layers(model, options)
+        with limit_inspection():
+            return inspect_layers(model, options, hf_overrides)
     except (ValueError, RuntimeError) as error:
         raise ProblemError(error_text(error), "see above; nothing was loaded") from error

@@ -1,7 +1,9 @@
 """Options that several verbs have, and what is refused of a command line at once."""
 
 import argparse
+import json
 import os
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,24 @@ def options_of_window_arguments(args: argparse.Namespace) -> dict[str, Any]:
     given = {name: getattr(args, name) for name in ("window", "full_attention_layers")}
     options = {name: value for name, value in given.items() if value is not None}
     return {**options, **({"sink_tokens": args.sink_tokens} if args.sink_tokens else {})}
+
+
+def options_as_flags(text: str) -> str:
+    """Name the options of a window in a message as :func:`add_window_arguments` has them."""
+
+    def flags(found: re.Match[str]) -> str:
+        # W stands for a number.
+        options = json.loads(re.sub(r"\bW\b", '"W"', found[1]))["swa"]
+        if "enabled" in options:
+            return '"enabled": false among the options of the engine'
+        return " ".join(f"--{key.replace('_', '-')} {value}" for key, value in options.items())
+
+    text = re.sub(r"--additional-config '(\{.*?\})'(?!\w)", flags, text)
+    return re.sub(
+        r"\b(?:swa\.)?(sink_tokens|full_attention_layers)\b|\bswa\.(window)\b",
+        lambda found: f"--{(found[1] or found[2]).replace('_', '-')}",
+        text,
+    )
 
 
 def check_number_arguments(args: argparse.Namespace, names: Iterable[str], least: int = 1) -> None:

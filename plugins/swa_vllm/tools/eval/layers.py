@@ -114,7 +114,8 @@ def _cut_texts(args: argparse.Namespace) -> tuple[list[list[int]], list[list[int
     if len(pieces) <= args.pieces:
         raise ValueError(
             f"the text has {len(pieces)} pieces of {args.length} tokens and --pieces takes "
-            f"{args.pieces}: none is left to be held out. Give more text or shorter pieces"
+            f"{args.pieces}: none is left to be held out. Give more text, shorter pieces "
+            "(--length), or fewer --pieces"
         )
     held_out = pieces[args.pieces :]
     return pieces[: args.pieces], held_out[:1] if args.quick else held_out

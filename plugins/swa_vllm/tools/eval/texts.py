@@ -28,9 +28,14 @@ def tokens_of(model: str, path: Path) -> list[int]:
     try:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
-        raise ValueError(f"--text {path} cannot be read: {error.strerror}") from error
+        raise ValueError(
+            f"--text {path} cannot be read: {error.strerror}; give a text file that this user can "
+            "read"
+        ) from error
     except UnicodeDecodeError as error:
-        raise ValueError(f"--text {path} is no UTF-8: {error}") from error
+        raise ValueError(
+            f"--text {path} is no UTF-8: {error}; give a text file in UTF-8"
+        ) from error
     return list(tokenizer_of(model)(text, add_special_tokens=False)["input_ids"])
 
 

@@ -15,14 +15,16 @@ from typing import Any
 from swa_backend.can_slide import check_can_slide
 from swa_backend.checkpoint import Checkpoint, read_checkpoint
 from swa_backend.layers import resolve_layers
-from swa_backend.options import SWAOptions
+from swa_backend.options import SWAConfigError, SWAOptions
 from swa_backend.table import format_table
-from swa_vllm.compat.architectures import PLAIN, WINDOWED, has_windows
+from swa_vllm.compat.architectures import check_architectures
+from swa_vllm.compat.cache_dtypes import UNQUANTIZED, sinks_refused_on_cpus
 from swa_vllm.tools.common import plots
 from swa_vllm.tools.common.arguments import (
     add_window_arguments,
     check_number_argument,
     check_number_arguments,
+    options_as_flags,
     options_of_window_arguments,
 )
 from swa_vllm.tools.common.arms import Arm
@@ -36,6 +38,7 @@ from swa_vllm.tools.common.sizing import (
     bytes_of_an_element,
     kv_heads_of_a_device,
     longest_text_in_limits,
+    size_cache_dtype,
 )
 from swa_vllm.tools.plan.pictures import plot_plan
 from swa_vllm.tools.plan.report import describe_plan, plan_figures, plan_notes, plan_rows, pool_rows
@@ -87,10 +90,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    """Print the pools and the requests in them; returns the figures."""
+    """Print the pools and the requests in them; returns the figures.
+
+    Raises:
+        ValueError: what is planned cannot be served; options are named as this command has them.
+    """
+    try:
+        return _run_plan(args)
+    except SWAConfigError as error:
+        raise ValueError(options_as_flags(str(error))) from error
+
+
+def _run_plan(args: argparse.Namespace) -> dict[str, Any]:
     plots.check_plot_path(args.plot)
     checkpoint = read_checkpoint(Path(args.model))
-    _check_plannable(checkpoint)
+    check_architectures(checkpoint.architectures)
     limits = _planned_limits(args, checkpoint)
     options = SWAOptions.from_dict(options_of_window_arguments(args))
     layers = resolve_layers(checkpoint.config, options, max_model_len=limits.max_model_len)
@@ -99,6 +113,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             "no layer of this model has a window, so there is nothing to compare: give --window"
         )
     check_can_slide(checkpoint.config)
+    _check_cache_of_sinks(args, checkpoint)
     model = Model(
         windows=layers.windows,
         sink_tokens=options.sink_tokens,
@@ -116,20 +131,22 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     print(format_table(("", *Arm), pool_rows(pools)))
     print(f"\none request, and how many run at once; answers of {args.output} tokens")
     print(format_table(*plan_rows(needs, with_pool=memory is not None)))
-    for note in (*layers.warnings, *plan_notes(model, limits, pools)):
+    for note in (*layers.warnings, *plan_notes(model, limits, pools, needs)):
         print(f"note: {note}")
     if args.plot is not None:
         plot_plan(args.plot, Path(args.model).name, needs)
     return plan_figures(args, model, limits, pools, needs)
 
 
-def _check_plannable(checkpoint: Checkpoint) -> None:
-    names = checkpoint.architectures
-    if names and not any(map(has_windows, names)):
-        raise ValueError(
-            f"architectures {', '.join(names)}: not served with windows, though its layers are a "
-            f"Qwen3's; those of {', '.join((*PLAIN, *WINDOWED))} are. Give the config.json of one"
-        )
+def _check_cache_of_sinks(args: argparse.Namespace, checkpoint: Checkpoint) -> None:
+    """Refuse what engines refuse on CPUs, in their words."""
+    asked = size_cache_dtype(checkpoint.quantization)
+    by_checkpoint = args.kv_cache_dtype == "auto"
+    dtype = asked if by_checkpoint else args.kv_cache_dtype
+    if args.device == Device.CPU and args.sink_tokens and dtype not in UNQUANTIZED:
+        named = f"--kv-cache-dtype {dtype}{' (the checkpoint asks for it)' * by_checkpoint}"
+        other = f"--kv-cache-dtype {'auto' if asked == 'auto' else 'bfloat16'}"
+        raise ValueError(sinks_refused_on_cpus(named, "--sink-tokens", other))
 
 
 def parse_planned_memory(text: str) -> int:

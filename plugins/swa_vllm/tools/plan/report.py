@@ -72,8 +72,15 @@ def plan_rows(needs: Needs, *, with_pool: bool) -> tuple[list[str], list[list[ob
     return header, rows
 
 
-def plan_notes(model: Model, limits: Limits, pools: Pools) -> list[str]:
-    """List what the tables leave unsaid: what stock vLLM refuses, and what does not start."""
+# Parts of stock vLLM's figures: pages below the first are fewer, requests from the second on more.
+_FEWER, _MORE = 0.9, 1.05
+
+
+def plan_notes(model: Model, limits: Limits, pools: Pools, needs: Needs) -> list[str]:
+    """List what the tables leave unsaid.
+
+    What stock vLLM refuses, what does not start, and why fewer pages may serve no more requests.
+    """
     notes = []
     if None in model.windows:
         notes.append(
@@ -82,6 +89,12 @@ def plan_notes(model: Model, limits: Limits, pools: Pools) -> list[str]:
         )
     if model.sink_tokens:
         notes.append("stock vLLM has no sink tokens; its column is without them")
+    if any(_pages_mislead(need[Arm.STOCK], need[Arm.SWA]) for need in needs.values()):
+        notes.append(
+            "pages are the most that a request holds, which is while its prompt is computed; how "
+            "many run at once depends on what they hold on average, most of the time while they "
+            "decode. So fewer pages need not mean more requests"
+        )
     for arm, pool in pools.items():
         if pool.num_pages is not None and not pool.starts(limits):
             remedy = (
@@ -91,6 +104,16 @@ def plan_notes(model: Model, limits: Limits, pools: Pools) -> list[str]:
                 f"{arm} does not start with --max-model-len {limits.max_model_len} ({remedy})"
             )
     return notes
+
+
+def _pages_mislead(stock: Need, here: Need) -> bool:
+    """Say whether a request holds fewer pages than with stock vLLM, and no more run at once."""
+    return (
+        stock.running is not None
+        and here.running is not None
+        and here.peak_pages < _FEWER * stock.peak_pages
+        and here.running < _MORE * stock.running
+    )
 
 
 def plan_figures(

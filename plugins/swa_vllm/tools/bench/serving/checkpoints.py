@@ -20,12 +20,13 @@ def make_windowed_checkpoint(model: Path, directory: Path, window: int | None) -
         config: dict[str, Any] = json.loads((model / "config.json").read_text())
     except (OSError, ValueError) as error:
         raise ValueError(
-            f"{model} is no checkpoint directory (config.json: {error}); give one with a Qwen3"
+            f"{model} is no checkpoint directory (config.json: {error}); give one with a dense "
+            "Qwen3"
         ) from error
     if config.get("model_type") != "qwen3":
         raise ValueError(
             f"{model} is a {config.get('model_type')!r}; peers share a window in a dense Qwen3 "
-            "(model_type 'qwen3') only"
+            "(model_type 'qwen3') only; give one"
         )
     directory.mkdir()
     for path in model.iterdir():

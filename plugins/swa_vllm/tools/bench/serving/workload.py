@@ -68,7 +68,7 @@ def read_trace(path: Path) -> list[Ask]:
         ) from error
     asks = [_parse_trace_line(path, n, line) for n, line in enumerate(lines, 1) if line.strip()]
     if not asks:
-        raise ValueError(f"--trace {path} has no requests")
+        raise ValueError(f"--trace {path} has no requests; give a file of JSON lines")
     return sorted(asks, key=lambda ask: ask.arrival)
 
 
