@@ -1,5 +1,6 @@
 """Files of wheels that are not installed, downloaded once."""
 
+import hashlib
 import subprocess
 import sys
 import zipfile
@@ -11,6 +12,7 @@ import pytest
 from filelock import FileLock
 
 SOURCES = Path(".cache/wheel-sources")
+KEPT = Path(".cache/wheels")  # by SHA-256, as tests/vllm_0_33/setup_env.sh keeps what it downloads
 
 
 def official_sources(version: str) -> Path:
@@ -31,7 +33,7 @@ def _is_source(name: str) -> bool:
 def unpack_wheel(
     target: Path, requirement: str, options: Sequence[str], is_wanted: Callable[[str], bool]
 ) -> Path:
-    """Download a wheel once and unpack files of it; skips where it cannot be downloaded.
+    """Unpack files of a wheel, once; it is downloaded unless it is kept. Skips where it cannot be.
 
     Args:
         target: directory of this wheel alone.
@@ -45,12 +47,25 @@ def unpack_wheel(
     target.mkdir(parents=True, exist_ok=True)
     with FileLock(target / "lock"):  # tests may run in several processes
         if not (target / "complete").exists():
-            _download(target, requirement, options)
-            wheel = next(target.glob("*.whl"))
+            if (wheel := _kept_wheel(requirement)) is None:
+                _download(target, requirement, options)
+                wheel = next(target.glob("*.whl"))
             _unpack(wheel, target, is_wanted)
-            wheel.unlink()
+            for downloaded in target.glob("*.whl"):
+                downloaded.unlink()
             (target / "complete").touch()
     return target
+
+
+def _kept_wheel(requirement: str) -> Path | None:
+    """The kept wheel of ``name==version``, if it is whole."""
+    metadata = f"{requirement.replace('==', '-')}.dist-info/METADATA"
+    for wheel in KEPT.glob("*.whl"):
+        with wheel.open("rb") as file:
+            is_whole = hashlib.file_digest(file, "sha256").hexdigest() == wheel.stem
+        if is_whole and metadata in zipfile.ZipFile(wheel).namelist():
+            return wheel
+    return None
 
 
 def _download(target: Path, requirement: str, options: Sequence[str]) -> None:

@@ -1,5 +1,6 @@
-"""What a windowed layer's spec takes from vLLM's config."""
+"""What a windowed layer's spec takes from vLLM's config, and from vLLM's own spec."""
 
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -52,3 +53,24 @@ def test_rollback_is_that_of_all_steps_in_flight(
     assert spec.rollback_tokens == spec.pages.rollback_tokens == num_steps * rejected_a_step
     assert spec.lookahead_tokens == spec.num_ahead_tokens == lookahead
     assert spec.drops_last_hit is drops_last_hit
+
+
+def test_spec_keeps_what_vllms_own_says(tiny_model: ModelFactory) -> None:
+    config = EngineArgs(str(tiny_model(**SLIDING)), skip_tokenizer_init=True).create_engine_config()
+    changed = {
+        "dcp_sharded": False,
+        "extra_retained_tokens": 3,
+        "is_draft": True,
+        "max_tp_shards": 2,
+        "num_head_slots": 4,
+        "page_size_padded": 4096,
+    }
+    stock = stock_spec(40, 16)
+    names = {field.name for field in fields(stock)}
+    assert changed.keys() - names <= {"is_draft"}  # not in 0.32
+    stock = replace(stock, **{name: changed[name] for name in changed.keys() & names})
+    spec = SWASpec.from_stock(stock, config, StoragePolicy())
+    assert {name: getattr(spec, name) for name in names} == {
+        name: getattr(stock, name) for name in names
+    }
+    assert spec.page_size_bytes == stock.page_size_bytes == 4096

@@ -1,11 +1,14 @@
-"""The script that makes the second environment of the tests: what it refuses."""
+"""The script that makes the second environment of the tests: what it refuses, and what it keeps."""
 
+import hashlib
 import shutil
 import subprocess
+import zipfile
 from pathlib import Path
 
 import pytest
 
+from tests.helpers import wheel_sources
 from tests.helpers.paths import ROOT
 
 # pip finds nothing, or a wheel that somebody else built.
@@ -82,3 +85,30 @@ def test_a_cached_wheel_with_another_content_is_not_used(setup: Setup) -> None:
     wheel.parent.mkdir(parents=True)
     wheel.write_text("cut off")
     assert "downloading the official wheel" in setup.run()
+
+
+@pytest.mark.parametrize(("version", "is_whole"), [("0.33.1", True), ("0.33.2", False)])
+def test_the_wheel_that_it_keeps_is_not_downloaded_once_more(
+    version: str, is_whole: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The contract tests read it too, if its content is what its name says."""
+    monkeypatch.chdir(tmp_path)
+    with zipfile.ZipFile("wheel", "w") as wheel:
+        wheel.writestr("vllm/envs.py", "")
+        wheel.writestr(f"vllm-{version}.dist-info/METADATA", "")
+    sha256 = hashlib.sha256(Path("wheel").read_bytes()).hexdigest()
+    wheel_sources.KEPT.mkdir(parents=True)
+    kept = wheel_sources.KEPT / f"{sha256 if is_whole else 'other'}.whl"
+    shutil.copy("wheel", kept)
+    downloaded = []
+
+    def download(target: Path, requirement: str, options: tuple[str, ...]) -> None:
+        downloaded.append(requirement)
+        shutil.copy("wheel", target / "downloaded.whl")
+
+    monkeypatch.setattr(wheel_sources, "_download", download)
+    sources = wheel_sources.official_sources(version)
+    assert (sources / "envs.py").exists()
+    assert downloaded == ([] if is_whole else [f"vllm=={version}"])
+    assert kept.exists()
+    assert list(sources.parent.glob("*.whl")) == []

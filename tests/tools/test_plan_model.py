@@ -2,7 +2,6 @@
 
 import random
 from dataclasses import dataclass, replace
-from typing import Any
 
 import pytest
 import torch
@@ -11,7 +10,6 @@ from vllm.config import VllmConfig
 from vllm.v1.core.kv_cache_utils import get_kv_cache_capacity
 from vllm.v1.kv_cache_interface import (
     FullAttentionSpec,
-    KVCacheConfig,
     KVCacheSpec,
     SlidingWindowSpec,
 )
@@ -26,20 +24,7 @@ from swa_vllm.tools.common.queueing import Queue, Workload
 from swa_vllm.tools.common.sizing import KVGroups, Limits, kv_groups_of
 from swa_vllm.tools.engines.scheduler import Simulation
 from swa_vllm.tools.engines.simulated import Engine
-
-try:
-    from vllm.v1.core import kv_cache_planning
-except ImportError:  # vLLM 0.32
-    from vllm.v1.core.kv_cache_utils import get_kv_cache_configs
-
-    _start_up = get_kv_cache_configs
-else:
-
-    def _start_up(config: VllmConfig, specs: list[Any], memory: list[int]) -> list[KVCacheConfig]:
-        groups = kv_cache_planning.get_global_kv_cache_groups(config, specs)
-        configs = kv_cache_planning.get_kv_cache_configs(config, specs, memory, groups)
-        return list(configs)
-
+from tests.helpers.start_up import plan_kv_caches
 
 pytestmark = pytest.mark.only_on("0.32/V1", "0.33/V1")  # vLLM is the oracle
 
@@ -170,7 +155,7 @@ def test_pools_are_what_vllm_makes_of_the_layers(
     for num_sliding in range(num_full == 0, 14):
         windows = (None,) * num_full + (64,) * num_sliding
         specs = {f"layer.{i}": _spec(arm, w, sinks, vllm_config) for i, w in enumerate(windows)}
-        (config,) = _start_up(vllm_config, [specs], [memory])
+        (config,) = plan_kv_caches(vllm_config, [specs], [memory])
         pool = plan_pool(arm, Model(windows, sinks, 2, 64, 2), limits, memory)
         planned = sorted(
             (group.policy.window is not None, group.num_layers, group.num_groups)
@@ -200,9 +185,9 @@ def test_an_engine_starts_exactly_where_planned(arm: Arm, vllm_config: VllmConfi
     pool = plan_pool(arm, model, limits, 1 << 30)
     least = (pool.promised_pages + 1) * pool.page_bytes
     assert plan_pool(arm, model, limits, least).starts(limits)
-    _start_up(vllm_config, [specs], [least])
+    plan_kv_caches(vllm_config, [specs], [least])
     short = plan_pool(arm, model, limits, least - 1)
     assert not short.starts(limits)
     with pytest.raises(ValueError, match="estimated maximum model length is") as error:
-        _start_up(vllm_config, [specs], [least - 1])
+        plan_kv_caches(vllm_config, [specs], [least - 1])
     assert f"maximum model length is {short.longest}." in str(error.value)

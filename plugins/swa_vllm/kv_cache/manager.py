@@ -244,4 +244,4 @@ class SWAManager(SinkPrefixHits):
 
     def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
         self._held.end_request(request_id)
-        return list(super().pop_blocks_for_free(request_id))
+        return super().pop_blocks_for_free(request_id)

@@ -178,3 +178,23 @@ def test_new_pages_are_zeroed_but_for_those_that_their_step_fills(policy: Prefil
     assert all((i + 1) * 4 <= num_tokens for i in not_zeroed)
     assert (not_zeroed != []) == (policy is AUTO)  # what was granted
     assert kv.take_new_block_ids() == []
+
+
+@pytest.mark.parametrize("sinks", [0, 1])
+def test_pages_of_a_request_that_ends_are_handed_over_and_not_copied(sinks: int) -> None:
+    pool = BlockPool(100, enable_caching=True, hash_block_size=2)
+    manager = make_manager(windowed_spec(4, 2, sink_tokens=sinks), pool)
+    num_free = pool.get_num_free_blocks()
+    for name, num_tokens in (("short", 4), ("long", 22)):
+        manager.allocate_new_blocks(name, num_tokens, num_tokens)
+    manager.remove_skipped_blocks("long", 20)
+    short, long = (manager.req_to_blocks[name] for name in ("short", "long"))
+    live = [block for block in long if not block.is_null]
+    assert manager.pop_blocks_for_free("short") is short
+    popped = manager.pop_blocks_for_free("long")  # 0.33 leaves out null entries at its head
+    assert [block for block in popped if not block.is_null] == live
+    assert (popped is long) == (sinks > 0 or popped[0].is_null)
+    assert not manager.req_to_blocks.keys() & {"short", "long"}
+    assert all(block.ref_cnt == 1 for block in (*short, *live))
+    pool.free_blocks([*reversed(popped), *reversed(short)])
+    assert pool.get_num_free_blocks() == num_free

@@ -12,6 +12,7 @@ from vllm.v1.core.kv_cache_utils import (
 from vllm.v1.kv_cache_interface import (
     KVCacheSpec,
     KVCacheSpecKind,
+    MambaSpec,
 )
 from vllm.v1.request import Request
 
@@ -126,6 +127,26 @@ def test_hits_of_pages_of_two_sizes_are_a_multiple_of_both(policy: PrefillPages)
         assert hit_tokens(kv, make_request("again", range(num_tokens), 16)) == 6 * 16
     _evict(kv, first, 5, 1)
     assert hit_tokens(kv, make_request("evicted", range(7 * 16 + 1), 16)) == 4 * 16
+
+
+@pytest.mark.parametrize("policy", [*POLICIES, None])
+def test_a_windowed_group_is_hit_by_whole_pages_only(policy: PrefillPages | None) -> None:
+    """Mamba's groups allow hits of a part of a page, where all groups do. None is stock."""
+    mamba = MambaSpec(
+        block_size=8, shapes=((1, 1),), dtypes=(torch.float32,), mamba_cache_mode="align"
+    )
+    assert make_kv(full_spec(2), mamba).coordinator.enable_partial_hash_hits
+    sliding = stock_spec(4, 4) if policy is None else windowed_spec(4, 4, policy)
+    kv = make_kv(full_spec(2), mamba, sliding)
+    assert not kv.coordinator.enable_partial_hash_hits
+    first = make_request("first", range(12), 2)
+    serve(kv, first, 8)
+    first.num_computed_tokens = 8
+    kv.new_step_starts()
+    assert kv.allocate_slots(first, 4) is not None
+    kv.free(first)
+    kv.new_step_starts()
+    assert hit_tokens(kv, make_request("again", range(14), 2)) == 8
 
 
 @pytest.mark.parametrize("policy", [ALL, AUTO])

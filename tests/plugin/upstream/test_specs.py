@@ -18,12 +18,8 @@ from swa_backend.options import PrefillPages
 from swa_vllm.config.storage import StoragePolicy
 from swa_vllm.kv_cache.manager import SWAManager
 from swa_vllm.kv_cache.spec import SWASpec
+from tests.helpers.start_up import unify_page_sizes
 from tests.plugin.upstream.pages import AUTO, full_spec, stock_spec, windowed_spec
-
-try:
-    from vllm.v1.core.kv_cache_planning import unify_kv_cache_spec_page_size
-except ImportError:  # vLLM 0.32
-    from vllm.v1.core.kv_cache_utils import unify_kv_cache_spec_page_size
 
 
 def test_spec_is_a_sliding_window_with_a_manager_and_a_kind_of_its_own() -> None:
@@ -89,6 +85,6 @@ def test_spec_reaches_the_engine_core_as_it_is() -> None:
 def test_smaller_pages_are_padded_and_stay_ours() -> None:
     target = full_spec(16, head_size=192, dtype=torch.bfloat16)
     sliding = windowed_spec(1024, 16, AUTO, head_size=128, dtype=torch.bfloat16, sink_tokens=4)
-    unified = unify_kv_cache_spec_page_size({"target": target, "sliding": sliding})
+    unified = unify_page_sizes({"target": target, "sliding": sliding})
     assert unified["target"] == target
     assert unified["sliding"] == replace(sliding, page_size_padded=target.page_size_bytes)
