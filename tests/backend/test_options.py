@@ -174,3 +174,29 @@ def test_text_config_of_a_derived_model_that_is_ambiguous(
     vars(config).update(keys)
     with pytest.raises(SWAConfigError, match=message):
         resolve_layers(config, SWAOptions())
+
+
+@pytest.mark.parametrize("first", [1, 3])
+def test_override_of_the_first_sliding_layer_that_comes_too_late_is_refused(first: int) -> None:
+    """In transformers the first two layers have become full by then."""
+    with pytest.raises(SWAConfigError, match="max_window_layers has no effect"):
+        _resolve(MIXED, hf_overrides={"max_window_layers": first})
+    plan = _resolve(MIXED, hf_overrides={"max_window_layers": 2})
+    assert plan.windows == (None, None, W, W)
+    assert plan.layer_types == ["full_attention"] * 2 + ["sliding_attention"] * 2
+
+
+def test_layer_types_are_as_many_as_layers_unless_all_are_full() -> None:
+    def resolve(kinds: list[str], overrides: dict[str, Any] | None = None) -> Any:
+        config = tiny_config(**SLIDING)
+        config.layer_types = kinds
+        if set(kinds) == {"full_attention"}:
+            config.use_sliding_window = False
+        return resolve_layers(config, SWAOptions(), hf_overrides=overrides).windows
+
+    assert resolve(["full_attention"] * 5) == (None,) * 4
+    assert resolve(["sliding_attention"] * 5, {"num_hidden_layers": 4}) == (W,) * 4
+    with pytest.raises(SWAConfigError, match="layer_types has 5 entries for num_hidden_layers=4"):
+        resolve(["sliding_attention"] * 5)
+    with pytest.raises(SWAConfigError, match="layer_types has 5 entries for num_hidden_layers=4"):
+        resolve(["sliding_attention"] * 5, {"num_hidden_layers": 4, "layer_types": []})

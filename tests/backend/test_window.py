@@ -24,6 +24,7 @@ def test_num_visible_counts_is_visible(query: int, size: int | None, sinks: int)
     assert len(visible) == window.num_visible(query, size, sinks)
     if not sinks:
         assert visible[0] == window.first_visible(query, size)
+        assert len(visible) == window.num_visible(query, size)
 
 
 @given(st.integers(1, 80), st.integers(0, 8))
@@ -35,7 +36,15 @@ def test_last_unshifted_is_the_last_that_sees_everything(size: int, sinks: int) 
 
 @pytest.mark.parametrize(
     ("query", "key", "visible"),
-    [(10, 10, True), (10, 7, True), (10, 6, False), (10, 11, False), (2, 0, True), (10, -1, False)],
+    [
+        (10, 10, True),
+        (10, 7, True),
+        (10, 6, False),
+        (10, 11, False),
+        (2, 0, True),
+        (10, 0, False),
+        (10, -1, False),
+    ],
 )
 def test_window_of_four(query: int, key: int, visible: bool) -> None:
     assert window.is_visible(query, key, 4) is visible

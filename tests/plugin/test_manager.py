@@ -1,5 +1,8 @@
 """Rules of this plugin's manager: what it charges, which holes it fills, which hits it misses."""
 
+import logging
+from collections.abc import Iterator
+
 import pytest
 from vllm import SamplingParams
 from vllm.utils.hashing import sha256
@@ -24,6 +27,18 @@ from tests.plugin.upstream.pages import (
 )
 
 POOL = Setup(num_pages=40, kinds=("sliding",), max_step_tokens=300)
+
+
+@pytest.fixture
+def logged(caplog: pytest.LogCaptureFixture) -> Iterator[pytest.LogCaptureFixture]:
+    """What vLLM's loggers say, at DEBUG level too."""
+    logger = logging.getLogger("vllm")
+    logger.addHandler(caplog.handler)
+    try:
+        with caplog.at_level(logging.DEBUG, logger="vllm.swa_vllm.kv_cache.ledger"):
+            yield caplog
+    finally:
+        logger.removeHandler(caplog.handler)
 
 
 @pytest.fixture(autouse=True)
@@ -104,6 +119,18 @@ def _lost_tokens(num_tokens: int, **params: int) -> int:
     )
     assert serve(kv, again) == 0
     return int(manager.snapshot().prefix_lost_tokens)
+
+
+def test_what_becomes_of_pages_is_logged_once_there_are_any(
+    logged: pytest.LogCaptureFixture,
+) -> None:
+    _held_after_one_chunk(POOL)
+    said = dict.fromkeys(m for m in logged.messages if m.startswith("SWA group"))
+    assert list(said) == [
+        "SWA group 0: 15 pages of 1 are stored for the prefix cache",
+        "SWA group 0: 16 pages of 1 need not be stored",
+        "SWA group 0: 19 pages were held by 1 until now",
+    ]
 
 
 @pytest.mark.parametrize(("num_tokens", "num_lost"), [(112, 96), (113, 112), (128, 112)])
