@@ -84,14 +84,27 @@ def test_effective_windows_of_moe(
 )
 def test_max_window_layers_of_moe_is_ambiguous(first: int, remedy: str) -> None:
     config = Qwen3MoeConfig(num_hidden_layers=4, **{**MIXED, "max_window_layers": first})
-    with pytest.raises(SWAConfigError, match=remedy):
+    which = "all" if first >= 4 else "these"
+    with pytest.raises(SWAConfigError, match=f"leave {which} layers full.*{remedy}"):
         resolve_layers(config, SWAOptions())
+
+
+def test_sinks_of_no_window_are_refused() -> None:
+    for options in ({"sink_tokens": 1}, {"sink_tokens": 4, "enabled": False}):
+        with pytest.raises(SWAConfigError, match=r"swa\.sink_tokens would have no effect"):
+            _resolve(FULL, options)
 
 
 def test_override_of_layer_types_takes_effect() -> None:
     late = {"use_sliding_window": True, "sliding_window": W, "max_window_layers": 0}
     overrides = {**late, "layer_types": ["sliding_attention"] * 4}
     assert _resolve(FULL, hf_overrides=overrides).windows == (W,) * 4
+
+
+@pytest.mark.parametrize("length", [W, W - 1])
+def test_any_length_up_to_the_window_is_warned_of(length: int) -> None:
+    (warning,) = _resolve(SLIDING, max_model_len=length).warnings
+    assert "nothing will ever slide" in warning
 
 
 def test_window_that_never_slides_is_warned_of() -> None:
@@ -200,3 +213,23 @@ def test_layer_types_are_as_many_as_layers_unless_all_are_full() -> None:
         resolve(["sliding_attention"] * 5)
     with pytest.raises(SWAConfigError, match="layer_types has 5 entries for num_hidden_layers=4"):
         resolve(["sliding_attention"] * 5, {"num_hidden_layers": 4, "layer_types": []})
+
+
+@pytest.mark.parametrize("option", [{"window": 8}, {"full_attention_layers": "0"}])
+def test_options_of_windows_contradict_switching_them_off(option: dict[str, Any]) -> None:
+    with pytest.raises(SWAConfigError, match="enabled=false contradicts"):
+        _resolve(SLIDING, {"enabled": False, **option})
+
+
+@pytest.mark.parametrize("sinks", [64, 65])
+def test_sinks_of_the_longest_request_or_more_are_refused(sinks: int) -> None:
+    with pytest.raises(SWAConfigError, match=f"sink_tokens={sinks} is not below max_model_len 64"):
+        _resolve(SLIDING, {"sink_tokens": sinks}, max_model_len=64)
+
+
+@pytest.mark.parametrize("window", [0, None])
+def test_checkpoint_without_a_window_is_refused_as_that(window: int | None) -> None:
+    config = tiny_config(**SLIDING)
+    config.sliding_window = window
+    with pytest.raises(SWAConfigError, match="the checkpoint gives no window"):
+        resolve_layers(config, SWAOptions())
