@@ -19,7 +19,6 @@ from swa_vllm.attention.cpu.builder import SWACPUMetadata
 from swa_vllm.attention.cpu.position_shift import ShiftedScratch
 from swa_vllm.attention.layer import WindowedAttention
 from swa_vllm.config.swa_config import SWAConfig
-from swa_vllm.refusals import check_servable
 from swa_vllm.tools.engines.batches import BLOCK_SIZE, make_batch
 from tests.helpers.engines import ModelFactory
 from tests.helpers.tiny_models import FULL
@@ -183,18 +182,3 @@ def test_scores_of_shifted_sinks_are_kept_in_two_parts(
     scores = torch.einsum("nhgd,hsd->nhgs", turned, page[:, :sinks, :SIZE]).flatten(1, 2)
     assert bool((rounded - scores).abs().max() > 2.0**-9)
     assert torch.allclose(rounded + rest, scores, rtol=2.0**-16, atol=2.0**-16)
-
-
-def test_sinks_that_are_not_shifted_may_be_more_than_heads_have_places(
-    tiny_model: ModelFactory,
-) -> None:
-    def check(**options: Any) -> None:
-        swa = {"window": WINDOW, "sink_tokens": 250, **options}
-        config = EngineArgs(
-            str(tiny_model(**FULL)), dtype="float32", additional_config={"swa": swa}
-        ).create_engine_config()
-        check_servable(config, SWAConfig.from_vllm(config))
-
-    check()
-    with pytest.raises(ValueError, match="position_shift on CPUs allows at most"):
-        check(position_shift=True)
