@@ -63,6 +63,32 @@ def test_only_hits_that_others_hold_are_not_charged() -> None:
     assert charge() == 20 - 2 - 3
 
 
+def test_a_session_is_charged_for_what_it_may_still_take() -> None:
+    """Pages that it needs, up to the cap beyond those that it holds."""
+    pool = BlockPool(100, enable_caching=False, hash_block_size=2)
+    manager = make_manager(
+        windowed_spec(6, 2), pool, enable_caching=False, max_admission_blocks_per_request=6
+    )
+    manager.allocate_new_blocks("r", 8, 8)
+
+    def charge(num_tokens: int) -> int:
+        return manager.get_num_blocks_to_allocate(
+            "r", num_tokens, [], 0, 0, num_tokens, apply_admission_cap=True
+        )
+
+    assert [charge(num_tokens) for num_tokens in (4, 8, 10, 12, 20)] == [0, 0, 1, 2, 2]
+    assert manager.get_num_blocks_to_allocate("r", 4, [], 0, 0, 4) == 0  # it has more than that
+
+
+def test_without_a_cap_nothing_is_reserved() -> None:
+    pool = BlockPool(100, enable_caching=False, hash_block_size=2)
+    manager = make_manager(
+        windowed_spec(6, 2), pool, enable_caching=False, max_admission_blocks_per_request=None
+    )
+    manager.allocate_new_blocks("r", 8, 8)
+    assert (manager.snapshot().requests_live, manager.snapshot().reserved) == (1, 0)
+
+
 def _held_after_one_chunk(setup: Setup, rest_at: int | None = None) -> list[int]:
     """Pages of a prompt of 35 pages, of which the window needs the last four."""
     machine = PageMachine(setup)
