@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from swa_backend.pages import WindowPages, ceil_div, max_span
+from swa_backend.pages import WindowPages, ceil_div, max_pages_spanned
 from swa_backend.window import is_visible
 
 rules = st.builds(
@@ -62,7 +62,7 @@ def test_span(num_tokens: int) -> None:
     spans = [
         len({position // 3 for position in range(start, start + num_tokens)}) for start in range(3)
     ]
-    assert max_span(num_tokens, 3) == max(spans)
+    assert max_pages_spanned(num_tokens, 3) == max(spans)
 
 
 def _held_by_brute_force(pages: WindowPages, num_steps: int, chunk: int) -> int:
@@ -149,7 +149,7 @@ def test_cap_with_tokens_that_may_be_rejected_and_slots_ahead() -> None:
     assert survivors == 5
     assert pages.max_held(1, 10_000, lookahead_tokens=6) == 6 + survivors + 2
     assert pages.max_held(3, 10_000, lookahead_tokens=6) == 6 + 3 * (survivors + 2)
-    assert pages.max_held(1, 6, lookahead_tokens=6) == max_span(9 + 6 + 6, 4)
+    assert pages.max_held(1, 6, lookahead_tokens=6) == max_pages_spanned(9 + 6 + 6, 4)
 
 
 def test_a_short_text_survives_from_its_first_page() -> None:

@@ -10,7 +10,7 @@ from vllm.platforms import current_platform
 
 from swa_backend.options import SWAConfigError
 from swa_vllm.config.swa_config import SWAConfig
-from swa_vllm.refusals import check_local_weights, check_servable
+from swa_vllm.refusals import check_servable, refuse_wrong_weights
 from tests.helpers.engines import ModelFactory
 from tests.helpers.tiny_models import FULL
 
@@ -48,13 +48,13 @@ def test_weights_are_checked_where_they_are_local_and_loaded(
     tiny_model: ModelFactory, tmp_path: Path
 ) -> None:
     config = _config(tiny_model(**FULL))
-    check_local_weights(config)
+    refuse_wrong_weights(config)
     (tmp_path / "model.safetensors").write_bytes(b"no weights")
     config.model_config.model = str(tmp_path)
     with pytest.raises(ValueError, match=str(tmp_path)):
-        check_local_weights(config)
+        refuse_wrong_weights(config)
     config.load_config.load_format = "dummy"
-    check_local_weights(config)
+    refuse_wrong_weights(config)
     config.load_config.load_format = "auto"
     config.model_config.model = "Qwen/Qwen3-8B"  # which vLLM downloads
-    check_local_weights(config)
+    refuse_wrong_weights(config)
