@@ -84,14 +84,27 @@ def test_effective_windows_of_moe(
 )
 def test_max_window_layers_of_moe_is_ambiguous(first: int, remedy: str) -> None:
     config = Qwen3MoeConfig(num_hidden_layers=4, **{**MIXED, "max_window_layers": first})
-    with pytest.raises(SWAConfigError, match=remedy):
+    which = "all" if first >= 4 else "these"
+    with pytest.raises(SWAConfigError, match=f"leave {which} layers full.*{remedy}"):
         resolve_layers(config, SWAOptions())
+
+
+def test_sinks_of_no_window_are_refused() -> None:
+    for options in ({"sink_tokens": 1}, {"sink_tokens": 4, "enabled": False}):
+        with pytest.raises(SWAConfigError, match=r"swa\.sink_tokens would have no effect"):
+            _resolve(FULL, options)
 
 
 def test_override_of_layer_types_takes_effect() -> None:
     late = {"use_sliding_window": True, "sliding_window": W, "max_window_layers": 0}
     overrides = {**late, "layer_types": ["sliding_attention"] * 4}
     assert _resolve(FULL, hf_overrides=overrides).windows == (W,) * 4
+
+
+@pytest.mark.parametrize("length", [W, W - 1])
+def test_any_length_up_to_the_window_is_warned_of(length: int) -> None:
+    (warning,) = _resolve(SLIDING, max_model_len=length).warnings
+    assert "nothing will ever slide" in warning
 
 
 def test_window_that_never_slides_is_warned_of() -> None:
@@ -173,4 +186,50 @@ def test_text_config_of_a_derived_model_that_is_ambiguous(
     config = DerivedText()
     vars(config).update(keys)
     with pytest.raises(SWAConfigError, match=message):
+        resolve_layers(config, SWAOptions())
+
+
+@pytest.mark.parametrize("first", [1, 3])
+def test_override_of_the_first_sliding_layer_that_comes_too_late_is_refused(first: int) -> None:
+    """In transformers the first two layers have become full by then."""
+    with pytest.raises(SWAConfigError, match="max_window_layers has no effect"):
+        _resolve(MIXED, hf_overrides={"max_window_layers": first})
+    plan = _resolve(MIXED, hf_overrides={"max_window_layers": 2})
+    assert plan.windows == (None, None, W, W)
+    assert plan.layer_types == ["full_attention"] * 2 + ["sliding_attention"] * 2
+
+
+def test_layer_types_are_as_many_as_layers_unless_all_are_full() -> None:
+    def resolve(kinds: list[str], overrides: dict[str, Any] | None = None) -> Any:
+        config = tiny_config(**SLIDING)
+        config.layer_types = kinds
+        if set(kinds) == {"full_attention"}:
+            config.use_sliding_window = False
+        return resolve_layers(config, SWAOptions(), hf_overrides=overrides).windows
+
+    assert resolve(["full_attention"] * 5) == (None,) * 4
+    assert resolve(["sliding_attention"] * 5, {"num_hidden_layers": 4}) == (W,) * 4
+    with pytest.raises(SWAConfigError, match="layer_types has 5 entries for num_hidden_layers=4"):
+        resolve(["sliding_attention"] * 5)
+    with pytest.raises(SWAConfigError, match="layer_types has 5 entries for num_hidden_layers=4"):
+        resolve(["sliding_attention"] * 5, {"num_hidden_layers": 4, "layer_types": []})
+
+
+@pytest.mark.parametrize("option", [{"window": 8}, {"full_attention_layers": "0"}])
+def test_options_of_windows_contradict_switching_them_off(option: dict[str, Any]) -> None:
+    with pytest.raises(SWAConfigError, match="enabled=false contradicts"):
+        _resolve(SLIDING, {"enabled": False, **option})
+
+
+@pytest.mark.parametrize("sinks", [64, 65])
+def test_sinks_of_the_longest_request_or_more_are_refused(sinks: int) -> None:
+    with pytest.raises(SWAConfigError, match=f"sink_tokens={sinks} is not below max_model_len 64"):
+        _resolve(SLIDING, {"sink_tokens": sinks}, max_model_len=64)
+
+
+@pytest.mark.parametrize("window", [0, None])
+def test_checkpoint_without_a_window_is_refused_as_that(window: int | None) -> None:
+    config = tiny_config(**SLIDING)
+    config.sliding_window = window
+    with pytest.raises(SWAConfigError, match="the checkpoint gives no window"):
         resolve_layers(config, SWAOptions())

@@ -107,11 +107,20 @@ def test_cap_of_known_configurations(window: int, chunk: int, cap: int) -> None:
     assert WindowPages(window, 32).max_held(1, chunk) == cap
 
 
-def test_decoding_holds_its_window() -> None:
+@pytest.mark.parametrize("rollback", [0, 1, 2, 5])
+def test_decoding_holds_its_window(rollback: int) -> None:
+    """And what a query sees that starts lower, because tokens were rejected."""
     for window in range(1, 40):
-        pages = WindowPages(window, 4)
-        held = [query // 4 + 1 - pages.first_live(query) for query in range(200)]
-        assert max(held) == pages.max_survivors == ceil_div(window - 1, 4) + 1
+        pages = WindowPages(window, 4, rollback_tokens=rollback)
+        held = [query // 4 + 1 - pages.first_live(query - rollback) for query in range(200)]
+        assert max(held) == pages.max_survivors == ceil_div(window - 1 + rollback, 4) + 1
+
+
+def test_a_hit_needs_the_pages_that_the_query_behind_it_sees() -> None:
+    for window in range(1, 40):
+        seen = {position // 4 for position in range(200) if is_visible(200, position, window)}
+        assert WindowPages(window, 4).num_hit_pages == len(seen)
+        assert WindowPages(window, 4, drops_last_hit=True).num_hit_pages == len(seen) + 1
 
 
 def test_sinks_stay_and_are_held_besides_the_window() -> None:
@@ -120,3 +129,35 @@ def test_sinks_stay_and_are_held_besides_the_window() -> None:
     assert pages.dead(100) == range(2, 23)
     assert pages.holes(0, 100) == range(2, 22)
     assert pages.max_held(1, 400) == 2 + WindowPages(8, 4).max_held(1, 400)
+
+
+def test_pages_of_a_request_by_what_they_are_for() -> None:
+    """With seven tokens a page: two sink pages, and two with which a window of eight decodes."""
+    pages = WindowPages(window=8, page_size=7, sink_tokens=8)
+    assert pages.max_survivors == 2
+    kinds = [pages.kinds(held) for held in range(7)]
+    sinks_first = [(0, 0, 0), (0, 1, 0), (0, 2, 0), (1, 2, 0), (2, 2, 0), (2, 2, 1), (2, 2, 2)]
+    assert kinds == sinks_first
+    assert pages.kinds(9, num_ahead_tokens=8) == (4, 2, 3)
+    assert WindowPages(window=3, page_size=1).kinds(9) == (3, 0, 6)
+
+
+def test_cap_with_tokens_that_may_be_rejected_and_slots_ahead() -> None:
+    """Where the next query sees 9 tokens, 5 may be rejected and 6 slots lie ahead: 20 in a row."""
+    pages = WindowPages(window=10, page_size=4, rollback_tokens=5)
+    survivors = pages.max_survivors
+    assert survivors == 5
+    assert pages.max_held(1, 10_000, lookahead_tokens=6) == 6 + survivors + 2
+    assert pages.max_held(3, 10_000, lookahead_tokens=6) == 6 + 3 * (survivors + 2)
+    assert pages.max_held(1, 6, lookahead_tokens=6) == max_pages_spanned(9 + 6 + 6, 4)
+
+
+def test_a_short_text_survives_from_its_first_page() -> None:
+    pages = WindowPages(window=8, page_size=4)
+    assert [pages.first_survivor(num_tokens) for num_tokens in (1, 12, 13, 16, 17)] == [
+        0,
+        0,
+        1,
+        1,
+        2,
+    ]

@@ -33,6 +33,9 @@ def test_num_visible_counts_is_visible(
     first = window.first_visible(query, size, *by_prompt)
     pinned = range(min(window.num_pinned(sinks, *by_prompt), first))
     assert visible == [*pinned, *range(first, query + 1)]
+    if not sinks and phase is window.Phase.BOTH:
+        assert len(visible) == window.num_visible(query, size)
+        assert visible[0] == window.first_visible(query, size)
 
 
 @given(st.integers(1, 40), st.integers(1, 12), st.integers(0, 5), phases, st.integers(0, 45))
@@ -67,7 +70,15 @@ def test_last_unshifted_is_the_last_that_sees_everything(size: int, sinks: int) 
 
 @pytest.mark.parametrize(
     ("query", "key", "visible"),
-    [(10, 10, True), (10, 7, True), (10, 6, False), (10, 11, False), (2, 0, True), (10, -1, False)],
+    [
+        (10, 10, True),
+        (10, 7, True),
+        (10, 6, False),
+        (10, 11, False),
+        (2, 0, True),
+        (10, 0, False),
+        (10, -1, False),
+    ],
 )
 def test_window_of_four(query: int, key: int, visible: bool) -> None:
     assert window.is_visible(query, key, 4) is visible

@@ -212,12 +212,13 @@ def _config(tiny_model: ModelFactory, **options: Any) -> VllmConfig:
     ).create_engine_config()
 
 
+@pytest.mark.parametrize("system", ["darwin", "win32"])
 def test_other_systems_are_refused(
-    tiny_model: ModelFactory, monkeypatch: pytest.MonkeyPatch
+    system: str, tiny_model: ModelFactory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = _config(tiny_model)
-    monkeypatch.setattr(sys, "platform", "darwin")
-    with pytest.raises(SWAConfigError, match="served on Linux only, this is darwin; serve there"):
+    monkeypatch.setattr(sys, "platform", system)
+    with pytest.raises(SWAConfigError, match=f"served on Linux only, this is {system}; serve"):
         check_servable(config, SWAConfig.from_vllm(config))
 
 

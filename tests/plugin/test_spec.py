@@ -53,6 +53,9 @@ def test_rollback_is_that_of_all_steps_in_flight(
     assert spec.rollback_tokens == spec.pages.rollback_tokens == num_steps * rejected_a_step
     assert spec.lookahead_tokens == spec.num_ahead_tokens == lookahead
     assert spec.drops_last_hit is drops_last_hit
+    spare = SWASpec.from_stock(stock_spec(40, 16), config, StoragePolicy(spare_tokens=9))
+    assert spec.max_num_blocks_per_req(config, 160) == 10
+    assert spare.max_num_blocks_per_req(config, 160) == 11
 
 
 def test_spec_keeps_what_vllms_own_says(tiny_model: ModelFactory) -> None:
