@@ -95,24 +95,27 @@ def read_checkpoint(path: Path) -> Checkpoint:
         )
     text = {**_DEFAULTS.get(kind, {}), **text, "model_type": kind}
     _check_config_types(file, text)
-    heads = _config_count(file, text, "num_attention_heads")
+    heads = _checkpoint_count(file, text, "num_attention_heads")
     if text.get("num_key_value_heads") is None and kind != "qwen3_moe":
         text["num_key_value_heads"] = heads
     if text.get("head_dim") is None and kind != "qwen3":
         text["head_dim"] = (text.get("hidden_size") or 0) // heads
-    num_layers = _config_count(file, text, "num_hidden_layers")
-    text |= {"rope_parameters": _config_rope(file, text), **_config_windows(file, text, num_layers)}
+    num_layers = _checkpoint_count(file, text, "num_hidden_layers")
+    text |= {
+        "rope_parameters": _checkpoint_rope(file, text),
+        **_checkpoint_windows(file, text, num_layers),
+    }
     keys = ("dtype", "torch_dtype")
     dtype = next((c[key] for c in (raw, text) for key in keys if c.get(key) is not None), None)
     return Checkpoint(
-        architectures=_config_architectures(file, raw),
+        architectures=_checkpoint_architectures(file, raw),
         config=SimpleNamespace(**text),
         num_layers=num_layers,
-        num_kv_heads=_config_count(file, text, "num_key_value_heads"),
-        head_dim=_config_count(file, text, "head_dim"),
+        num_kv_heads=_checkpoint_count(file, text, "num_key_value_heads"),
+        head_dim=_checkpoint_count(file, text, "head_dim"),
         dtype=None if dtype is None else str(dtype),
-        max_positions=_config_count(file, text, "max_position_embeddings"),
-        quantization=_config_quantization(file, raw),
+        max_positions=_checkpoint_count(file, text, "max_position_embeddings"),
+        quantization=_checkpoint_quantization(file, raw),
     )
 
 
@@ -135,7 +138,7 @@ def _load_config_json(file: Path) -> dict[str, Any]:
     return raw
 
 
-def _config_quantization(file: Path, raw: dict[str, Any]) -> dict[str, Any]:
+def _checkpoint_quantization(file: Path, raw: dict[str, Any]) -> dict[str, Any]:
     """Find where a checkpoint says how it is quantized: tools have several places for it."""
     found = raw.get("quantization_config")
     if found is None and os.path.exists(beside := file.with_name("hf_quant_config.json")):
@@ -144,14 +147,14 @@ def _config_quantization(file: Path, raw: dict[str, Any]) -> dict[str, Any]:
         if found is None and isinstance(other, dict):
             found = other.get("quantization_config")
     if found is not None and not isinstance(found, dict):
-        raise ValueError(_wrong_config_key(file, "quantization_config", "an object", found))
+        raise ValueError(_wrong_checkpoint_key(file, "quantization_config", "an object", found))
     return found or {}
 
 
-def _config_architectures(file: Path, raw: dict[str, Any]) -> tuple[str, ...]:
+def _checkpoint_architectures(file: Path, raw: dict[str, Any]) -> tuple[str, ...]:
     names = raw.get("architectures") or ()
     if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
-        raise ValueError(_wrong_config_key(file, "architectures", "a list of names", names))
+        raise ValueError(_wrong_checkpoint_key(file, "architectures", "a list of names", names))
     return tuple(names)
 
 
@@ -173,14 +176,14 @@ def _check_config_types(file: Path, text: dict[str, Any]) -> None:
                 or (fits is int and isinstance(value, bool))
                 or not all(isinstance(name, str) for name in names)
             ):
-                raise ValueError(_wrong_config_key(file, key, allowed, value))
+                raise ValueError(_wrong_checkpoint_key(file, key, allowed, value))
 
 
-def _wrong_config_key(file: Path, key: str, allowed: str, value: object) -> str:
+def _wrong_checkpoint_key(file: Path, key: str, allowed: str, value: object) -> str:
     return f"{file}: {key} must be {allowed}, got {value!r}; correct it, or download the file again"
 
 
-def _config_rope(file: Path, text: dict[str, Any]) -> dict[str, Any]:
+def _checkpoint_rope(file: Path, text: dict[str, Any]) -> dict[str, Any]:
     """Read the rotary embedding; the older key wins in transformers, unless it is empty."""
     found = {"rope_parameters": text.get("rope_parameters")}
     if text.get("rope_scaling"):
@@ -188,23 +191,23 @@ def _config_rope(file: Path, text: dict[str, Any]) -> dict[str, Any]:
     rope: dict[str, Any] = {}
     for key, value in found.items():
         if value is not None and not isinstance(value, dict):
-            raise ValueError(_wrong_config_key(file, key, "an object", value))
+            raise ValueError(_wrong_checkpoint_key(file, key, "an object", value))
         rope = value or {}
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind in ("linear", "dynamic", "yarn") and "factor" not in rope:
         raise ValueError(
-            _wrong_config_key(file, "rope_parameters", "an object with a factor", rope)
+            _wrong_checkpoint_key(file, "rope_parameters", "an object with a factor", rope)
         )
     return {**rope, "rope_type": kind}
 
 
-def _config_windows(file: Path, text: dict[str, Any], num_layers: int) -> dict[str, Any]:
+def _checkpoint_windows(file: Path, text: dict[str, Any], num_layers: int) -> dict[str, Any]:
     """Derive what transformers derives, which leaves derived models alone."""
     layer_types = text.get("layer_types")
     if layer_types is not None:  # "attention" is the older name
         if len(layer_types) != num_layers:
             raise ValueError(
-                _wrong_config_key(file, "layer_types", f"{num_layers} names", layer_types)
+                _wrong_checkpoint_key(file, "layer_types", f"{num_layers} names", layer_types)
             )
         layer_types = [FULL if name == "attention" else name for name in layer_types]
     if text["model_type"] not in _DEFAULTS:
@@ -216,8 +219,8 @@ def _config_windows(file: Path, text: dict[str, Any], num_layers: int) -> dict[s
     return {"sliding_window": window, "layer_types": layer_types}
 
 
-def _config_count(file: Path, text: dict[str, Any], key: str) -> int:
+def _checkpoint_count(file: Path, text: dict[str, Any], key: str) -> int:
     value = text.get(key)
     if not is_count(value):
-        raise ValueError(_wrong_config_key(file, key, "an integer >= 1 and below 2**31", value))
+        raise ValueError(_wrong_checkpoint_key(file, key, "an integer >= 1 and below 2**31", value))
     return value

@@ -78,12 +78,12 @@ def resolve_layers(
             raise SWAConfigError(
                 "swa: enabled=false contradicts window / full_attention_layers; remove either"
             )
-        return _full_attention_plan(num_layers, options)
+        return _full_attention_layers(num_layers, options)
     layer_types = _checkpoint_layer_types(hf_config, num_layers, options, hf_overrides or {})
     if hf_config.model_type == "qwen3":
-        _check_overrides(hf_config, layer_types, options, hf_overrides or {})
+        _check_overridden_layers(hf_config, layer_types, options, hf_overrides or {})
     if options.window is None and options.full_attention_layers is None:
-        _check_checkpoint(hf_config, layer_types)
+        _check_layers_of_checkpoint(hf_config, layer_types)
 
     full = _full_layers(options, layer_types)
     if len(full) == num_layers:
@@ -93,7 +93,7 @@ def resolve_layers(
                 f"{num_layers} layers, so no window would take effect; leave at least one layer "
                 f"out, or ask for full attention with {SERVE_FULL}"
             )
-        return _full_attention_plan(num_layers, options)
+        return _full_attention_layers(num_layers, options)
     window = options.window if options.window is not None else _checkpoint_window(hf_config)
     if max_model_len is not None and options.sink_tokens >= max_model_len:
         raise SWAConfigError(
@@ -103,11 +103,11 @@ def resolve_layers(
         )
     return LayerPlan(
         tuple(None if i in full else window for i in range(num_layers)),
-        tuple(_layer_warnings(hf_config, window, options, hf_overrides or {}, max_model_len)),
+        tuple(_warnings_of_layers(hf_config, window, options, hf_overrides or {}, max_model_len)),
     )
 
 
-def _full_attention_plan(num_layers: int, options: SWAOptions) -> LayerPlan:
+def _full_attention_layers(num_layers: int, options: SWAOptions) -> LayerPlan:
     idle = [
         key
         for key, is_set in (
@@ -136,7 +136,7 @@ def _full_layers(options: SWAOptions, layer_types: Sequence[str]) -> frozenset[i
     return full
 
 
-def _layer_warnings(
+def _warnings_of_layers(
     hf_config: Any,
     window: int,
     options: SWAOptions,
@@ -222,7 +222,7 @@ def _checkpoint_window(hf_config: Any) -> int:
     return window
 
 
-def _check_checkpoint(hf_config: Any, layer_types: Sequence[str]) -> None:
+def _check_layers_of_checkpoint(hf_config: Any, layer_types: Sequence[str]) -> None:
     slides, use = SLIDING in layer_types, getattr(hf_config, "use_sliding_window", None)
     if use is None and not slides and getattr(hf_config, "sliding_window", None):
         raise SWAConfigError(
@@ -246,7 +246,7 @@ def _check_checkpoint(hf_config: Any, layer_types: Sequence[str]) -> None:
         )
 
 
-def _check_overrides(
+def _check_overridden_layers(
     hf_config: Any,
     layer_types: Sequence[str],
     options: SWAOptions,

@@ -22,7 +22,7 @@ def ceil_div(numerator: int, denominator: int) -> int:
     return -(-numerator // denominator)
 
 
-def max_span(num_tokens: int, page_size: int) -> int:
+def max_pages_spanned(num_tokens: int, page_size: int) -> int:
     """Most pages that ``num_tokens`` consecutive tokens touch, wherever the first one lies."""
     return ceil_div(num_tokens - 1, page_size) + 1 if num_tokens > 0 else 0
 
@@ -122,9 +122,11 @@ class WindowPages:
         settled = max(1, self.window - 1)
         per_step = self.max_survivors + ceil_div(lookahead_tokens, self.page_size)
         return self.num_sink_pages + min(
-            max_span(settled + self.rollback_tokens + lookahead_tokens, self.page_size)
+            max_pages_spanned(settled + self.rollback_tokens + lookahead_tokens, self.page_size)
             + num_steps * per_step,
-            max_span(self.window - 1 + num_in_flight_tokens + lookahead_tokens, self.page_size),
+            max_pages_spanned(
+                self.window - 1 + num_in_flight_tokens + lookahead_tokens, self.page_size
+            ),
         )
 
     def charge(

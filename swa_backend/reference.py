@@ -8,7 +8,7 @@ import torch
 from swa_backend.window import first_visible
 
 
-def visible_mask(
+def reference_mask(
     query_positions: torch.Tensor,
     key_positions: torch.Tensor,
     window: int | None,
@@ -43,7 +43,7 @@ def sliding_window_mask_4d(
     if not 0 <= query_len <= key_len:
         raise ValueError(f"query_len must lie in 0..key_len={key_len}, got {query_len}")
     keys = torch.arange(key_len)
-    visible = visible_mask(keys[key_len - query_len :], keys, window)
+    visible = reference_mask(keys[key_len - query_len :], keys, window)
     mask = torch.full(visible.shape, torch.finfo(dtype).min, dtype=dtype)
     return mask.masked_fill(visible, 0.0)[None, None]
 
@@ -163,14 +163,14 @@ def decode_attention(
         for token in range(starts[request], starts[request + 1]):
             position = seq_len - starts[request + 1] + token
             everything = torch.arange(max(seq_len, 0))
-            visible = visible_mask(torch.tensor([position]), everything, window, sink_tokens)[0]
+            visible = reference_mask(torch.tensor([position]), everything, window, sink_tokens)[0]
             # Table entries of the other positions may be stale.
             positions = visible.nonzero().flatten()
-            rows = _gather_rows(kv_cache, block_table[request], positions)
+            rows = _gather_reference_rows(kv_cache, block_table[request], positions)
             key, value = rows.chunk(2, dim=-1)
             is_shifted = positions < first_visible(position, window)
             shifted = query if sink_query is None else sink_query
-            out[token] = _oracle_attention(
+            out[token] = _reference_attention(
                 query[token], shifted[token], key * k_scale, value * v_scale, is_shifted, scale
             )
     return out
@@ -206,13 +206,13 @@ def prefill_attention(
         context = seq_len - len(tokens)
         for position, token in enumerate(tokens, start=context):
             everything = torch.arange(max(seq_len, 0))
-            visible = visible_mask(torch.tensor([position]), everything, window, sink_tokens)[0]
+            visible = reference_mask(torch.tensor([position]), everything, window, sink_tokens)[0]
             positions = visible.nonzero().flatten()
             is_cached = positions < context
-            cached = _gather_rows(kv_cache, block_table[request], positions[is_cached])
+            cached = _gather_reference_rows(kv_cache, block_table[request], positions[is_cached])
             own = (positions[~is_cached] - context + tokens.start).to(key.device)
             keys, values = cached.chunk(2, dim=-1)
-            out[token] = _oracle_attention(
+            out[token] = _reference_attention(
                 query[token],
                 shifted[token],
                 torch.cat((keys * k_scale, key[own].double().transpose(0, 1)), dim=1),
@@ -223,7 +223,7 @@ def prefill_attention(
     return out
 
 
-def _gather_rows(
+def _gather_reference_rows(
     kv_cache: torch.Tensor, table: torch.Tensor, positions: torch.Tensor
 ) -> torch.Tensor:
     """Gather cached keys and values at ``positions [K]``, fp64 ``[Hkv, K, 2 * D]``."""
@@ -233,7 +233,7 @@ def _gather_rows(
     return rows.double().transpose(0, 1)
 
 
-def _oracle_attention(
+def _reference_attention(
     query: torch.Tensor,
     shifted_query: torch.Tensor,
     key: torch.Tensor,

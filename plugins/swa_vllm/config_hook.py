@@ -8,7 +8,7 @@ from swa_vllm.config.swa_config import SWAConfig
 from swa_vllm.distributed.prepare import prepare_ray
 from swa_vllm.metrics.mfu import wrong_flops
 from swa_vllm.metrics.scrape import serve_counts
-from swa_vllm.refusals import check_local_weights, check_servable
+from swa_vllm.refusals import check_servable, refuse_wrong_weights
 
 logger = init_logger(f"vllm.{__name__}")
 
@@ -35,6 +35,6 @@ class ConfigHook(VerifyAndUpdateConfig):
         if not swa.slides:
             return
         check_servable(vllm_config, swa)
-        check_local_weights(vllm_config)
+        refuse_wrong_weights(vllm_config)
         prepare_ray(vllm_config)
         serve_counts(vllm_config)

@@ -18,7 +18,7 @@ from swa_vllm.compat import envs
 from swa_vllm.compat.backend_slot import check_backend_slot
 from swa_vllm.config.cache_dtype import checkpoints_cache_dtype, resolved_cache_dtype
 from swa_vllm.config.implementation import FP8_DTYPES, obstacle_to_survivors
-from swa_vllm.config.swa_config import SWAConfig, text_config, wants_windows_decided
+from swa_vllm.config.swa_config import SWAConfig, vllm_text_config, wants_windows_decided
 
 PROVEN_SPECULATION = ("ngram", "eagle3")
 
@@ -35,26 +35,26 @@ def check_servable(vllm_config: VllmConfig, swa: SWAConfig) -> None:
             "remove the window"
         )
     check_backend_slot()
-    check_can_slide(text_config(vllm_config))
-    _check_engine(vllm_config)
+    check_can_slide(vllm_text_config(vllm_config))
+    _refuse_engine(vllm_config)
     if swa.uses_kernels:
-        _check_kernels(vllm_config)
+        _refuse_kernels(vllm_config)
     if swa.options.prefill_pages is PrefillPages.SURVIVORS:
-        _check_survivors(vllm_config, swa)
+        _refuse_survivors(vllm_config, swa)
     if swa.options.sink_tokens:
-        _check_sinks(vllm_config, swa)
+        _refuse_sinks(vllm_config, swa)
     if swa.options.debug_poison:
-        _check_poison(vllm_config, swa)
+        _refuse_poison(vllm_config, swa)
 
 
-def check_local_weights(vllm_config: VllmConfig) -> None:
+def refuse_wrong_weights(vllm_config: VllmConfig) -> None:
     """Raise ValueError for a local checkpoint whose files are not what its config says."""
     directory = Path(vllm_config.model_config.model)
     if directory.is_dir() and vllm_config.load_config.load_format in ("auto", "safetensors"):
-        check_weights(directory, text_config(vllm_config))
+        check_weights(directory, vllm_text_config(vllm_config))
 
 
-def check_part(vllm_config: VllmConfig, prefix: str) -> None:
+def refuse_windows_in_part(vllm_config: VllmConfig, prefix: str) -> None:
     """Refuse windows in a Qwen3 that is the part ``prefix`` of a model, or drafts for one."""
     if wants_windows_decided(vllm_config):
         raise SWAConfigError(
@@ -63,7 +63,7 @@ def check_part(vllm_config: VllmConfig, prefix: str) -> None:
         )
 
 
-def _check_survivors(vllm_config: VllmConfig, swa: SWAConfig) -> None:
+def _refuse_survivors(vllm_config: VllmConfig, swa: SWAConfig) -> None:
     obstacle = obstacle_to_survivors(swa.implementation, vllm_config)
     if obstacle is not None:
         raise SWAConfigError(
@@ -72,7 +72,7 @@ def _check_survivors(vllm_config: VllmConfig, swa: SWAConfig) -> None:
         )
 
 
-def _check_sinks(vllm_config: VllmConfig, swa: SWAConfig) -> None:
+def _refuse_sinks(vllm_config: VllmConfig, swa: SWAConfig) -> None:
     options = swa.options
     remedy = "remove either"
     obstacle = None
@@ -82,9 +82,9 @@ def _check_sinks(vllm_config: VllmConfig, swa: SWAConfig) -> None:
     elif vllm_config.scheduler_config.disable_hybrid_kv_cache_manager:
         obstacle = "--disable-hybrid-kv-cache-manager, which leaves pages to vLLM"
     elif not swa.uses_kernels and is_quantized_kv_cache(dtype := resolved_cache_dtype(vllm_config)):
-        obstacle = f"{_named(dtype, vllm_config)}: not tested on CPUs"
-        remedy = f"remove sink_tokens, or use {_unquantized_cache(vllm_config)}"
-    elif options.position_shift and _has_positions_of_several_kinds(text_config(vllm_config)):
+        obstacle = f"{_name_refused_dtype(dtype, vllm_config)}: not tested on CPUs"
+        remedy = f"remove sink_tokens, or use {_flags_for_refused_dtype(vllm_config)}"
+    elif options.position_shift and _has_positions_of_several_kinds(vllm_text_config(vllm_config)):
         obstacle = "position_shift in a model whose RoPE has positions in time and space"
         remedy = "remove position_shift"
     if obstacle is not None:
@@ -95,7 +95,7 @@ def _check_sinks(vllm_config: VllmConfig, swa: SWAConfig) -> None:
         wide_head_size(vllm_config.model_config.get_head_size(), options.sink_tokens)
 
 
-def _check_poison(vllm_config: VllmConfig, swa: SWAConfig) -> None:
+def _refuse_poison(vllm_config: VllmConfig, swa: SWAConfig) -> None:
     if not swa.has_own_backend:
         raise SWAConfigError(
             "swa.debug_poison needs this plugin's attention backend, which this platform does "
@@ -113,21 +113,21 @@ def _check_poison(vllm_config: VllmConfig, swa: SWAConfig) -> None:
         )
 
 
-def _check_kernels(vllm_config: VllmConfig) -> None:
+def _refuse_kernels(vllm_config: VllmConfig) -> None:
     remedy = "remove the window"
     dtype = resolved_cache_dtype(vllm_config)
     if is_quantized_kv_cache(dtype) and dtype not in FP8_DTYPES:
         raise SWAConfigError(
-            f"{_named(dtype, vllm_config)} is unknown to the kernels of windowed layers; use "
-            f"{_unquantized_cache(vllm_config)} or one of {', '.join(FP8_DTYPES)}, or {remedy}"
+            f"{_name_refused_dtype(dtype, vllm_config)} is unknown to the kernels of windowed layers; use "
+            f"{_flags_for_refused_dtype(vllm_config)} or one of {', '.join(FP8_DTYPES)}, or {remedy}"
         )
     if is_quantized_kv_cache(dtype) and current_platform.is_fp8_fnuz():
         raise SWAConfigError(
-            f"{_named(dtype, vllm_config)}: this device's fp8 (fnuz) is unknown to the kernels of "
-            f"windowed layers; use {_unquantized_cache(vllm_config)}, or {remedy}"
+            f"{_name_refused_dtype(dtype, vllm_config)}: this device's fp8 (fnuz) is unknown to the kernels of "
+            f"windowed layers; use {_flags_for_refused_dtype(vllm_config)}, or {remedy}"
         )
     try:
-        _check_device()
+        _refuse_device()
     except ValueError as error:
         raise SWAConfigError(
             f"the Triton kernels of windowed layers do not run here ({error}). On a CPU set "
@@ -136,13 +136,13 @@ def _check_kernels(vllm_config: VllmConfig) -> None:
         ) from error
 
 
-def _named(dtype: str, vllm_config: VllmConfig) -> str:
+def _name_refused_dtype(dtype: str, vllm_config: VllmConfig) -> str:
     """Name the KV cache's dtype, and the checkpoint if that asks for it."""
     by_checkpoint = dtype == checkpoints_cache_dtype(vllm_config)
     return f"kv_cache_dtype={dtype}" + (" (the checkpoint asks for it)" if by_checkpoint else "")
 
 
-def _unquantized_cache(vllm_config: VllmConfig) -> str:
+def _flags_for_refused_dtype(vllm_config: VllmConfig) -> str:
     """Give the flags of a KV cache in the model's dtype, whatever the checkpoint asks for."""
     if checkpoints_cache_dtype(vllm_config) == "auto":
         return "--kv-cache-dtype auto"
@@ -152,7 +152,7 @@ def _unquantized_cache(vllm_config: VllmConfig) -> str:
     return f"--kv-cache-dtype {dtype}"
 
 
-def _check_device() -> None:
+def _refuse_device() -> None:
     capability = current_platform.get_device_capability() if current_platform.is_cuda() else None
     if capability is not None:
         Target("cuda", capability.to_int(), num_processors=1)
@@ -164,7 +164,7 @@ def _has_positions_of_several_kinds(config: object) -> bool:
     return "mrope_section" in (getattr(config, "rope_parameters", None) or {})
 
 
-def _check_engine(vllm_config: VllmConfig) -> None:
+def _refuse_engine(vllm_config: VllmConfig) -> None:
     if envs.is_batch_invariant():
         raise SWAConfigError(
             "VLLM_BATCH_INVARIANT=1 is set, but attention of windowed layers is not batch "

@@ -73,7 +73,7 @@ def write_kernel(
 
 
 @lru_cache(maxsize=1024)
-def _write_launcher(
+def _write_kernel_launcher(
     num_heads: int, head_dim: int, page: int, mantissa: int, target: Target
 ) -> Launcher:
     constants = {
@@ -100,7 +100,7 @@ class WriteLaunch:
     ) -> None:
         """Prepare all but the tensors of a layer; an fp8 cache has ``mantissa`` bits, others 0."""
         self._slots = slot_mapping
-        self._launch = _write_launcher(num_heads, head_dim, page, mantissa, target)
+        self._launch = _write_kernel_launcher(num_heads, head_dim, page, mantissa, target)
 
     def __call__(
         self,

@@ -18,7 +18,13 @@ import triton.language as tl
 from swa_backend.attention_call import AttentionCall
 from swa_backend.kernels.launch import Launcher, kernel_launcher
 from swa_backend.kernels.plans import DecodePlan, Target
-from swa_backend.kernels.tiles import as_operand, attend, load_pages, load_rows, request_of
+from swa_backend.kernels.tiles import (
+    as_operand,
+    attend,
+    load_pages,
+    load_rows,
+    request_of_query_tile,
+)
 
 
 @triton.jit(
@@ -77,7 +83,7 @@ def decode_kernel(
     num_splits = tl.num_programs(2) - HAS_SINKS
     if IS_RAGGED:
         block = tl.program_id(0)
-        request = request_of(query_start_loc_ptr, num_reqs + 1, block, ROWS_PER_BLOCK)
+        request = request_of_query_tile(query_start_loc_ptr, num_reqs + 1, block, ROWS_PER_BLOCK)
         is_request = request < num_reqs
         token_start = tl.load(query_start_loc_ptr + request)
         stop_ptr = query_start_loc_ptr + request + 1
@@ -190,7 +196,7 @@ def merge_kernel(
 
 
 @lru_cache(maxsize=1024)
-def _decode_launchers(
+def _decode_kernel_launchers(
     plan: DecodePlan, target: Target, num_kv_bytes: int
 ) -> tuple[Launcher, Launcher]:
     """Give the launchers of both kernels."""
@@ -229,7 +235,7 @@ class DecodeLaunch:
         self._indices = (call.block_table, call.seq_lens, call.query_start_loc)
         self._table_stride = call.block_table.stride(0)
         self._numbers = (num_tokens, num_reqs, window, call.sink_tokens)
-        self._read, self._merge = _decode_launchers(plan, target, num_kv_bytes)
+        self._read, self._merge = _decode_kernel_launchers(plan, target, num_kv_bytes)
 
     def __call__(
         self,

@@ -13,7 +13,7 @@ _compile_target: ContextVar[Target | None] = ContextVar("compile_target", defaul
 
 
 @contextmanager
-def compile_target(target: Target) -> Iterator[None]:
+def pretend_device(target: Target) -> Iterator[None]:
     """Let every device pass for ``target`` in this thread, to compile for a GPU elsewhere."""
     token = _compile_target.set(target)
     try:

@@ -178,7 +178,7 @@ def plan_decode(
 ) -> DecodePlan:
     """Plan one decode call; ``window`` is the most keys that a query may see, sinks aside."""
     tile = {4: 16, 2: 64 if target.arch == _TIMED else 32, 1: 32}[kv_format.num_bytes]
-    rows = _decode_rows(group)
+    rows = _plan_decode_rows(group)
     rows_per_block = rows // group if is_ragged else 1
     num_blocks = num_tokens // rows_per_block if is_ragged else num_reqs
     num_programs = max(1, num_blocks) * num_kv_heads
@@ -194,7 +194,7 @@ def plan_decode(
         ),
         has_sinks=has_sinks,
         is_ragged=is_ragged,
-        dot=_dot_format(target, query_format, kv_format).value,
+        dot=_plan_dot_format(target, query_format, kv_format).value,
     )
 
 
@@ -231,7 +231,7 @@ def plan_prefill(
         rows=rows,
         rows_per_block=rows // group,
         has_sinks=has_sinks,
-        dot=_dot_format(target, query_format, query_format).value,
+        dot=_plan_dot_format(target, query_format, query_format).value,
     )
 
 
@@ -247,7 +247,7 @@ def choose_splits(num_tiles: int, num_programs: int, target: Target) -> int:
 
 def max_splits(target: Target, num_tokens: int, num_kv_heads: int, group: int) -> int:
     """Give the most splits that a decode plan of ``num_tokens`` queries has for any window."""
-    num_blocks = max(1, num_tokens // (_decode_rows(group) // group))
+    num_blocks = max(1, num_tokens // (_plan_decode_rows(group) // group))
     return _wanted_splits(num_blocks * num_kv_heads, target)
 
 
@@ -257,12 +257,12 @@ def _wanted_splits(num_programs: int, target: Target) -> int:
     return min(_MAX_SPLITS, max(1, per_processor * target.num_processors // num_programs))
 
 
-def _decode_rows(group: int) -> int:
+def _plan_decode_rows(group: int) -> int:
     """Give the rows of a decode block, which hold one query with its group of heads at least."""
     return max(_MIN_ROWS, 1 << (group - 1).bit_length())
 
 
-def _dot_format(
+def _plan_dot_format(
     target: Target, query_format: NumberFormat, kv_format: NumberFormat
 ) -> NumberFormat:
     """Choose the format of the matrix products; fp16 holds every fp8 value, converted cheaply."""

@@ -19,7 +19,7 @@ from swa_backend.kernels.tiles import (
     attend,
     load_pages,
     load_rows,
-    request_of,
+    request_of_query_tile,
     seen_by_all,
 )
 
@@ -76,7 +76,7 @@ def prefill_kernel(
     """
     block = tl.program_id(0)
     kv_head = tl.program_id(1)
-    request = request_of(query_start_loc_ptr, num_reqs + 1, block, ROWS_PER_BLOCK)
+    request = request_of_query_tile(query_start_loc_ptr, num_reqs + 1, block, ROWS_PER_BLOCK)
     is_request = request < num_reqs
     token_start = tl.load(query_start_loc_ptr + request)
     token_stop = tl.load(query_start_loc_ptr + request + 1, mask=is_request, other=num_tokens)

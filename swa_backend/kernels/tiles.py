@@ -9,7 +9,7 @@ IS_INTERPRETED = isinstance(tl.sum, InterpretedFunction)
 
 
 @triton.jit
-def request_of(query_start_loc_ptr, num_reqs, block, ROWS_PER_BLOCK: tl.constexpr):
+def request_of_query_tile(query_start_loc_ptr, num_reqs, block, ROWS_PER_BLOCK: tl.constexpr):
     """Find the last request whose first query block is at or before ``block``.
 
     Request ``r`` starts at block ``query_start_loc[r] // ROWS_PER_BLOCK + r``, which leaves room

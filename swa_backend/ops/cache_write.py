@@ -7,9 +7,9 @@ from swa_backend.kernels.device import on_device_of, target_of
 from swa_backend.kernels.plans import Target
 from swa_backend.ops.checks import (
     check_cache,
-    check_for_kernels,
     check_integers,
-    check_like,
+    check_operand_like,
+    check_operands_for_kernels,
     check_same_device,
     check_scales,
 )
@@ -41,7 +41,7 @@ def write_pages(
         TypeError, ValueError: a dtype, shape or number other than these.
     """
     check_cache(kv_cache, key, "key")
-    check_like("value", value, key, "key")
+    check_operand_like("value", value, key, "key")
     check_integers("slot_mapping", slot_mapping, torch.int64, (None,))
     if slot_mapping.shape[0] > key.shape[0] or key.shape[1] != kv_cache.shape[1]:
         raise ValueError(
@@ -53,7 +53,7 @@ def write_pages(
     if resolve_impl(impl, kv_cache.device) == "torch":
         reference.write_pages(key, value, kv_cache, slot_mapping, k_scale=k_scale, v_scale=v_scale)
         return
-    check_for_kernels(key.shape[2], key=key, value=value)
+    check_operands_for_kernels(key.shape[2], key=key, value=value)
     target = target_of(kv_cache.device)
     if slot_mapping.shape[0]:
         with on_device_of(kv_cache):

@@ -19,13 +19,13 @@ def describe_tensor(tensor: object) -> str:
     return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
 
 
-def _is_tensor(value: object) -> TypeGuard[torch.Tensor]:
+def _operand_is_tensor(value: object) -> TypeGuard[torch.Tensor]:
     return isinstance(value, torch.Tensor)
 
 
 def check_rows(name: str, rows: torch.Tensor) -> None:
     """Raise unless ``rows`` is ``[num_tokens, heads, D]`` of a dtype that queries may have."""
-    if not _is_tensor(rows) or rows.dim() != 3 or rows.dtype not in QUERY_DTYPES:
+    if not _operand_is_tensor(rows) or rows.dim() != 3 or rows.dtype not in QUERY_DTYPES:
         raise TypeError(
             f"{name} must be float32, float16 or bfloat16 [num_tokens, heads, head_dim]; "
             f"got {describe_tensor(rows)}"
@@ -34,7 +34,7 @@ def check_rows(name: str, rows: torch.Tensor) -> None:
 
 def check_table(table: torch.Tensor, states: torch.Tensor) -> None:
     """Raise unless ``table [num_positions, R]`` can rotate ``states [num_tokens, heads, D]``."""
-    if not _is_tensor(table) or table.dim() != 2 or table.dtype not in QUERY_DTYPES:
+    if not _operand_is_tensor(table) or table.dim() != 2 or table.dtype not in QUERY_DTYPES:
         raise TypeError(
             "table must be float32, float16 or bfloat16 [num_positions, rotary_dim]; "
             f"got {describe_tensor(table)}"
@@ -50,7 +50,7 @@ def check_table(table: torch.Tensor, states: torch.Tensor) -> None:
 def check_cache(kv_cache: torch.Tensor, rows: torch.Tensor, name: str) -> None:
     """Raise unless ``rows [num_tokens, heads, D]`` can be attended or stored with the cache."""
     check_rows(name, rows)
-    if not _is_tensor(kv_cache) or kv_cache.dtype not in (rows.dtype, *FP8_DTYPES):
+    if not _operand_is_tensor(kv_cache) or kv_cache.dtype not in (rows.dtype, *FP8_DTYPES):
         raise TypeError(
             f"kv_cache must have {name}'s dtype, float8_e4m3fn or float8_e5m2; {name} is "
             f"{describe_tensor(rows)}, kv_cache {describe_tensor(kv_cache)}"
@@ -79,7 +79,7 @@ def check_integers(
 ) -> None:
     """Raise unless ``tensor`` has contiguous rows and this dtype and shape (None: any size)."""
     if not (
-        _is_tensor(tensor)
+        _operand_is_tensor(tensor)
         and tensor.dtype == dtype
         and tensor.dim() == len(shape)
         and all(size in (None, got) for size, got in zip(shape, tensor.shape, strict=True))
@@ -99,7 +99,7 @@ def check_integers(
 def check_scratch(scratch: torch.Tensor, kv_cache: torch.Tensor) -> None:
     """Raise unless ``scratch`` is a contiguous vector of fp32 on the cache's device."""
     if (
-        not _is_tensor(scratch)
+        not _operand_is_tensor(scratch)
         or scratch.dim() != 1
         or scratch.dtype != torch.float32
         or not scratch.is_contiguous()
@@ -115,9 +115,9 @@ def check_call(
     query, kv_cache = call.query, call.kv_cache
     check_cache(kv_cache, query, "query")
     check_rows_of_requests(call)
-    check_like("sink_query", call.sink_query, query, "query")
-    check_like("out", out, query, "query")
-    check_window(call.window, call.sink_tokens, call.sink_query is not None)
+    check_operand_like("sink_query", call.sink_query, query, "query")
+    check_operand_like("out", out, query, "query")
+    check_window_operand(call.window, call.sink_tokens, call.sink_query is not None)
     scale = 1.0 if call.scale is None else call.scale
     check_scales(scale=scale, k_scale=call.k_scale, v_scale=call.v_scale)
     check_same_device(
@@ -152,7 +152,7 @@ def check_one_query_each(call: AttentionCall) -> None:
         )
 
 
-def check_layer(
+def check_operands_of_layer(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
@@ -161,13 +161,13 @@ def check_layer(
 ) -> None:
     """Raise unless a layer's tensors fit together, and the kernels take them."""
     check_cache(kv_cache, query, "query")
-    check_like("out", out, query, "query")
-    check_own(query, key, value, kv_cache)
-    check_for_kernels(query.shape[2], query=query, key=key, value=value, out=out)
+    check_operand_like("out", out, query, "query")
+    check_operands_are_own(query, key, value, kv_cache)
+    check_operands_for_kernels(query.shape[2], query=query, key=key, value=value, out=out)
     check_same_device(kv_cache, "kv_cache", query=query, key=key, value=value, out=out)
 
 
-def check_prepared(shape: torch.Size, query: torch.Tensor, *rows: torch.Tensor) -> None:
+def check_operands_of_batch(shape: torch.Size, query: torch.Tensor, *rows: torch.Tensor) -> None:
     """Raise unless query has the shape that a batch was prepared for, and ``rows`` its tokens."""
     if query.shape != shape:
         raise ValueError(f"the batch has queries {list(shape)}, got {describe_tensor(query)}")
@@ -182,10 +182,10 @@ def check_prefill_call(call: PrefillCall, out: torch.Tensor | None) -> None:
     # Required here, as it is not where each request has one query.
     num_reqs = call.seq_lens.shape[0]
     check_integers("query_start_loc", call.query_start_loc, torch.int32, (num_reqs + 1,))
-    check_own(call.query, call.key, call.value, call.kv_cache)
+    check_operands_are_own(call.query, call.key, call.value, call.kv_cache)
 
 
-def check_own(
+def check_operands_are_own(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, kv_cache: torch.Tensor
 ) -> None:
     """Raise unless ``key`` and ``value`` are of query's tokens and of the cache's heads."""
@@ -195,20 +195,22 @@ def check_own(
             f"key must have query's dtype and tokens and the cache's heads, {list(own_shape)}; "
             f"query is {describe_tensor(query)}, key {describe_tensor(key)}"
         )
-    check_like("value", value, key, "key")
+    check_operand_like("value", value, key, "key")
 
 
-def check_like(name: str, tensor: torch.Tensor | None, like: torch.Tensor, like_name: str) -> None:
+def check_operand_like(
+    name: str, tensor: torch.Tensor | None, like: torch.Tensor, like_name: str
+) -> None:
     """Raise unless ``tensor`` is None or has the dtype and shape of ``like``."""
     if tensor is None:
         return
-    if not _is_tensor(tensor) or tensor.shape != like.shape or tensor.dtype != like.dtype:
+    if not _operand_is_tensor(tensor) or tensor.shape != like.shape or tensor.dtype != like.dtype:
         raise TypeError(
             f"{name} must be as {like_name}, {describe_tensor(like)}; got {describe_tensor(tensor)}"
         )
 
 
-def check_window(window: int | None, sink_tokens: int, has_sink_query: bool) -> None:
+def check_window_operand(window: int | None, sink_tokens: int, has_sink_query: bool) -> None:
     """Raise for a window below 1, fewer than 0 sinks, or a sink query that no key would meet."""
     if window is not None and not is_count(window):
         raise ValueError(
@@ -249,7 +251,7 @@ def check_head_dim(head_dim: int, remedy: str) -> None:
         )
 
 
-def check_for_kernels(head_dim: int, **rows: torch.Tensor | None) -> None:
+def check_operands_for_kernels(head_dim: int, **rows: torch.Tensor | None) -> None:
     """Raise for a head dimension or strides that the oracle takes but the kernels do not."""
     check_head_dim(head_dim, 'use impl="torch"')
     for name, tensor in rows.items():

@@ -5,10 +5,10 @@ from collections.abc import Iterator
 import torch
 
 from swa_backend.attention_call import AttentionCall
-from swa_backend.kernels.device import compile_target, on_device_of, target_of
+from swa_backend.kernels.device import on_device_of, pretend_device, target_of
 from swa_backend.kernels.plans import Target
 from swa_backend.ops.cache_write import write_pages
-from swa_backend.ops.decode import decode_attention, plan_decode_call
+from swa_backend.ops.decode import decode_attention, plan_decode_operation
 from swa_backend.ops.prefill import prefill_attention
 from swa_backend.ops.rotate import rotate_back
 from swa_backend.pages import ceil_div
@@ -43,8 +43,8 @@ def compile_kernels(
     Raises:
         TypeError, ValueError: what the operations do not accept; no kernel runs there.
     """
-    target, zeros = target_of(device), _meta_zeros(2)
-    with compile_target(target), on_device_of(torch.empty(0, device=device)):
+    target, zeros = target_of(device), _zeros_to_compile_ahead(2)
+    with pretend_device(target), on_device_of(torch.empty(0, device=device)):
         key = torch.empty_like(query[:1, : kv_cache.shape[1]])
         write_pages(key, key, kv_cache, zeros[:1].long(), impl="triton")
         if rotations is not None:
@@ -82,19 +82,19 @@ def _decode_calls(
         call = AttentionCall(
             query=query[:num_tokens],
             kv_cache=kv_cache,
-            block_table=_meta_zeros(num_reqs, ceil_div(window, kv_cache.shape[2])),
-            seq_lens=_meta_zeros(num_reqs),
-            query_start_loc=_meta_zeros(2) if is_ragged else None,
+            block_table=_zeros_to_compile_ahead(num_reqs, ceil_div(window, kv_cache.shape[2])),
+            seq_lens=_zeros_to_compile_ahead(num_reqs),
+            query_start_loc=_zeros_to_compile_ahead(2) if is_ragged else None,
             window=window,
             sink_tokens=sink_tokens,
             scale=None,
         )
-        plan = plan_decode_call(call, target)
+        plan = plan_decode_operation(call, target)
         kernels = (plan.num_merged, *plan.constants().values())
         if kernels not in known:
             known.add(kernels)
             yield call
 
 
-def _meta_zeros(*shape: int) -> torch.Tensor:
+def _zeros_to_compile_ahead(*shape: int) -> torch.Tensor:
     return torch.zeros(*shape, dtype=torch.int32, device="meta")

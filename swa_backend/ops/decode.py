@@ -10,12 +10,12 @@ from swa_backend.kernels.device import on_device_of, target_of
 from swa_backend.kernels.plans import DecodePlan, Target, max_splits, plan_decode
 from swa_backend.ops.checks import (
     check_call,
-    check_for_kernels,
     check_one_query_each,
-    check_prepared,
+    check_operands_for_kernels,
+    check_operands_of_batch,
     check_scratch,
 )
-from swa_backend.ops.dispatch import FORMATS, readable_as, resolve_impl
+from swa_backend.ops.dispatch import FORMATS, dispatched_cache_dtype, resolve_impl
 
 
 def decode_attention(
@@ -124,9 +124,9 @@ class DecodeBatch:
         from swa_backend.kernels.decode import DecodeLaunch
 
         self._shape = call.query.shape
-        self._view, self._factor = readable_as(call.kv_cache.dtype, target)
+        self._view, self._factor = dispatched_cache_dtype(call.kv_cache.dtype, target)
         self._score_scale = call.softmax_scale * self._factor * math.log2(math.e)
-        self._plan = plan_decode_call(call, target)
+        self._plan = plan_decode_operation(call, target)
         self._launch = DecodeLaunch(
             call,
             self._plan,
@@ -154,7 +154,7 @@ class DecodeBatch:
         Raises:
             ValueError: the batch has queries of another shape, or needs more scratch.
         """
-        check_prepared(self._shape, query, out)
+        check_operands_of_batch(self._shape, query, out)
         self._launch(
             query,
             sink_query,
@@ -171,7 +171,7 @@ def _decode_by_kernels(
 ) -> torch.Tensor:
     """Launch the kernels for ``call``; returns ``out``."""
     query, kv_cache = call.query, call.kv_cache
-    check_for_kernels(query.shape[2], query=query, sink_query=call.sink_query, out=out)
+    check_operands_for_kernels(query.shape[2], query=query, sink_query=call.sink_query, out=out)
     target = target_of(kv_cache.device)
     if query.shape[0] == 0 or call.seq_lens.shape[0] == 0 or call.block_table.shape[1] == 0:
         return out.zero_()
@@ -188,7 +188,7 @@ def _decode_by_kernels(
     return out
 
 
-def plan_decode_call(call: AttentionCall, target: Target) -> DecodePlan:
+def plan_decode_operation(call: AttentionCall, target: Target) -> DecodePlan:
     """Plan the launch of ``call``."""
     (num_tokens, num_heads, head_dim), num_kv_heads = call.query.shape, call.kv_cache.shape[1]
     window, has_sinks = call.reach()

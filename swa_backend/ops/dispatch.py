@@ -30,7 +30,9 @@ def resolve_impl(impl: str, device: torch.device, others: tuple[str, ...] = ()) 
     return impl
 
 
-def readable_as(kv_dtype: torch.dtype, target: Target) -> tuple[torch.dtype | None, float]:
+def dispatched_cache_dtype(
+    kv_dtype: torch.dtype, target: Target
+) -> tuple[torch.dtype | None, float]:
     """Say as what the kernels read a cache: its dtype if not its own, and its elements' factor."""
     if kv_dtype == torch.float8_e4m3fn and not target.reads_e4m3:
         return torch.uint8, _SHIFTED_E4M3

@@ -8,8 +8,12 @@ from swa_backend import reference
 from swa_backend.attention_call import AttentionCall, PrefillCall
 from swa_backend.kernels.device import on_device_of, target_of
 from swa_backend.kernels.plans import Target, plan_prefill
-from swa_backend.ops.checks import check_for_kernels, check_prefill_call, check_prepared
-from swa_backend.ops.dispatch import FORMATS, readable_as, resolve_impl
+from swa_backend.ops.checks import (
+    check_operands_for_kernels,
+    check_operands_of_batch,
+    check_prefill_call,
+)
+from swa_backend.ops.dispatch import FORMATS, dispatched_cache_dtype, resolve_impl
 from swa_backend.ops.xformers_prefill import prefill_by_xformers
 
 
@@ -93,7 +97,7 @@ class PrefillBatch:
         window, has_sinks = call.reach()
         (_, num_heads, head_dim), num_kv_heads = call.query.shape, call.kv_cache.shape[1]
         self._shape = call.query.shape
-        self._view, self._factor = readable_as(call.kv_cache.dtype, target)
+        self._view, self._factor = dispatched_cache_dtype(call.kv_cache.dtype, target)
         self._score_scale = call.softmax_scale * math.log2(math.e)
         plan = plan_prefill(
             target,
@@ -126,7 +130,7 @@ class PrefillBatch:
         Raises:
             ValueError: the batch has queries of another shape.
         """
-        check_prepared(self._shape, query, key, value, out)
+        check_operands_of_batch(self._shape, query, key, value, out)
         self._launch(
             query,
             sink_query,
@@ -143,7 +147,7 @@ class PrefillBatch:
 def _prefill_by_kernel(call: PrefillCall, out: torch.Tensor) -> torch.Tensor:
     """Launch the kernel for ``call``; returns ``out``."""
     query, key, value, kv_cache = call.query, call.key, call.value, call.kv_cache
-    check_for_kernels(
+    check_operands_for_kernels(
         query.shape[2], query=query, key=key, value=value, sink_query=call.sink_query, out=out
     )
     target = target_of(kv_cache.device)

@@ -5,9 +5,9 @@ import torch
 from swa_backend import reference
 from swa_backend.kernels.device import on_device_of, target_of
 from swa_backend.ops.checks import (
-    check_for_kernels,
     check_integers,
-    check_like,
+    check_operand_like,
+    check_operands_for_kernels,
     check_rows,
     check_same_device,
     check_table,
@@ -43,12 +43,12 @@ def rotate_back(
     check_rows("states", states)
     check_integers("distances", distances, torch.int64, (states.shape[0],))
     check_table(table, states)
-    check_like("out", out, states, "states")
+    check_operand_like("out", out, states, "states")
     check_same_device(states, "states", distances=distances, table=table, out=out)
     out = torch.empty_like(states) if out is None else out
     if resolve_impl(impl, states.device) == "torch":
         return reference.rotate_back(states, distances, table, is_neox=is_neox, out=out)
-    check_for_kernels(states.shape[2], states=states, out=out)
+    check_operands_for_kernels(states.shape[2], states=states, out=out)
     target = target_of(states.device)
     if len(states):
         from swa_backend.kernels.rotate import launch_rotate

@@ -21,7 +21,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from swa_backend.kernels.device import compile_target
+from swa_backend.kernels.device import pretend_device
 from swa_backend.kernels.plans import Target
 from swa_backend.kernels.tiles import IS_INTERPRETED
 from swa_backend.pages import ceil_div
@@ -75,7 +75,7 @@ def triton_modules() -> dict[str, Any]:
 
 
 @contextmanager
-def compiling(target: Target) -> Iterator[dict[str, Any]]:
+def compiling_without_gpu(target: Target) -> Iterator[dict[str, Any]]:
     """Compile the launches inside for ``target``, exactly as there, and start none of them.
 
     Holds for the whole process: Triton has one driver and one set of hooks.
@@ -93,7 +93,9 @@ def compiling(target: Target) -> Iterator[dict[str, Any]]:
         compiled[function.__name__] = triton.compile(
             ASTSource(function, compile["signature"], compile["constants"], *compile["configs"]),
             target=_Driver(target).get_current_target(),
-            options=_compiler_options_of(json.loads(compile["specialization_data"])["options"]),
+            options=_recorded_compiler_options(
+                json.loads(compile["specialization_data"])["options"]
+            ),
         )
         return True
 
@@ -119,7 +121,7 @@ def recording_compile_keys(target: Target) -> Iterator[set[tuple[str, str]]]:
 
 
 @contextmanager
-def idle_device(target: Target, launched: Callable[..., None]) -> Iterator[None]:
+def launching_without_gpu(target: Target, launched: Callable[..., None]) -> Iterator[None]:
     """Compile and launch what is inside as on ``target``, on a device that does nothing.
 
     What is left of a launch is the host's part, without that of the device's driver. Tensors may
@@ -136,7 +138,7 @@ def idle_device(target: Target, launched: Callable[..., None]) -> Iterator[None]
     """
     _refuse_interpreter()
     triton.runtime.driver.set_active(_IdleDriver(target, launched))
-    with compile_target(target):
+    with pretend_device(target):
         yield
 
 
@@ -146,7 +148,7 @@ def _instead_of_compiling(target: Target, hook: Callable[..., bool]) -> Iterator
     _refuse_interpreter()
     # Before it compiles, Triton asks its cache hook whether somebody else does; then it neither
     # keeps a kernel nor launches one.
-    with triton.knobs.runtime.scope(), compile_target(target):
+    with triton.knobs.runtime.scope(), pretend_device(target):
         triton.knobs.runtime.jit_cache_hook = hook
         triton.runtime.driver.set_active(_Driver(target))
         try:
@@ -164,11 +166,11 @@ def _refuse_interpreter() -> None:
         )
 
 
-def _compiler_options_of(value: Any) -> Any:
+def _recorded_compiler_options(value: Any) -> Any:
     """Restore a compiler's options from JSON, which has made lists of their tuples."""
     if isinstance(value, dict):
-        return {name: _compiler_options_of(item) for name, item in value.items()}
-    return tuple(map(_compiler_options_of, value)) if isinstance(value, list) else value
+        return {name: _recorded_compiler_options(item) for name, item in value.items()}
+    return tuple(map(_recorded_compiler_options, value)) if isinstance(value, list) else value
 
 
 class _Driver:
@@ -207,7 +209,7 @@ class _IdleDriver(_Driver):
         return partial(self._launched, source, metadata)
 
 
-def read_facts(kernel: Any, target: Target) -> Facts:
+def facts_of_compiled(kernel: Any, target: Target) -> Facts:
     """Read the facts of a kernel that :func:`compiling` gave."""
     return _amd_facts(kernel) if target.backend == "hip" else _nvidia_facts(kernel, target)
 
@@ -228,7 +230,7 @@ def _nvidia_facts(kernel: Any, target: Target) -> Facts:
         spilled_bytes=used["STACK"] + used["LOCAL"],
         shared_bytes=shared,
         shared_limit=_SHARED[arch] * _KIB - _RESERVED,
-        kv_buffers=_kv_buffers(kernel),
+        kv_buffers=_compiled_kv_buffers(kernel),
         load_bytes=_nvidia_load_bytes(kernel.asm["ptx"]),
         programs_per_processor=min(
             _SHARED[arch] * _KIB // (shared + _RESERVED),
@@ -236,7 +238,7 @@ def _nvidia_facts(kernel: Any, target: Target) -> Facts:
             _THREADS[arch] // num_threads,
         ),
         product=_product_instruction(code),
-        is_serialized=_is_serialized(code),
+        is_serialized=_sass_is_serialized(code),
     )
 
 
@@ -248,7 +250,7 @@ def _amd_facts(kernel: Any) -> Facts:
         spilled_bytes=int(used["vgpr_spill_count"]) + int(used["private_segment_fixed_size"]),
         shared_bytes=kernel.metadata.shared,
         shared_limit=_LDS,
-        kv_buffers=_kv_buffers(kernel),
+        kv_buffers=_compiled_kv_buffers(kernel),
         load_bytes=_amd_load_bytes(assembly),
         programs_per_processor=None,
         product=_product_instruction(assembly),
@@ -261,12 +263,12 @@ def _product_instruction(assembly: str) -> str | None:
     return next((name for name in names if re.search(rf"\b{name}", assembly)), None)
 
 
-def _is_serialized(code: str) -> bool:
+def _sass_is_serialized(code: str) -> bool:
     num_products = len(re.findall(r"\bHGMMA", code))
     return 0 < num_products <= len(re.findall(r"\bWARPGROUP\.ARRIVE", code))
 
 
-def _kv_buffers(kernel: Any) -> int:
+def _compiled_kv_buffers(kernel: Any) -> int:
     """Find the leading size of the smallest ring that the pipeline keeps loaded tiles in."""
     rings = re.findall(r"local_alloc :.*memdesc<(\d+)x\d+x\d+x", kernel.asm["ttgir"])
     return min(map(int, rings), default=1)

@@ -12,7 +12,7 @@ import triton
 
 from swa_backend import ops
 from swa_backend.kernels.plans import Target
-from swa_backend.verify.aot import Facts, compiling, read_facts
+from swa_backend.verify.aot import Facts, compiling_without_gpu, facts_of_compiled
 
 TARGETS = (
     Target("cuda", 80, 108),  # A100
@@ -49,31 +49,31 @@ class Case:
 
     def compile(self) -> Facts:
         """Compile a launch for the device; returns the facts of the kernel."""
-        with compiling(self.target) as kernels:
+        with compiling_without_gpu(self.target) as kernels:
             if self.kernel == "write":
-                _launch_write(self.kv_dtype)
+                _launch_write_case(self.kv_dtype)
             elif self.kernel == "rotate":
-                _launch_rotate(GROUPS[self.shape])
+                _launch_rotate_case(GROUPS[self.shape])
             elif self.kernel.startswith("prefill"):
-                _launch_prefill(self)
+                _launch_prefill_case(self)
             else:
-                _launch_decode(self)
+                _launch_decode_case(self)
         name = self.kernel.split()[0]
-        return read_facts(kernels[f"{name}_kernel"], self.target)
+        return facts_of_compiled(kernels[f"{name}_kernel"], self.target)
 
 
-def _launch_write(kv_dtype: torch.dtype) -> None:
+def _launch_write_case(kv_dtype: torch.dtype) -> None:
     rows = torch.zeros(1, _NUM_KV_HEADS, _HEAD_DIM, dtype=torch.bfloat16)
     ops.write_pages(rows, rows, _large_cache(kv_dtype), torch.zeros(1).long(), impl="triton")
 
 
-def _launch_rotate(group: int) -> None:
+def _launch_rotate_case(group: int) -> None:
     states = torch.zeros(1, _NUM_KV_HEADS * group, _HEAD_DIM, dtype=torch.bfloat16)
     table = torch.zeros(1, _HEAD_DIM, dtype=torch.bfloat16)
     ops.rotate_back(states, torch.zeros(1).long(), table, impl="triton")
 
 
-def _launch_decode(case: Case) -> None:
+def _launch_decode_case(case: Case) -> None:
     """Launch decode attention of one request, of two with drafts, or of too many to split."""
     is_ragged = case.kernel == "decode ragged"
     num_reqs, num_tokens = {"decode ragged": (2, 8), "decode single": (200, 200)}.get(
@@ -92,7 +92,7 @@ def _launch_decode(case: Case) -> None:
     )
 
 
-def _launch_prefill(case: Case) -> None:
+def _launch_prefill_case(case: Case) -> None:
     """Launch prefill attention of two chunks of four tokens."""
     query, own = (
         torch.zeros(8, heads, _HEAD_DIM, dtype=torch.bfloat16)
@@ -149,14 +149,14 @@ def main_gate_cases() -> Iterator[Case]:
             yield case
 
 
-def compile_decode(target: Target) -> None:
+def verify_decode_compiles(target: Target) -> None:
     """Compile the decode kernel of Qwen3-8B for a device.
 
     Raises:
         RuntimeError: under Triton's interpreter.
     """
-    with compiling(target):
-        _launch_decode(Case("decode", "Qwen3-8B", torch.bfloat16, target))
+    with compiling_without_gpu(target):
+        _launch_decode_case(Case("decode", "Qwen3-8B", torch.bfloat16, target))
 
 
 def compile_gate_cases(chosen: Iterable[Case]) -> Iterator[tuple[Case, Facts]]:

@@ -12,7 +12,7 @@ import triton
 
 from swa_backend.kernels.plans import Target
 from swa_backend.verify import aot, gate
-from swa_backend.verify.aot import Facts, compiling
+from swa_backend.verify.aot import Facts, compiling_without_gpu
 from tests.helpers.paths import DATA
 from tests.helpers.processes import probe_environment
 from tests.helpers.tritons import OTHER_TRITONS, triton_directory
@@ -144,7 +144,7 @@ def test_prefill_without_the_fast_products_is_named() -> None:
     ],
 )
 def test_products_that_wait_are_seen(code: str, is_serialized: bool) -> None:
-    assert aot._is_serialized(code) is is_serialized
+    assert aot._sass_is_serialized(code) is is_serialized
 
 
 AMD_LOADS = """
@@ -169,6 +169,6 @@ def test_compiling_for_another_device_leaves_no_trace() -> None:
 def test_compiling_under_the_interpreter_is_refused() -> None:
     with (
         pytest.raises(RuntimeError, match="unset TRITON_INTERPRET"),
-        compiling(Target("cuda", 90, 132)),
+        compiling_without_gpu(Target("cuda", 90, 132)),
     ):
         pass

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from swa_backend import ops, reference
-from swa_backend.kernels.device import compile_target, detect_target, target_of
+from swa_backend.kernels.device import detect_target, pretend_device, target_of
 from swa_backend.kernels.plans import (
     NumberFormat,
     Target,
@@ -62,7 +62,7 @@ def test_target_of_a_gpu(hip: str | None, target: Target, monkeypatch: pytest.Mo
 
 def test_a_device_passes_for_the_target_that_is_compiled_for() -> None:
     here = target_of(torch.device("cpu"))
-    with compile_target(H100):
+    with pretend_device(H100):
         assert target_of(torch.device("cpu")) == target_of(torch.device("meta")) == H100
     assert target_of(torch.device("cpu")) == here
 
@@ -111,7 +111,7 @@ def test_a_single_part_needs_no_scratch(monkeypatch: pytest.MonkeyPatch) -> None
     shape = {"num_heads": 8, "num_kv_heads": 4, "head_dim": 16, "device": torch.device("cpu")}
     assert ops.decode_scratch_size(9, **shape) == 0
     assert ops.decode_scratch_size(9, **shape, sink_tokens=1) == 9 * 8 * 2 * 17
-    with compile_target(H100):
+    with pretend_device(H100):
         sizes = [ops.decode_scratch_size(n, **shape) for n in (23, 300, 10_000)]
     # Most are taken by the largest batch in 32 parts; those of more than 264 programs have one.
     assert sizes == [23 * 32 * 8 * 17] * 3

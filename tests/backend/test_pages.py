@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from swa_backend.pages import WindowPages, ceil_div, max_span
+from swa_backend.pages import WindowPages, ceil_div, max_pages_spanned
 from swa_backend.window import is_visible
 
 rules = st.builds(
@@ -62,7 +62,7 @@ def test_span(num_tokens: int) -> None:
     spans = [
         len({position // 3 for position in range(start, start + num_tokens)}) for start in range(3)
     ]
-    assert max_span(num_tokens, 3) == max(spans)
+    assert max_pages_spanned(num_tokens, 3) == max(spans)
 
 
 def _held_by_brute_force(pages: WindowPages, num_steps: int, chunk: int) -> int:

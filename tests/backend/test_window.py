@@ -91,7 +91,7 @@ def test_dense_slice_paged_window_and_full_mask_agree(
     last = num_tokens - 1
     everything = torch.arange(num_tokens)
     at_last = torch.tensor([last])
-    mask = reference.visible_mask(at_last, everything, size)
+    mask = reference.reference_mask(at_last, everything, size)
     expected = reference.attention(query, key, value, mask)
 
     past = reference.slice_cache(key[:, :last], value[:, :last], size)
@@ -120,6 +120,6 @@ def test_row_that_sees_nothing_gives_zeros() -> None:
 
 
 def test_sinks_stay_visible_once() -> None:
-    mask = reference.visible_mask(torch.tensor([1, 9]), torch.arange(10), 3, sink_tokens=2)
+    mask = reference.reference_mask(torch.tensor([1, 9]), torch.arange(10), 3, sink_tokens=2)
     assert mask[0].nonzero().flatten().tolist() == [0, 1]
     assert mask[1].nonzero().flatten().tolist() == [0, 1, 7, 8, 9]

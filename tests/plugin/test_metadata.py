@@ -12,7 +12,7 @@ from swa_backend import pages, reference
 from swa_vllm.attention.cpu.batches import rows_with_holes, select_rows
 from swa_vllm.attention.cpu.ghost_tail import ghost_tail
 from swa_vllm.attention.cpu.page_layout import PageLayout
-from swa_vllm.attention.cpu.scratch import scratch_layout
+from swa_vllm.attention.cpu.scratch import lay_out_chunk_pages
 
 rows = st.lists(st.tuples(st.integers(0, 90), st.integers(1, 20)), min_size=1, max_size=4)
 
@@ -50,7 +50,7 @@ def _pool(
 def _attend(query: torch.Tensor, keys: torch.Tensor, window: int) -> torch.Tensor:
     """What vLLM's operators do: the queries are the last keys, and see one run of ``window``."""
     positions = torch.arange(keys.shape[1])
-    mask = reference.visible_mask(positions[-query.shape[1] :], positions, window)
+    mask = reference.reference_mask(positions[-query.shape[1] :], positions, window)
     return reference.attention(query, keys, keys, mask)
 
 
@@ -82,7 +82,7 @@ def test_scratch_pages_give_the_attention_of_the_whole_row(
     assert rows_with_holes(whole, window, page_size) == expected_holes
     first = len(batch) // 2
     part = select_rows(whole, first, len(batch))
-    layout = scratch_layout(part, window, page_size, sinks)
+    layout = lay_out_chunk_pages(part, window, page_size, sinks)
     scratch = torch.zeros(layout.num_pages, *pool.shape[1:], dtype=torch.float64)
     scratch[layout.targets] = pool[layout.sources]
     slots = scratch.transpose(1, 2).flatten(0, 1)  # a copy
@@ -101,7 +101,7 @@ def test_scratch_pages_give_the_attention_of_the_whole_row(
     expected, start = [], 0
     for keys, (done, num_queries) in zip(dense[first:], batch[first:], strict=True):
         positions = torch.arange(done + num_queries)
-        mask = reference.visible_mask(positions[done:], positions, window, sinks)
+        mask = reference.reference_mask(positions[done:], positions, window, sinks)
         own_query = query[:, start : start + num_queries]
         expected.append(reference.attention(own_query, keys, keys, mask))
         start += num_queries
@@ -136,7 +136,7 @@ def test_ghost_tail_gives_the_attention_of_the_whole_row(
         assert {next(distances) for _ in range(sinks)} == {done - (sinks + window - 1)}
         query = torch.randn(1, 1, 4, generator=generator, dtype=torch.float64)
         positions = torch.arange(done + 1)
-        mask = reference.visible_mask(positions[done:], positions, window, sinks)
+        mask = reference.reference_mask(positions[done:], positions, window, sinks)
         expected = reference.attention(query, dense[i], dense[i], mask)
         keys = reference.gather_pages(pool, table[i], length)
         assert torch.allclose(_attend(query, keys, window + sinks), expected)

@@ -20,7 +20,7 @@ from swa_vllm.tools.bench.attention import arms
 from swa_vllm.tools.bench.attention.arms import OURS, Batch, Call
 from swa_vllm.tools.bench.attention.decode_work import decode_work
 from swa_vllm.tools.bench.attention.prefill_work import prefill_work
-from swa_vllm.tools.bench.attention.stock_kernel import real_triton
+from swa_vllm.tools.bench.attention.stock_kernel import real_triton_for_stock_kernel
 from swa_vllm.tools.bench.attention.times import (
     AttentionCase,
     Result,
@@ -210,7 +210,7 @@ def _zeros(batch: Batch) -> list[Call]:
 def test_gpu_benchmark_runs_through(capsys: pytest.CaptureFixture[str]) -> None:
     """With Triton's interpreter for the GPU, also under vLLM's kernel, and a clock that stands."""
     cases = [SMALL, replace(SMALL, num_queries=70)]
-    with real_triton(aot.triton_modules()):
+    with real_triton_for_stock_kernel(aot.triton_modules()):
         figures = benchmark_kernels(
             "Qwen3-8B", cases, torch.device("cpu"), _each_takes(3.0), num_bytes=1 << 16
         )

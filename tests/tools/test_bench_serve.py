@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from swa_vllm.tools.bench.serve import serving_losses
+from swa_vllm.tools.bench.serve import serve_benchmark_losses
 from swa_vllm.tools.bench.serving import rounds
 from swa_vllm.tools.bench.serving.arms import SERVING_ARMS
 from swa_vllm.tools.bench.serving.bound import interpolate_step_time, makespan
@@ -191,7 +191,7 @@ def test_losses_are_named() -> None:
         SERVING_ARMS["stock"].name: faster,
         SERVING_ARMS["full"].name: slower,
     }
-    assert serving_losses({"peers": arms}) == [
+    assert serve_benchmark_losses({"peers": arms}) == [
         "tokens/s, stock vLLM is 1.20 times better",
         "TPOT p50, ms, stock vLLM is 2.00 times better",
     ]

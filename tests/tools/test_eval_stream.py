@@ -14,7 +14,7 @@ from swa_vllm.tools.cli import main
 from swa_vllm.tools.engines.forced import ForcedTokens
 from swa_vllm.tools.engines.perplexity import perplexity
 from swa_vllm.tools.engines.scoring import Scored, ScoringEngine
-from swa_vllm.tools.engines.setup import load_text_config
+from swa_vllm.tools.engines.setup import scoring_text_config
 from swa_vllm.tools.eval.stream import (
     Stream,
     StreamOutcome,
@@ -144,7 +144,7 @@ def test_arms_are_options() -> None:
         window=64, sinks=4, full_attention_layers="3", arms="shifted,sinks,window,full"
     )
     window = {"window": 64, "full_attention_layers": "3"}
-    assert stream_arms_of(args, load_text_config(str(SLIDING))) == {
+    assert stream_arms_of(args, scoring_text_config(str(SLIDING))) == {
         "shifted": {**window, "sink_tokens": 4, "position_shift": True},
         "sinks": {**window, "sink_tokens": 4},
         "window": window,

@@ -20,9 +20,9 @@ from swa_vllm.config.cache_dtype import checkpoints_cache_dtype
 from swa_vllm.tools.cli import main
 from swa_vllm.tools.common.sizing import (
     bytes_of_an_element,
-    cache_dtype_of,
     kv_heads_of_a_device,
-    longest_text,
+    longest_text_in_limits,
+    size_cache_dtype,
 )
 from tests.helpers.engines import EngineFactory, ModelFactory, scheduler
 from tests.helpers.quantized_models import FORMATS, FP8_CACHE
@@ -214,7 +214,7 @@ def test_the_longest_text_is_vllms(rope: str, tmp_path: Path) -> None:
         tmp_path
     )
     config = ModelConfig(str(tmp_path), skip_tokenizer_init=True)
-    assert longest_text(read_checkpoint(tmp_path)) == config.max_model_len
+    assert longest_text_in_limits(read_checkpoint(tmp_path)) == config.max_model_len
 
 
 @pytest.mark.parametrize("dtype", ["auto", "float32", "half"])
@@ -283,7 +283,7 @@ def test_an_fp8_cache_that_the_checkpoint_asks_for_is_planned(name: str, tmp_pat
     model = ModelConfig(str(tmp_path), skip_tokenizer_init=True)
     served: Any = SimpleNamespace(model_config=model, load_config=LoadConfig(), quant_config=None)
     planned = read_checkpoint(tmp_path)
-    dtype = cache_dtype_of(planned.quantization)
+    dtype = size_cache_dtype(planned.quantization)
     assert dtype == checkpoints_cache_dtype(served)
     if dtype == "nvfp4":
         with pytest.raises(ValueError, match=r"asks for a KV cache in nvfp4.*give --kv"):

@@ -25,16 +25,16 @@ def log_layers(vllm_config: VllmConfig, group: Sequence[str] = ()) -> None:
     """
     layers = get_layers_from_vllm_config(vllm_config, Attention)
     windowed = [layer for layer in layers.values() if isinstance(layer, WindowedAttention)]
-    was_open = _waits_for_groups(windowed)
+    was_open = _table_waits_for_groups(windowed)
     for layer in windowed:
         if layer.layer_name in group:
             layer.kv_group_layers = len(group)
-    complete = was_open and not _waits_for_groups(windowed)
+    complete = was_open and not _table_waits_for_groups(windowed)
     if (complete or not group) and get_tensor_model_parallel_rank() == 0:
         logger.info(_layer_table(vllm_config, layers))
 
 
-def _waits_for_groups(windowed: Sequence[WindowedAttention]) -> bool:
+def _table_waits_for_groups(windowed: Sequence[WindowedAttention]) -> bool:
     return any(layer.kv_group_layers is None for layer in windowed)
 
 

@@ -98,7 +98,7 @@ def _decide_options_and_layers(vllm_config: VllmConfig) -> tuple[SWAOptions, Lay
     model_config = vllm_config.model_config
     overrides = model_config.hf_overrides
     layers = resolve_layers(
-        text_config(vllm_config),
+        vllm_text_config(vllm_config),
         options,
         hf_overrides=overrides if isinstance(overrides, Mapping) else None,
         max_model_len=model_config.max_model_len,
@@ -106,7 +106,7 @@ def _decide_options_and_layers(vllm_config: VllmConfig) -> tuple[SWAOptions, Lay
     return options, layers
 
 
-def model_slides(vllm_config: VllmConfig) -> bool:
+def vllm_config_slides(vllm_config: VllmConfig) -> bool:
     """Whether any layer of the model has a window.
 
     Raises:
@@ -123,10 +123,10 @@ def wants_windows_decided(vllm_config: VllmConfig) -> bool:
     Raises:
         SWAConfigError: as :meth:`SWAConfig.from_vllm`.
     """
-    stock_slides = getattr(text_config(vllm_config), "sliding_window", None) is not None
-    return model_slides(vllm_config) or stock_slides
+    stock_slides = getattr(vllm_text_config(vllm_config), "sliding_window", None) is not None
+    return vllm_config_slides(vllm_config) or stock_slides
 
 
-def text_config(vllm_config: VllmConfig) -> Any:
+def vllm_text_config(vllm_config: VllmConfig) -> Any:
     """Hugging Face's config of the text layers; a multimodal model's is nested in its own."""
     return vllm_config.model_config.hf_config.get_text_config()

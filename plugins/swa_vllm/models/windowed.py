@@ -10,8 +10,8 @@ from vllm.model_executor.models.interfaces import supports_multimodal
 from swa_vllm.attention.backends import windowed_backend
 from swa_vllm.attention.layer import WindowedAttention
 from swa_vllm.attention.layer_table import log_layers
-from swa_vllm.config.swa_config import SWAConfig, text_config
-from swa_vllm.refusals import check_part, check_servable
+from swa_vllm.config.swa_config import SWAConfig, vllm_text_config
+from swa_vllm.refusals import check_servable, refuse_windows_in_part
 
 logger = init_logger(f"vllm.{__name__}")
 
@@ -24,7 +24,7 @@ class WindowedModel:
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         if prefix:
-            check_part(vllm_config, prefix)
+            refuse_windows_in_part(vllm_config, prefix)
             super().__init__(vllm_config=vllm_config, prefix=prefix)  # type: ignore[call-arg]
             return
         swa = SWAConfig.from_vllm(vllm_config)
@@ -60,11 +60,11 @@ def _accepting_mixed_layers(vllm_config: VllmConfig) -> VllmConfig:
     Stock vLLM takes ``max_window_layers == num_hidden_layers`` for "no layer slides" and then
     lets any ``layer_types`` pass; neither is read after that.
     """
-    if len(set(getattr(text_config(vllm_config), "layer_types", None) or ())) < 2:
+    if len(set(getattr(vllm_text_config(vllm_config), "layer_types", None) or ())) < 2:
         return vllm_config
     vllm_config = copy.copy(vllm_config)
     vllm_config.model_config = copy.copy(vllm_config.model_config)
     vllm_config.model_config.hf_config = copy.deepcopy(vllm_config.model_config.hf_config)
-    config = text_config(vllm_config)
+    config = vllm_text_config(vllm_config)
     config.max_window_layers = config.num_hidden_layers
     return vllm_config

@@ -34,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with contextlib.redirect_stdout(sys.stderr if args.json == "-" else sys.stdout):
             result = args.run(args)
         if args.json is not None:
-            _write_figures(json.dumps(result, indent=2) + "\n", args.json)
+            _write_command_figures(json.dumps(result, indent=2) + "\n", args.json)
         sys.stdout.flush()
     except BrokenPipeError:  # whoever read has enough, as head does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -54,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return int(getattr(args, "status", 0))
 
 
-def _write_figures(text: str, path: str) -> None:
+def _write_command_figures(text: str, path: str) -> None:
     if path == "-":
         sys.stdout.write(text)
     else:

@@ -11,7 +11,7 @@ import torch
 
 from swa_backend.verify.aot import triton_modules
 from swa_vllm.tools.bench.attention.arms import KERNEL_ARMS, OURS, Call
-from swa_vllm.tools.bench.attention.stock_kernel import real_triton
+from swa_vllm.tools.bench.attention.stock_kernel import real_triton_for_stock_kernel
 from swa_vllm.tools.bench.attention.times import (
     AttentionCase,
     Clock,
@@ -72,7 +72,7 @@ def main(arguments: list[str]) -> None:
     """Measure on the GPU, or run tiny cases in Triton's interpreter."""
     if "--dry-run" in arguments:
         tiny = (_TINY, replace(_TINY, num_queries=70))
-        with real_triton(triton_modules()):
+        with real_triton_for_stock_kernel(triton_modules()):
             refused = measure_cases(tiny, torch.device("cpu"), _stopped, 1 << 16)
         print(*refused, sep="\n")
         return

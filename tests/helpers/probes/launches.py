@@ -16,7 +16,7 @@ from triton.runtime.jit import JITFunction
 
 from swa_backend import ops
 from swa_backend.kernels.plans import Target
-from swa_backend.verify.aot import idle_device
+from swa_backend.verify.aot import launching_without_gpu
 
 HEADS, KV_HEADS, SIZE, PAGE, TOKENS = 8, 2, 64, 16, 3
 INTEGERS = {"i32": 31, "i64": 63}
@@ -121,7 +121,7 @@ def main() -> None:
     JITFunction.run = counted
     rounds = []
     generator = random.Random(3)
-    with idle_device(Target("cuda", 90, 132), compare):
+    with launching_without_gpu(Target("cuda", 90, 132), compare):
         for _ in range(2):
             before = len(launched), len(bound)
             calls = _variants()

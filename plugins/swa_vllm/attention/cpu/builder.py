@@ -16,7 +16,7 @@ from swa_vllm.attention.cpu.batches import rows_with_holes, select_rows
 from swa_vllm.attention.cpu.ghost_tail import SinkCopies, ghost_tail
 from swa_vllm.attention.cpu.page_layout import PageLayout
 from swa_vllm.attention.cpu.position_shift import ShiftedScratch, shifted_scratch
-from swa_vllm.attention.cpu.scratch import ScratchLayout, scratch_layout
+from swa_vllm.attention.cpu.scratch import ScratchLayout, lay_out_chunk_pages
 from swa_vllm.attention.layer import windowed_layers
 from swa_vllm.attention.layer_table import log_layers
 from swa_vllm.attention.poison import NaNCheck, PoisonWatch
@@ -159,7 +159,7 @@ class SWACPUMetadataBuilder(CPUAttentionMetadataBuilder):
 
     def _scratch_part(self, tokens: slice, rows: CommonAttentionMetadata) -> Part:
         sizes = self._window, self.block_size, self._sink_tokens
-        layout, pages = scratch_layout(rows, *sizes), self.page_layout
+        layout, pages = lay_out_chunk_pages(rows, *sizes), self.page_layout
         if pages is None:
             return Part(tokens, super().build(0, layout.batch), layout)
         if self._wide_builder is not None:

@@ -90,7 +90,7 @@ class ScratchLayout:
     sink_numbers: torch.Tensor
 
 
-def scratch_layout(
+def lay_out_chunk_pages(
     rows: CommonAttentionMetadata, window: int, block_size: int, sink_tokens: int = 0
 ) -> ScratchLayout:
     """Lay out ``rows`` one after the other.
@@ -128,12 +128,12 @@ def scratch_layout(
     return ScratchLayout(
         batch=_pseudo_requests(rows, query_lens, seq_lens, first_pages, block_size),
         num_pages=num_pages,
-        sources=_join_indices(sources),
-        targets=_join_indices(targets),
-        tokens=_join_indices(tokens) if sink_tokens else slice(None),
-        slots=_join_indices(slots),
-        sink_sources=_join_indices(sink_sources),
-        sink_targets=_join_indices(sink_targets),
+        sources=_join_scratch_indices(sources),
+        targets=_join_scratch_indices(targets),
+        tokens=_join_scratch_indices(tokens) if sink_tokens else slice(None),
+        slots=_join_scratch_indices(slots),
+        sink_sources=_join_scratch_indices(sink_sources),
+        sink_targets=_join_scratch_indices(sink_targets),
         sink_numbers=torch.arange(sink_tokens).repeat(len(sink_sources)),
     )
 
@@ -166,5 +166,5 @@ def _pseudo_requests(
     )
 
 
-def _join_indices(parts: list[np.ndarray]) -> torch.Tensor:
+def _join_scratch_indices(parts: list[np.ndarray]) -> torch.Tensor:
     return torch.from_numpy(np.concatenate([np.empty(0, np.int64), *parts]).astype(np.int64))

@@ -12,7 +12,7 @@ from vllm.v1.attention.backend import (
 )
 
 from swa_backend import ops
-from swa_backend.ops.checks import check_head_dim, check_layer
+from swa_backend.ops.checks import check_head_dim, check_operands_of_layer
 from swa_backend.window import last_unshifted
 from swa_vllm.attention.rotation import Rotation
 from swa_vllm.attention.triton.builder import SWATritonMetadata, SWATritonMetadataBuilder
@@ -156,7 +156,7 @@ class SWATritonImpl(AttentionImpl[SWATritonMetadata]):
         """
         kind = tuple((t.shape[1:], t.dtype, t.stride(), t.device) for t in tensors)
         if kind not in self._checked:
-            check_layer(*tensors)
+            check_operands_of_layer(*tensors)
             self._checked.add(kind)
 
 

@@ -24,7 +24,7 @@ from swa_backend.ops.decode import DecodeBatch
 from swa_backend.ops.prefill import PrefillBatch
 from swa_vllm.attention.layer_table import log_layers
 from swa_vllm.attention.poison import NaNCheck, PoisonWatch
-from swa_vllm.attention.triton.scratch import Scratch, max_decode_tokens
+from swa_vllm.attention.triton.scratch import Scratch, largest_decode_batch
 
 BatchT = TypeVar("BatchT", DecodeBatch, PrefillBatch)
 
@@ -130,7 +130,7 @@ class SWATritonMetadataBuilder(AttentionMetadataBuilder[SWATritonMetadata]):
         dtype = config.model_config.dtype
         max_tokens = max(
             config.scheduler_config.max_num_batched_tokens,
-            max_decode_tokens(config, impl.sliding_window),
+            largest_decode_batch(config, impl.sliding_window),
         )
         heads, size = impl.num_kv_heads, impl.head_size
         # On AMD a kernel depends on whether the cache is larger than 2 GB.
@@ -149,7 +149,7 @@ class SWATritonMetadataBuilder(AttentionMetadataBuilder[SWATritonMetadata]):
         """Compile what any batch can launch, before vLLM captures graphs and serves."""
         rotation = impl.rotation
         ops.compile_kernels(
-            self._query[: max_decode_tokens(self.vllm_config, impl.sliding_window)],
+            self._query[: largest_decode_batch(self.vllm_config, impl.sliding_window)],
             self._kv_cache,
             window=impl.sliding_window,
             sink_tokens=impl.sink_tokens,

@@ -11,7 +11,7 @@ from vllm.v1.worker.workspace import current_workspace_manager, is_workspace_man
 from swa_backend import ops
 
 
-def max_decode_tokens(vllm_config: VllmConfig, window: int) -> int:
+def largest_decode_batch(vllm_config: VllmConfig, window: int) -> int:
     """Count the tokens of the largest batch of decodes, with the padding of a CUDA graph."""
     graphs = vllm_config.compilation_config.max_cudagraph_capture_size or 0
     num_queries = min(max_decode_query_len(vllm_config), window)
@@ -38,7 +38,7 @@ class Scratch:
             impl: the implementation of a layer, whose shapes count.
         """
         num_elements = ops.decode_scratch_size(
-            max_decode_tokens(vllm_config, impl.sliding_window),
+            largest_decode_batch(vllm_config, impl.sliding_window),
             num_heads=impl.num_heads,
             num_kv_heads=impl.num_kv_heads,
             head_dim=impl.head_size,

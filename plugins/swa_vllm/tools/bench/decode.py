@@ -15,15 +15,23 @@ from typing import Any
 
 from swa_backend.pages import ceil_div
 from swa_backend.table import format_table
-from swa_vllm.tools.bench.serving.arms import SERVING_ARMS, add_serving_arguments, serving_arms_of
+from swa_vllm.tools.bench.serving.arms import (
+    SERVING_ARMS,
+    add_arms_and_rounds_arguments,
+    serving_arms_of,
+)
 from swa_vllm.tools.bench.serving.checkpoints import prepare_checkpoints
 from swa_vllm.tools.bench.serving.launcher import Launcher
 from swa_vllm.tools.bench.serving.process import ArmProcess
 from swa_vllm.tools.common import plots
-from swa_vllm.tools.common.arguments import check_number, check_numbers, numbers_of_tokens
+from swa_vllm.tools.common.arguments import (
+    check_number_argument,
+    check_number_arguments,
+    numbers_of_tokens,
+)
 from swa_vllm.tools.common.progress import say
 from swa_vllm.tools.common.spread import Spread
-from swa_vllm.tools.engines.setup import check_rope_can_grow, load_text_config
+from swa_vllm.tools.engines.setup import check_rope_can_grow, scoring_text_config
 
 EXAMPLE = "--window 512 --contexts 2048,4096,32768 --batch 4"
 _QUICK_CONTEXTS = "512,1024,2048"
@@ -34,7 +42,7 @@ _UNITS = {"decode_s": 1e3, "prefill_s": 1e6}
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of ``swa bench decode``."""
-    add_serving_arguments(parser, "here,stock,full", rounds=3)
+    add_arms_and_rounds_arguments(parser, "here,stock,full", rounds=3)
     parser.add_argument("--window", type=int, default=512, help="default: 512")
     parser.add_argument(
         "--contexts",
@@ -49,21 +57,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Print a table for each figure, a row for each length; returns the figures."""
     names = ("window", "batch", "rounds", "block_size", "threads", "full_to", "chunk")
-    check_numbers(args, names)
-    check_number("steps", args.steps, least=3)
+    check_number_arguments(args, names)
+    check_number_argument("steps", args.steps, least=3)
     arms = serving_arms_of("--peers", args.peers)
     if "hf" in arms or "here" not in arms:
         raise ValueError(
             f"--peers {args.peers}: engines are compared with here, this plugin; name it, and "
             "stock or full beside it"
         )
-    contexts = _context_lengths(args)
+    contexts = _benchmark_contexts(args)
     with tempfile.TemporaryDirectory() as directory, ExitStack() as stack:
         launcher = _launcher_of_decode_arms(args, Path(directory), contexts)
         started = {}
         for name, arm in arms.items():
             say(f"starting {arm.name}")
-            longest = _max_model_len(args, _contexts_of_arm(name, contexts, args.full_to))
+            longest = _benchmark_max_model_len(args, _contexts_of_arm(name, contexts, args.full_to))
             started[name] = stack.enter_context(launcher.start(arm, max_model_len=longest))
         figures = _time_decode_rounds(args, started, contexts)
     told = ("window", "batch", "dtype", "block_size", "chunk", "rounds", "steps")
@@ -89,7 +97,7 @@ def plot(path: Path, figures: Mapping[str, Any]) -> None:
     )
 
 
-def _context_lengths(args: argparse.Namespace) -> list[int]:
+def _benchmark_contexts(args: argparse.Namespace) -> list[int]:
     default = _QUICK_CONTEXTS if args.quick else "2048,4096,8192,32768,131072"
     text = args.contexts or default
     contexts = sorted(set(numbers_of_tokens("--contexts", text)))
@@ -102,7 +110,7 @@ def _contexts_of_arm(name: str, contexts: list[int], full_to: int) -> list[int]:
     return contexts if SERVING_ARMS[name].windowed else [n for n in contexts if n <= full_to]
 
 
-def _max_model_len(args: argparse.Namespace, contexts: list[int]) -> int:
+def _benchmark_max_model_len(args: argparse.Namespace, contexts: list[int]) -> int:
     """Make room for the steps to time, and for what the first decodes while others prefill."""
     return contexts[-1] + args.steps + 1 + ceil_div(args.batch * contexts[-1], args.chunk)
 
@@ -110,15 +118,15 @@ def _max_model_len(args: argparse.Namespace, contexts: list[int]) -> int:
 def _launcher_of_decode_arms(
     args: argparse.Namespace, directory: Path, contexts: list[int]
 ) -> Launcher:
-    longest = _max_model_len(args, contexts)
+    longest = _benchmark_max_model_len(args, contexts)
     # The positions of random weights are few, so that its overriding is always at work.
     models = prepare_checkpoints(args.model, directory, args.window, contexts[0], args.seed)
-    config = load_text_config(str(models[True]))
+    config = scoring_text_config(str(models[True]))
     engine: dict[str, Any] = {}
     if longest > config.max_position_embeddings:
         check_rope_can_grow(config, longest)
         engine["hf_overrides"] = {"max_position_embeddings": longest}
-    most = _max_model_len(args, _contexts_of_arm("full", contexts, args.full_to))
+    most = _benchmark_max_model_len(args, _contexts_of_arm("full", contexts, args.full_to))
     engine |= {
         "block_size": args.block_size,
         # What full attention needs, for all; one is vLLM's own.
@@ -134,7 +142,7 @@ def _time_decode_rounds(
     args: argparse.Namespace, started: Mapping[str, ArmProcess], contexts: list[int]
 ) -> list[dict[str, Any]]:
     once = serving_arms_of("--once", args.once)
-    _compare_decoded_tokens(args, started, contexts[0])
+    _warm_up_decode_benchmark(args, started, contexts[0])
     taken: dict[tuple[str, int], list[dict[str, Any]]] = {}
     for index in range(args.rounds):
         for context in contexts:
@@ -143,7 +151,7 @@ def _time_decode_rounds(
                     continue
                 if context in _contexts_of_arm(name, contexts, args.full_to):
                     say(f"round {index + 1} of {args.rounds}, {context} tokens, {process.name}")
-                    answer = _ask_to_decode(args, process, context, seed=args.seed + index)
+                    answer = _decode_benchmark_ask(args, process, context, seed=args.seed + index)
                     taken.setdefault((name, context), []).append(answer)
     return [
         {
@@ -158,7 +166,7 @@ def _time_decode_rounds(
     ]
 
 
-def _ask_to_decode(
+def _decode_benchmark_ask(
     args: argparse.Namespace, process: ArmProcess, context: int, seed: int
 ) -> dict[str, Any]:
     answer: dict[str, Any] = process.ask(
@@ -169,7 +177,7 @@ def _ask_to_decode(
     return answer
 
 
-def _compare_decoded_tokens(
+def _warm_up_decode_benchmark(
     args: argparse.Namespace, started: Mapping[str, ArmProcess], context: int
 ) -> None:
     """Warm up, and compare the tokens of arms with the same window.
@@ -179,7 +187,8 @@ def _compare_decoded_tokens(
     """
     say(f"comparing behind {context} tokens")
     answers = {
-        name: _ask_to_decode(args, process, context, seed=-1) for name, process in started.items()
+        name: _decode_benchmark_ask(args, process, context, seed=-1)
+        for name, process in started.items()
     }
     first = {name: [row[:_COMPARED] for row in a["tokens"]] for name, a in answers.items()}
     if args.dtype == "float32" and first.get("stock", first["here"]) != first["here"]:

@@ -183,10 +183,10 @@ def benchmark_kernels(
             time_kernel_arms(typed, make_kernel_batch(typed, device, num_bytes), KERNEL_ARMS, clock)
         )
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
-    return report_kernel_times(shape, name, results, copied)
+    return report_kernels_benchmark(shape, name, results, copied)
 
 
-def report_kernel_times(
+def report_kernels_benchmark(
     shape: str, device: str, results: list[Result], copied: float
 ) -> dict[str, Any]:
     """Print times and targets; returns them as figures."""

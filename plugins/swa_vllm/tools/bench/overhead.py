@@ -23,7 +23,7 @@ from swa_vllm.tools.bench.attention.host_time import (
     measure_host_time,
 )
 from swa_vllm.tools.common import plots
-from swa_vllm.tools.common.arguments import check_numbers
+from swa_vllm.tools.common.arguments import check_number_arguments
 from swa_vllm.tools.common.arms import Arm
 from swa_vllm.tools.common.progress import say
 from swa_vllm.tools.common.spread import Spread
@@ -52,7 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Print a row for each part of a step and each length; returns the figures."""
-    check_numbers(args, ("window", "batch"))
+    check_number_arguments(args, ("window", "batch"))
     rounds = at_least_two_rounds(args.rounds)
     contexts = (2000, 8000) if args.quick else (2000, 8000, 32000, _MILLION)
     cases = []
@@ -68,7 +68,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     pages_each = args.window // BLOCK_SIZE + 2
     layer = make_layer(_SHAPE, args.window, 1024, args.batch * pages_each + 64)
     cases += [
-        _time_overhead(BUILDER, context, _builder_steps(layer, args, context), rounds)
+        _time_overhead(BUILDER, context, _overhead_builder_steps(layer, args, context), rounds)
         for context in contexts
     ]
     cases += [
@@ -77,7 +77,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         for caching in _caching_modes(context)
     ]
     cases += [
-        _time_overhead(ATTENTION, context, _attention_steps(layer, args, context), rounds)
+        _time_overhead(ATTENTION, context, _overhead_attention_steps(layer, args, context), rounds)
         for context in contexts
     ]
     print(
@@ -86,7 +86,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     )
     print(format_table(_HEADER, map(_overhead_row, cases)))
     say("host time of Triton kernels, which are compiled first")
-    on_gpus = _sum_host_times(measure_host_time(_GPU_SHAPE, args.window, rounds))
+    on_gpus = _overhead_figures(measure_host_time(_GPU_SHAPE, args.window, rounds))
     print(
         "\nHost time of Triton kernels (stock: TRITON_ATTN), on this processor and without the "
         f"launches; W={args.window}, layer of {_GPU_SHAPE}.\nA step builds metadata once, and "
@@ -126,7 +126,7 @@ def _overhead_row(case: Mapping[str, Any]) -> list[object]:
     return [case[key] for key in ("name", "context", "stock_us", "here_us", "ratio")] + halves
 
 
-def _sum_host_times(times: Sequence[HostTime]) -> list[dict[str, Any]]:
+def _overhead_figures(times: Sequence[HostTime]) -> list[dict[str, Any]]:
     """List each part for each batch, and behind them what all layers of a step take together."""
     cases: list[dict[str, Any]] = [
         {
@@ -184,7 +184,7 @@ def _decoding_simulation(
     return simulation
 
 
-def _builder_steps(layer: Layer, args: argparse.Namespace, context: int) -> dict[str, Any]:
+def _overhead_builder_steps(layer: Layer, args: argparse.Namespace, context: int) -> dict[str, Any]:
     batch = make_batch([context] * args.batch, [1] * args.batch)
     return {
         Arm.STOCK.value: lambda: layer.stock_builder.build(0, batch),
@@ -192,7 +192,9 @@ def _builder_steps(layer: Layer, args: argparse.Namespace, context: int) -> dict
     }
 
 
-def _attention_steps(layer: Layer, args: argparse.Namespace, context: int) -> dict[str, Any]:
+def _overhead_attention_steps(
+    layer: Layer, args: argparse.Namespace, context: int
+) -> dict[str, Any]:
     """Prepare storing and attending to a token of each request, after comparing the outputs.
 
     Raises:

@@ -15,7 +15,7 @@ from typing import Any
 from swa_backend.pages import WindowPages
 from swa_backend.table import format_table
 from swa_vllm.tools.common import plots
-from swa_vllm.tools.common.arguments import check_numbers
+from swa_vllm.tools.common.arguments import check_number_arguments
 from swa_vllm.tools.common.arms import Arm
 from swa_vllm.tools.common.progress import say
 from swa_vllm.tools.engines.scheduler import Outcome, simulate
@@ -100,10 +100,10 @@ def _chosen_workloads(args: argparse.Namespace) -> Iterable[EngineWorkload]:
     if args.window is None:
         if given or args.prefix_caching:
             raise ValueError("a workload of your own needs --window, in tokens")
-        return _built_in_workloads(args.quick)
+        return _benchmark_workloads(args.quick)
     if args.quick:
         raise ValueError("--quick is for the built-in workloads; remove it or --window")
-    check_numbers(args, given)
+    check_number_arguments(args, given)
     return [_own_workload(**{name: getattr(args, name) or _OWN[name] for name in _OWN}, args=args)]
 
 
@@ -136,7 +136,7 @@ def _own_workload(args: argparse.Namespace, **sizes: Any) -> EngineWorkload:
     )
 
 
-def _built_in_workloads(quick: bool) -> Iterator[EngineWorkload]:
+def _benchmark_workloads(quick: bool) -> Iterator[EngineWorkload]:
     for window, chunk in ((64, 8192), (512, 8192), (1024, 2048), (1024, 8192)):
         engine = Engine(window, 32, 1024, chunk, 8192)
         yield EngineWorkload(f"chunks of {chunk}", engine, 4, 6000, 32)

@@ -15,7 +15,7 @@ import torch
 from swa_backend.pages import WindowPages
 from swa_backend.table import format_table
 from swa_vllm.tools.common import plots
-from swa_vllm.tools.common.arguments import check_numbers
+from swa_vllm.tools.common.arguments import check_number_arguments
 from swa_vllm.tools.common.progress import say
 from swa_vllm.tools.common.spread import Spread
 from swa_vllm.tools.common.timing import at_least_two_rounds, time_in_turns
@@ -36,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Print a row for each context length; returns the figures."""
-    check_numbers(args, ("window", "chunk"))
+    check_number_arguments(args, ("window", "chunk"))
     chunk = args.chunk or (1024 if args.quick else 2048)
     rounds = at_least_two_rounds(args.rounds)
     shape = args.shape or ("Qwen3-0.6B" if args.quick else "Qwen3-8B")

@@ -18,13 +18,17 @@ from typing import Any
 
 from swa_backend.pages import ceil_div
 from swa_backend.table import format_table
-from swa_vllm.tools.bench.serving.arms import SERVING_ARMS, add_serving_arguments, serving_arms_of
+from swa_vllm.tools.bench.serving.arms import (
+    SERVING_ARMS,
+    add_arms_and_rounds_arguments,
+    serving_arms_of,
+)
 from swa_vllm.tools.bench.serving.checkpoints import prepare_checkpoints
 from swa_vllm.tools.bench.serving.launcher import Launcher
 from swa_vllm.tools.bench.serving.rounds import Rounds, measure_rounds
 from swa_vllm.tools.bench.serving.workload import MIXES, Ask, read_trace
 from swa_vllm.tools.common import plots
-from swa_vllm.tools.common.arguments import check_number, check_numbers
+from swa_vllm.tools.common.arguments import check_number_argument, check_number_arguments
 from swa_vllm.tools.common.spread import Spread
 
 EXAMPLE = "Qwen3-0.6B --window 128 --mix decode --pool-requests 2 --json serve.json"
@@ -48,7 +52,7 @@ _JUDGED = tuple(_ROWS)[:7]
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of ``swa bench serve``."""
-    add_serving_arguments(parser, ",".join(SERVING_ARMS), rounds=2)
+    add_arms_and_rounds_arguments(parser, ",".join(SERVING_ARMS), rounds=2)
     parser.add_argument("--window", type=int, default=128, help="default: 128")
     parser.add_argument("--mix", choices=tuple(MIXES), default="decode", help="default: decode")
     parser.add_argument("--trace", type=Path, metavar="PATH", help="JSON lines, instead of a mix")
@@ -77,7 +81,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             f"--window {args.window} is not below the longest request, {longest} tokens: nothing "
             "would slide; give a smaller one"
         )
-    num_pages = _num_pool_pages(args, asks)
+    num_pages = _benchmark_pool_pages(args, asks)
     with tempfile.TemporaryDirectory() as directory:
         launcher = Launcher(
             prepare_checkpoints(args.model, Path(directory), args.window, longest, args.seed),
@@ -97,7 +101,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             **_serving_settings(args, asks, num_pages),
             **measure_rounds(launcher, arms, rounds),
         }
-    figures["lost"] = serving_losses(figures)
+    figures["lost"] = serve_benchmark_losses(figures)
     _print_served_arms(figures)
     return figures
 
@@ -110,8 +114,8 @@ def plot(path: Path, figures: Mapping[str, Any]) -> None:
 
 def _requests_to_serve(args: argparse.Namespace) -> list[Ask]:
     names = ("window", "num_requests", "rounds", "hf_batch", "block_size", "threads", "chunk")
-    check_numbers(args, names)
-    check_number("pool_requests", args.pool_requests, least=0)
+    check_number_arguments(args, names)
+    check_number_argument("pool_requests", args.pool_requests, least=0)
     if args.trace is not None:
         return read_trace(args.trace)
     asks = MIXES[args.mix](args.num_requests, args.seed)
@@ -125,7 +129,7 @@ def _requests_to_serve(args: argparse.Namespace) -> list[Ask]:
     ]
 
 
-def _num_pool_pages(args: argparse.Namespace, asks: Sequence[Ask]) -> int:
+def _benchmark_pool_pages(args: argparse.Namespace, asks: Sequence[Ask]) -> int:
     pages = sorted(ceil_div(ask.num_tokens, args.block_size) for ask in asks)
     return args.pool_requests * pages[-1] or sum(pages)
 
@@ -153,7 +157,7 @@ def _print_served_arms(figures: Mapping[str, Any]) -> None:
     rows = [
         [label, *(arm[key]["median"] for arm in by_name.values())] for key, label in _ROWS.items()
     ]
-    rows.append(["seconds, least to most", *map(_served_seconds, by_name.values())])
+    rows.append(["seconds, least to most", *map(_benchmark_seconds, by_name.values())])
     rows.append(["times as fast as it, here", *(figures["ratios"][name] for name in by_name)])
     print(
         f"\n{figures['workload']}: {figures['num_requests']} requests, "
@@ -172,11 +176,11 @@ def _print_served_arms(figures: Mapping[str, Any]) -> None:
         print(f"lost: {loss}")
 
 
-def _served_seconds(arm: Mapping[str, Any]) -> str:
+def _benchmark_seconds(arm: Mapping[str, Any]) -> str:
     return Spread(**arm["seconds"]).range_text(digits=1)
 
 
-def serving_losses(figures: Mapping[str, Any]) -> list[str]:
+def serve_benchmark_losses(figures: Mapping[str, Any]) -> list[str]:
     """List the figures in which another arm is better than this plugin by more than 2 %."""
     here = figures["peers"][SERVING_ARMS["here"].name]
     found = []

@@ -14,7 +14,7 @@ import torch
 
 from swa_backend.table import format_table
 from swa_vllm.tools.common import plots
-from swa_vllm.tools.common.arguments import check_numbers
+from swa_vllm.tools.common.arguments import check_number_arguments
 from swa_vllm.tools.common.progress import say
 from swa_vllm.tools.common.spread import Spread
 from swa_vllm.tools.common.timing import at_least_two_rounds, time_in_turns
@@ -36,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Print a row for each batch; returns the figures."""
-    check_numbers(args, ("window", "sink_tokens"))
+    check_number_arguments(args, ("window", "sink_tokens"))
     rounds = at_least_two_rounds(args.rounds)
     shape = args.shape or ("Qwen3-0.6B" if args.quick else "Qwen3-8B")
     batches = _sink_batches(args)

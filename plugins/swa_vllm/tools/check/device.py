@@ -39,13 +39,13 @@ def inspect_triton() -> str:
     from vllm.platforms import current_platform
 
     from swa_backend.kernels.device import target_of
-    from swa_backend.verify.gate import TARGETS, compile_decode
+    from swa_backend.verify.gate import TARGETS, verify_decode_compiles
 
     is_here = current_platform.is_cuda_alike()
     targets = (_try_on_gpu(target_of),) if is_here else TARGETS
     for target in targets:
         try:
-            compile_decode(target)
+            verify_decode_compiles(target)
         except Exception as error:  # compilers fail in any way
             raise ProblemError(
                 f"the decode kernel does not compile for {target.backend} {target.arch}: {error!r}",

@@ -23,7 +23,7 @@ class NotCheckedError(Exception):
     """Something cannot be checked here, for the reason given."""
 
 
-def _distribution_version(*names: str) -> str | None:
+def _inspect_distribution(*names: str) -> str | None:
     """Name the first of the distributions that is installed, with its version."""
     for name in names:
         try:
@@ -56,7 +56,7 @@ def inspect_vllm() -> str:
             f"install one of those, or {versions.untested_remedy()}",
         )
     names = (("torch",), ("triton", "pytorch-triton-rocm"), ("transformers",))
-    others = [found for name in names if (found := _distribution_version(*name))]
+    others = [found for name in names if (found := _inspect_distribution(*name))]
     return ", ".join([here, f"Python {platform.python_version()}", *others])
 
 

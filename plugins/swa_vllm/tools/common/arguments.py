@@ -25,13 +25,13 @@ def options_of_window_arguments(args: argparse.Namespace) -> dict[str, Any]:
     return {**options, **({"sink_tokens": args.sink_tokens} if args.sink_tokens else {})}
 
 
-def check_numbers(args: argparse.Namespace, names: Iterable[str], least: int = 1) -> None:
+def check_number_arguments(args: argparse.Namespace, names: Iterable[str], least: int = 1) -> None:
     """Raise ValueError for the first option of these that is given and out of range."""
     for name in names:
-        check_number(name, getattr(args, name), least)
+        check_number_argument(name, getattr(args, name), least)
 
 
-def check_number(name: str, value: int | None, least: int = 1) -> None:
+def check_number_argument(name: str, value: int | None, least: int = 1) -> None:
     """Raise ValueError if the option ``name`` is given and below ``least``, or 2**31 or more."""
     if value is not None and not least <= value <= MOST_TOKENS:
         raise ValueError(

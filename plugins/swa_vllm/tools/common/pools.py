@@ -10,7 +10,7 @@ from typing import Any
 
 from swa_backend.pages import ceil_div
 from swa_vllm.tools.common.arms import Arm
-from swa_vllm.tools.common.queueing import Workload, pages_of_one_request, running_at_once
+from swa_vllm.tools.common.queueing import Workload, queue_pages_of_one_request, running_at_once
 from swa_vllm.tools.common.sizing import KVGroups, Limits, kv_groups_of
 
 
@@ -101,7 +101,7 @@ def plan_pool(arm: Arm, model: Model, limits: Limits, memory: int | None) -> Poo
         groups=tuple(groups),
         page_bytes=page_bytes,
         token_bytes=num_growing * page_bytes // limits.block_size,
-        promised_pages=_promised_pages(groups, limits),
+        promised_pages=_pool_pages_promised(groups, limits),
     )
     if memory is None:
         return pool
@@ -109,7 +109,7 @@ def plan_pool(arm: Arm, model: Model, limits: Limits, memory: int | None) -> Poo
 
     def starts(max_model_len: int) -> bool:
         shorter = replace(limits, max_model_len=max_model_len)
-        promised = _promised_pages(
+        promised = _pool_pages_promised(
             kv_groups_of(arm, model.windows, model.sink_tokens, shorter), shorter
         )
         return promised <= num_pages - 1  # vLLM never gives out the first page
@@ -122,16 +122,16 @@ def plan_pool(arm: Arm, model: Model, limits: Limits, memory: int | None) -> Poo
     )
 
 
-def plan_need(pool: Pool, limits: Limits, workload: Workload) -> Need:
+def need_in_pool(pool: Pool, limits: Limits, workload: Workload) -> Need:
     """Plan what requests of ``workload`` take of a pool."""
-    peak, last = pages_of_one_request(pool.groups, limits, workload)
+    peak, last = queue_pages_of_one_request(pool.groups, limits, workload)
     running = None
     if pool.num_pages is not None and pool.starts(limits):
         running = running_at_once(pool.groups, pool.num_pages, limits, workload)
     return Need(peak, last, peak * pool.page_bytes, running)
 
 
-def _promised_pages(groups: Sequence[KVGroups], limits: Limits) -> int:
+def _pool_pages_promised(groups: Sequence[KVGroups], limits: Limits) -> int:
     total = 0
     for group in groups:
         cap, entries = group.policy.cap, ceil_div(limits.max_model_len, limits.block_size)

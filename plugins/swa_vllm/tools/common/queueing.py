@@ -184,7 +184,7 @@ class Queue:
                 self.first_finish = len(self.num_running)
 
 
-def pages_of_one_request(
+def queue_pages_of_one_request(
     groups: Sequence[KVGroups], limits: Limits, workload: Workload
 ) -> tuple[int, int]:
     """Count the pages of one request alone: the most in its life, and those at its last step."""

@@ -88,7 +88,7 @@ class KVGroups:
     num_padding: int
 
 
-def split_layers(num_full: int, num_sliding: int) -> tuple[int, int, int]:
+def split_into_kv_groups(num_full: int, num_sliding: int) -> tuple[int, int, int]:
     """Split layers into groups of one size, as vLLM does.
 
     Returns:
@@ -115,7 +115,7 @@ def kv_groups_of(
     """
     sliding = [] if arm is Arm.FULL else [window for window in windows if window is not None]
     num_full = len(windows) - len(sliding)
-    size, full_groups, sliding_groups = split_layers(num_full, len(sliding))
+    size, full_groups, sliding_groups = split_into_kv_groups(num_full, len(sliding))
     groups = []
     if num_full:
         full = PagePolicy(limits.block_size)
@@ -161,7 +161,7 @@ def bytes_of_an_element(checkpoint: Checkpoint, dtype: str, cache_dtype: str) ->
         ValueError: the checkpoint names no dtype, or an unknown one.
     """
     if cache_dtype == "auto":
-        cache_dtype = cache_dtype_of(checkpoint.quantization)
+        cache_dtype = size_cache_dtype(checkpoint.quantization)
     if cache_dtype != "auto":
         if cache_dtype not in DTYPE_BYTES:
             raise ValueError(
@@ -180,7 +180,7 @@ def bytes_of_an_element(checkpoint: Checkpoint, dtype: str, cache_dtype: str) ->
     return DTYPE_BYTES[dtype]
 
 
-def cache_dtype_of(quantization: Mapping[str, Any]) -> str:
+def size_cache_dtype(quantization: Mapping[str, Any]) -> str:
     """Name the KV cache dtype that a checkpoint asks for, "auto" where it asks for none.
 
     Args:
@@ -206,7 +206,7 @@ def cache_dtype_of(quantization: Mapping[str, Any]) -> str:
     return _MODELOPT_CACHES.get(str(asked).lower(), "auto")
 
 
-def longest_text(checkpoint: Checkpoint) -> int:
+def longest_text_in_limits(checkpoint: Checkpoint) -> int:
     """Compute the ``max_model_len`` that vLLM takes from a checkpoint."""
     rope = checkpoint.config.rope_parameters
     factor = 1.0 if rope["rope_type"] in _SCALED_ROPE else rope.get("factor") or 1.0

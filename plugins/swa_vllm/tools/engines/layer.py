@@ -107,7 +107,7 @@ class Layer:
         key, value = self.builder.page_layout.read_tokens(
             self.attention.kv_cache, pages * BLOCK_SIZE + positions % BLOCK_SIZE
         )
-        mask = reference.visible_mask(positions[asked], positions, window, sink_tokens)
+        mask = reference.reference_mask(positions[asked], positions, window, sink_tokens)
         query, key, value = (x.float().transpose(0, 1) for x in (qkv[0][asked], key, value))
         expected = reference.attention(query, key, value, mask).transpose(0, 1)
         error = (output[asked].float() - expected).abs().max() / expected.abs().max()
@@ -144,7 +144,7 @@ def make_layer(
         options: ``swa`` options beside the window.
     """
     swa = {"window": window, **(options or {})}
-    llm = _start_engine_of_a_layer(SHAPES[shape], max_model_len, num_pages, swa)
+    llm = _start_one_layer_engine(SHAPES[shape], max_model_len, num_pages, swa)
     runner = llm.llm_engine.model_executor.driver_worker.worker.model_runner
     config = llm.llm_engine.vllm_config
     decoder = runner.model.model.layers[0]
@@ -168,7 +168,7 @@ def make_layer(
     return Layer(llm, config, decoder, attention, builder, stock_builder, stock_impl)
 
 
-def _start_engine_of_a_layer(
+def _start_one_layer_engine(
     shape: Mapping[str, int], max_model_len: int, num_pages: int, swa: Mapping[str, Any]
 ) -> Any:
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
@@ -177,7 +177,7 @@ def _start_engine_of_a_layer(
     os.environ.setdefault("OMP_NUM_THREADS", str(os.cpu_count() or 1))
     from vllm import LLM
 
-    with one_layer_checkpoint(shape, max_model_len) as model:
+    with one_layer_engine_checkpoint(shape, max_model_len) as model:
         return LLM(
             model,
             load_format="dummy",
@@ -192,7 +192,7 @@ def _start_engine_of_a_layer(
 
 
 @contextmanager
-def one_layer_checkpoint(shape: Mapping[str, int], max_model_len: int) -> Iterator[str]:
+def one_layer_engine_checkpoint(shape: Mapping[str, int], max_model_len: int) -> Iterator[str]:
     """Write the config of a Qwen3 with one layer of ``shape``, without weights."""
     model = {
         **shape,

@@ -9,7 +9,7 @@ from transformers import AutoConfig
 
 from swa_backend.layers import LayerPlan, resolve_layers
 from swa_backend.options import SWAOptions
-from swa_vllm.tools.common.arguments import check_numbers
+from swa_vllm.tools.common.arguments import check_number_arguments
 from swa_vllm.tools.common.sizing import MODEL_DTYPES
 
 FULL_ATTENTION: Mapping[str, Any] = {"enabled": False}
@@ -57,7 +57,7 @@ def setup_of(
     Raises:
         ValueError: an option is out of range, or RoPE cannot reach so far.
     """
-    check_numbers(args, ("chunk", "block_size"))
+    check_number_arguments(args, ("chunk", "block_size"))
     if max_model_len > hf_config.max_position_embeddings:
         check_rope_can_grow(hf_config, max_model_len)
         # vLLM sizes its RoPE table from it.
@@ -81,7 +81,7 @@ def check_rope_can_grow(hf_config: Any, max_model_len: int) -> None:
         )
 
 
-def load_text_config(model: str) -> Any:
+def scoring_text_config(model: str) -> Any:
     """Read Hugging Face's config of a checkpoint's text layers.
 
     Raises:
@@ -96,7 +96,7 @@ def load_text_config(model: str) -> Any:
         ) from error
 
 
-def check_options(hf_config: Any, options: Mapping[str, Any]) -> LayerPlan:
+def resolve_scoring_options(hf_config: Any, options: Mapping[str, Any]) -> LayerPlan:
     """Resolve ``swa`` options to what each layer does, before an engine starts.
 
     Raises:

@@ -14,15 +14,15 @@ from typing import Any
 
 from swa_backend.table import format_table
 from swa_vllm.tools.common import plots
-from swa_vllm.tools.common.arguments import check_numbers
+from swa_vllm.tools.common.arguments import check_number_arguments
 from swa_vllm.tools.common.progress import say
 from swa_vllm.tools.engines.perplexity import Measured, measure_perplexity
 from swa_vllm.tools.engines.scoring import NUM_EXTRA_TOKENS, ScoringEngine
 from swa_vllm.tools.engines.setup import (
     FULL_ATTENTION,
     add_setup_arguments,
-    check_options,
-    load_text_config,
+    resolve_scoring_options,
+    scoring_text_config,
     setup_of,
 )
 from swa_vllm.tools.eval.layer_search import (
@@ -32,7 +32,7 @@ from swa_vllm.tools.eval.layer_search import (
     find_sliding_layers,
     trials_in_order,
 )
-from swa_vllm.tools.eval.texts import cut_text, tokens_of
+from swa_vllm.tools.eval.texts import cut_evaluated_text, tokens_of
 
 EXAMPLE = "Qwen/Qwen3-0.6B --text book.txt --budget 0.5 --window 1024 --sinks 4"
 
@@ -53,7 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Print tables and the option to use; returns the figures."""
     plots.check_plot_path(args.plot)
-    hf_config = load_text_config(args.model)
+    hf_config = scoring_text_config(args.model)
     _check_budget(args, hf_config)
     setup = setup_of(args, hf_config, args.length + NUM_EXTRA_TOKENS)
     chosen_on, checked = _cut_texts(args)
@@ -97,18 +97,20 @@ def _check_budget(args: argparse.Namespace, hf_config: Any) -> None:
         raise ValueError(
             f"--budget is a part of full attention's pool bytes, between 0 and 1; got {args.budget}"
         )
-    check_numbers(args, ("pieces", "rounds"))
+    check_number_arguments(args, ("pieces", "rounds"))
     if args.window + args.sinks >= args.length:
         raise ValueError(
             f"a window of {args.window} with {args.sinks} sinks is not below --length "
             f"{args.length}: nothing would slide. Give longer pieces, or a smaller window"
         )
-    check_options(hf_config, options_to_slide(args, Layers({0}), hf_config.num_hidden_layers))
+    resolve_scoring_options(
+        hf_config, options_to_slide(args, Layers({0}), hf_config.num_hidden_layers)
+    )
 
 
 def _cut_texts(args: argparse.Namespace) -> tuple[list[list[int]], list[list[int]]]:
     """Cut the text into pieces that choose layers and pieces that are held out."""
-    pieces = cut_text(tokens_of(args.model, args.text), args.length)
+    pieces = cut_evaluated_text(tokens_of(args.model, args.text), args.length)
     if len(pieces) <= args.pieces:
         raise ValueError(
             f"the text has {len(pieces)} pieces of {args.length} tokens and --pieces takes "

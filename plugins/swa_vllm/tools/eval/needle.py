@@ -18,15 +18,15 @@ from vllm import SamplingParams
 
 from swa_backend.table import format_table
 from swa_vllm.tools.common import plots
-from swa_vllm.tools.common.arguments import check_number, is_flag_number
+from swa_vllm.tools.common.arguments import check_number_argument, is_flag_number
 from swa_vllm.tools.common.progress import say
 from swa_vllm.tools.engines.scoring import ScoringEngine
 from swa_vllm.tools.engines.setup import (
     FULL_ATTENTION,
     Setup,
     add_setup_arguments,
-    check_options,
-    load_text_config,
+    resolve_scoring_options,
+    scoring_text_config,
     setup_of,
 )
 from swa_vllm.tools.eval.filler import filler_sentences
@@ -73,11 +73,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Print recall by depth and by distance; returns the figures."""
     plots.check_plot_path(args.plot)
-    hf_config = load_text_config(args.model)
+    hf_config = scoring_text_config(args.model)
     options: dict[str, Any] = {"window": args.window, "sink_tokens": args.sinks}
     if args.full_attention_layers is not None:
         options["full_attention_layers"] = args.full_attention_layers
-    every_layer_slides = None not in check_options(hf_config, options).windows
+    every_layer_slides = None not in resolve_scoring_options(hf_config, options).windows
     lengths = _needle_lengths(args)
     tokenizer = tokenizer_of(args.model)
     needles = make_needles(
@@ -110,8 +110,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _needle_lengths(args: argparse.Namespace) -> list[int]:
-    check_number("depths", args.depths, least=2)
-    check_number("trials", args.trials)
+    check_number_argument("depths", args.depths, least=2)
+    check_number_argument("trials", args.trials)
     lengths = []
     for text in args.lengths.split(","):
         if not is_flag_number(text, _SHORTEST):

@@ -23,11 +23,11 @@ from swa_vllm.tools.engines.setup import (
     FULL_ATTENTION,
     Setup,
     add_setup_arguments,
-    check_options,
-    load_text_config,
+    resolve_scoring_options,
+    scoring_text_config,
     setup_of,
 )
-from swa_vllm.tools.eval.texts import cut_text, tokens_of
+from swa_vllm.tools.eval.texts import cut_evaluated_text, tokens_of
 
 EXAMPLE = "Qwen/Qwen3-0.6B --text book.txt --windows full,1024,512 --sinks 0,4"
 FULL = "full"
@@ -64,13 +64,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Print a row for each window and number of sinks; returns the figures."""
     plots.check_plot_path(args.plot)
-    hf_config = load_text_config(args.model)
-    arms = window_arms_of(args, hf_config)
+    hf_config = scoring_text_config(args.model)
+    arms = ppl_window_arms(args, hf_config)
     setup = setup_of(args, hf_config, args.length + NUM_EXTRA_TOKENS)
-    pieces = cut_text(
+    pieces = cut_evaluated_text(
         tokens_of(args.model, args.text), args.length, QUICK_PIECES if args.quick else None
     )
-    rows = [(arm, _measure_window_arm(setup, arm, pieces)) for arm in arms]
+    rows = [(arm, _evaluate_window_arm(setup, arm, pieces)) for arm in arms]
     full = next((m.perplexity for arm, m in rows if arm.window is None), None)
     print(f"{len(pieces)} pieces of {args.length} tokens of {args.text.name}")
     print(format_table(_HEADER, [_perplexity_row(arm, measured, full) for arm, measured in rows]))
@@ -85,16 +85,16 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def window_arms_of(args: argparse.Namespace, hf_config: Any) -> list[WindowArm]:
+def ppl_window_arms(args: argparse.Namespace, hf_config: Any) -> list[WindowArm]:
     """List the rows that the command line asks for, and check each.
 
     Raises:
         ValueError: a number is missing, or an option would have no effect.
     """
     windows = [
-        None if w == FULL else _parse_number("--windows", w, 1) for w in args.windows.split(",")
+        None if w == FULL else _parse_ppl_number("--windows", w, 1) for w in args.windows.split(",")
     ]
-    sinks = [_parse_number("--sinks", s, 0) for s in args.sinks.split(",")]
+    sinks = [_parse_ppl_number("--sinks", s, 0) for s in args.sinks.split(",")]
     if not any(windows) and (max(sinks) > 0 or args.full_attention_layers is not None):
         raise ValueError(
             f"--windows {args.windows} has no window: sinks and full layers would have no effect. "
@@ -108,18 +108,18 @@ def window_arms_of(args: argparse.Namespace, hf_config: Any) -> list[WindowArm]:
     arms = []
     for window in windows:
         for count in sinks if window else [0]:
-            options = _options_of_arm(args, window, count)
+            options = _ppl_options(args, window, count)
             if window and window + count >= args.length:
                 raise ValueError(
                     f"a window of {window} with {count} sinks is not below --length {args.length}: "
                     "nothing would slide. Give longer pieces, or a smaller window"
                 )
-            check_options(hf_config, options)
+            resolve_scoring_options(hf_config, options)
             arms.append(WindowArm(window, count, options))
     return arms
 
 
-def _parse_number(flag: str, text: str, least: int) -> int:
+def _parse_ppl_number(flag: str, text: str, least: int) -> int:
     if not is_flag_number(text, least):
         allowed = f"integers from {least} on, separated by commas"
         raise ValueError(
@@ -128,7 +128,7 @@ def _parse_number(flag: str, text: str, least: int) -> int:
     return int(text)
 
 
-def _options_of_arm(args: argparse.Namespace, window: int | None, sinks: int) -> dict[str, Any]:
+def _ppl_options(args: argparse.Namespace, window: int | None, sinks: int) -> dict[str, Any]:
     if window is None:
         return dict(FULL_ATTENTION)
     options: dict[str, Any] = {"window": window}
@@ -141,7 +141,7 @@ def _options_of_arm(args: argparse.Namespace, window: int | None, sinks: int) ->
     return options
 
 
-def _measure_window_arm(setup: Setup, arm: WindowArm, pieces: Sequence[Sequence[int]]) -> Measured:
+def _evaluate_window_arm(setup: Setup, arm: WindowArm, pieces: Sequence[Sequence[int]]) -> Measured:
     name = FULL if arm.window is None else f"window {arm.window}, {arm.sinks} sinks"
     say(name)
     with ScoringEngine.start(setup, arm.options) as engine:

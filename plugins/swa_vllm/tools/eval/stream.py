@@ -29,8 +29,8 @@ from swa_vllm.tools.engines.setup import (
     FULL_ATTENTION,
     Setup,
     add_setup_arguments,
-    check_options,
-    load_text_config,
+    resolve_scoring_options,
+    scoring_text_config,
     setup_of,
 )
 from swa_vllm.tools.eval.filler import filler_sentences
@@ -98,7 +98,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Print each stretch and the passage that comes twice; returns the figures."""
     plots.check_plot_path(args.plot)
-    hf_config = load_text_config(args.model)
+    hf_config = scoring_text_config(args.model)
     arms = stream_arms_of(args, hf_config)
     stream = _stream_of(args, trained_len(hf_config))
     setup = setup_of(args, hf_config, len(stream.tokens) + 1, logits_processors=[ForcedTokens])
@@ -138,7 +138,7 @@ def stream_arms_of(args: argparse.Namespace, hf_config: Any) -> dict[str, dict[s
             raise ValueError(
                 f"--arms {name} needs sinks, got --sinks {args.sinks}; give some, or --arms window"
             )
-        check_options(hf_config, known[name])
+        resolve_scoring_options(hf_config, known[name])
     return {name: dict(known[name]) for name in names}
 
 
@@ -195,7 +195,7 @@ def summarize_stream(stream: Stream, scored: Scored) -> StreamOutcome:
         for start in range(0, len(stream.tokens), stream.bucket)
     ]
     num_prompt = len(stream.tokens) - stream.num_decoded
-    held = [_pages_held_in(stretch, scored) for stretch in stretches]
+    held = [_stream_pages_held_in(stretch, scored) for stretch in stretches]
     decoding = [p for p, n in zip(scored.pages, scored.computed, strict=True) if n > num_prompt]
 
     def of(stretch: range) -> float:
@@ -211,7 +211,7 @@ def summarize_stream(stream: Stream, scored: Scored) -> StreamOutcome:
     )
 
 
-def _pages_held_in(stretch: range, scored: Scored) -> list[int]:
+def _stream_pages_held_in(stretch: range, scored: Scored) -> list[int]:
     """List the pages after each step that ended in a stretch, or after the next step."""
     steps = list(zip(scored.computed, scored.pages, strict=True))
     within = [pages for computed, pages in steps if computed - 1 in stretch]

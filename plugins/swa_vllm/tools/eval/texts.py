@@ -34,7 +34,9 @@ def tokens_of(model: str, path: Path) -> list[int]:
     return list(tokenizer_of(model)(text, add_special_tokens=False)["input_ids"])
 
 
-def cut_text(tokens: Sequence[int], length: int, max_pieces: int | None = None) -> list[list[int]]:
+def cut_evaluated_text(
+    tokens: Sequence[int], length: int, max_pieces: int | None = None
+) -> list[list[int]]:
     """Cut a text into whole pieces of ``length`` tokens; what is left over is dropped.
 
     Raises:

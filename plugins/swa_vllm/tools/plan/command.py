@@ -21,12 +21,12 @@ from swa_vllm.compat.architectures import PLAIN, WINDOWED, has_windows
 from swa_vllm.tools.common import plots
 from swa_vllm.tools.common.arguments import (
     add_window_arguments,
-    check_number,
-    check_numbers,
+    check_number_argument,
+    check_number_arguments,
     options_of_window_arguments,
 )
 from swa_vllm.tools.common.arms import Arm
-from swa_vllm.tools.common.pools import Model, plan_need, plan_pool
+from swa_vllm.tools.common.pools import Model, need_in_pool, plan_pool
 from swa_vllm.tools.common.queueing import Workload
 from swa_vllm.tools.common.sizing import (
     CACHE_DTYPES,
@@ -35,10 +35,10 @@ from swa_vllm.tools.common.sizing import (
     Limits,
     bytes_of_an_element,
     kv_heads_of_a_device,
-    longest_text,
+    longest_text_in_limits,
 )
 from swa_vllm.tools.plan.pictures import plot_plan
-from swa_vllm.tools.plan.report import describe_plan, need_rows, plan_figures, plan_notes, pool_rows
+from swa_vllm.tools.plan.report import describe_plan, plan_figures, plan_notes, plan_rows, pool_rows
 
 EXAMPLE = (
     "Qwen3-8B/config.json --window 4096 --sink-tokens 4 --full-attention-layers every:4 "
@@ -90,7 +90,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     """Print the pools and the requests in them; returns the figures."""
     plots.check_plot_path(args.plot)
     checkpoint = read_checkpoint(Path(args.model))
-    _check_architectures(checkpoint)
+    _check_plannable(checkpoint)
     limits = _planned_limits(args, checkpoint)
     options = SWAOptions.from_dict(options_of_window_arguments(args))
     layers = resolve_layers(checkpoint.config, options, max_model_len=limits.max_model_len)
@@ -106,16 +106,16 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         head_dim=checkpoint.head_dim,
         number_bytes=bytes_of_an_element(checkpoint, args.dtype, args.kv_cache_dtype),
     )
-    memory = None if args.kv_memory is None else parse_memory_size(args.kv_memory)
+    memory = None if args.kv_memory is None else parse_planned_memory(args.kv_memory)
     pools = {arm: plan_pool(arm, model, limits, memory) for arm in Arm}
     if memory is not None and not all(pool.num_pages for pool in pools.values()):
         raise ValueError(f"--kv-memory {args.kv_memory} does not hold a single page; give more")
-    workloads = [Workload(prompt, args.output) for prompt in _planned_prompts(args, limits)]
-    needs = {w: {arm: plan_need(pools[arm], limits, w) for arm in Arm} for w in workloads}
+    workloads = [Workload(prompt, args.output) for prompt in _prompts_to_plan(args, limits)]
+    needs = {w: {arm: need_in_pool(pools[arm], limits, w) for arm in Arm} for w in workloads}
     print(describe_plan(args, model, limits))
     print(format_table(("", *Arm), pool_rows(pools)))
     print(f"\none request, and how many run at once; answers of {args.output} tokens")
-    print(format_table(*need_rows(needs, with_pool=memory is not None)))
+    print(format_table(*plan_rows(needs, with_pool=memory is not None)))
     for note in (*layers.warnings, *plan_notes(model, limits, pools)):
         print(f"note: {note}")
     if args.plot is not None:
@@ -123,7 +123,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     return plan_figures(args, model, limits, pools, needs)
 
 
-def _check_architectures(checkpoint: Checkpoint) -> None:
+def _check_plannable(checkpoint: Checkpoint) -> None:
     names = checkpoint.architectures
     if names and not any(map(has_windows, names)):
         raise ValueError(
@@ -132,7 +132,7 @@ def _check_architectures(checkpoint: Checkpoint) -> None:
         )
 
 
-def parse_memory_size(text: str) -> int:
+def parse_planned_memory(text: str) -> int:
     """Read a size such as ``16GiB``; returns bytes.
 
     Raises:
@@ -151,9 +151,11 @@ def _planned_limits(args: argparse.Namespace, checkpoint: Checkpoint) -> Limits:
     device = Device(args.device)
     if args.block_size is None:
         args.block_size = device.block_size
-    max_model_len = longest_text(checkpoint) if args.max_model_len is None else args.max_model_len
-    check_numbers(args, _NUMBERS)
-    check_number("max_model_len", max_model_len)
+    max_model_len = (
+        longest_text_in_limits(checkpoint) if args.max_model_len is None else args.max_model_len
+    )
+    check_number_arguments(args, _NUMBERS)
+    check_number_argument("max_model_len", max_model_len)
     if args.max_num_batched_tokens < args.max_num_seqs:
         raise ValueError(
             f"--max-num-batched-tokens {args.max_num_batched_tokens} is below --max-num-seqs "
@@ -169,7 +171,7 @@ def _planned_limits(args: argparse.Namespace, checkpoint: Checkpoint) -> Limits:
     )
 
 
-def _planned_prompts(args: argparse.Namespace, limits: Limits) -> list[int]:
+def _prompts_to_plan(args: argparse.Namespace, limits: Limits) -> list[int]:
     longest = limits.max_model_len - args.output
     if longest < 1:
         raise ValueError(

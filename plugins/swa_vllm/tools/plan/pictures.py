@@ -14,9 +14,11 @@ _ARM_COLOURS = {Arm.FULL: "#555555", Arm.STOCK: "#d98c21", Arm.SWA: "#1f77b4"}
 def plot_plan(path: Path, title: str, needs: Mapping[Workload, Mapping[Arm, Need]]) -> None:
     """Draw the memory of one request by prompt length, and requests at once in a known pool."""
     lengths = [workload.num_prompt for workload in needs]
-    panels = {"MiB that one request holds at most": _planned_series(needs, "peak_bytes", 2**-20)}
+    panels = {
+        "MiB that one request holds at most": _plan_picture_series(needs, "peak_bytes", 2**-20)
+    }
     if any(need.running is not None for by_arm in needs.values() for need in by_arm.values()):
-        panels["requests that run at once"] = _planned_series(needs, "running", 1.0)
+        panels["requests that run at once"] = _plan_picture_series(needs, "running", 1.0)
     figure = new_figure(5 * len(panels), 4)
     axes = figure.subplots(1, len(panels), squeeze=False)
     for axis, (label, series) in zip(axes[0], panels.items(), strict=True):
@@ -30,7 +32,7 @@ def plot_plan(path: Path, title: str, needs: Mapping[Workload, Mapping[Arm, Need
     figure.savefig(path)
 
 
-def _planned_series(
+def _plan_picture_series(
     needs: Mapping[Workload, Mapping[Arm, Need]], name: str, factor: float
 ) -> dict[Arm, Sequence[float]]:
     """List the values of a figure by arm, NaN where an arm has none."""

@@ -55,7 +55,7 @@ def pool_rows(pools: Pools) -> list[list[object]]:
     return [row for row in rows if row[1] is not None]
 
 
-def need_rows(needs: Needs, *, with_pool: bool) -> tuple[list[str], list[list[object]]]:
+def plan_rows(needs: Needs, *, with_pool: bool) -> tuple[list[str], list[list[object]]]:
     """Make the header, and a row for each prompt length."""
     short = dict(zip(Arm, ("full", "stock", "here"), strict=True))
     header = ["prompt"]

@@ -10,7 +10,11 @@ import argparse
 from typing import Any
 
 from swa_vllm.tools.common import plots
-from swa_vllm.tools.common.arguments import check_number, check_numbers, numbers_of_tokens
+from swa_vllm.tools.common.arguments import (
+    check_number_argument,
+    check_number_arguments,
+    numbers_of_tokens,
+)
 from swa_vllm.tools.trace.picture import plot_trace
 from swa_vllm.tools.trace.recording import record_trace
 from swa_vllm.tools.trace.text import print_trace
@@ -43,8 +47,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Print the map of pages; returns the figures."""
     plots.check_plot_path(args.plot)
-    check_numbers(args, _NUMBERS)
-    check_number("sink_tokens", args.sink_tokens, least=0)
+    check_number_arguments(args, _NUMBERS)
+    check_number_argument("sink_tokens", args.sink_tokens, least=0)
     if args.pool_tokens < 2 * args.block_size:
         raise ValueError(
             f"--pool-tokens {args.pool_tokens} is less than two pages of --block-size "

@@ -26,10 +26,12 @@ def print_trace(title: str, trace: Trace) -> None:
         f"{title}\n\npages held over {num_steps} steps ({most} at the height of a line): {legend}"
     )
     for index, row in enumerate(trace.rows):
-        print(f"{f'request {index}':14}  {_draw_request(row, width, most)}")
+        print(f"{f'request {index}':14}  {_draw_traced_request(row, width, most)}")
     print(f"\npages of the pool ({trace.num_pages} at the height of a line)")
-    print(f"{'full attention':14}  {paint(_draw_levels(trace.full, width, trace.num_pages), GREY)}")
-    print(f"{'in use':14}  {paint(_draw_levels(trace.used, width, trace.num_pages), BLUE)}")
+    print(
+        f"{'full attention':14}  {paint(_draw_trace_levels(trace.full, width, trace.num_pages), GREY)}"
+    )
+    print(f"{'in use':14}  {paint(_draw_trace_levels(trace.used, width, trace.num_pages), BLUE)}")
     beyond = sum(full > trace.num_pages for full in trace.full)
     print(f"at most {max(trace.used)} pages; full attention would hold {max(trace.full)}", end="")
     print(f", more than there are in {beyond} steps\n" if beyond else "\n")
@@ -44,10 +46,10 @@ def _trace_peak_row(index: int, row: Row) -> list[object]:
     return [index, row.num_prompt, *map(max, kinds)]
 
 
-def _draw_request(row: Row, width: int, most: int) -> str:
+def _draw_traced_request(row: Row, width: int, most: int) -> str:
     """Draw the pages of a request over time, in the colour of the most frequent kind."""
     cells = zip(
-        _draw_levels(row.held, width, most),
+        _draw_trace_levels(row.held, width, most),
         *(_peaks_over_time(getattr(row, kind), width) for kind in _COLOURS),
         strict=True,
     )
@@ -55,7 +57,7 @@ def _draw_request(row: Row, width: int, most: int) -> str:
     return "".join(paint(level, colours[kinds.index(max(kinds))]) for level, *kinds in cells)
 
 
-def _draw_levels(values: Sequence[int], width: int, most: int) -> str:
+def _draw_trace_levels(values: Sequence[int], width: int, most: int) -> str:
     """Draw ``width`` characters, each as high as the most in its part of the time."""
     encoding = sys.stdout.encoding or ""
     levels = _LEVELS if encoding.lower().startswith("utf") else _PLAIN_LEVELS

@@ -26,13 +26,13 @@ from swa_backend.kernels.plans import Target
 from swa_vllm.attention.backends import windowed_backend
 from swa_vllm.attention.layer import WindowedAttention
 from swa_vllm.config.swa_config import SWAConfig
-from swa_vllm.tools.bench.attention.stock_kernel import real_triton
+from swa_vllm.tools.bench.attention.stock_kernel import real_triton_for_stock_kernel
 from swa_vllm.tools.bench.attention.times import HEAD_DIM
 from swa_vllm.tools.common.arms import Arm
 from swa_vllm.tools.common.spread import Spread
 from swa_vllm.tools.common.timing import time_in_turns
 from swa_vllm.tools.engines.batches import BLOCK_SIZE, make_batch
-from swa_vllm.tools.engines.layer import SHAPES, one_layer_checkpoint
+from swa_vllm.tools.engines.layer import SHAPES, one_layer_engine_checkpoint
 
 DEVICE = Target("cuda", 90, 132)
 # Of each request: tokens before, and queries.
@@ -86,9 +86,11 @@ def _time_host_of_layer(shape: str, window: int, rounds: int) -> Iterator[HostTi
 
     launched: list[str] = []
     with (
-        aot.idle_device(DEVICE, lambda source, metadata, *_: launched.append(metadata.name)),
-        real_triton(aot.triton_modules(), DEVICE),
-        _engine_config(shape, window) as config,
+        aot.launching_without_gpu(
+            DEVICE, lambda source, metadata, *_: launched.append(metadata.name)
+        ),
+        real_triton_for_stock_kernel(aot.triton_modules(), DEVICE),
+        _host_time_engine_config(shape, window) as config,
         set_current_vllm_config(config),
         tempfile.NamedTemporaryFile() as store,
     ):
@@ -178,9 +180,9 @@ class _TimedLayer:
 
 
 @contextmanager
-def _engine_config(shape: str, window: int) -> Iterator[VllmConfig]:
+def _host_time_engine_config(shape: str, window: int) -> Iterator[VllmConfig]:
     """Make the config of an engine whose windows run on this project's kernels."""
-    with one_layer_checkpoint(SHAPES[shape], 4096) as model:
+    with one_layer_engine_checkpoint(SHAPES[shape], 4096) as model:
         yield EngineArgs(
             model,
             skip_tokenizer_init=True,

@@ -43,14 +43,16 @@ def prefill_work(
     )
     visible = sum(num_visible(context + i, window) for i in range(num_queries))
     keys = work = 0
-    for low, stop, step in _query_blocks(window, context, num_queries, plan.rows_per_block):
+    for low, stop, step in _work_of_query_blocks(window, context, num_queries, plan.rows_per_block):
         cached = max(0, min(stop, context) - low)
         own = stop - low - cached
         keys += cached + own
         work += (ceil_div(cached, plan.tile) + ceil_div(own, plan.tile)) * plan.tile * step
     stock_keys = stock_work = 0
     tile = _get_tile_size(HEAD_DIM, window, torch.bfloat16.itemsize, is_prefill=True)
-    for low, stop, step in _query_blocks(window, context, num_queries, _STOCK_ROWS // group):
+    for low, stop, step in _work_of_query_blocks(
+        window, context, num_queries, _STOCK_ROWS // group
+    ):
         first = low // tile * tile
         stock_keys += stop - first
         stock_work += ceil_div(stop - first, tile) * tile * step
@@ -60,7 +62,7 @@ def prefill_work(
     }
 
 
-def _query_blocks(
+def _work_of_query_blocks(
     window: int, context: int, num_queries: int, rows: int
 ) -> Iterator[tuple[int, int, int]]:
     """Yield the first key of each query block, the one behind its last, and its queries."""

@@ -70,14 +70,19 @@ def compile_stock(case: AttentionCase, target: Target) -> Any:
     from swa_backend.verify import aot
 
     batch = make_kernel_batch(case, torch.device("cpu"), cold_bytes=1)
-    with aot.compiling(target) as kernels, real_triton(aot.triton_modules(), target):
+    with (
+        aot.compiling_without_gpu(target) as kernels,
+        real_triton_for_stock_kernel(aot.triton_modules(), target),
+    ):
         for call in vllm_triton(batch):
             call()
-    return aot.read_facts(kernels["kernel_unified_attention"], target)
+    return aot.facts_of_compiled(kernels["kernel_unified_attention"], target)
 
 
 @contextmanager
-def real_triton(modules: dict[str, Any], target: Target | None = None) -> Iterator[None]:
+def real_triton_for_stock_kernel(
+    modules: dict[str, Any], target: Target | None = None
+) -> Iterator[None]:
     """Make vLLM's kernels Triton functions inside, where its build has a placeholder for Triton.
 
     Modules that are imported inside are forgotten behind it, and imported anew when needed.

@@ -126,7 +126,7 @@ def time_kernel_arms(
     Raises:
         RuntimeError: this project's own output is wrong.
     """
-    expected = _oracle_output(batch).float()
+    expected = _oracle_of_timed_batch(batch).float()
     bound = _TOLERANCE * float(batch.kv_cache.float().abs().max())
     result = Result(case)
     for name, prepare in arms.items():
@@ -147,7 +147,7 @@ def time_kernel_arms(
     return result
 
 
-def _oracle_output(batch: Batch) -> torch.Tensor:
+def _oracle_of_timed_batch(batch: Batch) -> torch.Tensor:
     """Compute the oracle's output; of chunks in fp64, one block of queries after the other."""
     if batch.num_queries == 1:
         return our_kernels(batch, impl="torch")[0]()
@@ -162,7 +162,7 @@ def _oracle_output(batch: Batch) -> torch.Tensor:
             keys = torch.arange(first_visible(start, batch.window), stop, device=device)
             rows = batch.kv_cache[table[keys // page].long(), :, keys % page]
             key, value = rows.double().transpose(0, 1).chunk(2, dim=-1)
-            mask = reference.visible_mask(keys[-len(query) :], keys, batch.window)
+            mask = reference.reference_mask(keys[-len(query) :], keys, batch.window)
             outputs.append(reference.attention(query.transpose(0, 1), key, value, mask))
     return torch.cat(outputs, dim=1).transpose(0, 1)
 

@@ -34,7 +34,7 @@ SERVING_ARMS = {
 HF_FULL = ServingArm("Hugging Face, full attention", False, None)  # to check only
 
 
-def add_serving_arguments(parser: argparse.ArgumentParser, names: str, rounds: int) -> None:
+def add_arms_and_rounds_arguments(parser: argparse.ArgumentParser, names: str, rounds: int) -> None:
     """Add the options of benchmarks that serve; ``names`` and ``rounds`` are defaults."""
     parser.add_argument(
         "model",

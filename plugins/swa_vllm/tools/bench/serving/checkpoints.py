@@ -88,6 +88,6 @@ def prepare_checkpoints(
     }
 
 
-def vocabulary_size(model: Path) -> int:
+def vocabulary_of_arms(model: Path) -> int:
     """Read how many tokens a checkpoint knows."""
     return int(json.loads((model / "config.json").read_text())["vocab_size"])

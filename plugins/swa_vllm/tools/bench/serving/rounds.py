@@ -8,11 +8,11 @@ from typing import Any
 
 from swa_vllm.tools.bench.serving.arms import HF_FULL, SERVING_ARMS, ServingArm
 from swa_vllm.tools.bench.serving.bound import EngineSpeed
-from swa_vllm.tools.bench.serving.checkpoints import vocabulary_size
+from swa_vllm.tools.bench.serving.checkpoints import vocabulary_of_arms
 from swa_vllm.tools.bench.serving.launcher import Launcher
 from swa_vllm.tools.bench.serving.process import ArmProcess
 from swa_vllm.tools.bench.serving.records import ServedWorkload
-from swa_vllm.tools.bench.serving.workload import Ask, make_prompts
+from swa_vllm.tools.bench.serving.workload import Ask, make_workload_prompts
 from swa_vllm.tools.common.progress import say, token_bar
 from swa_vllm.tools.common.spread import Spread
 
@@ -51,17 +51,18 @@ def measure_rounds(
         for name, arm in arms.items():
             say(f"starting {arm.name}")
             processes[name] = stack.enter_context(launcher.start(arm))
-        pool_bytes = _common_pool_bytes(processes)
+        pool_bytes = _pool_bytes_of_all_arms(processes)
         if launcher.dtype == _EXACT:
             checked = _check_same_answers(launcher, arms, rounds, processes)
-        vocab = vocabulary_size(launcher.models[True])
+        vocab = vocabulary_of_arms(launcher.models[True])
         _warm_up_arms(processes, rounds, vocab)
         speed = EngineSpeed.measure(
             processes["here"], rounds.asks, rounds.window, launcher.engine["block_size"]
         )
         served = _serve_in_turns(processes, rounds, vocab)
     figures = {
-        SERVING_ARMS[name].name: _figures_of_arm(workloads) for name, workloads in served.items()
+        SERVING_ARMS[name].name: _summarize_rounds_of_arm(workloads)
+        for name, workloads in served.items()
     }
     here = figures[SERVING_ARMS["here"].name]
     return {
@@ -107,7 +108,7 @@ def _serve_round(process: ArmProcess, asks: Sequence[Ask], vocab: int, seed: int
         answer = process.ask(
             "serve",
             progress,
-            prompts=make_prompts([ask.prompt_tokens for ask in asks], vocab, seed),
+            prompts=make_workload_prompts([ask.prompt_tokens for ask in asks], vocab, seed),
             outputs=[ask.output_tokens for ask in asks],
             arrivals=[ask.arrival for ask in asks],
         )
@@ -133,7 +134,7 @@ def _check_same_answers(
     wanted = (rounds.window // 2, rounds.window + 1, 3 * rounds.window + 5)
     lengths = [max(1, min(room, n)) for n in wanted]
     asks = [Ask(0.0, length, _CHECKED_TOKENS) for length in lengths]
-    vocab = vocabulary_size(launcher.models[True])
+    vocab = vocabulary_of_arms(launcher.models[True])
     both = {"hf_full": HF_FULL} if {"full", "hf"} <= set(arms) else {}
     groups: dict[bool, dict[str, list[list[int]]]] = {True: {}, False: {}}
     for name, arm in {**arms, **both}.items():
@@ -156,14 +157,14 @@ def _check_same_answers(
     }
 
 
-def _common_pool_bytes(processes: Mapping[str, ArmProcess]) -> int:
+def _pool_bytes_of_all_arms(processes: Mapping[str, ArmProcess]) -> int:
     sizes = {p.name: p.facts["pool_bytes"] for p in processes.values() if "pool_bytes" in p.facts}
     if len(set(sizes.values())) != 1:
         raise RuntimeError(f"the pools are not of the same bytes: {sizes}")
     return int(next(iter(sizes.values())))
 
 
-def _figures_of_arm(rounds: Sequence[ServedWorkload]) -> dict[str, Any]:
+def _summarize_rounds_of_arm(rounds: Sequence[ServedWorkload]) -> dict[str, Any]:
     summaries = [served.summary() for served in rounds]
     return {
         **{

@@ -18,7 +18,7 @@ from vllm.v1.core.sched.scheduler import Scheduler
 from swa_backend.pages import ceil_div
 from swa_vllm.tools.bench.serving.process import Progress, answer_commands
 from swa_vllm.tools.bench.serving.records import Step, Timed
-from swa_vllm.tools.bench.serving.workload import make_prompts
+from swa_vllm.tools.bench.serving.workload import make_workload_prompts
 
 _VOCABULARY = 500  # of prompts whose sense does not matter; no model has less
 
@@ -127,7 +127,7 @@ class SteppedEngine:
             of those with the most requests, but the first; ``batch``, how many these were, as a
             pool may not hold all at once; ``tokens`` of each answer.
         """
-        prompts = make_prompts([num_prompt] * batch, _VOCABULARY, seed)
+        prompts = make_workload_prompts([num_prompt] * batch, _VOCABULARY, seed)
         # The first go on until the last prompt is computed, where max_model_len lets them.
         chunks = ceil_div(batch * num_prompt, self._scheduler.max_num_scheduled_tokens)
         num_output = min(chunks + num_steps + 1, self._scheduler.max_model_len - num_prompt)

@@ -28,7 +28,9 @@ class Ask:
         return self.prompt_tokens + self.output_tokens
 
 
-def _equal_requests(num_prompt: int, num_output: int) -> Callable[[int, int], list[Ask]]:
+def _workload_of_equal_requests(
+    num_prompt: int, num_output: int
+) -> Callable[[int, int], list[Ask]]:
     return lambda count, seed: [Ask(0.0, num_prompt, num_output)] * count
 
 
@@ -45,9 +47,9 @@ def _chat_requests(count: int, seed: int) -> list[Ask]:
 
 
 MIXES: dict[str, Callable[[int, int], list[Ask]]] = {
-    "decode": _equal_requests(256, 1024),
-    "even": _equal_requests(512, 128),
-    "prefill": _equal_requests(2048, 32),
+    "decode": _workload_of_equal_requests(256, 1024),
+    "even": _workload_of_equal_requests(512, 128),
+    "prefill": _workload_of_equal_requests(2048, 32),
     "chat": _chat_requests,
 }
 
@@ -85,7 +87,7 @@ def _parse_trace_line(path: Path, number: int, line: str) -> Ask:
     )
 
 
-def make_prompts(lengths: Sequence[int], vocab_size: int, seed: int) -> list[list[int]]:
+def make_workload_prompts(lengths: Sequence[int], vocab_size: int, seed: int) -> list[list[int]]:
     """Make prompts of random tokens, the same for the same seed."""
     generator = random.Random(seed)  # noqa: S311 (no secret)
     return [generator.choices(range(vocab_size), k=length) for length in lengths]
