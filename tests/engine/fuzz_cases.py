@@ -1,15 +1,17 @@
-"""Random tiny Qwen3s, engines and requests, each case from one integer.
+"""Random tiny Qwen3s, engines and requests, each case from one integer, its seed.
 
-A case says everything itself, so that one that failed can be kept while the choices made here
-change.
+The three lowest bits of a seed say what is to happen in its case (:data:`AIMS`), so that of eight
+seeds in a row four are meant for each event, in every combination. A case says everything itself,
+so that one that failed can be kept while the choices made here change.
 """
 
 import random
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from swa_backend.options import PrefillPages
-from swa_backend.pages import ceil_div
+from swa_backend.pages import WindowPages, ceil_div
 from tests.helpers.tiny_models import FULL, ROPE, random_prompts
 
 MAX_LENGTH = 256
@@ -86,6 +88,22 @@ class Case:
         return tuple(self.window if slides else None for slides in self.windowed)
 
     @property
+    def pages(self) -> WindowPages:
+        """Of a request in a windowed layer."""
+        return WindowPages(self.window, self.page_size, self.sinks)
+
+    @property
+    def num_groups(self) -> tuple[int, int]:
+        """KV groups that vLLM makes of full layers, and of windowed ones."""
+        num_windowed = sum(self.windowed)
+        num_full = len(self.windowed) - num_windowed
+        if not num_full:
+            return 0, 1
+        few, many = sorted((num_full, num_windowed))
+        size = many if many < 1.5 * few else few
+        return ceil_div(num_full, size), ceil_div(num_windowed, size)
+
+    @property
     def checkpoint(self) -> dict[str, Any]:
         """Keys of its config."""
         kinds = ["sliding_attention" if slides else "full_attention" for slides in self.windowed]
@@ -123,8 +141,16 @@ class Case:
 
 
 def random_case(seed: int) -> Case:
-    """The case of a seed."""
+    """The case of a seed: the first of many random ones that can do what its seed asks for."""
     rng = random.Random(seed)
+    aims = [is_met for bit, is_met in enumerate(AIMS.values()) if seed >> bit & 1]
+    while True:
+        case = _draw(rng)
+        if all(is_met(case) for is_met in aims):
+            return case
+
+
+def _draw(rng: random.Random) -> Case:
     num_kv_heads = rng.choice([1, 1, 2, 3])
     windowed = tuple(rng.random() < 0.7 for _ in range(rng.choice([1, 2, 2, 2, 3, 4])))
     if not any(windowed):
@@ -132,11 +158,14 @@ def random_case(seed: int) -> Case:
     page_size = rng.choice([32, 32, 32, 64, 96])
     near_a_page = page_size * rng.randint(1, 2) + rng.randint(-1, 1)
     sinks = rng.choice([0, 0, 1, 4, page_size, rng.randint(2, page_size + 9)])
-    max_length, max_requests = rng.randint(33, MAX_LENGTH), rng.randint(1, 8)
+    max_length = rng.choice([MAX_LENGTH, rng.randint(33, MAX_LENGTH)])
+    max_requests = rng.randint(1, 8)
     sinks = min(sinks, max_length - 1)  # more are refused
-    # What vLLM demands: one request of the greatest length, with every layer in a group of its own.
-    least = len(windowed) * ceil_div(max_length + sinks, page_size) + 1
-    return Case(
+    batches = _batch(rng, max_length), _batch(rng, max_length)
+    if rng.random() < 0.5:  # some ask once more
+        again = rng.sample(batches[0], k=rng.randint(1, len(batches[0])))
+        batches = batches[0], tuple(sorted(again, key=lambda job: job.starts_at))
+    case = Case(
         dtype=rng.choice(["float32"] * 8 + ["bfloat16", "float16"]),
         num_heads=num_kv_heads * rng.choice([1, 2, 4]),
         num_kv_heads=num_kv_heads,
@@ -150,14 +179,25 @@ def random_case(seed: int) -> Case:
         shift=sinks > 0 and rng.random() < 0.5,
         prefill_pages=rng.choice([*PrefillPages]).value,
         page_size=page_size,
-        num_pages=least + rng.choice([0, 0, least // 4, least, 5 * least]),
+        num_pages=0,
         max_length=max_length,
         chunk=max(max_requests, rng.choice([16, 33, 64, 130, 512])),
         max_requests=max_requests,
         caching=rng.random() < 0.7,
         is_async=rng.random() < 0.5,
-        batches=tuple(_batch(rng, max_length) for _ in range(2)),
+        batches=batches,
     )
+    least = _least_pages(case)
+    return replace(case, num_pages=least + rng.choice([0, 0, least // 4, least, 5 * least]))
+
+
+def _least_pages(case: Case) -> int:
+    """What vLLM demands, or a little more: one request of the greatest length and the null page."""
+    num_full, num_windowed = case.num_groups
+    longest = ceil_div(case.max_length + case.sinks, case.page_size)
+    in_flight = ceil_div(case.window - 1 + 2 * case.chunk, case.page_size) + 1
+    charged = min(longest, in_flight + 2 * case.pages.num_sink_pages)
+    return num_full * longest + num_windowed * charged + 1
 
 
 def _batch(rng: random.Random, max_length: int) -> tuple[Job, ...]:
@@ -168,7 +208,8 @@ def _batch(rng: random.Random, max_length: int) -> tuple[Job, ...]:
 
 def _job(rng: random.Random, max_length: int, starts_at: int) -> Job:
     num_tokens = min(max_length - 1, rng.randint(1, rng.choice([1, 8, 40, 100])))
-    num_prompt = rng.randint(1, max_length - num_tokens)
+    longest = max_length - num_tokens
+    num_prompt = rng.choice([rng.randint(1, longest), rng.randint(ceil_div(longest, 2), longest)])
     num_own = rng.choice([0, min(num_prompt, rng.randint(1, 40)), num_prompt])
     return Job(
         text=rng.randrange(2),
@@ -180,3 +221,53 @@ def _job(rng: random.Random, max_length: int, starts_at: int) -> Job:
         aborted_at=rng.choice([0, 0, 0, starts_at + rng.randint(1, 30)]),
         scores_prompt=rng.random() < 0.15,
     )
+
+
+def _can_skip_pages(case: Case) -> bool:
+    """A chunk of a first prompt passes over pages that it need not store."""
+    is_kept = case.prefill_pages == PrefillPages.ALL.value or (
+        case.prefill_pages == PrefillPages.AUTO.value and case.caching
+    )
+    first = case.batches[0][0]
+    num_tokens = min(case.chunk, first.num_shared + first.num_own)
+    return not is_kept and len(case.pages.holes(0, num_tokens)) > 0
+
+
+def _can_hit_across_freed_pages(case: Case) -> bool:
+    """The second batch begins with a long prompt that one of the first batch's last ones was."""
+    pages, (jobs, (again, *_)) = case.pages, case.batches
+    num_pages = pages.num_sink_pages + pages.num_hit_pages + 1
+    # A window of one sees no page that a hit could end with; who scores a prompt reads no cache.
+    return (case.caching and case.window > 1 and not again.scores_prompt) and any(
+        job.text == again.text
+        and again.num_shared >= job.num_shared > num_pages * case.page_size
+        and not job.num_own
+        and not job.aborted_at
+        and job.starts_at == jobs[-1].starts_at
+        for job in jobs
+    )
+
+
+def _can_run_short_of_pages(case: Case) -> bool:
+    """Requests that run at once would hold more than the pool has."""
+    return any(_num_pages_held(case, jobs) >= case.num_pages for jobs in case.batches)
+
+
+def _num_pages_held(case: Case, jobs: tuple[Job, ...]) -> int:
+    num_full, num_windowed = case.num_groups
+    most = case.pages.max_survivors + case.pages.num_sink_pages
+    running = [job for job in jobs if not job.aborted_at for _ in range(job.num_samples)]
+    held = 0
+    for job in running[: case.max_requests]:
+        own = job.num_own + job.num_tokens + (0 if case.caching else job.num_shared)
+        num_pages = ceil_div(own, case.page_size)
+        held += num_full * num_pages + num_windowed * min(num_pages, most)
+    return held
+
+
+# What a case is meant for, by what shows before it runs that this may happen in it.
+AIMS: dict[str, Callable[[Case], bool]] = {
+    "skipped pages": _can_skip_pages,
+    "hits across freed pages": _can_hit_across_freed_pages,
+    "shortages of pages": _can_run_short_of_pages,
+}

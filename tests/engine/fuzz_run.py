@@ -1,8 +1,8 @@
 """One case of :mod:`tests.engine.fuzz_cases` in the real engine, against a dense model."""
 
 from collections import Counter
-from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import count
 from pathlib import Path
@@ -12,7 +12,10 @@ from unittest import mock
 import torch
 from vllm import LLM, SamplingParams
 from vllm.outputs import RequestOutput
+from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.request import Request
 
+from swa_vllm.kv_cache.manager import SWAManager
 from tests.engine.fuzz_cases import Case, Job
 from tests.helpers.dense_qwen3 import Sight
 from tests.helpers.dense_text import DenseText
@@ -53,14 +56,13 @@ class Run:
     def serve(self) -> list[Scored]:
         """All that the engine said; its pages are checked at every step and after every batch."""
         scored, cache = list[Scored](), scheduler(self.llm).kv_cache_manager
-        with self._schedule_checked():
+        with self._watched():
             for number, jobs in enumerate(self.case.batches):
                 scored += self._serve(jobs, seed=10 * number)
                 check_nothing_held(cache.block_pool, cache.coordinator.single_type_managers)
         for counts in (manager.snapshot() for manager in managers(self.llm)):
             self.happened["skipped pages"] += counts.skipped
             self.happened["pages freed by a window"] += counts.freed_by_window
-            self.happened["prefix hits"] += counts.prefix_hit_tokens
         return scored
 
     def _serve(self, jobs: Sequence[Job], seed: int) -> list[Scored]:
@@ -87,23 +89,51 @@ class Run:
             for part in _scored(prompts[int(name)], jobs[int(name)], output, index)
         ]
 
-    def _schedule_checked(self) -> AbstractContextManager[object]:
+    @contextmanager
+    def _watched(self) -> Iterator[None]:
+        """Check all pages after each step that the scheduler makes, and count events."""
         own = scheduler(self.llm)
-        schedule = own.schedule
+        schedule, allocate = own.schedule, own.kv_cache_manager.allocate_slots
 
         def checked(*args: Any, **kwargs: Any) -> Any:
             output = schedule(*args, **kwargs)
-            self.happened["steps"] += 1
-            self.happened["preemptions"] += len(output.preempted_req_ids or ())
-            for manager in managers(self.llm):
-                check_counts(manager)
-                for name in output.num_scheduled_tokens:
-                    request = own.requests[name]
-                    settled = request.num_computed_tokens - request.num_in_flight_tokens
-                    check_held(manager, name, settled)
+            self._check_step(own.requests, output)
             return output
 
-        return mock.patch.object(own, "schedule", checked)
+        def counted(*args: Any, **kwargs: Any) -> Any:
+            blocks = allocate(*args, **kwargs)
+            self.happened["shortages of pages"] += blocks is None
+            return blocks
+
+        with (
+            mock.patch.object(own, "schedule", checked),
+            mock.patch.object(own.kv_cache_manager, "allocate_slots", counted),
+        ):
+            yield
+
+    def _check_step(self, requests: Mapping[str, Request], output: SchedulerOutput) -> None:
+        self.happened["steps"] += 1
+        self.happened["preemptions"] += len(output.preempted_req_ids or ())
+        admitted = {request.req_id for request in output.scheduled_new_reqs}
+        admitted |= output.scheduled_cached_reqs.resumed_req_ids
+        for manager in managers(self.llm):
+            check_counts(manager)
+            for name, num_tokens in output.num_scheduled_tokens.items():
+                request = requests[name]
+                settled = request.num_computed_tokens - request.num_in_flight_tokens
+                check_held(manager, name, settled)
+                if name in admitted:
+                    self._count_hit(manager, request, request.num_computed_tokens - num_tokens)
+
+    def _count_hit(self, manager: SWAManager, request: Request, num_tokens: int) -> None:
+        """Count a hit of ``num_tokens`` tokens; it may lie across pages that no cache has."""
+        hit = manager.req_to_blocks[request.request_id][: num_tokens // manager.block_size]
+        hashes = manager._page_hashes(request)
+        freed = [i for i, block in enumerate(hit) if block.is_null]
+        self.happened["prefix hits"] += len(hit) > 0
+        self.happened["hits across freed pages"] += any(
+            not manager._is_cached(hashes[i]) for i in freed
+        )
 
 
 def _params(job: Job) -> SamplingParams:

@@ -6,7 +6,7 @@ tags. Whatever a query would see is looked up through the worker's append-only r
 pages hold nothing.
 """
 
-from collections import deque
+from collections import Counter, deque
 from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import Any
@@ -15,7 +15,8 @@ import torch
 from vllm import SamplingParams
 from vllm.utils.hashing import sha256
 from vllm.v1.core.kv_cache_manager import KVCacheManager
-from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
+from vllm.v1.core.kv_cache_metrics import KVCacheMetricsCollector
+from vllm.v1.core.kv_cache_utils import KVCacheBlock, get_request_block_hasher, init_none_hash
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
 from vllm.v1.request import Request, RequestStatus
 
@@ -27,6 +28,34 @@ from swa_vllm.kv_cache.spec import SWASpec
 from tests.helpers.page_checks import check_counts, check_held, check_nothing_held
 
 MAX_MODEL_LEN = 400
+# What PageMachine.happened counts, by the rule or the part of the manager that it needs.
+EVENTS = (
+    "steps",
+    "requests",
+    "sessions",
+    "turns of a session",
+    "aborts of running requests",
+    "aborts of waiting requests",
+    "aborts of sessions at rest",
+    "aborts with a step in flight",
+    "preemptions for want of pages",
+    "preemptions with a step in flight",
+    "rejected drafts",
+    "admissions refused for want of pages",
+    "prefix hits",
+    "hits on pages in use",
+    "hits across freed pages",
+    "hits with sinks below the window",
+    "hits with sinks below the window that nobody held",
+    "evictions",
+    "resets of the prefix cache",
+    "resets that a session at rest forbids",
+    "skipped pages",
+    "granted pages",
+    "pages freed by a window",
+    "tokens that skipped pages kept out of the prefix cache",
+    "spare slots on a page of their own",
+)
 
 
 @dataclass(frozen=True)
@@ -76,11 +105,35 @@ class Scheduled:
     num_drafts: int
 
 
+class _Evictions(KVCacheMetricsCollector):
+    """Counts the cached pages that the pool takes for others."""
+
+    def __init__(self, happened: Counter[str]) -> None:
+        self._happened = happened
+
+    def on_block_allocated(self, block: KVCacheBlock) -> None:
+        pass
+
+    def on_block_accessed(self, block: KVCacheBlock) -> None:
+        pass
+
+    def on_block_evicted(self, block: KVCacheBlock) -> None:
+        self._happened["evictions"] += 1
+
+    def reset(self) -> None:
+        pass
+
+
 class PageMachine:
-    """See the module."""
+    """See the module.
+
+    Attributes:
+        happened: how often, by the names of ``EVENTS``.
+    """
 
     def __init__(self, setup: Setup) -> None:
         self.setup = setup
+        self.happened = Counter[str]()
         init_none_hash(sha256)
         common: dict[str, Any] = {
             "block_size": setup.page_size,
@@ -111,6 +164,7 @@ class PageMachine:
             max_in_flight_tokens=setup.num_steps_in_flight * setup.max_step_tokens,
             enable_caching=setup.caching,
             use_eagle=setup.drops_last_hit,
+            metrics_collector=_Evictions(self.happened),
         )
         self.managers: list[Any] = list(self.kv.coordinator.single_type_managers)
         self.pool = self.kv.block_pool
@@ -120,15 +174,14 @@ class PageMachine:
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
         self.in_flight: deque[list[Scheduled]] = deque()
-        self.num_made = self.num_hits = self.num_preempted = self.num_rejected = self.num_rests = 0
-        self.num_steps = 0
 
     # --- what may happen -------------------------------------------------------------------------
 
     def add(self, text: list[int], num_prompt: int, rest_at: int | None = None) -> None:
-        self.num_made += 1
+        self.happened["requests"] += 1
+        self.happened["sessions"] += rest_at is not None
         request = Request(
-            request_id=str(self.num_made),
+            request_id=str(self.happened["requests"]),
             prompt_token_ids=text[:num_prompt],
             sampling_params=SamplingParams(max_tokens=len(text) - num_prompt),
             pooling_params=None,
@@ -169,7 +222,7 @@ class PageMachine:
             self._check_pages(share)
         self.check_counts()
         if step:
-            self.num_steps += 1
+            self.happened["steps"] += 1
             self.in_flight.append(step)
 
     def settle(self, rejects: int) -> None:
@@ -188,10 +241,25 @@ class PageMachine:
                 self._take_result(share, min(rejects, share.num_drafts))
 
     def abort(self, index: int) -> None:
-        candidates = [*self.running, *self.waiting]
+        candidates = [*self.waiting, *self.running]  # a session at rest comes first
         if candidates:
             sequence = candidates[index % len(candidates)]
+            is_running, is_in_flight = sequence in self.running, self._is_in_flight(sequence)
+            rests = not is_running and bool(sequence.rows)
+            self.happened["aborts of running requests"] += is_running
+            self.happened["aborts of waiting requests"] += not is_running and not rests
+            self.happened["aborts of sessions at rest"] += rests
+            self.happened["aborts with a step in flight"] += is_in_flight
             self._end(sequence)
+
+    def reset_prefix_cache(self) -> None:
+        """Forget all cached pages, as after a change of weights; who runs is preempted for it."""
+        while self.running:
+            self._preempt()
+        may_reset = not any(sequence.rows for sequence in self.waiting)
+        assert self.kv.reset_prefix_cache() is may_reset
+        self.happened["resets of the prefix cache"] += may_reset
+        self.happened["resets that a session at rest forbids"] += not may_reset
 
     def drain(self) -> None:
         """Let all requests get done, which a pool for one of the longest must do."""
@@ -206,10 +274,16 @@ class PageMachine:
         """End everything and check that every page came back."""
         while self.in_flight:
             self.settle(0)
-        while self.running or self.waiting:
-            self.abort(0)
+        for sequence in [*self.running, *self.waiting]:
+            self._end(sequence)
         assert self.pool.get_num_free_blocks() == self.num_free_at_start
         check_nothing_held(self.pool, self.managers)
+        for counts in (m.snapshot() for m in self.managers if isinstance(m, SWAManager)):
+            self.happened["skipped pages"] += counts.skipped
+            self.happened["pages freed by a window"] += counts.freed_by_window
+            self.happened["tokens that skipped pages kept out of the prefix cache"] += (
+                counts.prefix_lost_tokens
+            )
 
     # --- the scheduler's side --------------------------------------------------------------------
 
@@ -235,18 +309,24 @@ class PageMachine:
                 num_lookahead_tokens=self.setup.num_lookahead,
             )
             if new is not None:
-                for row, ids in zip(sequence.rows, new.get_block_ids(), strict=True):
-                    row.extend(ids)
+                self._extend(sequence, new.get_block_ids(), share.start + share.num_tokens)
                 return True
-            victim = self.running.pop()
-            self.num_preempted += 1
-            self.kv.free(victim.request)
-            victim.request.num_computed_tokens = 0
-            victim.request.status = RequestStatus.PREEMPTED
-            victim.settled, victim.rows = 0, []
-            self.waiting.appendleft(victim)
-            if victim is sequence:
+            self.happened["preemptions for want of pages"] += 1
+            if self._preempt() is sequence:
                 return False
+
+    def _preempt(self) -> Sequence:
+        victim = self.running.pop()
+        self.happened["preemptions with a step in flight"] += self._is_in_flight(victim)
+        self.kv.free(victim.request)
+        victim.request.num_computed_tokens = 0
+        victim.request.status = RequestStatus.PREEMPTED
+        victim.settled, victim.rows = 0, []
+        self.waiting.appendleft(victim)
+        return victim
+
+    def _is_in_flight(self, sequence: Sequence) -> bool:
+        return sequence.request.num_in_flight_tokens > 0
 
     def _admit(self, sequence: Sequence, limit: int) -> Scheduled | None:
         request, rests = sequence.request, bool(sequence.rows)
@@ -266,16 +346,41 @@ class PageMachine:
             has_scheduled_reqs=bool(self.running),
         )
         if new is None:
+            self.happened["admissions refused for want of pages"] += 1
             return None
         request.status = RequestStatus.RUNNING
-        if rests:
-            for row, ids in zip(sequence.rows, new.get_block_ids(), strict=True):
-                row.extend(ids)
-        else:
-            self.num_hits += num_hit > 0
+        if not rests:
+            self._count_hit(request.request_id, num_hit)
             request.num_computed_tokens = sequence.settled = num_hit
-            sequence.rows = [list(ids) for ids in self.kv.get_block_ids(request.request_id)]
+            num_pages = num_hit // self.setup.page_size
+            ids = self.kv.get_block_ids(request.request_id)
+            sequence.rows = [list(row[:num_pages]) for row in ids]
+        self._extend(sequence, new.get_block_ids(), start + num_tokens)
         return Scheduled(sequence, sequence.rows, start, num_tokens, 0)
+
+    def _extend(self, sequence: Sequence, new: tuple[list[int], ...], end: int) -> None:
+        """Add new pages to the rows; ``end`` is the position behind the step's tokens."""
+        for manager, row, ids in zip(self.managers, sequence.rows, new, strict=True):
+            if isinstance(manager, SWAManager) and not manager._stores_all:
+                holes = manager._pages.holes(len(row), end)
+                granted = ids[holes.start - len(row) :][: len(holes)]
+                self.happened["granted pages"] += sum(page > 0 for page in granted)
+            row.extend(ids)
+
+    def _count_hit(self, request_id: str, num_hit: int) -> None:
+        self.happened["prefix hits"] += num_hit > 0
+        num_pages = num_hit // self.setup.page_size
+        for manager in self.managers:
+            hit = manager.req_to_blocks[request_id][:num_pages]
+            real = [block for block in hit if not block.is_null]
+            self.happened["hits on pages in use"] += any(block.ref_cnt > 1 for block in real)
+            if isinstance(manager, SWAManager):
+                self.happened["hits across freed pages"] += len(real) < len(hit)
+                below = manager._hit_sinks(hit, num_hit)
+                self.happened["hits with sinks below the window"] += len(below) > 0
+                self.happened["hits with sinks below the window that nobody held"] += any(
+                    block.ref_cnt == 1 for block in below
+                )
 
     def _check_pages(self, share: Scheduled) -> None:
         """The table is the worker's row; it holds no dead page and no more than was promised."""
@@ -300,10 +405,11 @@ class PageMachine:
     # --- the worker's side -----------------------------------------------------------------------
 
     def _clear_free_pages(self) -> None:
-        for block in self.pool.blocks:
-            if block.ref_cnt == 0 and block.block_hash is None:
-                for content in self.content:
-                    content.pop(block.block_id, None)
+        for content in self.content:
+            for page in [*content]:
+                block = self.pool.blocks[page]
+                if block.ref_cnt == 0 and block.block_hash is None:
+                    del content[page]
 
     def _write(self, share: Scheduled) -> None:
         sequence = share.sequence
@@ -325,6 +431,7 @@ class PageMachine:
                 for position in range(end, end + self.setup.spare_tokens):
                     page, slot = divmod(position, self.setup.page_size)
                     assert any(row[page : page + 1]), "no page for a spare slot"
+                    self.happened["spare slots on a page of their own"] += slot == 0
                     content.setdefault(row[page], {})[slot] = -1
 
     def _check_reads(self, share: Scheduled) -> None:
@@ -341,7 +448,7 @@ class PageMachine:
 
     def _take_result(self, share: Scheduled, num_rejected: int) -> None:
         sequence, request = share.sequence, share.sequence.request
-        self.num_rejected += num_rejected
+        self.happened["rejected drafts"] += num_rejected
         request.num_computed_tokens -= num_rejected
         sequence.settled += share.num_tokens - num_rejected
         outputs = sequence.text[request.num_tokens : sequence.settled + 1]
@@ -359,7 +466,7 @@ class PageMachine:
         """
         if sequence.request.num_in_flight_tokens == 0:
             sequence.rest_at = None
-            self.num_rests += 1
+            self.happened["turns of a session"] += 1
             self.running.remove(sequence)
             self.waiting.appendleft(sequence)
 

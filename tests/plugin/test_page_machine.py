@@ -14,37 +14,60 @@ from vllm.v1.core.single_type_kv_cache_manager import SlidingWindowManager
 
 import swa_vllm
 from swa_backend.options import PrefillPages
-from swa_backend.pages import WindowPages
+from swa_backend.pages import WindowPages, ceil_div
 from swa_vllm.kv_cache.manager import SWAManager
-from tests.plugin.page_machine import PageMachine, Setup
+from tests.plugin.page_machine import EVENTS, PageMachine, Setup
 
 Record = Callable[[str, object], None]
 
 STEPS = 50
-NUM_WALKS = 2000
+NUM_WALKS = 1600
+MAX_TEXT = 12 + 255
 # Two texts that share a prefix, and one of its own.
 _SHARED = [token % 251 for token in range(0, 2500, 7)]
 TEXTS = [_SHARED, [*_SHARED[:75], *range(1000, 1250)], list(range(2000, 2300))]
 
-setups = st.builds(
-    Setup,
+
+def _setup(room: float, **kwargs: Any) -> Setup:
+    """Of a pool that holds ``room`` times what the longest text may hold."""
+    setup = Setup(**kwargs)
+    longest = ceil_div(MAX_TEXT + setup.spare_tokens, setup.page_size)
+    windowed = ceil_div(setup.window + setup.max_step_tokens, setup.page_size) + 4
+    most = {"full": longest, "sliding": min(longest, windowed)}
+    return replace(setup, num_pages=2 + int(room * sum(most[kind] for kind in setup.kinds)))
+
+
+any_setups = st.builds(
+    _setup,
+    room=st.sampled_from([0.7, 1, 1, 1.5, 4]),
     window=st.sampled_from([1, 2, 5, 8, 9, 10, 17, 33]),
     page_size=st.sampled_from([2, 4, 8]),
-    sink_tokens=st.sampled_from([0, 0, 1, 4, 9]),
+    sink_tokens=st.sampled_from([0, 1, 4, 9]),
     spare_tokens=st.sampled_from([0, 0, 1, 9]),
-    num_pages=st.sampled_from([24, 40, 60, 200]),
     kinds=st.sampled_from(
         [("sliding",), ("full", "sliding"), ("sliding", "full"), ("full", "sliding", "sliding")]
     ),
     max_step_tokens=st.sampled_from([8, 48, 300]),
     num_steps_in_flight=st.sampled_from([1, 1, 2, 3]),
     num_drafts=st.sampled_from([0, 0, 1, 4]),
-    caching=st.booleans(),
+    caching=st.sampled_from([True, True, True, False]),
     prefill_pages=st.sampled_from(PrefillPages),
     retention_interval=st.sampled_from([None, 0]),
-    num_lookahead=st.sampled_from([0, 0, 3]),
+    num_lookahead=st.sampled_from([0, 3, 9]),
     drops_last_hit=st.booleans(),
 )
+# In these the sinks of a hit are often the last free pages, and whoever takes them must be charged.
+short_setups = st.builds(
+    _setup,
+    room=st.sampled_from([0.5, 0.7, 1]),
+    window=st.sampled_from([1, 5, 9, 17]),
+    page_size=st.sampled_from([2, 4]),
+    sink_tokens=st.just(9),
+    kinds=st.sampled_from([("sliding",), ("full", "sliding")]),
+    max_step_tokens=st.sampled_from([8, 48, 300]),
+    num_lookahead=st.just(9),
+)
+setups = st.sampled_from([any_setups, any_setups, any_setups, short_setups]).flatmap(lambda s: s)
 
 
 def walk(setup: Setup, choices: bytes, *, to_the_end: bool = False) -> PageMachine:
@@ -66,7 +89,9 @@ def walk(setup: Setup, choices: bytes, *, to_the_end: bool = False) -> PageMachi
                 machine.settle(first % 5)
             case 9:
                 if first % 3 == 0:
-                    machine.abort(second)
+                    machine.abort(second if second % 2 else 0)
+                elif first % 8 == 1:
+                    machine.reset_prefix_cache()
                 else:
                     machine.schedule(300)
     if to_the_end:
@@ -83,8 +108,9 @@ def _registered() -> None:
 actions = st.binary(min_size=3 * STEPS, max_size=3 * STEPS)
 
 
-def _check_walks(num_walks: int, record: Record) -> None:
-    happened = Counter[str]()
+def _check_walks(num_walks: int, record: Record) -> Counter[str]:
+    """Check random walks; returns in how many of them each event happened."""
+    happened, seen_in = Counter[str](), Counter[str]()
 
     @settings(
         max_examples=num_walks,
@@ -94,16 +120,21 @@ def _check_walks(num_walks: int, record: Record) -> None:
     )
     @given(setups, actions)
     def check(setup: Setup, choices: bytes) -> None:
-        happened["steps"] += walk(setup, choices).num_steps
-        happened["walks"] += 1
+        events = walk(setup, choices).happened
+        happened.update(walks=1, steps=events["steps"])
+        seen_in.update(event for event in EVENTS if events[event])
 
     check()
     for name, number in happened.items():
         record(f"summary: state machine, {name}", number)
+    for event in EVENTS:
+        record(f"summary: state machine, walks with {event}", seen_in[event])
+    return seen_in
 
 
 def test_no_visible_page_is_lost_and_no_dead_one_kept(record_property: Record) -> None:
-    _check_walks(NUM_WALKS, record_property)
+    seen_in = _check_walks(NUM_WALKS, record_property)
+    assert all(seen_in[event] >= 5 for event in EVENTS), seen_in
 
 
 @pytest.mark.full
@@ -111,28 +142,6 @@ def test_no_visible_page_is_lost_and_no_dead_one_kept_in_many_walks(
     record_property: Record,
 ) -> None:
     _check_walks(20_000, record_property)
-
-
-def test_walks_meet_what_they_are_for() -> None:
-    """Hits, preemption, rejected drafts, holes and lost prefixes do occur."""
-    machines = []
-
-    @settings(max_examples=200, deadline=None, derandomize=True, database=None)
-    @given(setups, actions)
-    def collect(setup: Setup, choices: bytes) -> None:
-        machines.append(walk(setup, choices))
-
-    collect()
-    counts = [
-        m.snapshot() for machine in machines for m in machine.managers if hasattr(m, "snapshot")
-    ]
-    assert sum(m.num_hits for m in machines) > 100
-    assert sum(m.num_preempted for m in machines) > 20
-    assert sum(m.num_rejected for m in machines) > 200
-    assert sum(m.num_rests for m in machines) > 20
-    assert sum(c.skipped for c in counts) > 1000
-    assert sum(c.freed_by_window for c in counts) > 1000
-    assert sum(c.prefix_lost_tokens for c in counts) > 100
 
 
 # What must never be got wrong, each broken on purpose.
@@ -289,7 +298,7 @@ def test_a_session_goes_on_in_a_pool_for_one_request() -> None:
     machine = PageMachine(replace(setup, num_pages=cap + 1))
     machine.add(list(range(300)), 100, rest_at=150)
     machine.drain()
-    assert machine.num_rests == 1
+    assert machine.happened["turns of a session"] == 1
     machine.finish()
 
 
@@ -315,7 +324,7 @@ def test_sent_again_the_same_prompt_hits_with_eagle(num_drafts: int) -> None:
                 machine.add(list(range(length + 1)), length)
                 machine.drain()
             machine.finish()
-            found.append(machine.num_hits)
+            found.append(machine.happened["prefix hits"])
         return found
 
     assert hits(PrefillPages.SURVIVORS) == hits(PrefillPages.ALL) == [1] * 40
