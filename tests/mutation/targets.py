@@ -9,7 +9,7 @@ _PAGES = ("tests/backend/test_pages.py",)
 _MACHINE = (
     "tests/plugin/test_page_machine.py::test_grants_leave_half_of_the_pool_free",
     "tests/plugin/test_page_machine.py::test_a_session_goes_on_in_a_pool_for_one_request",
-    "tests/plugin/test_page_machine.py::test_walks_meet_what_they_are_for",
+    "tests/plugin/test_page_machine.py::test_mistakes_are_caught",
 )
 _MANAGER = ("tests/plugin/test_manager.py",)
 _UPSTREAM = tuple(
