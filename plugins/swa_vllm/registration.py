@@ -13,6 +13,8 @@ from swa_vllm.compat import versions
 from swa_vllm.compat.architectures import GUARDS, MODELS, UNPROVEN, registered_class
 
 logger = init_logger(f"vllm.{__name__}")
+# How a class that guards another plugin's model is called.
+_GUARDED = "swa_vllm.models.guard:refusing_windows."
 
 
 def register_all() -> None:
@@ -27,6 +29,8 @@ def register_all() -> None:
         owner = registered_class(architecture)
         if owner is None:
             continue  # this vLLM does not have the model
+        if owner.startswith(_GUARDED):
+            continue  # another plugin's
         if owner.startswith(("vllm.", "swa_vllm.")):
             ModelRegistry.register_model(architecture, path)
             if allowed and architecture not in UNPROVEN:

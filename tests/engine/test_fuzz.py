@@ -229,8 +229,10 @@ def test_mistakes_are_caught(
     quick_engine: EngineFactory,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
+    record_property: Record,
 ) -> None:
     break_it(monkeypatch)
     with pytest.raises((AssertionError, RuntimeError)):
         _check(random_case(seed), quick_engine, tmp_path)
     quick_engine.stop()  # type: ignore[attr-defined]
+    record_property("summary: mutants killed", 1)

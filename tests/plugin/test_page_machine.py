@@ -244,7 +244,10 @@ SINKS = Setup(sink_tokens=5, spare_tokens=5, num_pages=80)
     ],
 )
 def test_mistakes_are_caught(
-    break_it: Callable[[pytest.MonkeyPatch], None], setup: Setup, monkeypatch: pytest.MonkeyPatch
+    break_it: Callable[[pytest.MonkeyPatch], None],
+    setup: Setup,
+    monkeypatch: pytest.MonkeyPatch,
+    record_property: Record,
 ) -> None:
     rng = random.Random(0)
     walks = [rng.randbytes(3 * STEPS) for _ in range(60)]
@@ -257,6 +260,7 @@ def test_mistakes_are_caught(
     break_it(monkeypatch)
     with pytest.raises((AssertionError, ValueError)):
         walk_all()
+    record_property("summary: mutants killed", 1)
 
 
 def test_grants_leave_half_of_the_pool_free() -> None:

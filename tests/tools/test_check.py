@@ -21,7 +21,6 @@ import swa_vllm
 from swa_backend import ops
 from swa_backend.verify import smoke as smoke_module
 from swa_vllm.compat import versions
-from swa_vllm.compat.architectures import MODELS
 from swa_vllm.tools.check import device, inspection
 from swa_vllm.tools.check.steps import ProblemError
 from swa_vllm.tools.cli import main
@@ -98,6 +97,7 @@ def test_another_plugin_holds_an_architecture(
     ModelRegistry.register_model("Qwen3ForCausalLM", OtherQwen3)
     if comes_first:
         swa_vllm.register()
+        swa_vllm.register()  # changes nothing
     wrong = _last(check())
     assert wrong["what"] == "models"
     assert f"{__name__}:OtherQwen3, not to swa_vllm.models.qwen3" in wrong["detail"]
@@ -215,8 +215,9 @@ def test_an_inspection_by_vllm_that_hangs_is_told_of_and_ended(
     clean_registries.setattr(
         inspection, "limit_inspection", partial(inspection.limit_inspection, 0.5, 2.0)
     )
-    # An entry of its own in the registry: vLLM remembers what it found for one.
-    ModelRegistry.register_model("Qwen3ForCausalLM", MODELS["Qwen3ForCausalLM"])
+    # vLLM remembers what it found for a class.
+    uncached = registry._try_inspect_model_cls.__wrapped__
+    clean_registries.setattr(registry, "_try_inspect_model_cls", uncached)
     wrong = _last(check(str(tiny_model(**MIXED))))
     assert "inspection of the model's class" in wrong["detail"]
     assert "did not end within 2 s. See what keeps Python" in wrong["detail"]
