@@ -38,6 +38,19 @@ def test_num_visible_counts_is_visible(
         assert visible[0] == window.first_visible(query, size)
 
 
+@pytest.mark.parametrize(
+    ("phase", "of_prompt", "of_generated"),
+    [(window.Phase.BOTH, 6, 17), (window.Phase.PREFILL, 6, 0), (window.Phase.DECODE, 0, 17)],
+)
+def test_a_phase_says_whose_queries_have_the_window(
+    phase: window.Phase, of_prompt: int, of_generated: int
+) -> None:
+    """A window of 4 behind a prompt of 10 tokens."""
+    assert window.first_visible(9, 4, phase, 10) == of_prompt
+    assert window.first_visible(10, 4, phase, 10) == (7 if of_generated else 0)
+    assert window.first_visible(20, 4, phase, 10) == of_generated
+
+
 @given(st.integers(1, 40), st.integers(1, 12), st.integers(0, 5), phases, st.integers(0, 45))
 def test_mask_of_a_phase_equals_hugging_faces_masks_combined(
     num_tokens: int, size: int, sinks: int, phase: window.Phase, prompt_len: int
