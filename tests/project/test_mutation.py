@@ -4,6 +4,7 @@ import ast
 import re
 from collections import Counter
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -68,7 +69,7 @@ def test_survivors_are_changes_of_lines_that_are_there() -> None:
     [
         {"line": "no such line"},
         {"judged": f"{KILLED_NOW}tests/backend/test_pages.py::test_no_such_test[1]"},
-        {"judged": f"{KILLED_NOW}tests/backend/test_no_such_file.py::test_span"},
+        {"judged": f"{KILLED_NOW}{Path('tests', 'backend', 'no_such_file.py')}::test_span"},
     ],
 )
 def test_survivor_of_what_is_not_there_is_noticed(wrong: dict[str, str]) -> None:
