@@ -175,7 +175,7 @@ def plan_decode(
     window: int,
     has_sinks: bool,
     is_ragged: bool,
-    phase: Phase,
+    phase: Phase = Phase.BOTH,
     query_format: NumberFormat,
     kv_format: NumberFormat,
 ) -> DecodePlan:
@@ -219,7 +219,7 @@ def plan_prefill(
     head_dim: int,
     page: int,
     has_sinks: bool,
-    phase: Phase,
+    phase: Phase = Phase.BOTH,
     query_format: NumberFormat,
     kv_format: NumberFormat,
 ) -> PrefillPlan:

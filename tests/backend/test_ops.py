@@ -21,7 +21,6 @@ from swa_backend.kernels.plans import (
     plan_decode,
     plan_prefill,
 )
-from swa_backend.window import Phase
 from tests.bad_input.operations import arguments_of
 
 H100 = Target("cuda", 90, num_processors=132)
@@ -195,8 +194,7 @@ def plan(
     target: Target, query_format: NumberFormat, kv_format: NumberFormat, **changes: Any
 ) -> Any:
     shape = {"num_tokens": 4, "num_reqs": 4, "num_kv_heads": 8, "group": 4, "head_dim": 128}
-    rest: dict[str, Any] = {"page": 16, "window": 1024, "has_sinks": False, "is_ragged": False}
-    rest["phase"] = Phase.BOTH
+    rest = {"page": 16, "window": 1024, "has_sinks": False, "is_ragged": False}
     formats = {"query_format": query_format, "kv_format": kv_format}
     return plan_decode(target, **{**shape, **rest, **changes}, **formats)
 
@@ -238,7 +236,6 @@ def test_prefill_blocks_shrink_where_registers_are_short(
         head_dim=128,
         page=16,
         has_sinks=has_sinks,
-        phase=Phase.BOTH,
         query_format=NumberFormat.BFLOAT16,
         kv_format=kv_format,
     )

@@ -207,9 +207,11 @@ def test_an_inspection_by_vllm_that_hangs_is_told_of_and_ended(
     clean_registries: pytest.MonkeyPatch,
     check: Callable[..., Figures],
     capsys: pytest.CaptureFixture[str],
-    tmp_path: Path,
 ) -> None:
-    clean_registries.setenv("VLLM_CACHE_ROOT", str(tmp_path))  # else it need not inspect
+    # Else it need not inspect.
+    clean_registries.setattr(
+        registry._LazyRegisteredModel, "_load_modelinfo_from_cache", lambda self, digest: None
+    )
     sleep = [sys.executable, "-c", "import time; time.sleep(600)"]
     clean_registries.setattr(registry, "_SUBPROCESS_COMMAND", [*sleep, registry.__name__])
     clean_registries.setattr(
