@@ -1,17 +1,17 @@
 """The compilation of every kernel that an attention layer can launch, before it serves."""
 
-from typing import Any
+from collections.abc import Iterator
 
 import torch
 
 from swa_backend.attention_call import AttentionCall
 from swa_backend.kernels.device import on_device_of, pretend_device, target_of
+from swa_backend.kernels.plans import Target
 from swa_backend.ops.cache_write import write_pages
 from swa_backend.ops.decode import decode_attention, plan_decode_operation
 from swa_backend.ops.prefill import prefill_attention
 from swa_backend.ops.rotate import rotate_back
 from swa_backend.pages import ceil_div
-from swa_backend.window import Phase
 
 
 def compile_kernels(
@@ -20,8 +20,6 @@ def compile_kernels(
     *,
     window: int,
     sink_tokens: int = 0,
-    phase: Phase = Phase.BOTH,
-    num_pages: int | None = None,
     has_drafts: bool = False,
     rotations: torch.Tensor | None = None,
     is_neox: bool = True,
@@ -38,9 +36,6 @@ def compile_kernels(
         kv_cache: on the meta device, shaped as the layer's.
         window: tokens a query sees, itself included.
         sink_tokens: leading tokens that every query sees.
-        phase: whose queries have the window.
-        num_pages: entries of a row of the block table, on which launches depend in a phase other
-            than ``BOTH``; those of a window by default.
         has_drafts: whether a request may have several queries in a batch of decodes.
         rotations: the table of :func:`rotate_back`, if queries are rotated before they meet sinks.
         is_neox: as for :func:`rotate_back`.
@@ -49,9 +44,6 @@ def compile_kernels(
         TypeError, ValueError: what the operations do not accept; no kernel runs there.
     """
     target, zeros = target_of(device), _zeros_to_compile_ahead(2)
-    num_pages = num_pages or ceil_div(window, kv_cache.shape[2])
-    is_phase = phase is not Phase.BOTH
-    known: set[tuple[Any, ...]] = set()  # sets of kernels that some batches of decodes take
     with pretend_device(target), on_device_of(torch.empty(0, device=device)):
         key = torch.empty_like(query[:1, : kv_cache.shape[1]])
         write_pages(key, key, kv_cache, zeros[:1].long(), impl="triton")
@@ -68,30 +60,40 @@ def compile_kernels(
             seq_lens=zeros[:1],
             window=window,
             sink_tokens=sink_tokens,
-            phase=phase,
-            prompt_lens=zeros[:1] if is_phase else None,
             impl="triton",
         )
         for is_ragged in (False, True)[: 1 + has_drafts]:
-            for num_tokens in range(1, len(query) + 1):
-                num_reqs = 1 if is_ragged else num_tokens
-                call = AttentionCall(
-                    query=query[:num_tokens],
-                    kv_cache=kv_cache,
-                    block_table=_zeros_to_compile_ahead(num_reqs, num_pages),
-                    seq_lens=_zeros_to_compile_ahead(num_reqs),
-                    query_start_loc=zeros if is_ragged else None,
-                    window=window,
-                    sink_tokens=sink_tokens,
-                    scale=None,
-                    phase=phase,
-                    prompt_lens=_zeros_to_compile_ahead(num_reqs) if is_phase else None,
-                )
-                plan = plan_decode_operation(call, target)
-                kernels = (plan.num_merged, *plan.constants().values())
-                if kernels not in known:
-                    known.add(kernels)
-                    decode_attention(**call.arguments(), impl="triton")
+            for call in _decode_calls(target, query, kv_cache, window, sink_tokens, is_ragged):
+                decode_attention(**call.arguments(), impl="triton")
+
+
+def _decode_calls(
+    target: Target,
+    query: torch.Tensor,
+    kv_cache: torch.Tensor,
+    window: int,
+    sink_tokens: int,
+    is_ragged: bool,
+) -> Iterator[AttentionCall]:
+    """Give a call for each set of kernels that a batch of up to ``len(query)`` queries takes."""
+    known = set()
+    for num_tokens in range(1, len(query) + 1):
+        num_reqs = 1 if is_ragged else num_tokens
+        call = AttentionCall(
+            query=query[:num_tokens],
+            kv_cache=kv_cache,
+            block_table=_zeros_to_compile_ahead(num_reqs, ceil_div(window, kv_cache.shape[2])),
+            seq_lens=_zeros_to_compile_ahead(num_reqs),
+            query_start_loc=_zeros_to_compile_ahead(2) if is_ragged else None,
+            window=window,
+            sink_tokens=sink_tokens,
+            scale=None,
+        )
+        plan = plan_decode_operation(call, target)
+        kernels = (plan.num_merged, *plan.constants().values())
+        if kernels not in known:
+            known.add(kernels)
+            yield call
 
 
 def _zeros_to_compile_ahead(*shape: int) -> torch.Tensor:
