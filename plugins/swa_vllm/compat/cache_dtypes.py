@@ -2,7 +2,7 @@
 
 # Those that store what the model computes. All others are quantized, also those that a later vLLM
 # adds: ``vllm.v1.kv_cache_interface.is_quantized_kv_cache`` does not know all of them.
-UNQUANTIZED = ("auto", "float16", "bfloat16")
+UNQUANTIZED = ("auto", "bfloat16", "float16")
 # Quantized, and known to the attention of windowed layers.
 FP8 = ("fp8", "fp8_e4m3", "fp8_e5m2")
 

@@ -7,12 +7,11 @@ from vllm.config import VllmConfig
 from vllm.platforms import current_platform
 
 from swa_backend.options import Impl, SWAOptions
+from swa_vllm.compat.cache_dtypes import FP8
 
-# vLLM's names of KV cache dtypes whose pages are bytes to it, and what the bytes are.
+# What pages hold that are bytes to vLLM, by its names of KV cache dtypes.
 FP8_DTYPES = {
-    "fp8": torch.float8_e4m3fn,
-    "fp8_e4m3": torch.float8_e4m3fn,
-    "fp8_e5m2": torch.float8_e5m2,
+    name: torch.float8_e5m2 if name.endswith("e5m2") else torch.float8_e4m3fn for name in FP8
 }
 
 

@@ -17,6 +17,7 @@ from swa_backend.window import last_unshifted
 from swa_vllm.attention.rotation import Rotation
 from swa_vllm.attention.triton.builder import SWATritonMetadata, SWATritonMetadataBuilder
 from swa_vllm.attention.triton.scratch import Scratch
+from swa_vllm.compat.cache_dtypes import UNQUANTIZED
 from swa_vllm.config.implementation import FP8_DTYPES
 
 
@@ -168,7 +169,7 @@ class SWATritonBackend(AttentionBackend):
         torch.bfloat16,
         torch.float32,
     ]
-    supported_kv_cache_dtypes: ClassVar[list[Any]] = ["auto", "float16", "bfloat16", *FP8_DTYPES]
+    supported_kv_cache_dtypes: ClassVar[list[Any]] = [*UNQUANTIZED, *FP8_DTYPES]
     # A step's metadata says which tokens the cache keeps.
     forward_includes_kv_cache_update = True
 

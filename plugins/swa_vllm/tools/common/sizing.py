@@ -13,6 +13,7 @@ from typing import Any
 from swa_backend.checkpoint import Checkpoint
 from swa_backend.pages import WindowPages, ceil_div
 from swa_backend.request_pages import PagePolicy
+from swa_vllm.compat.cache_dtypes import FP8, UNQUANTIZED
 from swa_vllm.tools.common.arms import Arm
 
 DTYPE_BYTES = {
@@ -26,7 +27,7 @@ DTYPE_BYTES = {
     "fp8_e5m2": 1,
 }
 MODEL_DTYPES = ("auto", "bfloat16", "float16", "half", "float32", "float")
-CACHE_DTYPES = ("auto", "bfloat16", "float16", "fp8", "fp8_e4m3", "fp8_e5m2")
+CACHE_DTYPES = (*UNQUANTIZED, *FP8)
 # vLLM's names of KV cache dtypes, by modelopt's.
 _MODELOPT_CACHES = {"fp8": "fp8_e4m3", "nvfp4": "nvfp4"}
 # Rotary embeddings whose max_position_embeddings is the scaled length already.
