@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 from vllm import EngineArgs
-from vllm.config import set_current_vllm_config
+from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.worker.utils import AttentionGroup
 
@@ -18,6 +18,35 @@ from swa_vllm.config.swa_config import SWAConfig
 
 PAGE, WINDOW, SINKS, HEADS, SIZE = 32, 20, 4, 2, 32
 CPU = torch.device("cpu")
+
+
+def windowed_layer(
+    config: VllmConfig,
+    monkeypatch: pytest.MonkeyPatch,
+    *,
+    num_heads: int,
+    num_kv_heads: int,
+    window: int,
+    rotary: Any,
+) -> tuple[WindowedAttention, AttentionGroup]:
+    """A layer as a model makes it, and its group, which has no builder yet."""
+    monkeypatch.setattr(report, "get_tensor_model_parallel_rank", lambda: 1)
+    name, swa = "model.layers.0.self_attn.attn", SWAConfig.from_vllm(config)
+    with set_current_vllm_config(config):
+        layer = WindowedAttention(
+            num_heads,
+            SIZE,
+            SIZE**-0.5,
+            num_kv_heads=num_kv_heads,
+            cache_config=config.cache_config,
+            per_layer_sliding_window=window,
+            attn_backend=windowed_backend(swa.implementation),
+            swa=swa,
+            rotary=rotary,
+            prefix=name,
+        )
+    spec = layer.get_kv_cache_spec(config)
+    return layer, AttentionGroup(layer.get_attn_backend(), [name], spec, 0)
 
 
 class KernelLayer:
@@ -34,7 +63,6 @@ class KernelLayer:
         num_kv_heads: int = 1,
         **kwargs: Any,
     ) -> None:
-        monkeypatch.setattr(report, "get_tensor_model_parallel_rank", lambda: 1)
         options = {"window": window, "sink_tokens": sink_tokens, "impl": "triton"}
         if rotary is not None:
             options["position_shift"] = True
@@ -49,25 +77,18 @@ class KernelLayer:
         self.config = EngineArgs(
             str(model), additional_config={"swa": options}, **args
         ).create_engine_config()
-        name = "model.layers.0.self_attn.attn"
-        swa = SWAConfig.from_vllm(self.config)
+        self.layer, self.group = windowed_layer(
+            self.config,
+            monkeypatch,
+            num_heads=num_heads,
+            num_kv_heads=num_kv_heads,
+            window=window,
+            rotary=rotary,
+        )
+        self.spec = self.group.kv_cache_spec
         with set_current_vllm_config(self.config):
-            self.layer = WindowedAttention(
-                num_heads,
-                SIZE,
-                SIZE**-0.5,
-                num_kv_heads=num_kv_heads,
-                cache_config=self.config.cache_config,
-                per_layer_sliding_window=window,
-                attn_backend=windowed_backend(swa.implementation),
-                swa=swa,
-                rotary=rotary,
-                prefix=name,
-            )
-            self.spec = self.layer.get_kv_cache_spec(self.config)
-            self.group = AttentionGroup(self.layer.get_attn_backend(), [name], self.spec, 0)
             self.group.create_metadata_builders(self.config, CPU, kernel_block_size=PAGE)
-        self.name = name
+        self.name = self.layer.layer_name
         self.rotary = rotary
 
     def shifted(self, query: torch.Tensor, batch: dict[str, Any]) -> torch.Tensor | None:

@@ -8,23 +8,18 @@ from vllm import EngineArgs
 from vllm.config import set_current_vllm_config
 from vllm.model_executor.layers.rotary_embedding import RotaryEmbedding
 from vllm.v1.attention.backend import CommonAttentionMetadata
-from vllm.v1.worker.utils import AttentionGroup
 
 from swa_backend import reference
 from swa_backend.pages import WindowPages
 from swa_backend.window import last_unshifted
-from swa_vllm.attention import layer_table
-from swa_vllm.attention.backends import windowed_backend
 from swa_vllm.attention.cpu.builder import SWACPUMetadata
 from swa_vllm.attention.cpu.position_shift import ShiftedScratch
-from swa_vllm.attention.layer import WindowedAttention
-from swa_vllm.config.swa_config import SWAConfig
 from swa_vllm.tools.engines.batches import BLOCK_SIZE, make_batch
 from tests.helpers.engines import ModelFactory
+from tests.helpers.kernel_layer import CPU, SIZE, windowed_layer
 from tests.helpers.tiny_models import FULL
 
-CPU = torch.device("cpu")
-WINDOW, HEADS, KV_HEADS, SIZE = 40, 4, 2, 32
+WINDOW, HEADS, KV_HEADS = 40, 4, 2
 NUM_PAGES = 80
 # Of each request: tokens before, and queries.
 BATCHES = {
@@ -50,7 +45,6 @@ class CPULayer:
         is_shifted: bool,
         dtype: str = "float32",
     ) -> None:
-        monkeypatch.setattr(layer_table, "get_tensor_model_parallel_rank", lambda: 1)
         options = {"window": WINDOW, "sink_tokens": sink_tokens, "position_shift": is_shifted}
         self.config = EngineArgs(
             str(model),
@@ -60,27 +54,20 @@ class CPULayer:
             max_model_len=512,
             additional_config={"swa": {k: v for k, v in options.items() if v}},
         ).create_engine_config()
-        name = "model.layers.0.self_attn.attn"
-        swa = SWAConfig.from_vllm(self.config)
         with set_current_vllm_config(self.config):
             rotary = RotaryEmbedding(SIZE, SIZE, 512, 10000.0, True, torch.float32)
-            self.rotary = rotary if is_shifted else None
-            self.layer = WindowedAttention(
-                HEADS,
-                SIZE,
-                SIZE**-0.5,
-                num_kv_heads=KV_HEADS,
-                cache_config=self.config.cache_config,
-                per_layer_sliding_window=WINDOW,
-                attn_backend=windowed_backend(swa.implementation),
-                swa=swa,
-                rotary=rotary,
-                prefix=name,
-            )
-            spec = self.layer.get_kv_cache_spec(self.config)
-            self.group = AttentionGroup(self.layer.get_attn_backend(), [name], spec, 0)
-            shape = (NUM_PAGES, KV_HEADS, BLOCK_SIZE, 2 * SIZE)
-            self.layer.kv_cache = torch.zeros(shape, dtype=self.config.model_config.dtype)
+        self.rotary = rotary if is_shifted else None
+        self.layer, self.group = windowed_layer(
+            self.config,
+            monkeypatch,
+            num_heads=HEADS,
+            num_kv_heads=KV_HEADS,
+            window=WINDOW,
+            rotary=rotary,
+        )
+        shape = (NUM_PAGES, KV_HEADS, BLOCK_SIZE, 2 * SIZE)
+        self.layer.kv_cache = torch.zeros(shape, dtype=self.config.model_config.dtype)
+        with set_current_vllm_config(self.config):
             self.group.create_metadata_builders(self.config, CPU, kernel_block_size=BLOCK_SIZE)
         self.sink_tokens = sink_tokens
         self._fill_pages()

@@ -29,6 +29,8 @@ from swa_vllm.tools.bench.serving.rounds import Rounds, measure_rounds
 from swa_vllm.tools.bench.serving.workload import MIXES, Ask, read_trace
 from swa_vllm.tools.common import plots
 from swa_vllm.tools.common.arguments import check_number_argument, check_number_arguments
+from swa_vllm.tools.common.arms import Arm
+from swa_vllm.tools.common.sizing import Limits, kv_groups_of
 from swa_vllm.tools.common.spread import Spread
 
 EXAMPLE = "Qwen3-0.6B --window 128 --mix decode --pool-requests 2 --json serve.json"
@@ -82,8 +84,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             "would slide; give a smaller one"
         )
     num_pages = _benchmark_pool_pages(args, asks)
-    # Stock vLLM charges a page more than the text has.
-    charged = ceil_div(min(args.window - 1 + args.chunk, longest), args.block_size) + 1
+    limits = Limits(args.block_size, longest, args.chunk, min(256, args.chunk), 1)
+    (stock,) = kv_groups_of(Arm.STOCK, (args.window,), 0, limits)
+    charged = stock.policy.cap or 0
     if "stock" in arms and charged > num_pages:
         raise ValueError(
             f"--pool-requests {args.pool_requests} is a pool of {num_pages} pages, and stock vLLM "
@@ -95,11 +98,11 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             args.dtype,
             args.threads,
             {
-                "block_size": args.block_size,
+                "block_size": limits.block_size,
                 "num_gpu_blocks_override": num_pages + 1,  # vLLM keeps one for itself
-                "max_model_len": longest,
-                "max_num_batched_tokens": args.chunk,
-                "max_num_seqs": min(256, args.chunk),
+                "max_model_len": limits.max_model_len,
+                "max_num_batched_tokens": limits.max_num_batched_tokens,
+                "max_num_seqs": limits.max_num_seqs,
             },
             args.hf_batch,
         )
