@@ -128,7 +128,8 @@ def decode_kernel(
     pinned_stop = 0
     window_place = low
     if PHASE == "decode":
-        pinned_stop = tl.minimum(tl.maximum(prompt_len, sink_tokens), highest_low)
+        sink_tokens = tl.maximum(sink_tokens, prompt_len)
+        pinned_stop = tl.minimum(sink_tokens, highest_low)
         window_place = tl.cdiv(pinned_stop, TILE) * TILE
     num_window = tl.maximum(last_position + 1 - low, 0)
     first_place = 0 if PHASE == "decode" else low
@@ -173,8 +174,7 @@ def decode_kernel(
         if PHASE == "decode":
             is_window = place >= window_place
             row_start = tl.where(is_window, row_low, 0)
-            pinned = tl.minimum(row_low, tl.maximum(prompt_len, sink_tokens))
-            row_stop = tl.where(is_window, position + 1, pinned)
+            row_stop = tl.where(is_window, position + 1, tl.minimum(row_low, sink_tokens))
         slots = pages.to(tl.int64) * stride_kv_page + (keys % PAGE) * stride_kv_slot
         is_read = keys < key_stop
         k = as_operand(load_rows(key_ptr, slots, is_read, stride_kv_dim, HEAD_DIM), DOT)

@@ -117,14 +117,14 @@ MUTANTS = (
     Mutant(
         "sinks in the window counted twice",
         DECODE,
-        "tl.minimum(row_low, sink_tokens)",
-        "tl.minimum(position + 1, sink_tokens)",
+        "row_stop = tl.minimum(row_low, sink_tokens)",
+        "row_stop = tl.minimum(position + 1, sink_tokens)",
     ),
     Mutant(
         "sinks forgotten",
         DECODE,
-        "stop = tl.minimum(sink_tokens",
-        "stop = 0 * tl.minimum(sink_tokens",
+        " stop = tl.minimum(sink_tokens",
+        " stop = 0 * tl.minimum(sink_tokens",
     ),
     Mutant("sink query ignored", DECODE, "q_ptr = sink_query_ptr", "q_ptr = query_ptr"),
     Mutant(
@@ -181,8 +181,8 @@ MUTANTS = (
     Mutant(
         "prompt in the window counted twice",
         DECODE,
-        "pinned = tl.minimum(row_low, tl.maximum(prompt_len, sink_tokens))",
-        "pinned = tl.maximum(prompt_len, sink_tokens)",
+        "position + 1, tl.minimum(row_low, sink_tokens))",
+        "position + 1, sink_tokens)",
     ),
     Mutant(
         "prompt's last tile not masked",
@@ -193,8 +193,8 @@ MUTANTS = (
     Mutant(
         "sinks behind a short prompt forgotten",
         DECODE,
-        "pinned_stop = tl.minimum(tl.maximum(prompt_len, sink_tokens), highest_low)",
-        "pinned_stop = tl.minimum(prompt_len, highest_low)",
+        "sink_tokens = tl.maximum(sink_tokens, prompt_len)",
+        "sink_tokens = prompt_len",
     ),
     Mutant(
         "generated tokens have the prompt's window",
