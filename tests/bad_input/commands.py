@@ -529,6 +529,17 @@ _OTHERS = [
         "give MODEL",
         remedies=(["check", MODEL, "--window", "64"],),
     ),
+    *(
+        Bad(
+            f"check overrides {wrong}",
+            ["check", MODEL, "--hf-overrides", wrong],
+            f"got {wrong!r}",
+            "--hf-overrides must be a JSON object",
+            """give one such as '{"max_position_embeddings": 512}'""",
+            remedies=(["check", MODEL, "--hf-overrides", '{"max_position_embeddings": 512}'],),
+        )
+        for wrong in ("rope", "[1]", "{")
+    ),
     _usage(["nosuch"], "'nosuch'", "'plan', 'check', 'trace', 'bench', 'eval'", "choose from"),
     _usage(["plan"], "the following arguments", "MODEL", "are required"),
     _usage(["plan", str(MODEL), "--window", "1e3"], "'1e3'", "invalid int value", "--window"),

@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 from enum import StrEnum
 from typing import Any
 
+from swa_backend.options import shown_value
 from swa_vllm.tools.check import device, steps
 from swa_vllm.tools.common.arguments import add_window_arguments, options_of_window_arguments
 from swa_vllm.tools.common.terminal import GREEN, RED, YELLOW, paint
@@ -50,19 +51,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of ``swa check``."""
     parser.add_argument("model", metavar="MODEL", nargs="?", help="a local directory")
     add_window_arguments(parser)
-    parser.add_argument(
-        "--hf-overrides", type=json.loads, default={}, metavar="JSON", help="as vLLM takes it"
-    )
+    parser.add_argument("--hf-overrides", default="{}", metavar="JSON", help="as vLLM takes it")
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Print each finding as it comes; returns all of them, and sets the exit status."""
-    options = options_of_window_arguments(args)
-    about_a_model = [*options, *(["hf_overrides"] if args.hf_overrides else [])]
+    options, overrides = options_of_window_arguments(args), _parse_overrides(args.hf_overrides)
+    about_a_model = [*options, *(["hf_overrides"] if overrides else [])]
     if args.model is None and about_a_model:
         raise ValueError(f"--{about_a_model[0].replace('_', '-')} is about a model: give MODEL")
     findings = []
-    for finding in findings_of(args.model, options, args.hf_overrides):
+    for finding in findings_of(args.model, options, overrides):
         findings.append(finding)
         label = paint(finding.state.value.ljust(11), _COLOURS[finding.state])
         lines = f"{finding.what}: {finding.detail}".splitlines()
@@ -72,6 +71,19 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     is_ok = all(finding.state is not State.WRONG for finding in findings)
     args.status = 0 if is_ok else 1
     return {"ok": is_ok, "findings": [asdict(finding) for finding in findings]}
+
+
+def _parse_overrides(text: str) -> dict[str, Any]:
+    try:
+        overrides = json.loads(text)
+    except ValueError:
+        overrides = None
+    if not isinstance(overrides, dict):
+        raise ValueError(
+            f"--hf-overrides must be a JSON object, got {shown_value(text)}; give one such as "
+            """'{"max_position_embeddings": 512}'"""
+        )
+    return overrides
 
 
 def findings_of(
