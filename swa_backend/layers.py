@@ -16,6 +16,7 @@ from swa_backend.options import (
     parse_layers,
     shown_value,
 )
+from swa_backend.window import Phase
 
 FULL, SLIDING = "full_attention", "sliding_attention"
 
@@ -104,7 +105,10 @@ def resolve_layers(
         )
     return LayerPlan(
         tuple(None if i in full else window for i in range(num_layers)),
-        tuple(_warnings_of_layers(hf_config, window, options, hf_overrides or {}, max_model_len)),
+        (
+            *_warnings_of_phase(layer_types, options),
+            *_warnings_of_layers(hf_config, window, options, hf_overrides or {}, max_model_len),
+        ),
     )
 
 
@@ -112,6 +116,7 @@ def _full_attention_layers(num_layers: int, options: SWAOptions) -> LayerPlan:
     idle = [
         key
         for key, is_set in (
+            ("phase", options.phase is not Phase.BOTH),
             ("sink_tokens", options.sink_tokens > 0),
             ("prefill_pages", options.prefill_pages is not PrefillPages.AUTO),
             ("impl", options.impl is not Impl.AUTO),
@@ -135,6 +140,14 @@ def _full_layers(options: SWAOptions, layer_types: Sequence[str]) -> frozenset[i
     if options.window is not None and len(full) == len(layer_types):
         return frozenset()
     return full
+
+
+def _warnings_of_phase(layer_types: Sequence[str], options: SWAOptions) -> Iterator[str]:
+    if options.phase is not Phase.BOTH and SLIDING in layer_types:
+        yield (
+            f'the checkpoint was trained with a window, and swa.phase="{options.phase}" gives '
+            "some of its tokens a mask that it never saw. Remove phase, unless this is meant"
+        )
 
 
 def _warnings_of_layers(

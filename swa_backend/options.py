@@ -11,9 +11,12 @@ from enum import StrEnum
 from functools import partial
 from typing import Any, TypeGuard
 
+from swa_backend.window import Phase
+
 OPTION_KEYS = (
     "enabled",
     "window",
+    "phase",
     "sink_tokens",
     "position_shift",
     "full_attention_layers",
@@ -62,6 +65,7 @@ class SWAOptions:
     Attributes:
         enabled: false serves full attention in every layer, whatever the checkpoint says.
         window: keys a sliding layer sees, the token itself included; None takes the checkpoint's.
+        phase: whose queries have the window: the prompt's, the generated tokens', or both.
         full_attention_layers: layers that keep full attention: indices, or text such as
             ``"0-3,27"``, ``"every:4"`` (layers 3, 7, 11, ...) or ``"none"``; None takes the
             checkpoint's.
@@ -75,6 +79,7 @@ class SWAOptions:
 
     enabled: bool = True
     window: int | None = None
+    phase: Phase = Phase.BOTH
     full_attention_layers: str | tuple[int, ...] | None = None
     sink_tokens: int = 0
     position_shift: bool = False
@@ -87,8 +92,8 @@ class SWAOptions:
         """Validate the ``swa`` section as parsed from JSON.
 
         Raises:
-            SWAConfigError: unknown key, wrong type, a number out of range, or a
-                position shift without sinks.
+            SWAConfigError: unknown key, wrong type, a number out of range, a position shift
+                without sinks, or a phase that is not served or contradicts ``prefill_pages``.
         """
         if not isinstance(raw, Mapping):
             raise SWAConfigError(
@@ -103,6 +108,7 @@ class SWAOptions:
         checks: dict[str, Callable[[Any], Any]] = {
             "enabled": partial(_checked_bool, "enabled"),
             "window": partial(_checked_tokens, "window", 1, "a query sees, itself included"),
+            "phase": partial(_checked_choice, "phase", Phase),
             "sink_tokens": partial(_checked_tokens, "sink_tokens", 0, "that stay visible"),
             "position_shift": partial(_checked_bool, "position_shift"),
             "full_attention_layers": _checked_layers,
@@ -115,6 +121,16 @@ class SWAOptions:
             raise SWAConfigError(
                 "swa.position_shift moves sink tokens, and there are none: give sink_tokens too, "
                 "or remove position_shift"
+            )
+        if options.phase is Phase.DECODE:
+            raise SWAConfigError(
+                'swa.phase="decode" is not served yet; use "prefill", or "both" for a window in '
+                "prompts and answers"
+            )
+        if options.phase is Phase.PREFILL and options.prefill_pages is PrefillPages.SURVIVORS:
+            raise SWAConfigError(
+                'swa.phase="prefill" keeps every page, because generated tokens see all of them, '
+                'and swa.prefill_pages="survivors" drops some; remove either'
             )
         return options
 

@@ -4,8 +4,10 @@ from vllm.config import VllmConfig
 from vllm.logger import init_logger
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
 
+from swa_backend.window import Phase
+from swa_vllm.compat.prompt_lens import send_prompt_lens
 from swa_vllm.config.rope import lost_rope_theta
-from swa_vllm.config.swa_config import SWAConfig
+from swa_vllm.config.swa_config import SWAConfig, vllm_config_frees_pages
 from swa_vllm.distributed.prepare import prepare_ray
 from swa_vllm.metrics.mfu import wrong_flops
 from swa_vllm.metrics.scrape import serve_counts
@@ -20,6 +22,8 @@ class ConfigHook(VerifyAndUpdateConfig):
     @staticmethod
     def verify_and_update_config(vllm_config: VllmConfig) -> None:
         """Refuse what cannot be served, have metrics served, and have Ray's nodes checked.
+
+        With a window in one phase only, builders are told the lengths of prompts.
 
         Warns of metrics of vLLM's own that do not know the window, and of an override that loses
         the checkpoint's RoPE theta.
@@ -40,5 +44,8 @@ class ConfigHook(VerifyAndUpdateConfig):
             return
         check_servable(vllm_config, swa)
         refuse_wrong_weights(vllm_config)
+        if swa.options.phase is not Phase.BOTH:
+            send_prompt_lens(vllm_config.model_config)
         prepare_ray(vllm_config)
-        serve_counts(vllm_config)
+        if vllm_config_frees_pages(vllm_config):
+            serve_counts(vllm_config)

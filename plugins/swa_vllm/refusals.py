@@ -13,14 +13,17 @@ from swa_backend.kernels.device import target_of
 from swa_backend.kernels.plans import Target
 from swa_backend.options import PrefillPages, SWAConfigError
 from swa_backend.weights import check_weights
+from swa_backend.window import Phase
 from swa_vllm.compat import envs
+from swa_vllm.compat.architectures import PLAIN
 from swa_vllm.compat.backend_slot import check_backend_slot
 from swa_vllm.compat.cache_dtypes import FP8, UNQUANTIZED, sinks_refused_on_cpus
 from swa_vllm.config.cache_dtype import checkpoints_cache_dtype, resolved_cache_dtype
 from swa_vllm.config.implementation import obstacle_to_survivors
 from swa_vllm.config.swa_config import SWAConfig, vllm_text_config, wants_windows_decided
 
-PROVEN_SPECULATION = ("ngram", "eagle3")
+NGRAM = "ngram"
+PROVEN_SPECULATION = (NGRAM, "eagle3")
 
 
 def check_servable(vllm_config: VllmConfig, swa: SWAConfig) -> None:
@@ -45,6 +48,8 @@ def check_servable(vllm_config: VllmConfig, swa: SWAConfig) -> None:
         _refuse_survivors(vllm_config, swa)
     if swa.options.sink_tokens:
         _refuse_sinks(vllm_config, swa)
+    if swa.options.phase is not Phase.BOTH:
+        _refuse_phase(vllm_config, swa)
     if swa.options.debug_poison:
         _refuse_poison(vllm_config, swa)
 
@@ -95,6 +100,27 @@ def _refuse_sinks(vllm_config: VllmConfig, swa: SWAConfig) -> None:
         from swa_vllm.attention.cpu.position_shift import wide_head_size  # of the CPU backend alone
 
         wide_head_size(vllm_config.model_config.get_head_size(), options.sink_tokens)
+
+
+def _refuse_phase(vllm_config: VllmConfig, swa: SWAConfig) -> None:
+    asked = f'swa.phase="{swa.options.phase}"'
+    if not swa.has_own_backend:
+        raise SWAConfigError(
+            f"{asked} needs this plugin's attention backend, which this platform does not use; "
+            "remove phase"
+        )
+    architecture = vllm_config.model_config.architecture
+    if architecture not in PLAIN:
+        raise SWAConfigError(
+            f"{asked} was not tested with {architecture}, only with {', '.join(PLAIN)}; remove "
+            "phase"
+        )
+    speculation = vllm_config.speculative_config
+    if speculation is not None and speculation.method != NGRAM:
+        raise SWAConfigError(
+            f"{asked} was not tested with speculative decoding by {speculation.method}; use "
+            f"{NGRAM}, or remove either"
+        )
 
 
 def _refuse_poison(vllm_config: VllmConfig, swa: SWAConfig) -> None:

@@ -23,7 +23,7 @@ def register_all() -> None:
     if allowed:
         from swa_vllm.compat.backend_slot import take_backend_slot
 
-        _register_spec()
+        _register_specs()
         take_backend_slot()
     for architecture, path in (MODELS if allowed else GUARDS).items():
         owner = registered_class(architecture)
@@ -39,15 +39,19 @@ def register_all() -> None:
             _guard_foreign_model(architecture, owner)
 
 
-def _register_spec() -> None:
+def _register_specs() -> None:
     from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 
     from swa_vllm.kv_cache.manager import SWAManager
+    from swa_vllm.kv_cache.prompt_cache import PromptCacheManager, PromptCacheSpec
     from swa_vllm.kv_cache.spec import SWASpec
 
     # The registry fills in vLLM's own specs only while it is empty: let it do that first.
     KVCacheSpecRegistry.check_kv_cache_spec_registry({})
     KVCacheSpecRegistry.register(SWASpec, SWAManager, uniform_type_base_spec=SWASpec)
+    KVCacheSpecRegistry.register(
+        PromptCacheSpec, PromptCacheManager, uniform_type_base_spec=PromptCacheSpec
+    )
 
 
 def _register_config_hook(architecture: str) -> None:

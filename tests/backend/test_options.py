@@ -95,6 +95,19 @@ def test_sinks_of_no_window_are_refused() -> None:
             _resolve(FULL, options)
 
 
+def test_phase_of_no_window_is_refused() -> None:
+    for options in ({"phase": "prefill"}, {"phase": "prefill", "enabled": False}):
+        with pytest.raises(SWAConfigError, match=r"swa\.phase would have no effect"):
+            _resolve(FULL, options)
+
+
+def test_phase_of_a_checkpoint_with_a_window_warns() -> None:
+    (warning,) = _resolve(MIXED, {"phase": "prefill"}).warnings
+    assert 'trained with a window, and swa.phase="prefill"' in warning
+    assert not _resolve(MIXED, {"phase": "both"}).warnings
+    assert not _resolve(FULL, {"phase": "prefill", "window": 8}).warnings
+
+
 def test_override_of_layer_types_takes_effect() -> None:
     late = {"use_sliding_window": True, "sliding_window": W, "max_window_layers": 0}
     overrides = {**late, "layer_types": ["sliding_attention"] * 4}

@@ -17,6 +17,7 @@ LAYERS = "swa.full_attention_layers"
 _RIGHT: dict[str, Any] = {
     "enabled": True,
     "window": 8,
+    "phase": "prefill",
     "sink_tokens": 4,
     "position_shift": False,
     "full_attention_layers": "0",
@@ -96,7 +97,7 @@ OPTIONS = [
         "mean sink_tokens?",
         {"window": 8, "sink_tokens": 4},
     ),
-    _option({"x": 1}, "unknown key x", "allowed are enabled, window, sink_tokens", "allowed are"),
+    _option({"x": 1}, "unknown key x", "allowed are enabled, window, phase", "allowed are"),
     *(
         _tokens("window", value, 1)
         for value in (0, -1, True, "64", 6.5, 64.0, None, [8], math.nan, math.inf, 2**31, 10**30)
@@ -116,6 +117,21 @@ OPTIONS = [
         "give sink_tokens too",
         {"window": 8, "position_shift": True, "sink_tokens": 4},
         {"window": 8},
+    ),
+    *(
+        _option({"phase": value}, f"got {value!r}", '"both", "prefill", "decode"', "swa.phase must")
+        for value in ("prompt", True, None, ["prefill"])
+    ),
+    _option(
+        {"phase": "decode"}, 'swa.phase="decode"', "not served yet", 'use "prefill", or "both"'
+    ),
+    _option(
+        {"phase": "prefill", "prefill_pages": "survivors"},
+        'swa.prefill_pages="survivors"',
+        "keeps every page",
+        "remove either",
+        {"window": 8, "phase": "prefill"},
+        {"window": 8, "prefill_pages": "survivors"},
     ),
     _option({"prefill_pages": "most"}, "got 'most'", '"auto", "survivors", "all"', "prefill_pages"),
     _option({"prefill_pages": None}, "got None", '"auto", "survivors", "all"', "prefill_pages"),

@@ -16,10 +16,10 @@ from tests.helpers.dense_qwen3 import DenseQwen3, Sight
 from tests.helpers.eagle3 import NUM_DRAFTED, eagle3_config
 from tests.helpers.engines import (
     attention_layers,
+    counting_preemptions,
     generate,
     num_free_pages,
     resolve_here,
-    scheduler,
 )
 from tests.helpers.exactness import check_exact
 from tests.helpers.tiny_models import FULL, VOCAB_SIZE, random_prompts
@@ -126,7 +126,7 @@ def run(case: Case, mode: dict[str, Any], start: Any, model: Path, directory: Pa
             num_known = case.num_tokens + NUM_DRAFTED
             texts = [prompt + oracle.greedy(prompt, num_known) for prompt in prompts]
             stack.enter_context(_drafting(llm, texts, case.drafts))
-        preempted = stack.enter_context(_counting_preemptions(llm))
+        preempted = stack.enter_context(counting_preemptions(llm))
         answers = generate(llm, prompts, case.num_tokens)
     assert bool(preempted) is case.is_preempted
     assert num_free_pages(llm) == num_free
@@ -137,24 +137,6 @@ def run(case: Case, mode: dict[str, Any], start: Any, model: Path, directory: Pa
         check_exact([p], [a], DenseQwen3(model, replace(sight, cached_from=len(p))))
         for p, a in zip(prompts, answers, strict=True)
     )
-
-
-@contextlib.contextmanager
-def _counting_preemptions(llm: LLM) -> Iterator[list[str]]:
-    """Ids of the requests that have to start over."""
-    preempted: list[str] = []
-    engine = scheduler(llm)
-    preempt = engine._preempt_request
-
-    def counted(request: Any, *args: Any, **kwargs: Any) -> None:
-        preempted.append(request.request_id)
-        preempt(request, *args, **kwargs)
-
-    engine._preempt_request = counted
-    try:
-        yield preempted
-    finally:
-        del engine._preempt_request
 
 
 @contextlib.contextmanager

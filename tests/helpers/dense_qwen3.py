@@ -26,6 +26,9 @@ class Sight:
         windows: of each layer; None for full attention.
         sinks: leading tokens that every query sees.
         shift: whether these lie just before the window, wherever it is.
+        phase: whose queries have the windows: "both"; "prefill", the prompt's, and generated tokens
+            see everything; "decode", generated tokens', which see the whole prompt too.
+        prompt_len: tokens of the prompt, where phase is not "both"; said with each text.
         cached_from: the first position whose query reads all keys and values from a cache, of
             ``cache_dtype``; those before read none. None where a cache rounds nothing.
     """
@@ -33,6 +36,8 @@ class Sight:
     windows: tuple[int | None, ...]
     sinks: int = 0
     shift: bool = False
+    phase: str = "both"
+    prompt_len: int = 0
     cached_from: int | None = None
     cache_dtype: torch.dtype = torch.float8_e4m3fn
 
@@ -64,21 +69,22 @@ class DenseQwen3:
         keep_dtype_in_norms(self._models[0])
 
     @torch.inference_mode()
-    def score(self, tokens: Sequence[int]) -> OracleScores:
-        scores = self._score(tokens, self._sight)
-        if not self._sight.shift:
+    def score(self, tokens: Sequence[int], prompt_len: int = 0) -> OracleScores:
+        sight = replace(self._sight, prompt_len=prompt_len)
+        scores = self._score(tokens, sight)
+        if not sight.shift:
             return scores
         # A cache rotates keys at their own positions first and shifts the result: the rounding
         # errors of both rotations.
-        plain = self._score(tokens, replace(self._sight, shift=False))
+        plain = self._score(tokens, replace(sight, shift=False))
         return replace(scores, noise=scores.noise + plain.noise)
 
     @torch.inference_mode()
     def greedy(self, tokens: Sequence[int], num_tokens: int) -> list[int]:
         """The ``num_tokens`` tokens that are best after ``tokens``, one after the other."""
-        text = list(tokens)
+        text, sight = list(tokens), replace(self._sight, prompt_len=len(tokens))
         for _ in range(num_tokens):
-            logprobs = self._logprobs(self._models[0], text, self._sight)
+            logprobs = self._logprobs(self._models[0], text, sight)
             text.append(int(logprobs[-1].argmax()))
         return text[len(tokens) :]
 
@@ -125,9 +131,11 @@ class DenseQwen3:
     def _seats(position: int, window: int | None, sight: Sight) -> tuple[list[int], list[int], int]:
         """Keys that a query sees, the positions they are rotated to, and the query's own."""
         keys = range(position + 1)
-        if window is None:
+        is_answer = position >= sight.prompt_len
+        if window is None or sight.phase == ("prefill" if is_answer else "decode"):
             return list(keys), list(keys), position
-        seen = [k for k in keys if k > position - window or k < sight.sinks]
+        kept = max(sight.sinks, sight.prompt_len) if sight.phase == "decode" else sight.sinks
+        seen = [k for k in keys if k > position - window or k < kept]
         if sight.shift and len(seen) < len(keys):
             return seen, list(range(len(seen))), len(seen) - 1
         return seen, seen, position

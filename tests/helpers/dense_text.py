@@ -5,6 +5,7 @@ what it leaves out is not seen: tokens come with their positions.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from tests.helpers.dense_qwen3 import Sight, keep_dtype_in_norms
+from tests.helpers.tiny_models import OracleScores
 
 
 class DenseText:
@@ -68,10 +70,17 @@ class DenseText:
         distances = at[:, None] - at[None, :]
         visible = distances >= 0
         if window is not None:
-            is_sink = at < sight.sinks
-            visible &= (distances < window) | is_sink
+            is_sink, is_prompt = at < sight.sinks, at < sight.prompt_len
+            seen = (distances < window) | is_sink
+            if sight.phase == "prefill":
+                seen |= ~is_prompt[:, None]
+            elif sight.phase == "decode":
+                seen |= is_prompt[:, None] | is_prompt
+            visible &= seen
             if sight.shift:  # the query stands where nothing has slid yet
                 stands = at.clamp(max=sight.sinks + window - 1)
+                if sight.phase == "prefill":
+                    stands = torch.where(is_prompt, stands, at)
                 shifted = self._rotate(query, stands) @ key.transpose(1, 2)
                 scores = torch.where(is_sink, shifted, scores)
         scores = (scores * own.scaling).masked_fill(~visible, float("-inf"))
@@ -105,3 +114,20 @@ def _reorder(model: Any, generator: torch.Generator) -> None:
         order = columns.get(module, hidden)
         if order is not None:
             weight.copy_(weight[:, order])
+
+
+class TextOracle:
+    """As :class:`~tests.helpers.dense_qwen3.DenseQwen3` scores, for long texts."""
+
+    def __init__(self, directory: Path, sight: Sight) -> None:
+        self._sight = sight
+        self._models = [DenseText(directory, dtype) for dtype in (torch.float64, torch.float32)]
+
+    def score(self, tokens: Sequence[int], prompt_len: int = 0) -> OracleScores:
+        sight, noise = replace(self._sight, prompt_len=prompt_len), 0.0
+        exact = self._models[0].scores(tokens, range(len(tokens)), sight)
+        # A cache rotates keys at their own positions first and shifts the result.
+        for seen in (sight, replace(sight, shift=False))[: 1 + sight.shift]:
+            rows = [model.scores(tokens, range(len(tokens)), seen) for model in self._models]
+            noise += (rows[0] - rows[1]).abs().max().item()
+        return OracleScores(exact, noise)

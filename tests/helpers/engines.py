@@ -2,7 +2,8 @@
 
 import gc
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -121,6 +122,24 @@ def to_answer(completion: CompletionOutput, num_cached_tokens: int = 0) -> Answe
 def scheduler(llm: LLM) -> Any:
     """The scheduler of an in-process engine."""
     return llm.llm_engine.engine_core.engine_core.scheduler
+
+
+@contextmanager
+def counting_preemptions(llm: LLM) -> Iterator[list[str]]:
+    """Ids of the requests that have to start over."""
+    preempted: list[str] = []
+    engine = scheduler(llm)
+    preempt = engine._preempt_request
+
+    def counted(request: Any, *args: Any, **kwargs: Any) -> None:
+        preempted.append(request.request_id)
+        preempt(request, *args, **kwargs)
+
+    engine._preempt_request = counted
+    try:
+        yield preempted
+    finally:
+        del engine._preempt_request
 
 
 def managers(llm: LLM) -> list[SWAManager]:

@@ -16,8 +16,12 @@ LENGTHS = (1, WINDOW - 1, WINDOW, WINDOW + 1, WINDOW + PAGE_SIZE, 8 * WINDOW)
 class Scorer(Protocol):
     """An oracle of next-token log-probabilities."""
 
-    def score(self, tokens: Sequence[int]) -> OracleScores:
-        """Log-probabilities after each token, and the noise that an engine in fp32 may have."""
+    def score(self, tokens: Sequence[int], prompt_len: int = 0) -> OracleScores:
+        """Log-probabilities after each token, and the noise that an engine in fp32 may have.
+
+        Args:
+            prompt_len: how many of the tokens were the prompt, where a mask depends on it.
+        """
 
 
 def check_exact(prompts: list[list[int]], answers: list[Answer], oracle: Scorer) -> float:
@@ -28,7 +32,7 @@ def check_exact(prompts: list[list[int]], answers: list[Answer], oracle: Scorer)
     Returns:
         The largest error of a log-probability, in units of that noise.
     """
-    scores = [oracle.score(p + a.tokens) for p, a in zip(prompts, answers, strict=True)]
+    scores = [oracle.score(p + a.tokens, len(p)) for p, a in zip(prompts, answers, strict=True)]
     noise = max(s.noise for s in scores)
     errors = []
     for prompt, answer, score in zip(prompts, answers, scores, strict=True):

@@ -168,7 +168,7 @@ class MoeOracle:
         ]
 
     @torch.inference_mode()
-    def score(self, tokens: Sequence[int]) -> "OracleScores":
+    def score(self, tokens: Sequence[int], prompt_len: int = 0) -> "OracleScores":
         exact, rounded = (self._logprobs(model, tokens) for model in self._models)
         return OracleScores(exact, (exact - rounded).abs().max().item())
 
@@ -210,7 +210,7 @@ class Oracle:
         ]
 
     @torch.inference_mode()
-    def score(self, tokens: Sequence[int]) -> OracleScores:
+    def score(self, tokens: Sequence[int], prompt_len: int = 0) -> OracleScores:
         exact, rounded = (
             model(torch.tensor([tokens]), use_cache=False).logits[0].double().log_softmax(-1)
             for model in self._models

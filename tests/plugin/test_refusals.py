@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 from vllm import EngineArgs
-from vllm.config import VllmConfig
+from vllm.config import ModelConfig, VllmConfig
 from vllm.platforms import current_platform
 
 from swa_backend.options import SWAConfigError
@@ -15,10 +15,10 @@ from tests.helpers.engines import ModelFactory
 from tests.helpers.tiny_models import FULL
 
 
-def _config(model: Path, **options: Any) -> VllmConfig:
+def _config(model: Path, arguments: Any = None, **options: Any) -> VllmConfig:
     swa = {"window": 40, **options}
     return EngineArgs(
-        str(model), dtype="float32", additional_config={"swa": swa}
+        str(model), dtype="float32", additional_config={"swa": swa}, **(arguments or {})
     ).create_engine_config()
 
 
@@ -58,3 +58,37 @@ def test_weights_are_checked_where_they_are_local_and_loaded(
     config.load_config.load_format = "auto"
     config.model_config.model = "Qwen/Qwen3-8B"  # which vLLM downloads
     refuse_wrong_weights(config)
+
+
+def test_phase_is_refused_where_it_was_not_tested(
+    tiny_model: ModelFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny_model(**FULL)
+    config = _config(model, phase="prefill")
+    _check(config)
+    ngram = {"method": "ngram", "num_speculative_tokens": 2}
+    drafted = _config(model, {"speculative_config": ngram}, phase="prefill")
+    _check(drafted)
+    assert drafted.speculative_config is not None
+    drafted.speculative_config.method = "eagle3"
+    with pytest.raises(SWAConfigError, match="speculative decoding by eagle3; use ngram, or remov"):
+        _check(drafted)
+    with monkeypatch.context() as patch:
+        patch.setattr(SWAConfig, "has_own_backend", False)
+        with pytest.raises(SWAConfigError, match="platform does not use; remove phase"):
+            _check(config)
+    monkeypatch.setattr(ModelConfig, "architecture", "Qwen3VLForConditionalGeneration")
+    with pytest.raises(
+        SWAConfigError, match="only with Qwen3ForCausalLM, Qwen3MoeForCausalLM; rem"
+    ):
+        _check(config)
+
+
+def test_lengths_of_prompts_are_asked_for_with_a_phase(tiny_model: ModelFactory) -> None:
+    """By a window of another kind, which full layers apply: so none that a text outgrows."""
+    model = tiny_model(**FULL)
+    assert _config(model).model_config.rswa_window is None
+    config = _config(model, phase="prefill").model_config
+    assert config.rswa_window is not None
+    assert config.rswa_window >= config.max_model_len
+    assert config.get_model_arch_config().rswa_window == config.rswa_window

@@ -184,7 +184,7 @@ def test_line_that_was_cut_off_is_left_out(tmp_path: Path) -> None:
 class _Oracle:
     """Gives every token the same probability, but for token 1."""
 
-    def score(self, tokens: Sequence[int]) -> OracleScores:
+    def score(self, tokens: Sequence[int], prompt_len: int = 0) -> OracleScores:
         logprobs = torch.full((len(tokens), 4), -2.0, dtype=torch.float64)
         logprobs[:, 1] = -1.0
         return OracleScores(logprobs, noise=0.5)

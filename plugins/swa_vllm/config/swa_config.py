@@ -8,6 +8,7 @@ from vllm.config import VllmConfig
 
 from swa_backend.layers import LayerPlan, resolve_layers
 from swa_backend.options import OPTION_KEYS, USE_OPTIONS, PrefillPages, SWAConfigError, SWAOptions
+from swa_backend.window import Phase
 from swa_vllm.config.implementation import (
     Implementation,
     implementation_of,
@@ -106,13 +107,14 @@ def _decide_options_and_layers(vllm_config: VllmConfig) -> tuple[SWAOptions, Lay
     return options, layers
 
 
-def vllm_config_slides(vllm_config: VllmConfig) -> bool:
-    """Whether any layer of the model has a window.
+def vllm_config_frees_pages(vllm_config: VllmConfig) -> bool:
+    """Whether any layer has a window that generated tokens have too, so that pages leave it.
 
     Raises:
         SWAConfigError: as :meth:`SWAConfig.from_vllm`.
     """
-    return _decide_options_and_layers(vllm_config)[1].slides
+    options, layers = _decide_options_and_layers(vllm_config)
+    return layers.slides and options.phase is not Phase.PREFILL
 
 
 def wants_windows_decided(vllm_config: VllmConfig) -> bool:
@@ -124,7 +126,7 @@ def wants_windows_decided(vllm_config: VllmConfig) -> bool:
         SWAConfigError: as :meth:`SWAConfig.from_vllm`.
     """
     stock_slides = getattr(vllm_text_config(vllm_config), "sliding_window", None) is not None
-    return vllm_config_slides(vllm_config) or stock_slides
+    return _decide_options_and_layers(vllm_config)[1].slides or stock_slides
 
 
 def vllm_text_config(vllm_config: VllmConfig) -> Any:

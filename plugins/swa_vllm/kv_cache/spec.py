@@ -41,7 +41,7 @@ class SWASpec(SlidingWindowSpec):
         vllm_config: VllmConfig,
         storage: StoragePolicy,
         *,
-        debug_poison: bool = False,
+        poison_key: str | None = None,
     ) -> "SWASpec":
         """Make a spec like vLLM's ``spec`` whose pages this plugin manages."""
         num_steps = vllm_config.max_concurrent_batches
@@ -53,7 +53,7 @@ class SWASpec(SlidingWindowSpec):
             rollback_tokens=num_steps * vllm_config.num_speculative_tokens,
             lookahead_tokens=vllm_config.num_lookahead_tokens,
             drops_last_hit=speculation is not None and speculation.use_eagle(),
-            poison_key=vllm_config.instance_id if debug_poison else None,
+            poison_key=poison_key,
             instance_id=vllm_config.instance_id,
             engine_index=vllm_config.parallel_config.data_parallel_index,
         )

@@ -20,7 +20,7 @@ from vllm.config import VllmConfig
 from swa_backend.metrics import METRICS, PageCounts
 from swa_vllm.compat import envs
 from swa_vllm.compat.architectures import PLAIN, WINDOWED
-from swa_vllm.config.swa_config import vllm_config_slides
+from swa_vllm.config.swa_config import vllm_config_frees_pages
 from swa_vllm.metrics.board import board_files, read_counts
 
 
@@ -61,7 +61,7 @@ def _counts_collector() -> EngineCounts:
 def _has_page_managers(vllm_config: VllmConfig) -> bool:
     is_ours = vllm_config.model_config.architecture in {*PLAIN, *WINDOWED}
     keeps_groups = not vllm_config.scheduler_config.disable_hybrid_kv_cache_manager
-    return is_ours and keeps_groups and vllm_config_slides(vllm_config)
+    return is_ours and keeps_groups and vllm_config_frees_pages(vllm_config)
 
 
 def _is_engine_alive(pid: int) -> bool:

@@ -7,8 +7,9 @@ from vllm.config import VllmConfig
 from vllm.logger import init_logger
 from vllm.model_executor.models.interfaces import supports_multimodal
 
+from swa_backend.window import Phase
 from swa_vllm.attention.backends import windowed_backend
-from swa_vllm.attention.layer import WindowedAttention
+from swa_vllm.attention.layer import PromptCachedAttention, WindowedAttention
 from swa_vllm.attention.layer_table import log_layers
 from swa_vllm.config.swa_config import SWAConfig, vllm_text_config
 from swa_vllm.refusals import check_servable, refuse_windows_in_part
@@ -41,15 +42,28 @@ class WindowedModel:
 
 
 def _set_windows(layers: object, config: VllmConfig, swa: SWAConfig) -> None:
-    """Replace the attention of sliding layers, which no weight was loaded into yet."""
+    """Replace the attention of sliding layers, which no weight was loaded into yet.
+
+    With a window in one phase only, full layers are replaced too: by layers like them, of whose
+    pages the prefix cache keeps those of prompts.
+    """
     backend = windowed_backend(swa.implementation)
     for layer, window in zip(layers, swa.layers.windows, strict=True):  # type: ignore[call-overload]
         # Layers of other pipeline stages are placeholders without attention.
-        if window is not None and hasattr(layer, "self_attn"):
-            attention = layer.self_attn
+        if not hasattr(layer, "self_attn"):
+            continue
+        attention = layer.self_attn
+        if window is not None:
             attention.attn = WindowedAttention.replacing(
-                attention.attn, window, attention.rotary_emb, config, swa, backend
+                attention.attn,
+                config,
+                swa,
+                per_layer_sliding_window=window,
+                rotary=attention.rotary_emb,
+                attn_backend=backend,
             )
+        elif swa.options.phase is not Phase.BOTH:
+            attention.attn = PromptCachedAttention.replacing(attention.attn, config, swa)
     if backend is None:
         log_layers(config)  # no builder of ours will, once the KV groups are known
 

@@ -1,11 +1,13 @@
 """Windowed attention on CPUs: vLLM's C++ operators, over scratch pages where they cannot serve."""
 
+import copy
 from typing import Any
 
 import torch
 from vllm.platforms.interface import DeviceCapability
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend, CPUAttentionBackendImpl
 
+from swa_backend.window import Phase
 from swa_vllm.attention.cpu.builder import Part, SWACPUMetadata, SWACPUMetadataBuilder
 from swa_vllm.attention.cpu.position_shift import PositionShift, ShiftedScratch
 
@@ -14,15 +16,23 @@ class SWACPUImpl(CPUAttentionBackendImpl):
     """vLLM's CPU attention, with holes in prefill chunks and with sink tokens."""
 
     def __init__(
-        self, *args: Any, sink_tokens: int = 0, shifted_by: Any = None, **kwargs: Any
+        self,
+        *args: Any,
+        sink_tokens: int = 0,
+        shifted_by: Any = None,
+        phase: Phase = Phase.BOTH,  # which a step's metadata follows, part by part
+        **kwargs: Any,
     ) -> None:
         """Take the arguments of :class:`CPUAttentionBackendImpl`.
 
         Args:
             sink_tokens: leading tokens that every query sees.
             shifted_by: rotary embedding that gives them cache-relative positions.
+            phase: whose queries have the window.
         """
         super().__init__(*args, **kwargs)
+        self._unwindowed = copy.copy(self)
+        self._unwindowed.sliding_window = -1
         self.sliding_window += sink_tokens  # of the operators, which see copies of the sinks in it
         self.shift: PositionShift | None = None
         if shifted_by is not None:
@@ -78,7 +88,10 @@ class SWACPUImpl(CPUAttentionBackendImpl):
         part: Part,
         output: torch.Tensor,
     ) -> None:
-        super().forward(layer, query, key, value, pages, part.metadata, output)
+        impl = self._unwindowed if part.sees_all else self
+        CPUAttentionBackendImpl.forward(
+            impl, layer, query, key, value, pages, part.metadata, output
+        )
 
     def _attend_in_scratch(
         self,

@@ -10,6 +10,7 @@ The arithmetic is NumPy's: on a few dozen numbers its calls cost a tenth of PyTo
 from typing import Any
 
 import numpy as np
+import torch
 from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.attention.backends.utils import NULL_BLOCK_ID
 
@@ -59,3 +60,44 @@ def select_rows(batch: CommonAttentionMetadata, first: int, stop: int) -> Common
         block_table_tensor=batch.block_table_tensor[first:stop],
         slot_mapping=batch.slot_mapping[tokens],
     )
+
+
+def split_at_prompt_ends(
+    batch: CommonAttentionMetadata,
+) -> tuple[CommonAttentionMetadata, list[bool]]:
+    """Divide requests whose chunks cross the ends of their prompts into two rows each.
+
+    A batch without lengths of prompts, which vLLM makes to warm up, counts as prompts.
+
+    Args:
+        batch: ``rswa_prefix_lens`` int32 ``[num_reqs]``, the lengths of prompts, on the CPU.
+
+    Returns:
+        The batch, and for each of its rows whether its queries are generated tokens.
+    """
+    if batch.rswa_prefix_lens is None:
+        return batch, [False] * batch.num_reqs
+    starts, ends = batch.query_start_loc.numpy(), batch.seq_lens.numpy()
+    prompt_lens = batch.rswa_prefix_lens[: batch.num_reqs].numpy()
+    is_answer = ends - (starts[1:] - starts[:-1]) >= prompt_lens
+    crosses = ~is_answer & (ends > prompt_lens)
+    if not crosses.any():
+        return batch, is_answer.tolist()
+    rows = np.repeat(np.arange(batch.num_reqs), 1 + crosses)
+    is_second = np.diff(rows, prepend=-1) == 0
+    is_first = crosses[rows] & ~is_second
+    new_ends = np.where(is_first, prompt_lens[rows], ends[rows])
+    behind = np.where(is_first, ends[rows] - prompt_lens[rows], 0)  # tokens of the second
+    new_starts = np.append(starts[:1], starts[rows + 1] - behind).astype(np.int32)
+    query_start_loc = torch.from_numpy(new_starts)
+    return copy_batch(
+        batch,
+        query_start_loc=query_start_loc,
+        query_start_loc_cpu=query_start_loc,
+        seq_lens=torch.from_numpy(new_ends.astype(np.int32)),
+        num_reqs=len(rows),
+        max_query_len=int(np.diff(new_starts).max()),
+        max_seq_len=int(new_ends.max()),
+        block_table_tensor=batch.block_table_tensor[torch.from_numpy(rows)],
+        rswa_prefix_lens=None,
+    ), (is_answer[rows] | is_second).tolist()

@@ -11,13 +11,13 @@ from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionMetadata, CPUAttentionMetadataBuilder
 from vllm.v1.kv_cache_interface import AttentionSpec
 
-from swa_backend.window import last_unshifted
-from swa_vllm.attention.cpu.batches import rows_with_holes, select_rows
+from swa_backend.window import Phase, last_unshifted
+from swa_vllm.attention.cpu.batches import rows_with_holes, select_rows, split_at_prompt_ends
 from swa_vllm.attention.cpu.ghost_tail import SinkCopies, ghost_tail
 from swa_vllm.attention.cpu.page_layout import PageLayout
 from swa_vllm.attention.cpu.position_shift import ShiftedScratch, shifted_scratch
 from swa_vllm.attention.cpu.scratch import ScratchLayout, lay_out_chunk_pages
-from swa_vllm.attention.layer import windowed_layers
+from swa_vllm.attention.layer import phase_of_layer, windowed_layers
 from swa_vllm.attention.layer_table import log_layers
 from swa_vllm.attention.poison import NaNCheck, PoisonWatch
 
@@ -29,6 +29,7 @@ class Part:
     Attributes:
         tokens: their tokens in the batch.
         metadata: of these requests alone.
+        sees_all: whether they have no window.
         layout: where their keys lie in scratch pages; None where the KV cache serves them.
         sinks: copies of their sinks in scratch pages, plain or with cache-relative positions.
     """
@@ -37,6 +38,7 @@ class Part:
     metadata: CPUAttentionMetadata
     layout: ScratchLayout | None = None
     sinks: SinkCopies | ShiftedScratch | None = None
+    sees_all: bool = False
 
 
 @dataclass(frozen=True)
@@ -82,6 +84,9 @@ class SWACPUMetadataBuilder(CPUAttentionMetadataBuilder):
         # The operators' window is longer by the copies of the sinks.
         self._window = self.window_size - self._sink_tokens
         self._wide_builder = self._make_wide_builder(device)
+        self._phase = phase_of_layer(self._layer, vllm_config)
+        self._unwindowed_builder = self._make_plain_builder(device)
+        self._unwindowed_builder.window_size = -1
         self.page_layout = self._learn_page_layout(kv_cache_spec) if self._sink_tokens else None
         # Layers take their turns, so those of all groups share scratch pages.
         self._scratch = next(iter(windowed.values())).scratch_pages
@@ -98,11 +103,14 @@ class SWACPUMetadataBuilder(CPUAttentionMetadataBuilder):
         shift = getattr(self._layer.impl, "shift", None)
         if shift is None:
             return None
-        builder = CPUAttentionMetadataBuilder(
-            self.kv_cache_spec, self.layer_names, self.vllm_config, device
-        )
+        builder = self._make_plain_builder(device)
         builder.head_dim = shift.wide_head_size
         return builder
+
+    def _make_plain_builder(self, device: torch.device) -> CPUAttentionMetadataBuilder:
+        return CPUAttentionMetadataBuilder(
+            self.kv_cache_spec, self.layer_names, self.vllm_config, device
+        )
 
     def build(
         self,
@@ -112,50 +120,61 @@ class SWACPUMetadataBuilder(CPUAttentionMetadataBuilder):
     ) -> SWACPUMetadata:
         batch = common_attn_metadata
         nan_check = self._poison.watch_step(batch)
-        needs_scratch = self._rows_for_scratch(batch)
-        ghosts = distances = None
-        if self.page_layout is not None:
+        sees_all = [False] * batch.num_reqs
+        if self._phase is Phase.PREFILL:
+            batch, sees_all = split_at_prompt_ends(batch)
+        needs_scratch = self._rows_for_scratch(batch, sees_all)
+        ghosts = distances = scratch = None
+        if self.page_layout is not None and self._phase is Phase.BOTH:
             tail = ghost_tail(batch, self._window, self._sink_tokens, self.block_size)
             ghosts = SinkCopies.between(self.page_layout, tail.sources, tail.targets)
             batch, distances = tail.batch, tail.distances
-        if not any(needs_scratch):
-            whole = super().build(common_prefix_len, batch, fast_build)
-            parts: tuple[Part, ...] = (Part(slice(0, batch.num_actual_tokens), whole),)
-            scratch = None
-            slots = batch.slot_mapping
+        slots = batch.slot_mapping
+        if not any(needs_scratch) and len(set(sees_all)) == 1:
+            tokens = slice(0, batch.num_actual_tokens)
+            parts: tuple[Part, ...] = (self._part_of_pages(tokens, batch, sees_all[0]),)
         else:
-            parts = self._split_batch(batch, needs_scratch)
+            parts = self._split_batch(batch, needs_scratch, sees_all)
+        if any(needs_scratch):
             scratch = self._scratch_pages(max(p.layout.num_pages for p in parts if p.layout))
             # Slots of the null page, which stands for the holes.
             slots = batch.slot_mapping.masked_fill(batch.slot_mapping < self.block_size, -1)
         return SWACPUMetadata(slots, parts, scratch, ghosts, distances, nan_check)
 
-    def _rows_for_scratch(self, batch: CommonAttentionMetadata) -> list[bool]:
+    def _rows_for_scratch(self, batch: CommonAttentionMetadata, sees_all: list[bool]) -> list[bool]:
         """Tell which chunks need scratch: those with holes, and those beyond their sinks."""
+        # One query with a window in every phase has its sinks in a ghost tail.
+        most_in_pages = 1 if self._phase is Phase.BOTH or not self._sink_tokens else 0
         # No common window: vLLM put layers of different windows into one group, with its own spec.
-        if batch.max_query_len == 1 or self.window_size < 1:
+        if batch.max_query_len <= most_in_pages or self.window_size < 1 or all(sees_all):
             return [False] * batch.num_reqs
         rows = rows_with_holes(batch, self._window, self.block_size)
         if self._sink_tokens:
             is_long = batch.seq_lens - 1 > last_unshifted(self._window, self._sink_tokens)
-            has_left = is_long & (batch.query_start_loc.diff() > 1)
+            has_left = is_long & (batch.query_start_loc.diff() > most_in_pages)
             rows = [a or b for a, b in zip(rows, has_left.tolist(), strict=True)]
-        return rows
+        return [a and not b for a, b in zip(rows, sees_all, strict=True)]
 
     def _split_batch(
-        self, batch: CommonAttentionMetadata, needs_scratch: list[bool]
+        self, batch: CommonAttentionMetadata, needs_scratch: list[bool], sees_all: list[bool]
     ) -> tuple[Part, ...]:
         parts = []
         starts = batch.query_start_loc.tolist()
-        for in_scratch, run in groupby(range(batch.num_reqs), key=needs_scratch.__getitem__):
+        kinds = list(zip(needs_scratch, sees_all, strict=True))
+        for (in_scratch, is_full), run in groupby(range(batch.num_reqs), key=kinds.__getitem__):
             indices = list(run)
             first, stop = indices[0], indices[-1] + 1
             rows, tokens = select_rows(batch, first, stop), slice(starts[first], starts[stop])
             if in_scratch:
                 parts.append(self._scratch_part(tokens, rows))
             else:
-                parts.append(Part(tokens, super().build(0, rows)))
+                parts.append(self._part_of_pages(tokens, rows, is_full))
         return tuple(parts)
+
+    def _part_of_pages(self, tokens: slice, rows: CommonAttentionMetadata, sees_all: bool) -> Part:
+        if sees_all:
+            return Part(tokens, self._unwindowed_builder.build(0, rows), sees_all=True)
+        return Part(tokens, super().build(0, rows))
 
     def _scratch_part(self, tokens: slice, rows: CommonAttentionMetadata) -> Part:
         sizes = self._window, self.block_size, self._sink_tokens

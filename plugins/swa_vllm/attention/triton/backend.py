@@ -13,7 +13,7 @@ from vllm.v1.attention.backend import (
 
 from swa_backend import ops
 from swa_backend.ops.checks import check_head_dim, check_operands_of_layer
-from swa_backend.window import last_unshifted
+from swa_backend.window import Phase, last_unshifted
 from swa_vllm.attention.rotation import Rotation
 from swa_vllm.attention.triton.builder import SWATritonMetadata, SWATritonMetadataBuilder
 from swa_vllm.attention.triton.scratch import Scratch
@@ -46,12 +46,14 @@ class SWATritonImpl(AttentionImpl[SWATritonMetadata]):
         *,
         sink_tokens: int = 0,
         shifted_by: Any = None,
+        phase: Phase = Phase.BOTH,
     ) -> None:
         """Take the arguments of vLLM's attention layer, and the plugin's own.
 
         Args:
             sink_tokens: leading tokens that every query sees.
             shifted_by: rotary embedding that gives them cache-relative positions.
+            phase: whose queries have the window.
 
         Raises:
             ValueError: what the kernels have not got.
@@ -79,6 +81,7 @@ class SWATritonImpl(AttentionImpl[SWATritonMetadata]):
         if shifted_by is not None and sliding_window is not None:
             self.shift_start = last_unshifted(sliding_window, sink_tokens)
         self.sink_tokens = sink_tokens
+        self.phase = phase
         self._vllm_config = get_current_vllm_config_or_none()
         self._checked: set[tuple[Any, ...]] = set()
 

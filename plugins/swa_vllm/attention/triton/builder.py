@@ -22,6 +22,8 @@ from swa_backend.ops.cache_write import WriteBatch
 from swa_backend.ops.checks import check_integers, check_one_query_each, check_rows_of_requests
 from swa_backend.ops.decode import DecodeBatch
 from swa_backend.ops.prefill import PrefillBatch
+from swa_backend.window import Phase
+from swa_vllm.attention.layer import phase_of_layer
 from swa_vllm.attention.layer_table import log_layers
 from swa_vllm.attention.poison import NaNCheck, PoisonWatch
 from swa_vllm.attention.triton.scratch import Scratch, largest_decode_batch
@@ -109,7 +111,12 @@ class SWATritonMetadataBuilder(AttentionMetadataBuilder[SWATritonMetadata]):
             "window": layer.impl.sliding_window,
             "sink_tokens": layer.impl.sink_tokens,
             "scale": layer.impl.scale,
+            "phase": layer.impl.phase,
         }
+        self._prompt_lens: torch.Tensor | None = None
+        if phase_of_layer(layer, vllm_config) is not Phase.BOTH:
+            most = largest_decode_batch(vllm_config, layer.impl.sliding_window)
+            self._prompt_lens = torch.zeros(most, dtype=torch.int32, device=device)
         self._target = target_of(device)
         # Stand for the tensors of a layer, of which plans need shapes and dtypes only.
         self._query, self._key, self._kv_cache = self._meta_inputs(layer.impl)
@@ -153,11 +160,18 @@ class SWATritonMetadataBuilder(AttentionMetadataBuilder[SWATritonMetadata]):
             self._kv_cache,
             window=impl.sliding_window,
             sink_tokens=impl.sink_tokens,
+            phase=impl.phase,
+            num_pages=self._max_num_pages() if impl.phase is not Phase.BOTH else None,
             has_drafts=self._decode_threshold > 1,
             rotations=None if rotation is None else rotation.table,
             is_neox=rotation is None or rotation.is_neox,
             device=self.device,
         )
+
+    def _max_num_pages(self) -> int:
+        """Entries of a row of the block table."""
+        longest = self.vllm_config.model_config.max_model_len
+        return int(self.kv_cache_spec.max_num_blocks_per_req(self.vllm_config, longest))
 
     def build(
         self,
@@ -170,6 +184,7 @@ class SWATritonMetadataBuilder(AttentionMetadataBuilder[SWATritonMetadata]):
         num_decodes, num_prefills, split, _ = split_decodes_and_prefills(
             batch, decode_threshold=self._decode_threshold
         )
+        prompt_lens = self._find_prompt_lens(batch)
         decodes = prefills = None
         if num_decodes:
             is_ragged = split > num_decodes
@@ -179,6 +194,7 @@ class SWATritonMetadataBuilder(AttentionMetadataBuilder[SWATritonMetadata]):
                 batch.block_table_tensor[:num_decodes],
                 batch.seq_lens[:num_decodes],
                 batch.query_start_loc[: num_decodes + 1] if is_ragged else None,
+                None if prompt_lens is None else prompt_lens[:num_decodes],
             )
         if num_prefills:
             stop = num_decodes + num_prefills
@@ -190,6 +206,7 @@ class SWATritonMetadataBuilder(AttentionMetadataBuilder[SWATritonMetadata]):
                 batch.block_table_tensor[num_decodes:stop],
                 batch.seq_lens[num_decodes:stop],
                 starts,
+                None if prompt_lens is None else prompt_lens[num_decodes:stop],
             )
             # Slots of the null page, which stands for what is not stored.
             slots = self._slots[:num_tokens].copy_(slots[:num_tokens])
@@ -213,6 +230,7 @@ class SWATritonMetadataBuilder(AttentionMetadataBuilder[SWATritonMetadata]):
         block_table: torch.Tensor,
         seq_lens: torch.Tensor,
         query_start_loc: torch.Tensor | None,
+        prompt_lens: torch.Tensor | None,
     ) -> Rows[BatchT]:
         """Check neighbouring requests, and plan their attention."""
         call = AttentionCall(
@@ -221,6 +239,7 @@ class SWATritonMetadataBuilder(AttentionMetadataBuilder[SWATritonMetadata]):
             block_table=block_table,
             seq_lens=seq_lens,
             query_start_loc=query_start_loc,
+            prompt_lens=prompt_lens,
             **self._sight,
         )
         check_rows_of_requests(call)
@@ -228,6 +247,19 @@ class SWATritonMetadataBuilder(AttentionMetadataBuilder[SWATritonMetadata]):
             check_one_query_each(call)
         batch = kind(call, self._target)
         return Rows(batch, tokens, block_table, seq_lens, query_start_loc)
+
+    def _find_prompt_lens(self, batch: CommonAttentionMetadata) -> torch.Tensor | None:
+        """Give the lengths of prompts, int32 ``[num_reqs]``, where a CUDA graph may read them.
+
+        Rows that vLLM gives none, to warm up or to capture graphs, count as answers.
+        """
+        if self._prompt_lens is None:
+            return None
+        lens = self._prompt_lens[: batch.num_reqs].zero_()
+        if (given := batch.rswa_prefix_lens) is not None:
+            num_given = min(len(given), len(lens))
+            lens[:num_given].copy_(given[:num_given], non_blocking=True)
+        return lens
 
     def _find_distances(self, batch: CommonAttentionMetadata) -> torch.Tensor | None:
         if self._shift_start is None:

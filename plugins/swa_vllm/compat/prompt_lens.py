@@ -1,0 +1,13 @@
+"""How metadata builders come to know the prompt's length of each request."""
+
+from vllm.config import ModelConfig
+
+
+def send_prompt_lens(model_config: ModelConfig) -> None:
+    """Have ``CommonAttentionMetadata.rswa_prefix_lens`` given to builders in each step.
+
+    vLLM (0.32, 0.33) gives it to models with a window of its own kind (R-SWA), which backends that
+    know one then apply to every full layer: this one no text outgrows.
+    """
+    for config in (model_config.model_arch_config, model_config.hf_config):
+        config.rswa_window = model_config.max_model_len

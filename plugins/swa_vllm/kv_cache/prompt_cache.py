@@ -1,0 +1,81 @@
+"""Full attention's pages, of which the prefix cache keeps those of prompts alone.
+
+With a window in one phase only, a key of a generated token is made under another mask than a
+prompt's of the same text. So no page that is not wholly inside its request's prompt is cached, by
+any layer of such a model, and a request that has begun to answer looks nothing up: after preemption
+it would find another request's prompt in the place of its own answer.
+"""
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+
+from vllm.v1.core.kv_cache_utils import KVCacheBlock
+from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
+from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec
+from vllm.v1.request import Request
+
+from swa_vllm.kv_cache import live_managers
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptCacheSpec(FullAttentionSpec):
+    """A layer that holds every page, and caches those of prompts.
+
+    Attributes:
+        poison_key: names the engine whose free pages are to be poisoned; None for no poison.
+    """
+
+    poison_key: str | None = None
+
+    @classmethod
+    def from_stock(cls, spec: AttentionSpec, poison_key: str | None) -> "PromptCacheSpec":
+        """Make a spec of pages like those of ``spec``, whatever its window."""
+        shared = {f.name for f in fields(FullAttentionSpec) if f.init} & {
+            f.name for f in fields(spec)
+        }
+        values = {name: getattr(spec, name) for name in shared - {"sliding_window"}}
+        return cls(**values, poison_key=poison_key)
+
+    @classmethod
+    def merge(cls, specs: list["PromptCacheSpec"]) -> "PromptCacheSpec":
+        """Give the spec of a group; vLLM's would make one that caches answers too."""
+        assert all(spec == specs[0] for spec in specs), "these layers have pages of several kinds"
+        return copy.copy(specs[0])
+
+
+class PromptCacheManager(FullAttentionManager):
+    """vLLM's manager of full attention, which stops caching at the end of the prompt."""
+
+    def __init__(self, kv_cache_spec: PromptCacheSpec, **kwargs: object) -> None:
+        super().__init__(kv_cache_spec, **kwargs)
+        # Beyond the prompt that they came with: a session's next turn does not move it.
+        self._answering = set[str]()
+        if kv_cache_spec.poison_key is not None:
+            live_managers.add_manager(kv_cache_spec.poison_key, self)
+
+    def cache_blocks(
+        self,
+        request: Request,
+        num_tokens: int,
+        retention_interval: int | None = None,
+        *,
+        replay_boundaries: Sequence[int],
+    ) -> None:
+        if request.request_id in self._answering:
+            return
+        num_prompt_tokens = request.num_prompt_tokens
+        super().cache_blocks(
+            request,
+            min(num_tokens, num_prompt_tokens),
+            retention_interval,
+            replay_boundaries=replay_boundaries,
+        )
+        if num_tokens >= num_prompt_tokens:
+            self._answering.add(request.request_id)
+            # vLLM's lookup knows no request: this is its way to have none.
+            request.skip_reading_prefix_cache = True
+
+    def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
+        self._answering.discard(request_id)
+        return super().pop_blocks_for_free(request_id)

@@ -1,0 +1,188 @@
+"""A window in one phase only, in the real engine, against a dense model."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from vllm import LLM
+from vllm.v1.attention.backend import CommonAttentionMetadata
+from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
+from vllm.v1.request import Request
+
+from swa_vllm.attention.cpu import builder
+from swa_vllm.attention.layer import PromptCachedAttention, ReplacedAttention
+from swa_vllm.kv_cache.prompt_cache import PromptCacheManager
+from tests.helpers.dense_qwen3 import Sight
+from tests.helpers.dense_text import TextOracle
+from tests.helpers.engines import (
+    Answer,
+    EngineFactory,
+    ModelFactory,
+    attention_layers,
+    counting_preemptions,
+    generate,
+    num_free_pages,
+)
+from tests.helpers.exactness import check_exact
+from tests.helpers.pairwise import pairwise
+from tests.helpers.tiny_models import FULL, PAGE_SIZE, random_prompts
+
+WINDOW = 40
+# Prompts that end inside a window, at pages' edges, and far beyond.
+LENGTHS = (1, WINDOW - 1, 2 * PAGE_SIZE, 2 * PAGE_SIZE + 1, 3 * PAGE_SIZE - 1, 200)
+LAYERS: dict[str, tuple[int | None, ...]] = {
+    "sliding": (WINDOW,) * 4,
+    "mixed": (WINDOW, WINDOW, WINDOW, None),
+}
+CHUNKS = {"below": 16, "equal": WINDOW, "above": 512}
+SINKS = {
+    "no sinks": (0, False),
+    "sinks": (4, False),
+    "more than a page": (33, False),
+    "shifted sinks": (4, True),
+}
+Case = tuple[str, str, str, bool]
+DIMENSIONS = (LAYERS, CHUNKS, SINKS, (True, False))
+
+
+def _oracle(model: Path, layers: str, sinks: str = "no sinks") -> TextOracle:
+    return TextOracle(model, Sight(LAYERS[layers], *SINKS[sinks], phase="prefill"))
+
+
+def _options(layers: str, sinks: str = "no sinks", **others: Any) -> dict[str, Any]:
+    num_sinks, shift = SINKS[sinks]
+    options = {"window": WINDOW, "phase": "prefill", "sink_tokens": num_sinks, **others}
+    if shift:
+        options["position_shift"] = True
+    if layers == "mixed":
+        options["full_attention_layers"] = "3"
+    return {"swa": options}
+
+
+@pytest.mark.everywhere
+@pytest.mark.parametrize("case", pairwise(*DIMENSIONS), ids=str)
+def test_prefill_phase_equals_a_dense_model(
+    case: Case, tiny_model: ModelFactory, engine: EngineFactory
+) -> None:
+    layers, chunk, sinks, caching = case
+    model = tiny_model(**FULL)
+    llm = engine(
+        model,
+        max_num_batched_tokens=CHUNKS[chunk],
+        enable_prefix_caching=caching,
+        additional_config=_options(layers, sinks),
+    )
+    assert {s for layer in attention_layers(llm) if (s := layer.sliding_window)} == {WINDOW}
+    num_free = num_free_pages(llm)
+    prompts = random_prompts(LENGTHS)
+    answers = generate(llm, prompts)
+    check_exact(prompts, answers, _oracle(model, layers, sinks))
+    assert num_free_pages(llm) == num_free
+    again = generate(llm, prompts)
+    assert [a.tokens for a in again] == [a.tokens for a in answers]
+    assert (again[-1].num_cached_tokens > 0) == caching
+
+
+def _talk(llm: LLM, num_turns: int, seed: int) -> tuple[list[list[int]], list[Answer]]:
+    """A conversation: each turn's prompt is the last one, its answer, and something new."""
+    prompts, answers = [], []
+    (text,) = random_prompts([2 * PAGE_SIZE + 7], seed=seed)
+    for turn in range(num_turns):
+        answers += generate(llm, [text], num_tokens=40)
+        prompts.append(text)
+        text = text + answers[-1].tokens + random_prompts([9], seed=100 * seed + turn)[0]
+    return prompts, answers
+
+
+def _check_conversations(model: Path, engine: EngineFactory, layers: str) -> None:
+    """Answers become prompts: their keys are made anew, under the prompt's mask."""
+    llm = engine(model, max_num_batched_tokens=64, additional_config=_options(layers))
+    oracle = _oracle(model, layers)
+    for seed, is_again in ((1, False), (2, False), (1, True), (3, False), (2, True)):
+        prompts, answers = _talk(llm, 3, seed)
+        check_exact(prompts, answers, oracle)
+        # The second turn shares the first one's prompt with it, and nothing of its answer.
+        expected = [len(p) // PAGE_SIZE * PAGE_SIZE for p in prompts[1:]]
+        if not is_again:
+            expected = [2 * PAGE_SIZE, expected[0]]
+        assert [a.num_cached_tokens for a in answers[1:]] == expected
+
+
+@pytest.mark.everywhere
+@pytest.mark.parametrize("layers", LAYERS)
+def test_conversations(layers: str, tiny_model: ModelFactory, engine: EngineFactory) -> None:
+    _check_conversations(tiny_model(**FULL), engine, layers)
+
+
+def _check_preempted_answer(model: Path, engine: EngineFactory, layers: str) -> None:
+    """A request starts over whose answer, so far, is in the prompt of one that still runs."""
+    oracle, (short,) = _oracle(model, layers), random_prompts([3 * PAGE_SIZE + 4])
+    options = {"max_model_len": 10 * PAGE_SIZE, "additional_config": _options(layers)}
+    (answer,) = generate(engine(model, **options), [short], num_tokens=100)
+    prompts = [short + answer.tokens[: 2 * PAGE_SIZE + 16], short]
+    llm = engine(model, num_gpu_blocks_override=12, async_scheduling=False, **options)
+    with counting_preemptions(llm) as preempted:
+        answers = generate(llm, prompts, num_tokens=100)
+    assert preempted == ["1"] or [name.split("-")[0] for name in preempted] == ["1"]
+    check_exact(prompts, answers, oracle)
+
+
+@pytest.mark.everywhere
+@pytest.mark.parametrize("layers", LAYERS)
+def test_preempted_inside_the_answer(
+    layers: str, tiny_model: ModelFactory, engine: EngineFactory
+) -> None:
+    _check_preempted_answer(tiny_model(**FULL), engine, layers)
+
+
+def _decide_by_query_length(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the step, not by the position: what computes one token counts as an answer."""
+
+    def split(batch: CommonAttentionMetadata) -> tuple[CommonAttentionMetadata, list[bool]]:
+        return batch, (batch.query_start_loc.diff() == 1).tolist()
+
+    monkeypatch.setattr(builder, "split_at_prompt_ends", split)
+
+
+def _cache_answers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(PromptCacheManager, "cache_blocks", FullAttentionManager.cache_blocks)
+
+
+def _look_answers_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    cache_blocks = PromptCacheManager.cache_blocks
+
+    def cache_and_forget(manager: PromptCacheManager, request: Request, *args: Any, **kwargs: Any):
+        cache_blocks(manager, request, *args, **kwargs)
+        request.skip_reading_prefix_cache = False
+
+    monkeypatch.setattr(PromptCacheManager, "cache_blocks", cache_and_forget)
+
+
+def _cache_answers_in_full_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        PromptCachedAttention, "get_kv_cache_spec", ReplacedAttention.get_kv_cache_spec
+    )
+
+
+@pytest.mark.parametrize(
+    ("break_it", "check", "layers"),
+    [
+        (_decide_by_query_length, _check_preempted_answer, "sliding"),
+        (_cache_answers, _check_conversations, "sliding"),
+        (_look_answers_up, _check_preempted_answer, "sliding"),
+        (_cache_answers_in_full_layers, _check_conversations, "mixed"),
+    ],
+    ids=["by step", "answers cached", "answers looked up", "answers of full layers cached"],
+)
+def test_wrong_phases_are_noticed(
+    break_it: Callable[[pytest.MonkeyPatch], None],
+    check: Callable[[Path, EngineFactory, str], None],
+    layers: str,
+    tiny_model: ModelFactory,
+    engine: EngineFactory,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    break_it(monkeypatch)
+    with pytest.raises(AssertionError, match="is not the oracle's"):
+        check(tiny_model(**FULL), engine, layers)
