@@ -23,7 +23,8 @@ class ConfigHook(VerifyAndUpdateConfig):
     def verify_and_update_config(vllm_config: VllmConfig) -> None:
         """Refuse what cannot be served, have metrics served, and have Ray's nodes checked.
 
-        With a window in one phase only, builders are told the lengths of prompts.
+        With a window in one phase only, Model Runner V1 is made to tell builders the lengths of
+        prompts; with V2 the model does that itself.
 
         Warns of metrics of vLLM's own that do not know the window, and of an override that loses
         the checkpoint's RoPE theta.
@@ -44,7 +45,7 @@ class ConfigHook(VerifyAndUpdateConfig):
             return
         check_servable(vllm_config, swa)
         refuse_wrong_weights(vllm_config)
-        if swa.options.phase is not Phase.BOTH:
+        if swa.options.phase is not Phase.BOTH and not vllm_config.use_v2_model_runner:
             send_prompt_lens(vllm_config.model_config)
         prepare_ray(vllm_config)
         if vllm_config_frees_pages(vllm_config):

@@ -66,6 +66,7 @@ CASES = {
     "sinks": Case(SINKS, (1, 24, 60)),
     "shifted sinks": Case({**SINKS, "position_shift": True}, (1, 39, 80)),
     "mixed layers": Case(MIXED, (1, 24, 60)),
+    "prompt only": Case({**MIXED, "phase": "prefill"}, (1, 24, 60)),
     "fp8 cache": Case(
         {"window": 20},
         (5, 39, 60),
@@ -79,6 +80,17 @@ CASES = {
             "num_gpu_blocks_override": 10,
             "max_model_len": 64,
             "async_scheduling": False,  # one step in flight, for which the pool is made
+        },
+        is_preempted=True,
+    ),
+    "prompt only, preempted": Case(
+        {"window": 20, "phase": "prefill"},
+        (29, 30, 31),
+        num_tokens=40,
+        arguments={
+            "num_gpu_blocks_override": 7,
+            "max_model_len": 96,
+            "async_scheduling": False,
         },
         is_preempted=True,
     ),
@@ -118,6 +130,7 @@ def run(case: Case, mode: dict[str, Any], start: Any, model: Path, directory: Pa
         tuple(layer.sliding_window for layer in layers),
         case.options.get("sink_tokens", 0),
         case.options.get("position_shift", False),
+        case.options.get("phase", "both"),
     )
     oracle, prompts = DenseQwen3(model, sight), random_prompts(case.lengths)
     num_free = num_free_pages(llm)

@@ -66,6 +66,7 @@ FEATURES: dict[str, dict[str, dict[str, Any]]] = {
         "4": {"swa": {"sink_tokens": 4}},
         "shifted": {"swa": {"sink_tokens": 4, "position_shift": True}},
     },
+    "phase": {name: {"swa": {"phase": name}} for name in ("both", "prefill")},
     "pages": {name: {"swa": {"prefill_pages": name}} for name in ("auto", "survivors", "all")},
     "pp": {"1": {}, "2": {"pipeline_parallel_size": 2}},
     "tp": {"1": {}, "2": {"tensor_parallel_size": 2}},
@@ -89,6 +90,8 @@ REFUSED: list[tuple[set[str], str]] = [
     ({"sinks=shifted", "kv=fp8"}, "sink_tokens cannot be had with kv_cache_dtype=fp8"),
     ({"sinks=4", "hybrid=off"}, f"sink_tokens cannot be had with --{NO_HYBRID}"),
     ({"sinks=shifted", "hybrid=off"}, f"sink_tokens cannot be had with --{NO_HYBRID}"),
+    ({"phase=prefill", "drafts=eagle3"}, 'phase="prefill" was not tested with speculative'),
+    ({"phase=prefill", "pages=survivors"}, 'phase="prefill" keeps every page'),
     ({"pages=survivors", "hybrid=off"}, f'"survivors" cannot be had: --{NO_HYBRID}'),
     # By vLLM itself, whose newer runner has both.
     *([({"drafts=ngram", "async=on"}, "(?i)async scheduling is .*support")] if IS_V1 else []),
@@ -192,7 +195,7 @@ def test_vllm_refuses_fp8_where_the_processor_has_no_kernels(
 # --- right ----------------------------------------------------------------------------------------
 
 # Those whose engines live in this process, and what the full matrix adds.
-QUICK = ("chunk", "cache", "drafts", "lora", "grammar", "sinks", "pages", "hybrid")
+QUICK = ("chunk", "cache", "drafts", "lora", "grammar", "sinks", "phase", "pages", "hybrid")
 SLOW = {"drafts": "ngram", "compile": "yes", "tp": "2"}
 Case = tuple[str, ...]
 
@@ -267,14 +270,16 @@ def _serve(llm: LLM, lora: LoRARequest | None, has_grammar: list[bool]) -> list[
 
 
 @cache
-def _dense(model: Path, sinks: str) -> DenseQwen3:
+def _dense(model: Path, sinks: str, phase: str) -> DenseQwen3:
     windows = (None, None, WINDOW, WINDOW)
-    return DenseQwen3(model, Sight(windows, 0 if sinks == "0" else 4, sinks == "shifted"))
+    return DenseQwen3(model, Sight(windows, 0 if sinks == "0" else 4, sinks == "shifted", phase))
 
 
 @cache  # engines that are right answer alike
-def _score(model: Path, sinks: str, tokens: tuple[int, ...]) -> OracleScores:
-    return _dense(model, sinks).score(tokens)
+def _score(
+    model: Path, sinks: str, phase: str, tokens: tuple[int, ...], num_prompt: int
+) -> OracleScores:
+    return _dense(model, sinks, phase).score(tokens, num_prompt)
 
 
 def _check(values: dict[str, str], made: Checkpoints, engine: EngineFactory) -> None:
@@ -287,7 +292,8 @@ def _check(values: dict[str, str], made: Checkpoints, engine: EngineFactory) -> 
     answers = _serve(llm, lora, has_grammar)
     model = made.merged if lora else made.model
     for prompt, answer, grammar in zip(PROMPTS, answers, has_grammar, strict=True):
-        score = _score(model, values["sinks"], (*prompt, *answer.tokens))
+        sight = values["sinks"], values["phase"]
+        score = _score(model, *sight, (*prompt, *answer.tokens), len(prompt))
         _check_answer(len(prompt), answer, score, ALLOWED if grammar else None)
     again = _serve(llm, lora, has_grammar)
     assert [a.tokens for a in again] == [a.tokens for a in answers]

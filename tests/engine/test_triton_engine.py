@@ -49,10 +49,12 @@ CASES = (
     Case(40, {"prefill_pages": "survivors"}, 512, (39, 120)),
     Case(20, {"sink_tokens": 4, "full_attention_layers": "every:2"}, 64, (100, 1)),
     Case(20, SHIFTED, 64, (24, 100)),
+    Case(20, {"phase": "prefill", "full_attention_layers": "0"}, 48, (39, 100)),
 )
 MORE = (
     Case(5, {"sink_tokens": 33, "position_shift": True}, 512, (37, 38, 39, 150)),
     Case(96, {**SHIFTED, "prefill_pages": "survivors"}, 64, (1, 99, 101, 260)),
+    Case(40, {**SHIFTED, "phase": "prefill"}, 48, (1, 41, 100)),
     Case(40, {"prefill_pages": "all", "full_attention_layers": "0"}, 48, (40, 41, 300)),
 )
 
@@ -74,13 +76,15 @@ def test_engine_equals_a_dense_model(
     layers = attention_layers(llm)
     windows = tuple(layer.sliding_window for layer in layers)
     assert {a.attn_backend for a in layers if a.sliding_window} == {SWATritonBackend}
-    assert {m.kv_cache_spec.storage.spare_tokens for m in managers(llm)} == {0}
+    assert not any(m.kv_cache_spec.storage.spare_tokens for m in managers(llm))
     num_free = num_free_pages(llm)
     prompts = random_prompts(case.lengths)
     answers = generate(llm, prompts, num_tokens=4)
     sinks, shift = (case.options.get(k, 0) for k in ("sink_tokens", "position_shift"))
-    check_exact(prompts, answers, DenseQwen3(model, Sight(windows, sinks, bool(shift))))
+    phase = case.options.get("phase", "both")
+    check_exact(prompts, answers, DenseQwen3(model, Sight(windows, sinks, bool(shift), phase)))
     assert num_free_pages(llm) == num_free
+    assert bool(managers(llm)) == (phase == "both")
     assert all(m.snapshot().freed_by_window > 0 for m in managers(llm))
 
 

@@ -127,7 +127,9 @@ def phase_of_layer(layer: Attention, vllm_config: VllmConfig) -> Phase:
         RuntimeError: vLLM does not give the lengths of prompts that such a phase needs.
     """
     phase = layer.swa.options.phase if isinstance(layer, WindowedAttention) else Phase.BOTH
-    if phase is not Phase.BOTH and vllm_config.model_config.rswa_window is None:
+    if phase is not Phase.BOTH and not (
+        vllm_config.use_v2_model_runner or vllm_config.model_config.rswa_window is not None
+    ):
         raise RuntimeError(
             f'swa.phase="{phase}" needs the lengths of prompts, which this vLLM does not give to '
             "attention backends; remove phase"

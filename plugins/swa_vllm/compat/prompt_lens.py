@@ -1,4 +1,4 @@
-"""How metadata builders come to know the prompt's length of each request."""
+"""How metadata builders of Model Runner V1 come to know the prompt's length of each request."""
 
 from vllm.config import ModelConfig
 

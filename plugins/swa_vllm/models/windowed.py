@@ -39,6 +39,15 @@ class WindowedModel:
         if swa.slides:
             text_model: Any = self.get_language_model() if supports_multimodal(self) else self  # type: ignore[attr-defined]
             _set_windows(text_model.model.layers, vllm_config, swa)
+        if swa.options.phase is not Phase.BOTH and vllm_config.use_v2_model_runner:
+            # Of an instance: without the attribute vLLM chooses by the model's kind.
+            self.get_model_state_cls = _prompt_lens_state
+
+
+def _prompt_lens_state() -> type:
+    from swa_vllm.attention.model_state import PromptLensState  # of Model Runner V2 alone
+
+    return PromptLensState
 
 
 def _set_windows(layers: object, config: VllmConfig, swa: SWAConfig) -> None:
