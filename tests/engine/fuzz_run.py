@@ -190,18 +190,18 @@ def measure(
     exact = DenseText(model, torch.float64)
     rounded = [DenseText(model, getattr(torch, case.dtype), order) for order in orders]
     sight = Sight(case.windows, case.sinks, case.shift)
-    # Shifted, an engine's keys are rotated twice.
-    sights = [sight, replace(sight, shift=False)] if case.shift else [sight]
+    # An engine turns shifted queries back, whose angles so are rounded twice.
+    sights = [sight, replace(sight, turns_back=True)] if case.shift else [sight]
     choices, largest_noises, errors, noises = [0.0], [0.0], [], []
     for part in scored:
         args = part.text, range(len(part.text))
-        rows = [exact.scores(*args, s) for s in sights]
+        rows = exact.scores(*args, sight)
         # [orders, tokens, vocabulary]
         noise = sum(
-            (row - torch.stack([other.scores(*args, s) for other in rounded])).abs()
-            for row, s in zip(rows, sights, strict=True)
+            (rows - torch.stack([other.scores(*args, s) for other in rounded])).abs()
+            for s in sights
         )
-        best, chosen = rows[0].max(dim=-1).values, part.chosen(rows[0])
+        best, chosen = rows.max(dim=-1).values, part.chosen(rows)
         errors.append(torch.tensor(part.logprobs, dtype=torch.float64) - chosen)
         noises.append(part.chosen(noise.square().mean(dim=0).sqrt()))
         largest_noises.append(float(noise.max()))

@@ -81,7 +81,10 @@ class DenseText:
                 stands = at.clamp(max=sight.sinks + window - 1)
                 if sight.phase == "prefill":
                     stands = torch.where(is_prompt, stands, at)
-                shifted = self._rotate(query, stands) @ key.transpose(1, 2)
+                turned = self._rotate(query, stands)
+                if sight.turns_back:
+                    turned = self._rotate(self._rotate(query, at), stands - at)
+                shifted = turned @ key.transpose(1, 2)
                 scores = torch.where(is_sink, shifted, scores)
         scores = (scores * own.scaling).masked_fill(~visible, float("-inf"))
         heads = (scores.softmax(-1) @ value).transpose(0, 1).flatten(1)
@@ -126,8 +129,7 @@ class TextOracle:
     def score(self, tokens: Sequence[int], prompt_len: int = 0) -> OracleScores:
         sight, noise = replace(self._sight, prompt_len=prompt_len), 0.0
         exact = self._models[0].scores(tokens, range(len(tokens)), sight)
-        # A cache rotates keys at their own positions first and shifts the result.
-        for seen in (sight, replace(sight, shift=False))[: 1 + sight.shift]:
-            rows = [model.scores(tokens, range(len(tokens)), seen) for model in self._models]
-            noise += (rows[0] - rows[1]).abs().max().item()
+        for seen in (sight, replace(sight, turns_back=True))[: 1 + sight.shift]:
+            rounded = self._models[1].scores(tokens, range(len(tokens)), seen)
+            noise += (exact - rounded).abs().max().item()
         return OracleScores(exact, noise)

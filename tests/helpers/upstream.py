@@ -17,8 +17,9 @@ MEMBERS: dict[str, set[str]] = {
     "vllm.config.model:ModelConfig": {
         *("architecture", "architectures", "code_revision", "config_format", "dtype"),
         *("get_head_size", "hf_config", "hf_config_path", "hf_overrides", "max_model_len", "model"),
-        *("revision", "trust_remote_code"),
+        *("model_arch_config", "revision", "rswa_window", "trust_remote_code"),
     },
+    "vllm.config.model_arch:ModelArchitectureConfig": {"rswa_window"},
     "vllm.config.observability:ObservabilityConfig": {"enable_mfu_metrics"},
     "vllm.config.parallel:ParallelConfig": {
         *("data_parallel_backend", "data_parallel_index", "data_parallel_size"),
@@ -36,7 +37,7 @@ MEMBERS: dict[str, set[str]] = {
         *("instance_id", "kv_transfer_config", "load_config", "max_concurrent_batches"),
         *("model_config", "num_lookahead_tokens", "num_speculative_tokens"),
         *("observability_config", "parallel_config", "quant_config", "scheduler_config"),
-        "speculative_config",
+        *("speculative_config", "use_v2_model_runner"),
     },
     "vllm.engine.arg_utils:EngineArgs": {"create_engine_config"},
     "vllm.envs": {"VLLM_BATCH_INVARIANT"},
@@ -91,7 +92,8 @@ MEMBERS: dict[str, set[str]] = {
     "vllm.v1.attention.backend:AttentionType": {"DECODER"},
     "vllm.v1.attention.backend:CommonAttentionMetadata": {
         *("block_table_tensor", "max_query_len", "max_seq_len", "num_actual_tokens", "num_reqs"),
-        *("query_start_loc", "query_start_loc_cpu", "seq_lens", "slot_mapping"),
+        *("query_start_loc", "query_start_loc_cpu", "rswa_prefix_lens", "seq_lens"),
+        "slot_mapping",
     },
     "vllm.v1.attention.backends.cpu_attn:CPUAttentionBackend": {"get_supported_head_sizes"},
     "vllm.v1.attention.backends.cpu_attn:CPUAttentionBackendImpl": {
@@ -140,7 +142,7 @@ MEMBERS: dict[str, set[str]] = {
     "vllm.outputs:RequestOutput": {"outputs", "prompt_logprobs", "request_id"},
     "vllm.sampling_params:RequestOutputKind": {"DELTA", "FINAL_ONLY"},
     "vllm.sampling_params:SamplingParams": {"extra_args", "max_tokens"},
-    "vllm.v1.core.sched.output:NewRequestData": {"num_computed_tokens", "req_id"},
+    "vllm.v1.core.sched.output:NewRequestData": {"num_computed_tokens", "prompt_len", "req_id"},
     "vllm.v1.core.sched.output:SchedulerOutput": {
         *("num_scheduled_tokens", "preempted_req_ids", "scheduled_new_reqs"),
         "total_num_scheduled_tokens",
@@ -166,6 +168,8 @@ MEMBERS: dict[str, set[str]] = {
         *("shared_prefix_boundary", "skip_reading_prefix_cache"),
     },
     "vllm.v1.worker.cpu_worker:CPUWorker": {"model_runner"},
+    "vllm.v1.worker.gpu.input_batch:InputBatch": {"idx_mapping", "prompt_lens"},
+    "vllm.v1.worker.gpu.model_states.interface:ModelState": {"device", "max_num_reqs"},
     "vllm.v1.worker.gpu_model_runner:GPUModelRunner": {"attn_groups", "model"},
     "vllm.v1.worker.utils:AttentionGroup": {"get_metadata_builder"},
     "vllm.v1.worker.worker_base:WorkerWrapperBase": {"worker"},

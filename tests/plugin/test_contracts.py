@@ -23,7 +23,12 @@ from vllm.config.model import iter_architecture_defaults
 
 import swa_vllm
 from swa_vllm.attention.cpu.backend import SWACPUBackend, SWACPUImpl, SWACPUMetadataBuilder
-from swa_vllm.attention.layer import WindowedAttention
+from swa_vllm.attention.layer import (
+    PromptCachedAttention,
+    ReplacedAttention,
+    WindowedAttention,
+)
+from swa_vllm.attention.model_state import PromptLensState
 from swa_vllm.attention.triton.backend import SWATritonBackend, SWATritonImpl
 from swa_vllm.attention.triton.builder import SWATritonMetadataBuilder
 from swa_vllm.compat import architectures
@@ -32,6 +37,7 @@ from swa_vllm.distributed.cpu_platform import RayCpuPlatform
 from swa_vllm.distributed.executor import NodeCheckingRayExecutor
 from swa_vllm.kv_cache.manager import SWAManager
 from swa_vllm.kv_cache.prefix_hits import SinkPrefixHits
+from swa_vllm.kv_cache.prompt_cache import PromptCacheManager, PromptCacheSpec
 from swa_vllm.kv_cache.spec import SWASpec
 from swa_vllm.models.qwen3 import SWAQwen3ForCausalLM
 from swa_vllm.models.stock import STOCK
@@ -53,6 +59,7 @@ LOGITS = "v1/sample/logits_processor/__init__.py"
 LOGITS_INTERFACE = "v1/sample/logits_processor/interface.py"
 MANAGER = "v1/core/single_type_kv_cache_manager.py"
 MODEL_REGISTRY = "model_executor/models/registry.py"
+MODEL_STATE = "v1/worker/gpu/model_states/default.py"
 MODEL_CONFIG = "model_executor/models/config.py"
 PLATFORM = "platforms/cpu.py"
 PROMETHEUS = "v1/metrics/prometheus.py"
@@ -77,6 +84,8 @@ OVERRIDES: dict[Callable[..., Any], tuple[str, str]] = {
         LOGITS,
         "AdapterLogitsProcessor.new_req_logits_processor",
     ),
+    ReplacedAttention.__init__: (ATTENTION, "Attention.__init__"),
+    PromptCachedAttention.get_kv_cache_spec: (ATTENTION, "Attention.get_kv_cache_spec"),
     WindowedAttention.__init__: (ATTENTION, "Attention.__init__"),
     WindowedAttention.get_kv_cache_spec: (ATTENTION, "Attention.get_kv_cache_spec"),
     SWAManager.__init__: (MANAGER, "SlidingWindowManager.__init__"),
@@ -98,6 +107,16 @@ OVERRIDES: dict[Callable[..., Any], tuple[str, str]] = {
         MANAGER,
         "SlidingWindowManager.reachable_block_mask",
     ),
+    PromptCacheManager.__init__: (MANAGER, "SingleTypeKVCacheManager.__init__"),
+    PromptCacheManager.cache_blocks: (MANAGER, "FullAttentionManager.cache_blocks"),
+    PromptCacheManager.pop_blocks_for_free: (
+        MANAGER,
+        "SingleTypeKVCacheManager.pop_blocks_for_free",
+    ),
+    PromptCacheSpec.merge.__func__: (SPEC, "FullAttentionSpec.merge"),
+    PromptLensState.__init__: (MODEL_STATE, "DefaultModelState.__init__"),
+    PromptLensState.add_request: (MODEL_STATE, "DefaultModelState.add_request"),
+    PromptLensState.prepare_attn: (MODEL_STATE, "DefaultModelState.prepare_attn"),
     SWAManager.pop_blocks_for_free: (MANAGER, "SingleTypeKVCacheManager.pop_blocks_for_free"),
     SWAManager._remove_blocks_in_range: (
         MANAGER,
@@ -211,7 +230,7 @@ def test_override_takes_what_vllm_passes(override: Callable[..., Any], tree: Pat
     ours = inspect.signature(override).parameters
     variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
     # What we add for ourselves vLLM need not know; only a class that we construct may require it.
-    is_constructed_here = override is WindowedAttention.__init__
+    is_constructed_here = override in (ReplacedAttention.__init__, WindowedAttention.__init__)
     added = {
         n
         for n, p in ours.items()
@@ -286,6 +305,11 @@ def test_no_name_of_ours_is_vllms_by_accident(cls: type, tree: Path) -> None:
 
 def _place(cls: type) -> str:
     return f"{cls.__module__}:{cls.__qualname__}"
+
+
+def test_a_model_may_bring_its_own_state(tree: Path) -> None:
+    resolve = _find(tree, "v1/worker/gpu/model_states/__init__.py", "resolve_model_state_cls")
+    assert 'hasattr(model, "get_model_state_cls")' in ast.unparse(resolve).replace("'", '"')
 
 
 @pytest.mark.parametrize("name", STOCK)
