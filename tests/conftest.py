@@ -94,7 +94,15 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         here = [item for item in here if f"{RUNNER} {item.nodeid}" not in passed]
     kept = set(here)
     config.hook.pytest_deselected(items=[item for item in items if item not in kept])
-    items[:] = here
+    items[:] = _longest_files_first(here) if config.getoption("--share") else here
+
+
+def _longest_files_first(items: list[pytest.Item]) -> list[pytest.Item]:
+    """Order tests as processes shall take their files: no core idles at the end for a long one."""
+    num_tests = Counter(item.path for item in items)
+    return sorted(
+        items, key=lambda item: (not item.get_closest_marker("long"), -num_tests[item.path])
+    )
 
 
 @pytest.hookimpl(wrapper=True)

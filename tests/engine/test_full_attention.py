@@ -14,6 +14,8 @@ from tests.helpers.probes.accepts import refusal
 from tests.helpers.processes import ask_without_plugin
 from tests.helpers.tiny_models import FULL, MOE, ROPE, tiny_config
 
+pytestmark = pytest.mark.long
+
 NUM_CASES, NUM_SERVED = 120, 5
 ABSENT = object()
 LAYERS = {n: ["full_attention"] * n for n in (1, 2, 4, 6)}
