@@ -67,8 +67,6 @@ for runner in 0.32/V1 0.33/V1 0.33/V2; do
     on "$runner" --share="$RAN" -n 2 --dist loadfile --no-loadscope-reorder \
         -m "not full and not soak and not alone" --durations=20 || status=$?
 done
-for runner in 0.32/V1 0.33/V1 0.33/V2; do
-    on "$runner" --share="$RAN" -m "alone and not full and not soak" --durations=20 || status=$?
-done
+on 0.32/V1 --share="$RAN" -m "alone and not full and not soak" --durations=20 || status=$?
 stage "$venv/bin/python" -m tests.ran "$RAN"
 exit "$status"
