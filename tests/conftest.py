@@ -45,17 +45,10 @@ from tests.helpers.engines import (
     start_engine,
     stop_engine,
 )
-from tests.helpers.processes import ask_without_plugin
-from tests.helpers.quantized_models import RUNNABLE, save_quantized
+from tests.helpers.processes import Probe, probe_environment
+from tests.helpers.quantized_models import save_quantized
 from tests.helpers.runners import RUNNER, turns
-from tests.helpers.tiny_models import (
-    BY_LAYER_TYPES,
-    FULL,
-    MIXED,
-    SLIDING,
-    save_tiny_llama,
-    save_tiny_model,
-)
+from tests.helpers.tiny_models import save_tiny_llama, save_tiny_model
 
 # How fast a machine makes examples decides nothing.
 settings.register_profile(
@@ -101,7 +94,15 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         here = [item for item in here if f"{RUNNER} {item.nodeid}" not in passed]
     kept = set(here)
     config.hook.pytest_deselected(items=[item for item in items if item not in kept])
-    items[:] = here
+    items[:] = _longest_files_first(here) if config.getoption("--share") else here
+
+
+def _longest_files_first(items: list[pytest.Item]) -> list[pytest.Item]:
+    """Order tests as processes shall take their files: no core idles at the end for a long one."""
+    num_tests = Counter(item.path for item in items)
+    return sorted(
+        items, key=lambda item: (not item.get_closest_marker("long"), -num_tests[item.path])
+    )
 
 
 @pytest.hookimpl(wrapper=True)
@@ -161,43 +162,25 @@ def quantized_model(
 
 
 @pytest.fixture(scope="session")
-def stock_results(
-    tiny_model: ModelFactory,
-    tiny_llama: Path,
-    quantized_model: ModelFactory,
+def describe_stock(
     tmp_path_factory: pytest.TempPathFactory,
-) -> dict[str, Any]:
-    """What vLLM serves without the plugin, as ``describe`` of another process's engines says."""
-    # With several processes, one asks for all.
-    root = tmp_path_factory.getbasetemp()
-    file = (root.parent if "PYTEST_XDIST_WORKER" in os.environ else root) / "stock.json"
-    with FileLock(file.with_suffix(".lock")):
-        if not file.exists():
-            results = _ask_stock(tiny_model, tiny_llama, quantized_model)
-            file.write_text(json.dumps(results))
-    return dict(json.loads(file.read_text()))
+) -> Iterator[Callable[..., dict[str, Any]]]:
+    """What ``describe`` says of vLLM without the plugin, for a checkpoint and ``LLM`` arguments.
 
+    That vLLM runs in another process. An engine that cannot start has an ``error`` only.
+    """
+    log = tmp_path_factory.mktemp("stock") / "log"
+    probe = Probe("stock", {**probe_environment(), "VLLM_PLUGINS": ""}, log)
+    said: dict[str, dict[str, Any]] = {}
 
-def _ask_stock(
-    tiny_model: ModelFactory, tiny_llama: Path, quantized_model: ModelFactory
-) -> dict[str, Any]:
-    fp8 = {"kv_cache_dtype": "fp8"}
-    cases: dict[str, tuple[Path, dict[str, Any]]] = {
-        "full": (tiny_model(**FULL), {}),
-        "sliding": (tiny_model(**SLIDING), {}),
-        "llama": (tiny_llama, {}),
-        "mixed": (tiny_model(**MIXED), {}),
-        "layer_types": (tiny_model(**BY_LAYER_TYPES), {}),
-        "tiny_pool": (tiny_model(**SLIDING), {"num_gpu_blocks_override": 9}),
-        "full_fp8": (tiny_model(**FULL), fp8),
-        "sliding_fp8": (tiny_model(**SLIDING), fp8),
-    }
-    for kind in RUNNABLE:
-        for name, checkpoint in {"full": FULL, "sliding": SLIDING}.items():
-            model = quantized_model(kind, **checkpoint)
-            cases[f"{name}_{kind}"] = (model, {"dtype": "bfloat16"})
-    asked = json.dumps({k: (str(model), kwargs) for k, (model, kwargs) in cases.items()})
-    return dict(ask_without_plugin("stock", asked))
+    def describe(model: Path, **kwargs: Any) -> dict[str, Any]:
+        key = repr((model, sorted(kwargs.items())))
+        if key not in said:
+            said[key] = probe.ask(str(model), kwargs)
+        return said[key]
+
+    yield describe
+    probe.stop()
 
 
 @pytest.fixture(scope="session")

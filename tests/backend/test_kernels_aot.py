@@ -17,6 +17,8 @@ from tests.helpers.paths import DATA
 from tests.helpers.processes import probe_environment
 from tests.helpers.tritons import OTHER_TRITONS, triton_directory
 
+pytestmark = pytest.mark.long
+
 TABLE = DATA / "kernels.txt"
 # Under the interpreter, which this process runs kernels in, nothing can be compiled.
 COMPILE = """

@@ -16,10 +16,14 @@ from tests.helpers.engines import EngineFactory
 from tests.helpers.paths import DATA
 from tests.helpers.runners import RUNNER
 
-pytestmark = pytest.mark.skipif(
-    RUNNER == "0.33/V2",
-    reason="takes prompt logprobs by a kernel of vLLM's, in the interpreter longer than a test may",
-)
+pytestmark = [
+    pytest.mark.long,
+    pytest.mark.skipif(
+        RUNNER == "0.33/V2",
+        reason="takes prompt logprobs by a kernel of vLLM's, in the interpreter longer than a test "
+        "may",
+    ),
+]
 
 WINDOW, LENGTH = 128, 1024
 # Of each text, the first log-probability that counts; they begin with the second token's. The

@@ -3,8 +3,8 @@
 They are started for text only, so Hugging Face's plain Qwen3 with the same weights is the oracle.
 """
 
-import json
-import subprocess
+from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from swa_vllm.compat import architectures, versions
 from swa_vllm.models import derived, guard
 from tests.helpers.derived_models import KINDS, projection, save_derived
 from tests.helpers.engines import ModelFactory, resolve_here
-from tests.helpers.processes import probe_command, probe_environment
+from tests.helpers.processes import Probe, probe_environment
 from tests.helpers.tiny_models import (
     FULL,
     SLIDING,
@@ -61,38 +61,37 @@ def moe_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_tiny_moe(tmp_path_factory.mktemp("moe"))
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def served(
     torchvision: Path,
     tiny_model: ModelFactory,
     moe_model: Path,
     tmp_path_factory: pytest.TempPathFactory,
-) -> dict[str, Any]:
-    """What the probe says, in a process that has torchvision, about each derived model."""
+) -> Iterator[Callable[[str], dict[str, Any]]]:
+    """What the probe says, in a process that has torchvision, about the derived model of a name."""
     root = tmp_path_factory.mktemp("derived")
-    cases: dict[str, tuple[str, dict[str, Any]]] = {}
-
-    def add(name: str, kind: str, text: dict[str, Any], **kwargs: Any) -> None:
-        plain = moe_model if "Moe" in kind else tiny_model(**FULL)
-        cases[name] = (str(save_derived(root / name, kind, plain, text)), kwargs)
-
-    for kind in KINDS:
-        pooling = {"skip_tokenizer_init": False} if kind == "ColQwen3" else {}
-        add(kind, kind, {}, additional_config=BY_OPTIONS, **pooling)
+    probe = Probe("derived", probe_environment(str(torchvision)), root / "log")
     vision = "Qwen3VLForConditionalGeneration"
-    add("checkpoint", vision, BY_CHECKPOINT)
-    add("ambiguous", vision, {"sliding_window": WINDOW})
-    add("disabled", vision, BY_CHECKPOINT, additional_config={"swa": {"enabled": False}})
-    (Path(cases["ambiguous"][0]) / "model.safetensors").unlink()
-    result = subprocess.run(
-        [*probe_command("derived"), json.dumps(cases)],
-        env=probe_environment(str(torchvision)),
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert result.returncode == 0, result.stderr[-3000:]
-    return dict(json.loads(result.stdout.splitlines()[-1]))
+    disabled = {"additional_config": {"swa": {"enabled": False}}}
+    cases: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
+        **{kind: (kind, {}, {"additional_config": BY_OPTIONS}) for kind in KINDS},
+        "checkpoint": (vision, BY_CHECKPOINT, {}),
+        "ambiguous": (vision, {"sliding_window": WINDOW}, {}),
+        "disabled": (vision, BY_CHECKPOINT, disabled),
+    }
+    cases["ColQwen3"][2]["skip_tokenizer_init"] = False
+
+    @cache
+    def ask(name: str) -> dict[str, Any]:
+        kind, text, kwargs = cases[name]
+        plain = moe_model if "Moe" in kind else tiny_model(**FULL)
+        model = save_derived(root / name, kind, plain, text)
+        if name == "ambiguous":
+            (model / "model.safetensors").unlink()
+        return dict(probe.ask(str(model), kwargs))
+
+    yield ask
+    probe.stop()
 
 
 def _check_exact(answers: list[Any], oracle: Oracle | MoeOracle) -> None:
@@ -105,41 +104,42 @@ def _check_exact(answers: list[Any], oracle: Oracle | MoeOracle) -> None:
 
 @pytest.mark.parametrize("kind", [k for k in KINDS if k != "ColQwen3"])
 def test_text_stack_slides_as_the_plain_model_does(
-    kind: str, served: dict[str, Any], tiny_model: ModelFactory, moe_model: Path
+    kind: str, served: Callable[[str], dict[str, Any]], tiny_model: ModelFactory, moe_model: Path
 ) -> None:
-    assert "error" not in served[kind], served[kind]
-    assert served[kind]["windows"] == list(WINDOWS)
-    assert served[kind]["specs"] == ["FullAttentionSpec", "SWASpec"]
+    said = served(kind)
+    assert "error" not in said, said
+    assert said["windows"] == list(WINDOWS)
+    assert said["specs"] == ["FullAttentionSpec", "SWASpec"]
     oracle = (
         MoeOracle(moe_model, WINDOWS)
         if "Moe" in kind
         else Oracle(tiny_model(**FULL), **BY_CHECKPOINT)
     )
-    _check_exact(served[kind]["answers"], oracle)
+    _check_exact(said["answers"], oracle)
 
 
 def test_text_config_of_the_checkpoint_decides(
-    served: dict[str, Any], tiny_model: ModelFactory
+    served: Callable[[str], dict[str, Any]], tiny_model: ModelFactory
 ) -> None:
-    assert served["checkpoint"]["windows"] == list(WINDOWS)
-    _check_exact(served["checkpoint"]["answers"], Oracle(tiny_model(**FULL), **BY_CHECKPOINT))
-    assert served["disabled"]["windows"] == [None] * 4
-    _check_exact(served["disabled"]["answers"], Oracle(tiny_model(**FULL)))
+    assert served("checkpoint")["windows"] == list(WINDOWS)
+    _check_exact(served("checkpoint")["answers"], Oracle(tiny_model(**FULL), **BY_CHECKPOINT))
+    assert served("disabled")["windows"] == [None] * 4
+    _check_exact(served("disabled")["answers"], Oracle(tiny_model(**FULL)))
 
 
 def test_window_that_transformers_ignores_is_refused_before_weights(
-    served: dict[str, Any],
+    served: Callable[[str], dict[str, Any]],
 ) -> None:
     assert (
         "sliding_window=40 without use_sliding_window is ambiguous"
-        in (served["ambiguous"]["error"])
+        in (served("ambiguous")["error"])
     )
 
 
 def test_late_interaction_embeddings_slide(
-    served: dict[str, Any], tiny_model: ModelFactory
+    served: Callable[[str], dict[str, Any]], tiny_model: ModelFactory
 ) -> None:
-    assert served["ColQwen3"]["windows"] == list(WINDOWS)
+    assert served("ColQwen3")["windows"] == list(WINDOWS)
     model = tiny_model(**FULL)
     config = Qwen3Config.from_pretrained(model, **BY_CHECKPOINT)
     exact, rounded = (
@@ -155,7 +155,7 @@ def test_late_interaction_embeddings_slide(
     prompts = random_prompts(LENGTHS)
     expected = [embed(exact, prompt) for prompt in prompts]
     noise = max((embed(rounded, p) - e).abs().max() for p, e in zip(prompts, expected, strict=True))
-    for got, embedding in zip(served["ColQwen3"]["embeddings"], expected, strict=True):
+    for got, embedding in zip(served("ColQwen3")["embeddings"], expected, strict=True):
         assert (torch.tensor(got, dtype=torch.float64) - embedding).abs().max() <= noise
 
 

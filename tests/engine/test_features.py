@@ -1,5 +1,6 @@
 """vLLM's features on windowed models: the same results as without them, or Hugging Face's."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -143,38 +144,39 @@ def test_structured_output(demo_model: dict[str, Path], engine: EngineFactory) -
 
 @needs_fp8_kernels
 @pytest.mark.parametrize(
-    ("stock", "checkpoint", "options"),
+    ("checkpoint", "options"),
     [
-        ("sliding_fp8", SLIDING, {}),
+        (SLIDING, {}),
         # A window that nothing reaches the end of, in half of the layers.
-        ("full_fp8", FULL, {"window": 500, "full_attention_layers": "0-1"}),
+        (FULL, {"window": 500, "full_attention_layers": "0-1"}),
     ],
     ids=["sliding", "mixed"],
 )
 def test_fp8_kv_cache_is_stocks(
-    stock: str,
     checkpoint: dict[str, Any],
     options: dict[str, Any],
-    stock_results: dict[str, Any],
+    describe_stock: Callable[..., Any],
     engine: EngineFactory,
     tiny_model: ModelFactory,
 ) -> None:
-    model, additional = tiny_model(**checkpoint), {"swa": options}
-    llm = engine(model, kv_cache_dtype="fp8", additional_config=additional)
+    model, fp8 = tiny_model(**checkpoint), {"kv_cache_dtype": "fp8"}
+    llm = engine(model, **fp8, additional_config={"swa": options})
     assert [layer.kv_cache_dtype for layer in attention_layers(llm)] == ["fp8"] * 4
-    assert [list(a) for a in describe(llm)["answers"]] == stock_results[stock]["answers"]
+    answers = describe_stock(model, **fp8)["answers"]
+    assert [list(a) for a in describe(llm)["answers"]] == answers
 
 
 @needs_fp8_kernels
 def test_fp8_kv_cache_can_skip_the_sliding_layers(
-    stock_results: dict[str, Any], engine: EngineFactory, tiny_model: ModelFactory
+    describe_stock: Callable[..., Any], engine: EngineFactory, tiny_model: ModelFactory
 ) -> None:
     fp8 = {"kv_cache_dtype": "fp8", "kv_cache_dtype_skip_layers": ["sliding_window"]}
     mixed = engine(tiny_model(**MIXED), **fp8)
     assert [a.kv_cache_dtype for a in attention_layers(mixed)] == ["fp8"] * 2 + ["auto"] * 2
     del mixed
     sliding = describe(engine(tiny_model(**SLIDING), **fp8))
-    assert [list(a) for a in sliding["answers"]] == stock_results["sliding"]["answers"]
+    answers = describe_stock(tiny_model(**SLIDING))["answers"]
+    assert [list(a) for a in sliding["answers"]] == answers
 
 
 def test_lora_equals_merged_weights(

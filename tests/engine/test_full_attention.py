@@ -3,6 +3,7 @@
 import json
 import os
 import random
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,8 @@ from tests.helpers.engines import EngineFactory, describe, resolve_here
 from tests.helpers.probes.accepts import refusal
 from tests.helpers.processes import ask_without_plugin
 from tests.helpers.tiny_models import FULL, MOE, ROPE, tiny_config
+
+pytestmark = pytest.mark.long
 
 NUM_CASES, NUM_SERVED = 120, 5
 ABSENT = object()
@@ -77,7 +80,7 @@ def cases(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[str, dict[str,
 @pytest.fixture(scope="module")
 def stock_accepts(cases: list[Any]) -> list[Any]:
     """Those that stock vLLM takes."""
-    refusals = ask_without_plugin("accepts", given=json.dumps(cases))
+    refusals = ask_without_plugin("accepts", json.dumps(cases))
     return [case for case, said in zip(cases, refusals, strict=True) if said is None]
 
 
@@ -91,19 +94,17 @@ def test_what_stock_takes_is_taken(stock_accepts: list[Any], record_property: An
     assert not refused
 
 
-def test_what_stock_takes_is_served_alike(stock_accepts: list[Any], engine: EngineFactory) -> None:
+def test_what_stock_takes_is_served_alike(
+    stock_accepts: list[Any], describe_stock: Callable[..., Any], engine: EngineFactory
+) -> None:
     """The same classes and the same tokens, from the same random weights."""
     dense = [
         case
         for case in stock_accepts
         if "qwen3_moe" not in Path(case[0], "config.json").read_text()
     ]
-    chosen = {
-        str(i): (model, {**arguments, "load_format": "dummy"})
-        for i, (model, arguments) in enumerate(dense[:NUM_SERVED])
-    }
-    stock = ask_without_plugin("stock", json.dumps(chosen))
-    for name, (model, arguments) in chosen.items():
-        served = json.loads(json.dumps(describe(engine(model, **arguments))))
-        assert served["modules"].pop(0) == f"SWA{stock[name]['modules'].pop(0)}"
-        assert served == stock[name], arguments
+    for model, arguments in dense[:NUM_SERVED]:
+        stock = describe_stock(model, **arguments, load_format="dummy")
+        served = json.loads(json.dumps(describe(engine(model, **arguments, load_format="dummy"))))
+        outermost, *modules = stock["modules"]
+        assert served == {**stock, "modules": [f"SWA{outermost}", *modules]}, arguments

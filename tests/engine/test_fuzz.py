@@ -24,6 +24,8 @@ from tests.engine.fuzz_run import Run, measure
 from tests.helpers.engines import EngineFactory, ModelFactory, generate
 from tests.helpers.tiny_models import SLIDING, random_prompts, save_tiny_model
 
+pytestmark = pytest.mark.long
+
 FIRST_SEED = int(os.environ.get("SWA_TEST_SEED", "0"))
 SEEDS = [range(FIRST_SEED + first, FIRST_SEED + first + 20) for first in (0, 20)]
 MANY_SEEDS = [range(FIRST_SEED + first, FIRST_SEED + first + 50) for first in range(40, 2040, 50)]

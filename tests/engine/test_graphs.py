@@ -25,6 +25,7 @@ from tests.helpers.graphs import CaptureError, Recorder
 from tests.helpers.tiny_models import FULL
 
 pytestmark = [
+    pytest.mark.long,
     pytest.mark.only_on("0.33/V2"),
     pytest.mark.skipif(torch.cuda.is_available(), reason="test_gpu.py runs the same cases there"),
     pytest.mark.skipif(

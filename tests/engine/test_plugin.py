@@ -2,6 +2,7 @@
 
 import logging
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -113,13 +114,14 @@ def test_another_plugins_qwen3_is_left_alone_but_for_windows(
 @pytest.mark.parametrize("name", ["full", "llama"])
 def test_models_without_window_are_exactly_stock(
     name: str,
-    stock_results: dict[str, Any],
+    describe_stock: Callable[..., Any],
     engine: EngineFactory,
     tiny_model: ModelFactory,
     tiny_llama: Path,
 ) -> None:
-    llm = engine(tiny_llama if name == "llama" else tiny_model(**FULL))
-    here, there = describe(llm), stock_results[name]
+    model = tiny_llama if name == "llama" else tiny_model(**FULL)
+    llm = engine(model)
+    here, there = describe(llm), describe_stock(model)
     # The outermost Qwen3 class is our subclass; it ran the stock constructor.
     assert here["modules"][1:] == there["modules"][1:]
     assert {k: here[k] for k in ("backends", "specs")} == {
@@ -130,22 +132,24 @@ def test_models_without_window_are_exactly_stock(
 
 
 def test_all_sliding_model_answers_as_stock(
-    stock_results: dict[str, Any], engine: EngineFactory, tiny_model: ModelFactory
+    describe_stock: Callable[..., Any], engine: EngineFactory, tiny_model: ModelFactory
 ) -> None:
-    answers = describe(engine(tiny_model(**SLIDING)))["answers"]
-    assert [list(a) for a in answers] == stock_results["sliding"]["answers"]
+    model = tiny_model(**SLIDING)
+    answers = describe(engine(model))["answers"]
+    assert [list(a) for a in answers] == describe_stock(model)["answers"]
 
 
-def test_stock_vllm_still_refuses_mixed_layers(stock_results: dict[str, Any]) -> None:
+def test_stock_vllm_still_refuses_mixed_layers(
+    describe_stock: Callable[..., Any], tiny_model: ModelFactory
+) -> None:
     """If this fails, upstream has learned to serve them: revisit what this plugin is for."""
-    assert (
-        "Sliding window for some but all layers is not supported"
-        in (stock_results["mixed"]["error"])
-    )
+    error = describe_stock(tiny_model(**MIXED))["error"]
+    assert "Sliding window for some but all layers is not supported" in error
 
 
 def test_stock_vllm_still_serves_layer_types_as_full_attention(
-    stock_results: dict[str, Any],
+    describe_stock: Callable[..., Any], tiny_model: ModelFactory
 ) -> None:
     """Silently, where max_window_layers equals the layer count."""
-    assert stock_results["layer_types"]["answers"] == stock_results["full"]["answers"]
+    by_layer_types, full = (describe_stock(tiny_model(**c)) for c in (BY_LAYER_TYPES, FULL))
+    assert by_layer_types["answers"] == full["answers"]

@@ -117,12 +117,13 @@ def test_sent_again_the_same_prompt_hits(engine: EngineFactory, tiny_model: Mode
 
 
 def test_a_pool_too_small_for_stock_vllm_serves(
-    engine: EngineFactory, tiny_model: ModelFactory, stock_results: dict[str, Any]
+    engine: EngineFactory, tiny_model: ModelFactory, describe_stock: Callable[..., Any]
 ) -> None:
-    assert "KV cache" in stock_results["tiny_pool"]["error"]
+    model, pool = tiny_model(**SLIDING), {"num_gpu_blocks_override": 9}
+    assert "KV cache" in describe_stock(model, **pool)["error"]
     prompts = random_prompts(LENGTHS)
-    tight = generate(engine(tiny_model(**SLIDING), num_gpu_blocks_override=9), prompts)
-    roomy = generate(engine(tiny_model(**SLIDING)), prompts)
+    tight = generate(engine(model, **pool), prompts)
+    roomy = generate(engine(model), prompts)
     assert [a.tokens for a in tight] == [a.tokens for a in roomy]
 
 

@@ -1,5 +1,6 @@
 """Quantized checkpoints: windowed layers answer as stock vLLM's do."""
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -10,27 +11,21 @@ from tests.helpers.tiny_models import FULL, SLIDING, WINDOW
 
 
 @pytest.mark.parametrize(
-    ("stock", "checkpoint", "options", "windows"),
+    ("checkpoint", "options", "windows"),
     [
-        ("sliding", SLIDING, {}, [WINDOW] * 4),
+        (SLIDING, {}, [WINDOW] * 4),
         # A window that nothing reaches the end of, in half of the layers.
-        (
-            "full",
-            FULL,
-            {"window": 500, "full_attention_layers": "0-1"},
-            [None, None, 500, 500],
-        ),
+        (FULL, {"window": 500, "full_attention_layers": "0-1"}, [None, None, 500, 500]),
     ],
     ids=["sliding", "mixed"],
 )
 @pytest.mark.parametrize("kind", FORMATS)
 def test_quantized_weights_answer_as_stock(
     kind: str,
-    stock: str,
     checkpoint: dict[str, Any],
     options: dict[str, Any],
     windows: list[int | None],
-    stock_results: dict[str, Any],
+    describe_stock: Callable[..., Any],
     engine: EngineFactory,
     quantized_model: ModelFactory,
 ) -> None:
@@ -41,7 +36,7 @@ def test_quantized_weights_answer_as_stock(
     cache_dtype = "fp8" if "fp8 cache" in kind else "auto"
     assert [layer.kv_cache_dtype for layer in attention_layers(llm)] == [cache_dtype] * 4
     assert [layer.sliding_window for layer in attention_layers(llm)] == windows
-    answers = stock_results[f"{stock}_{kind}"]["answers"]
+    answers = describe_stock(model, dtype="bfloat16")["answers"]
     assert [list(answer) for answer in describe(llm)["answers"]] == answers
     assert len({tuple(tokens) for tokens, _ in answers}) == len(answers)
 

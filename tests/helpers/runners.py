@@ -19,7 +19,7 @@ RUNNER = f"{_VERSION}/V{2 if os.environ.get('VLLM_USE_V2_MODEL_RUNNER') == '1' e
 
 # What has to equal vLLM without the plugin to the last bit does so over the same operators, and
 # real weights take minutes in the interpreter.
-_NEEDS_OPERATORS = frozenset({"stock_results", "stock_accepts", "demo_model"})
+_NEEDS_OPERATORS = frozenset({"describe_stock", "stock_accepts", "demo_model"})
 _HAS_OPERATORS = ("0.32/V1", "0.33/V1")
 # Where what has no turns runs: what needs vLLM but no model on both vLLMs, all else on one.
 _OF_ROOM = {"plugin": ("0.32/V1", "0.33/V1")}

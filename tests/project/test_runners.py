@@ -1,6 +1,7 @@
 """The test command shares the engine's tests among two vLLMs and their model runners."""
 
 import json
+import re
 import subprocess
 import sys
 from functools import cache
@@ -59,6 +60,21 @@ def test_every_file_runs_on_both_vllms() -> None:
 @pytest.mark.parametrize("topic", EVERYWHERE)
 def test_topic_runs_on_every_runner(topic: str) -> None:
     assert _of(EVERYWHERE[topic]) == set(RUNNERS)
+
+
+def test_files_that_take_minutes_begin_first(tmp_path: Path) -> None:
+    """Whatever order they are given in: of the others, those with more tests."""
+    files = [f"tests/engine/test_{name}.py" for name in ("features", "sinks", "fuzz")]
+    share = ["--share", str(tmp_path / "ran.jsonl")]
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "--collect-only", "-q", *share, *files],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    begun = dict.fromkeys(re.findall(r"^(tests/\S+)::", done.stdout, re.MULTILINE))
+    assert list(begun) == files[::-1]
 
 
 def test_another_runner_is_refused() -> None:

@@ -28,7 +28,7 @@ from tests.helpers.metrics import gained, samples
 from tests.helpers.servers import TIMEOUT_S, family, has_ended, member, wait_for_end, wait_until
 from tests.helpers.tiny_models import MIXED, random_prompts
 
-pytestmark = pytest.mark.alone
+pytestmark = pytest.mark.long
 
 # Parsers of Qwen3 look these up; the demo's tokenizer has none.
 QWEN3_TOKENS = ["<think>", "</think>", "<tool_call>", "</tool_call>"]

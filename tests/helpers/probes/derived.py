@@ -1,10 +1,9 @@
-"""Describe what the plugin serves for each [model, engine arguments] of a JSON object.
+"""Describe what the plugin serves for a model and engine arguments, one after the other.
 
 Run with torchvision's Python files in the path, which these models import.
 """
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,26 +11,21 @@ from vllm import LLM
 
 import swa_vllm
 from tests.helpers.engines import generate, resolve_here, scheduler, start_engine, stop_engine
+from tests.helpers.processes import answer_questions
 from tests.helpers.tiny_models import WINDOW, random_prompts
 
-
-def main() -> None:
-    swa_vllm.register()
-    results = {}
-    for name, (model, kwargs) in json.loads(sys.argv[1]).items():
-        (architecture,) = json.loads((Path(model) / "config.json").read_text())["architectures"]
-        resolve_here(architecture)
-        try:
-            llm = start_engine(model, limit_mm_per_prompt=TEXT_ONLY, **kwargs)
-            results[name] = _describe(llm)
-            del llm
-        except Exception as error:
-            results[name] = {"error": f"{type(error).__name__}: {error}"}
-        stop_engine()
-    print(json.dumps(results))
-
-
 TEXT_ONLY = {"image": 0, "video": 0, "audio": 0}
+
+
+def _served(model: str, kwargs: dict[str, Any]) -> dict[str, Any]:
+    (architecture,) = json.loads((Path(model) / "config.json").read_text())["architectures"]
+    resolve_here(architecture)
+    try:
+        return _describe(start_engine(model, limit_mm_per_prompt=TEXT_ONLY, **kwargs))
+    except Exception as error:
+        return {"error": f"{type(error).__name__}: {error}"}
+    finally:
+        stop_engine()
 
 
 def _describe(llm: LLM) -> dict[str, Any]:
@@ -55,4 +49,5 @@ def _describe(llm: LLM) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    main()
+    swa_vllm.register()
+    answer_questions(_served)

@@ -1,26 +1,22 @@
-"""Describe what vLLM serves for each [model, engine arguments] of a JSON object.
+"""Describe what vLLM serves for a model and engine arguments, one after the other.
 
 Run without the plugin: the yardstick of what must not change.
 """
 
-import json
-import sys
+from typing import Any
 
 from tests.helpers.engines import describe, start_engine, stop_engine
+from tests.helpers.processes import answer_questions
 
 
-def main() -> None:
-    results = {}
-    for name, (model, kwargs) in json.loads(sys.argv[1]).items():
-        try:
-            llm = start_engine(model, **kwargs)
-            results[name] = describe(llm)
-            del llm
-        except Exception as error:
-            results[name] = {"error": str(error)}
+def _served(model: str, kwargs: dict[str, Any]) -> dict[str, Any]:
+    try:
+        return describe(start_engine(model, **kwargs))
+    except Exception as error:
+        return {"error": str(error)}
+    finally:
         stop_engine()
-    print(json.dumps(results))
 
 
 if __name__ == "__main__":
-    main()
+    answer_questions(_served)
