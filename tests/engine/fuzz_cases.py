@@ -59,6 +59,7 @@ class Case:
         num_pages: of the pool, the null page included.
         chunk: most tokens of a step.
         is_async: whether steps are scheduled before the one before has ended.
+        phase: value of that option.
     """
 
     dtype: str
@@ -81,6 +82,12 @@ class Case:
     caching: bool
     is_async: bool
     batches: tuple[tuple[Job, ...], ...]
+    phase: str = "both"
+
+    @property
+    def keeps_all(self) -> bool:
+        """Whether every page of a request stays until its end."""
+        return self.phase == "prefill"
 
     @property
     def windows(self) -> tuple[int | None, ...]:
@@ -97,6 +104,8 @@ class Case:
         """KV groups that vLLM makes of full layers, and of windowed ones."""
         num_windowed = sum(self.windowed)
         num_full = len(self.windowed) - num_windowed
+        if self.keeps_all:
+            return 1, 0
         if not num_full:
             return 0, 1
         few, many = sorted((num_full, num_windowed))
@@ -122,6 +131,8 @@ class Case:
     def engine(self) -> dict[str, Any]:
         """Arguments of ``LLM``."""
         options: dict[str, Any] = {"prefill_pages": self.prefill_pages, "sink_tokens": self.sinks}
+        if self.phase != "both":
+            options["phase"] = self.phase
         if self.shift:
             options["position_shift"] = True
         if not self.by_checkpoint:
@@ -186,7 +197,10 @@ def _draw(rng: random.Random) -> Case:
         caching=rng.random() < 0.7,
         is_async=rng.random() < 0.5,
         batches=batches,
+        phase=rng.choice(["both", "prefill"]),
     )
+    if case.keeps_all:
+        case = replace(case, prefill_pages="auto")
     least = _least_pages(case)
     return replace(case, num_pages=least + rng.choice([0, 0, least // 4, least, 5 * least]))
 
@@ -194,6 +208,8 @@ def _draw(rng: random.Random) -> Case:
 def _least_pages(case: Case) -> int:
     """What vLLM demands, or a little more: one request of the greatest length and the null page."""
     num_full, num_windowed = case.num_groups
+    if case.keeps_all:
+        return ceil_div(case.max_length, case.page_size) + 1
     longest = ceil_div(case.max_length + case.sinks, case.page_size)
     in_flight = ceil_div(case.window - 1 + 2 * case.chunk, case.page_size) + 1
     charged = min(longest, in_flight + 2 * case.pages.num_sink_pages)
@@ -225,8 +241,10 @@ def _job(rng: random.Random, max_length: int, starts_at: int) -> Job:
 
 def _can_skip_pages(case: Case) -> bool:
     """A chunk of a first prompt passes over pages that it need not store."""
-    is_kept = case.prefill_pages == PrefillPages.ALL.value or (
-        case.prefill_pages == PrefillPages.AUTO.value and case.caching
+    is_kept = (
+        case.keeps_all
+        or case.prefill_pages == PrefillPages.ALL.value
+        or (case.prefill_pages == PrefillPages.AUTO.value and case.caching)
     )
     first = case.batches[0][0]
     num_tokens = min(case.chunk, first.num_shared + first.num_own)
@@ -238,7 +256,8 @@ def _can_hit_across_freed_pages(case: Case) -> bool:
     pages, (jobs, (again, *_)) = case.pages, case.batches
     num_pages = pages.num_sink_pages + pages.num_hit_pages + 1
     # A window of one sees no page that a hit could end with; who scores a prompt reads no cache.
-    return (case.caching and case.window > 1 and not again.scores_prompt) and any(
+    may_free = case.window > 1 and not case.keeps_all
+    return (case.caching and may_free and not again.scores_prompt) and any(
         job.text == again.text
         and again.num_shared >= job.num_shared > num_pages * case.page_size
         and not job.num_own

@@ -27,9 +27,13 @@ MAX_STEPS = 5000  # of a batch
 
 @dataclass
 class Scored:
-    """Log-probabilities that the engine gave of the tokens from position ``first`` of a text."""
+    """Log-probabilities that the engine gave of the tokens from position ``first`` of a text.
+
+    The prompt is ``num_prompt`` tokens long.
+    """
 
     text: list[int]
+    num_prompt: int
     first: int
     logprobs: list[float]
     is_greedy: bool
@@ -151,10 +155,12 @@ def _params(job: Job) -> SamplingParams:
 def _scored(prompt: list[int], job: Job, output: RequestOutput, index: int) -> list[Scored]:
     (completion,) = (c for c in output.outputs if c.index == index)
     answer = to_answer(completion)
-    parts = [Scored(prompt + answer.tokens, len(prompt), answer.logprobs, job.num_samples == 1)]
+    text, is_greedy = prompt + answer.tokens, job.num_samples == 1
+    parts = [Scored(text, len(prompt), len(prompt), answer.logprobs, is_greedy)]
     if output.prompt_logprobs is not None:
         entries = zip(output.prompt_logprobs[1:], prompt[1:], strict=True)
-        parts.append(Scored(prompt, 1, [entry[token].logprob for entry, token in entries], False))
+        logprobs = [entry[token].logprob for entry, token in entries]
+        parts.append(Scored(prompt, len(prompt), 1, logprobs, False))
     return parts
 
 
@@ -189,12 +195,18 @@ def measure(
     """
     exact = DenseText(model, torch.float64)
     rounded = [DenseText(model, getattr(torch, case.dtype), order) for order in orders]
-    sight = Sight(case.windows, case.sinks, case.shift)
-    # An engine turns shifted queries back, whose angles so are rounded twice.
-    sights = [sight, replace(sight, turns_back=True)] if case.shift else [sight]
     choices, largest_noises, errors, noises = [0.0], [0.0], [], []
     for part in scored:
         args = part.text, range(len(part.text))
+        sight = Sight(
+            case.windows,
+            case.sinks,
+            case.shift,
+            phase=case.phase,
+            prompt_len=part.num_prompt,
+        )
+        # An engine turns shifted queries back, whose angles so are rounded twice.
+        sights = [sight, replace(sight, turns_back=True)] if case.shift else [sight]
         rows = exact.scores(*args, sight)
         # [orders, tokens, vocabulary]
         noise = sum(

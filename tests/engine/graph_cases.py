@@ -130,7 +130,7 @@ def run(case: Case, mode: dict[str, Any], start: Any, model: Path, directory: Pa
         tuple(layer.sliding_window for layer in layers),
         case.options.get("sink_tokens", 0),
         case.options.get("position_shift", False),
-        case.options.get("phase", "both"),
+        phase=case.options.get("phase", "both"),
     )
     oracle, prompts = DenseQwen3(model, sight), random_prompts(case.lengths)
     num_free = num_free_pages(llm)

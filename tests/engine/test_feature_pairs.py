@@ -272,7 +272,8 @@ def _serve(llm: LLM, lora: LoRARequest | None, has_grammar: list[bool]) -> list[
 @cache
 def _dense(model: Path, sinks: str, phase: str) -> DenseQwen3:
     windows = (None, None, WINDOW, WINDOW)
-    return DenseQwen3(model, Sight(windows, 0 if sinks == "0" else 4, sinks == "shifted", phase))
+    num_sinks, shift = 0 if sinks == "0" else 4, sinks == "shifted"
+    return DenseQwen3(model, Sight(windows, num_sinks, shift, phase=phase))
 
 
 @cache  # engines that are right answer alike

@@ -8,6 +8,7 @@ import pytest
 from vllm import LLM
 from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
+from vllm.v1.metrics.reader import Counter
 from vllm.v1.request import Request
 
 from swa_vllm.attention.cpu import builder
@@ -134,6 +135,33 @@ def test_preempted_inside_the_answer(
     layers: str, tiny_model: ModelFactory, engine: EngineFactory
 ) -> None:
     _check_preempted_answer(tiny_model(**FULL), engine, layers)
+
+
+def test_drafts_are_exact(
+    engine: EngineFactory, tiny_model: ModelFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Drafts by n-grams: several queries a step, all of generated tokens."""
+    # In a process of its own: it imports numba, after which vLLM 0.32 starts no second engine.
+    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
+    model = tiny_model(**FULL)
+    speculation = {
+        "method": "ngram",
+        "num_speculative_tokens": 3,
+        "prompt_lookup_max": 1,
+        "prompt_lookup_min": 1,
+    }
+    llm = engine(
+        model,
+        additional_config=_options("mixed", "sinks"),
+        speculative_config=speculation,
+        disable_log_stats=False,
+    )
+    prompts = random_prompts([100] * 3, seed=4)  # whose answers repeat themselves now and then
+    answers = generate(llm, prompts, num_tokens=120)
+    check_exact(prompts, answers, _oracle(model, "mixed", "sinks"))
+    counters = {m.name: m.value for m in llm.get_metrics() if isinstance(m, Counter)}
+    drafted = counters["vllm:spec_decode_num_draft_tokens"]
+    assert 0 < counters["vllm:spec_decode_num_accepted_tokens"] < drafted
 
 
 def _decide_by_query_length(monkeypatch: pytest.MonkeyPatch) -> None:

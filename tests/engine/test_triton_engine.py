@@ -82,7 +82,8 @@ def test_engine_equals_a_dense_model(
     answers = generate(llm, prompts, num_tokens=4)
     sinks, shift = (case.options.get(k, 0) for k in ("sink_tokens", "position_shift"))
     phase = case.options.get("phase", "both")
-    check_exact(prompts, answers, DenseQwen3(model, Sight(windows, sinks, bool(shift), phase)))
+    sight = Sight(windows, sinks, bool(shift), phase=phase)
+    check_exact(prompts, answers, DenseQwen3(model, sight))
     assert num_free_pages(llm) == num_free
     assert bool(managers(llm)) == (phase == "both")
     assert all(m.snapshot().freed_by_window > 0 for m in managers(llm))
