@@ -1,5 +1,6 @@
 """One windowed layer on the kernels with its builder, without an engine, and steps for it."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -61,9 +62,10 @@ class KernelLayer:
         sink_tokens: int = SINKS,
         num_heads: int = HEADS,
         num_kv_heads: int = 1,
+        phase: str = "both",
         **kwargs: Any,
     ) -> None:
-        options = {"window": window, "sink_tokens": sink_tokens, "impl": "triton"}
+        options = {"window": window, "sink_tokens": sink_tokens, "impl": "triton", "phase": phase}
         if rotary is not None:
             options["position_shift"] = True
         args = {
@@ -89,6 +91,10 @@ class KernelLayer:
         with set_current_vllm_config(self.config):
             self.group.create_metadata_builders(self.config, CPU, kernel_block_size=PAGE)
         self.name = self.layer.layer_name
+        self.phase = phase
+        # By a phase launches depend on the width of the table, which vLLM never changes.
+        longest = self.config.model_config.max_model_len
+        self.min_table_width = 4 if phase == "both" else -(-longest // PAGE)
         self.rotary = rotary
 
     def shifted(self, query: torch.Tensor, batch: dict[str, Any]) -> torch.Tensor | None:
@@ -102,13 +108,22 @@ class KernelLayer:
             distances[start:stop] = (positions - (WINDOW + SINKS - 1)).clamp(min=0)
         return reference.rotate_back(query, distances, self.rotary.cos_sin_cache)
 
-    def batch(self, requests: Any, pad_to: int = 0, num_padding: int = 0) -> dict[str, Any]:
-        """Tensors of a step as vLLM keeps them: padded rows have no tokens, padded slots are -1."""
+    def batch(
+        self,
+        requests: Any,
+        pad_to: int = 0,
+        num_padding: int = 0,
+        prompt_lens: Sequence[int] | None = None,
+    ) -> dict[str, Any]:
+        """Tensors of a step as vLLM keeps them: padded rows have no tokens, padded slots are -1.
+
+        The lengths of prompts are not padded (Model Runner V2).
+        """
         rows = [*requests, *[(0, 0)] * (pad_to - len(requests))]
         lengths = torch.tensor([n for _, n in rows])
         starts = torch.cat((torch.zeros(1), lengths.cumsum(0))).int()
         seq_lens = torch.tensor([context + n for context, n in rows]).int()
-        width = max(4, *(-(-(context + n) // PAGE) for context, n in rows))
+        width = max(self.min_table_width, *(-(-(context + n) // PAGE) for context, n in rows))
         table = torch.arange(1, 1 + width * len(rows)).view(len(rows), width).int()
         slots = [
             int(table[r, p // PAGE]) * PAGE + p % PAGE
@@ -122,6 +137,7 @@ class KernelLayer:
             "slots": torch.tensor([*slots, *[-1] * num_padding]),
             "max_query_len": int(lengths.max()),
             "num_tokens": len(slots) + num_padding,
+            "prompt_lens": None if prompt_lens is None else torch.tensor(prompt_lens).int(),
         }
 
 
@@ -138,6 +154,7 @@ def by_v1(layer: KernelLayer, batch: dict[str, Any]) -> SWATritonMetadata:
         block_table_tensor=batch["block_table"],
         slot_mapping=batch["slots"],
         causal=True,
+        rswa_prefix_lens=batch["prompt_lens"],
     )
     metadata: SWATritonMetadata = layer.group.get_metadata_builder().build(0, common)
     return metadata

@@ -17,6 +17,7 @@ from vllm.v1.worker.gpu.attn_utils import build_attn_metadata
 
 from swa_backend import reference
 from swa_backend.options import SWAConfigError
+from swa_backend.window import Phase
 from swa_vllm.attention.triton.backend import SWATritonBackend, SWATritonImpl
 from swa_vllm.attention.triton.builder import SWATritonMetadata
 from swa_vllm.attention.triton.scratch import Scratch
@@ -64,6 +65,7 @@ def by_v2(
         slot_mappings=batch["slots"][None],
         kv_cache_config=groups,
         for_cudagraph_capture=for_cudagraph_capture,
+        rswa_prefix_lens=batch["prompt_lens"],
     )
     return metadata[setup.name]
 
@@ -119,9 +121,10 @@ def check_layer(
     runner: Callable[[KernelLayer, Any], SWATritonMetadata],
     requests: Any,
     pad_to: int,
+    prompt_lens: list[int] | None = None,
 ) -> None:
     """Assert that the layer writes what it must and gives the oracle's output."""
-    batch = setup.batch(requests, pad_to, num_padding=pad_to - len(requests))
+    batch = setup.batch(requests, pad_to, pad_to - len(requests), prompt_lens)
     generator = torch.Generator().manual_seed(0)
     cache = torch.randn(1 + 4 * pad_to, PAGE, 1, 2 * SIZE, generator=generator).transpose(1, 2)
     heads = (HEADS, 1, 1)
@@ -139,6 +142,8 @@ def check_layer(
         window=WINDOW,
         sink_tokens=SINKS,
         sink_query=setup.shifted(query.double(), batch),
+        phase=Phase(setup.phase),
+        prompt_lens=None if prompt_lens is None else _padded(batch["prompt_lens"], pad_to),
     )
     written = cache.clone()
     reference.write_pages(key, value, written, batch["slots"])
@@ -162,6 +167,47 @@ def test_layer_equals_the_oracle(
     runner: Callable[[KernelLayer, Any], SWATritonMetadata],
 ) -> None:
     check_layer(setup, runner, requests, pad_to)
+
+
+def _padded(lens: torch.Tensor, num_rows: int) -> torch.Tensor:
+    return torch.nn.functional.pad(lens, (0, num_rows - len(lens)))
+
+
+@pytest.mark.parametrize(
+    ("requests", "pad_to", "prompt_lens"),
+    [
+        (DECODES, 3, [70, 6, 40]),
+        (DECODES, 5, [70, 6, 40]),
+        (MIXED, 4, [20, 6, 55, 60]),
+    ],
+    ids=["decodes", "padded", "mixed"],
+)
+def test_layer_of_a_window_in_the_prompt_only_equals_the_oracle(
+    requests: Any,
+    pad_to: int,
+    prompt_lens: list[int],
+    runner: Callable[[KernelLayer, Any], SWATritonMetadata],
+    tiny_model: ModelFactory,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Prompts that have ended, that end with the query or in the chunk, and that go on."""
+    setup = KernelLayer(tiny_model(**FULL), monkeypatch, phase="prefill")
+    check_layer(setup, runner, requests, pad_to, prompt_lens)
+    runner(setup, setup.batch(requests))  # as vLLM warms up and captures: without lengths
+    check_layer(setup, runner, requests, pad_to, prompt_lens)
+
+
+def test_lengths_of_prompts_stay_where_a_cuda_graph_reads_them(
+    tiny_model: ModelFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    setup = KernelLayer(tiny_model(**FULL), monkeypatch, phase="prefill")
+    builder = setup.group.get_metadata_builder()
+    lens = [
+        builder._find_prompt_lens(SimpleNamespace(num_reqs=5, rswa_prefix_lens=given))
+        for given in (None, torch.full((3,), 9, dtype=torch.int32))
+    ]
+    assert lens[0].data_ptr() == lens[1].data_ptr()
+    assert lens[1].tolist() == [9, 9, 9, 0, 0]
 
 
 def test_drafts_are_verified_as_decodes_if_the_window_keeps_their_pages(

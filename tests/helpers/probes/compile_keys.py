@@ -28,6 +28,7 @@ CASES: dict[str, dict[str, Any]] = {
     "sinks": {},
     "shifted": {"rotary": ROTARY},
     "drafts": DRAFTS,
+    "prompt only": {"phase": "prefill", **DRAFTS},
     "fp8": {"kv_cache_dtype": "fp8", "dtype": "bfloat16"},
     "one page": {"window": 8, "sink_tokens": 0, "max_model_len": PAGE},
 }
@@ -85,7 +86,10 @@ def _serve(layer: KernelLayer, generator: random.Random, num_batches: int) -> No
         ]
         requests = [(generator.randint(0, longest - n), n) for n in queries]
         pad_to = len(requests) if num_prefills else generator.randint(len(requests), most)
-        step = layer.batch(requests, pad_to, num_padding=pad_to - len(requests))
+        prompt_lens = None
+        if layer.phase != "both":
+            prompt_lens = [generator.randint(1, longest) for _ in requests]
+        step = layer.batch(requests, pad_to, pad_to - len(requests), prompt_lens)
         num_tokens = step["num_tokens"]
         if num_tokens > MAX_TOKENS:
             continue
