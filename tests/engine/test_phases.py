@@ -11,6 +11,7 @@ from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
 from vllm.v1.metrics.reader import Counter
 from vllm.v1.request import Request
 
+import swa_vllm
 from swa_vllm.attention.cpu import builder
 from swa_vllm.attention.layer import PromptCachedAttention, ReplacedAttention
 from swa_vllm.kv_cache.prompt_cache import PromptCacheManager
@@ -80,6 +81,7 @@ def test_prefill_phase_equals_a_dense_model(
     answers = generate(llm, prompts)
     check_exact(prompts, answers, _oracle(model, layers, sinks))
     assert num_free_pages(llm) == num_free
+    assert swa_vllm.stats(llm) == {}  # no page leaves a window
     again = generate(llm, prompts)
     assert [a.tokens for a in again] == [a.tokens for a in answers]
     assert (again[-1].num_cached_tokens > 0) == caching

@@ -9,7 +9,11 @@ from hypothesis import strategies as st
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
 from swa_backend import pages, reference
-from swa_vllm.attention.cpu.batches import rows_with_holes, select_rows
+from swa_vllm.attention.cpu.batches import (
+    rows_with_holes,
+    select_rows,
+    split_at_prompt_ends,
+)
 from swa_vllm.attention.cpu.ghost_tail import ghost_tail
 from swa_vllm.attention.cpu.page_layout import PageLayout
 from swa_vllm.attention.cpu.scratch import lay_out_chunk_pages
@@ -171,3 +175,35 @@ def test_page_layout_refuses_what_is_not_a_place() -> None:
 
     with pytest.raises(RuntimeError, match="sink tokens cannot follow"):
         PageLayout((2, 2, 4), torch.float32, mixes_heads)
+
+
+@given(rows, st.data())
+def test_chunks_are_divided_where_prompts_end(
+    batch: list[tuple[int, int]], data: st.DataObject
+) -> None:
+    """Each token stays where it is, at its position and in its request's table."""
+    computed, queries = (list(column) for column in zip(*batch, strict=True))
+    prompt_lens = [data.draw(st.integers(1, c + n + 3)) for c, n in batch]
+    table = torch.arange(len(batch), dtype=torch.int32)[:, None]
+    given_batch = _batch(computed, queries, table)
+    given_batch.rswa_prefix_lens = torch.tensor(prompt_lens, dtype=torch.int32)
+    found, is_answer = split_at_prompt_ends(given_batch)
+    tokens = []
+    for row, sees_all in enumerate(is_answer):
+        start, stop = found.query_start_loc[row : row + 2].tolist()
+        assert 0 < stop - start <= found.max_query_len
+        end = int(found.seq_lens[row])
+        assert end <= found.max_seq_len
+        request = int(found.block_table_tensor[row, 0])
+        tokens += [(request, end - (stop - t), sees_all) for t in range(start, stop)]
+    assert tokens == [
+        (r, position, position >= prompt_lens[r])
+        for r, (c, n) in enumerate(batch)
+        for position in range(c, c + n)
+    ]
+    assert found.num_reqs == len(is_answer) <= 2 * len(batch)
+
+
+def test_a_batch_without_lengths_of_prompts_counts_as_prompts() -> None:
+    batch = _batch([3, 0], [1, 5], torch.zeros(2, 1, dtype=torch.int32))
+    assert split_at_prompt_ends(batch) == (batch, [False, False])

@@ -10,6 +10,7 @@ from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.models.utils import extract_layer_index
 
 from swa_backend.table import format_table
+from swa_backend.window import Phase
 from swa_vllm.attention.layer import WindowedAttention
 
 logger = init_logger(f"vllm.{__name__}")
@@ -61,8 +62,10 @@ def _describe_layer(vllm_config: VllmConfig, layer: Attention) -> tuple[str, ...
     if layer.sliding_window is not None:
         kind, window = "sliding", str(layer.sliding_window)
     if isinstance(layer, WindowedAttention):
-        shifted = layer.swa.options.position_shift
-        sinks = f"{layer.sink_tokens}{' shifted' if shifted else ''}"
+        options = layer.swa.options
+        sinks = f"{layer.sink_tokens}{' shifted' if options.position_shift else ''}"
+        if options.phase is Phase.PREFILL:
+            kind = "sliding in prompts"
     group_layers = getattr(layer, "kv_group_layers", None)
     group = "chosen by vLLM" if group_layers is None else f"{group_layers} layers"
     spec = type(layer.get_kv_cache_spec(vllm_config)).__name__
