@@ -62,7 +62,6 @@ def _options(layers: str, sinks: str = "no sinks", **others: Any) -> dict[str, A
     return {"swa": options}
 
 
-@pytest.mark.everywhere
 @pytest.mark.parametrize("case", pairwise(*DIMENSIONS), ids=str)
 def test_prefill_phase_equals_a_dense_model(
     case: Case, tiny_model: ModelFactory, engine: EngineFactory
