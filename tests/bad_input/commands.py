@@ -68,6 +68,7 @@ _RIGHT: dict[str, dict[str, str]] = {
         "--sinks": "0",
         "--full-attention-layers": "0",
         "--length": "64",
+        "--prompt-tokens": "32",
         "--chunk": "512",
         "--block-size": "32",
         "--text": str(TEXT),
@@ -410,6 +411,43 @@ _EVAL = [
         "the directory does not exist",
         "make it first",
     ),
+    _says(
+        "eval ppl",
+        ["--windows", "8", "--phase", "prefill"],
+        "--phase prefill",
+        "without --prompt-tokens a whole piece is a prompt",
+        "below --length 64, or leave --phase out",
+        ["--windows", "8", "--phase", "prefill", "--prompt-tokens", "63"],
+        ["--windows", "8"],
+    ),
+    _says(
+        "eval ppl",
+        ["--prompt-tokens", "64"],
+        "--prompt-tokens 64",
+        "not below --length 64: no token would be left",
+        "Give longer pieces, or a shorter prompt",
+        ["--prompt-tokens", "64", "--length", "65"],
+        ["--prompt-tokens", "63"],
+    ),
+    _range("eval ppl", "--prompt-tokens", "0"),
+    _says(
+        "eval ppl",
+        ["--windows", "full", "--sinks", "0", "--phase", "prefill", "--prompt-tokens", "32"],
+        "--phase prefill",
+        "--windows full has none",
+        "give a number of tokens, or leave --phase out",
+        ["--phase", "prefill", "--prompt-tokens", "32"],
+        ["--windows", "full", "--sinks", "0", "--prompt-tokens", "32"],
+    ),
+    _says(
+        "eval ppl",
+        ["--windows", "28", "--sinks", "4", "--phase", "prefill", "--prompt-tokens", "32"],
+        "a window of 28 with 4 sinks",
+        f"not below --prompt-tokens 32: {_SLIDE}",
+        "Give a longer prompt, or a smaller window",
+        ["--windows", "28", "--sinks", "4", "--phase", "prefill", "--prompt-tokens", "33"],
+        ["--windows", "27", "--sinks", "4", "--phase", "prefill", "--prompt-tokens", "32"],
+    ),
     _says("eval needle", ["--lengths", "63"], "got '63'", "integers from 64 on", "--lengths"),
     _says("eval needle", ["--lengths", "200,long"], "got 'long'", "from 64 on", "--lengths"),
     _says("eval needle", ["--lengths", "9" * 30], "got '999", "from 64 on", "--lengths"),
@@ -450,6 +488,15 @@ _EVAL = [
         "give some, or --arms window",
         ["--arms", "shifted", "--sinks", "4"],
         ["--sinks", "0", "--arms", "window"],
+    ),
+    _says(
+        "eval stream",
+        ["--arms", "full", "--phase", "prefill"],
+        "--phase prefill",
+        "--arms full has none",
+        "give an arm with a window, or leave --phase out",
+        ["--arms", "full,window", "--phase", "prefill"],
+        ["--arms", "full"],
     ),
     _says("eval stream", ["--window", "0"], "got 0", "must be an integer >= 1", "swa.window"),
     _says(
@@ -552,6 +599,12 @@ _OTHERS = [
     _usage(["eval", "nosuch"], "'nosuch'", "'ppl', 'needle', 'stream', 'layers'", "choose from"),
     _usage(
         ["eval", "ppl", "m", "--text", "t", "--dtype", "int3"], "'int3'", "'auto'", "choose from"
+    ),
+    *(
+        _usage(
+            ["eval", verb, "m", "--phase", "prompt"], "'prompt'", "'both', 'prefill'", "choose from"
+        )
+        for verb in ("needle", "stream")
     ),
 ]
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from swa_backend.window import Phase
 from swa_vllm.tools.cli import main
 from swa_vllm.tools.eval.needle import Needle, describe_recall, make_needles
 from swa_vllm.tools.eval.texts import tokenizer_of
@@ -48,6 +49,25 @@ def test_distance_is_from_the_number_to_the_answer(needles: list[Needle], tokeni
     assert 200 - at_start < 40 > at_end
 
 
+def test_next_token_after_a_digit_first_prompt_is_the_first_digit(tokenizer: Any) -> None:
+    for needle in make_needles(
+        lambda text: list(tokenizer(text, add_special_tokens=False)["input_ids"]),
+        [200],
+        num_depths=2,
+        num_trials=2,
+        digit_first=True,
+    ):
+        said = needle.tokens[-needle.distance :]
+        question = tokenizer.decode(needle.tokens).rpartition(" The secret")[2]
+        # What followed the question where it was answered, and follows it now.
+        assert tokenizer.decode(said[:1]) == needle.number[0]
+        assert tokenizer.decode(said).startswith(f"{needle.number}.")
+        asked = tokenizer(f" The secret{question}", add_special_tokens=False)["input_ids"]
+        assert question.endswith(" is ")
+        assert needle.tokens[-len(asked) :] == asked
+        assert needle.tokens[-needle.distance - len(asked) : -needle.distance] == asked
+
+
 def test_prompts_are_the_same_each_time(needles: list[Needle], tokenizer: Any) -> None:
     again = make_needles(
         lambda text: list(tokenizer(text, add_special_tokens=False)["input_ids"]), [200, 400], 3, 2
@@ -72,6 +92,30 @@ def test_says_what_the_window_forgets(sinks: int, every_layer_slides: bool, says
     text = describe_recall(64, sinks, every_layer_slides, _at(64, 65, 300), hits)
     assert says in text
     assert text.endswith("1 of 1 within the window, 1 of 2 beyond it")
+
+
+def test_says_what_the_window_of_a_prompt_forgets() -> None:
+    needles, hits = _at(64, 65, 300), [True, True, False]
+    text = describe_recall(64, 4, True, needles, hits, Phase.PREFILL)
+    assert "generated tokens see the whole text" in text
+    assert "sees the window of 64 tokens and the 4 sinks; recalled here: 1 of 1 within" in text
+    mixed = describe_recall(64, 0, False, needles, hits, Phase.PREFILL)
+    assert mixed.startswith("some layers keep full attention")
+
+
+def test_a_window_in_the_prompt_only_recalls_what_one_in_both_phases_forgets(
+    demo_model: dict[str, Path], no_engine: Callable[[], None], tmp_path: Path
+) -> None:
+    no_engine()
+    path, recalled = tmp_path / "needle.json", {}
+    common = ["eval", "needle", str(demo_model["full"]), "--window", "64", "--lengths", "200"]
+    common += ["--depths", "3", "--quick", "--dtype", "float32", "--json", str(path)]
+    for phase in ("both", "prefill"):
+        assert main([*common, "--phase", phase, "--full-attention-layers", "every:4"]) == 0
+        result = json.loads(path.read_text())
+        assert result["options"].get("phase", "both") == phase
+        recalled[phase] = [n["window"] for n in result["needles"] if n["distance"] > 64]
+    assert recalled == {"both": [False, False], "prefill": [True, True]}
 
 
 def test_command_asks_with_full_attention_and_with_the_window(

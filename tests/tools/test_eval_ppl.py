@@ -214,6 +214,40 @@ def test_command_reports_a_dense_models_perplexity(measured: dict[str, Any]) -> 
         assert arm["perplexity"] == pytest.approx(perplexity(logprobs.tolist()), rel=1e-4)
 
 
+@pytest.mark.parametrize(
+    ("phase", "sinks", "shift"), [("both", 33, False), ("prefill", 33, False), ("prefill", 4, True)]
+)
+def test_command_scores_what_is_forced_behind_a_prompt(
+    phase: str, sinks: int, shift: bool, tmp_path: Path, no_engine: Callable[[], None]
+) -> None:
+    no_engine()
+    path, prompt_len = tmp_path / "ppl.json", 150
+    arguments = ["eval", "ppl", str(SLIDING), "--text", str(TEXT), "--json", str(path), "--quick"]
+    arguments += ["--windows", "full,64", "--sinks", str(sinks), "--full-attention-layers", "3"]
+    arguments += ["--position-shift"] * shift
+    arguments += ["--phase", phase, "--prompt-tokens", str(prompt_len)]
+    sizes = ["--length", "256", "--chunk", "100", "--block-size", "32", "--dtype", "float32"]
+    assert main([*arguments, *sizes]) == 0
+    result = json.loads(path.read_text())
+    assert result["prompt_tokens"] == prompt_len
+
+    def expected(seen: Sight) -> float:
+        pieces = [text_tokens()[i * 256 :][:256] for i in range(2)]
+        logprobs = [dense().logprobs(p, range(256), seen)[prompt_len - 1 :] for p in pieces]
+        return perplexity(torch.cat(logprobs).tolist())
+
+    full, mixed = result["arms"]
+    windows = (64, 64, 64, None)
+    assert full["perplexity"] == pytest.approx(expected(Sight((None,) * 4)), rel=1e-4)
+    of_phase = {
+        name: expected(Sight(windows, sinks, shift, name, prompt_len))
+        for name in ("both", "prefill")
+    }
+    assert mixed["perplexity"] == pytest.approx(of_phase[phase], rel=1e-4)
+    assert abs(of_phase["both"] / of_phase["prefill"] - 1) > 5e-4  # or nothing is told apart
+    assert (mixed["pool_bytes"] == full["pool_bytes"]) == (phase == "prefill")
+
+
 def test_command_reports_the_pool_bytes_of_all_groups(measured: dict[str, Any]) -> None:
     full, mixed = measured["arms"]
     page_bytes = PAGE_SIZE * 2 * 2 * 64 * 4  # of a layer: keys and values, two heads of 64

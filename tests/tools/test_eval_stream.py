@@ -26,7 +26,7 @@ from tests.helpers.dense_qwen3 import Sight
 from tests.helpers.dense_text import DenseText
 from tests.helpers.engines import EngineFactory
 from tests.helpers.tiny_models import PAGE_SIZE
-from tests.helpers.trained_models import NUM_LAYERS, SLIDING, text_tokens
+from tests.helpers.trained_models import NUM_LAYERS, SLIDING, TEXT, text_tokens
 
 TRAINED = 512  # of the model
 WINDOW, SINKS = 64, 4
@@ -139,11 +139,18 @@ def test_pages_of_a_bucket_without_a_step_are_the_next_steps() -> None:
     assert outcome.decode_pages == (3, 4)
 
 
-def test_arms_are_options() -> None:
+@pytest.mark.parametrize(
+    ("phase", "option"), [("both", {}), ("prefill", {"phase": "prefill"})], ids=["both", "prefill"]
+)
+def test_arms_are_options(phase: str, option: dict[str, str]) -> None:
     args = argparse.Namespace(
-        window=64, sinks=4, full_attention_layers="3", arms="shifted,sinks,window,full"
+        window=64,
+        sinks=4,
+        full_attention_layers="3",
+        phase=phase,
+        arms="shifted,sinks,window,full",
     )
-    window = {"window": 64, "full_attention_layers": "3"}
+    window = {"window": 64, "full_attention_layers": "3", **option}
     assert stream_arms_of(args, scoring_text_config(str(SLIDING))) == {
         "shifted": {**window, "sink_tokens": 4, "position_shift": True},
         "sinks": {**window, "sink_tokens": 4},
@@ -171,3 +178,24 @@ def test_command_streams_made_up_prose(
     printed = capsys.readouterr().out
     assert "1024 tokens, 2.0 times the trained length of 512; decoded from 512 on" in printed
     assert "the same passage at 0.5x and 1.5x the trained length" in printed
+
+
+def test_command_decodes_without_the_window_of_the_prompt(
+    no_engine: Callable[[], None], tmp_path: Path
+) -> None:
+    no_engine()
+    path, text = tmp_path / "stream.json", text_tokens()
+    command = ["eval", "stream", str(SLIDING), "--tokens", "1024", "--window", "64", "--json"]
+    sizes = ["--arms", "shifted,window", "--dtype", "float32", "--block-size", "32"]
+    assert main([*command, str(path), *sizes, "--text", str(TEXT), "--phase", "prefill"]) == 0
+    arms = json.loads(path.read_text())["arms"]
+    stream = make_stream(text, 1024, TRAINED)
+    for name, sinks, shift in (("shifted", SINKS, True), ("window", 0, False)):
+        seen = Sight((WINDOW,) * NUM_LAYERS, sinks, shift, "prefill", prompt_len=512)
+        logprobs = dense().logprobs(stream.tokens, range(1024), seen)
+        expected = [
+            perplexity(logprobs[b.start - 1 : b.stop - 1].tolist()) for b in buckets(stream)
+        ]
+        assert arms[name]["perplexities"] == pytest.approx(expected, rel=1e-3)
+        # Of the first step that stores a generated token, and of the last: every page stays.
+        assert arms[name]["decode_pages"] == [512 // 32 + 1, 1024 // 32]

@@ -26,12 +26,19 @@ class Measured:
     num_groups: int
 
 
-def measure_perplexity(engine: ScoringEngine, pieces: Sequence[Sequence[int]]) -> Measured:
-    """Score all pieces together, and note the pages of the request that held most."""
+def measure_perplexity(
+    engine: ScoringEngine, pieces: Sequence[Sequence[int]], num_forced: int = 0
+) -> Measured:
+    """Score all pieces together, and note the pages of the request that held most.
+
+    Args:
+        num_forced: how many of a piece's last tokens are forced as generated ones; where it is not
+            0, these alone are scored.
+    """
     logprobs, held, peaks = list[float](), [], []
     for piece in progress_bar(pieces, "pieces"):
-        scored = engine.score(piece)
-        logprobs += scored.logprobs
+        scored = engine.score(piece, num_forced)
+        logprobs += scored.logprobs[-num_forced:]  # [-0:] is all
         held.append(scored.pages[-1])
         peaks.append(max(scored.pages))
     return Measured(

@@ -10,6 +10,7 @@ from vllm import LLM, SamplingParams
 from vllm.distributed import cleanup_dist_env_and_memory
 from vllm.sampling_params import RequestOutputKind
 
+from swa_vllm.kv_cache.prompt_cache import PromptCacheSpec
 from swa_vllm.kv_cache.spec import SWASpec
 from swa_vllm.tools.engines.forced import FORCED_TOKENS
 from swa_vllm.tools.engines.setup import Setup
@@ -53,7 +54,7 @@ class ScoringEngine:
         self.bytes_per_page = config.kv_cache_tensors[0].size // config.num_blocks
         specs = [group.kv_cache_spec for group in config.kv_cache_groups]
         self.num_groups = len(specs)
-        self.has_windows = any(isinstance(spec, SWASpec) for spec in specs)
+        self.has_windows = any(isinstance(spec, SWASpec | PromptCacheSpec) for spec in specs)
 
     @classmethod
     def start(cls, setup: Setup, options: Mapping[str, Any]) -> "ScoringEngine":

@@ -1,6 +1,7 @@
 """The setup of engines that score a text: its options, and what is refused before a start."""
 
 import argparse
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -9,10 +10,13 @@ from transformers import AutoConfig
 
 from swa_backend.layers import LayerPlan, resolve_layers
 from swa_backend.options import SWAOptions
+from swa_backend.window import Phase
 from swa_vllm.tools.common.arguments import check_number_arguments
 from swa_vllm.tools.common.sizing import MODEL_DTYPES
+from swa_vllm.tools.engines.forced import ForcedTokens
 
 FULL_ATTENTION: Mapping[str, Any] = {"enabled": False}
+_SERVED_PHASES = (Phase.BOTH, Phase.PREFILL)
 
 
 @dataclass(frozen=True)
@@ -45,19 +49,43 @@ def add_setup_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--block-size", type=int, help="tokens of a page (default: vLLM's)")
 
 
+def add_phase_argument(parser: argparse.ArgumentParser) -> None:
+    """Add ``--phase``, which :func:`options_of_phase` spells."""
+    parser.add_argument(
+        "--phase",
+        choices=[phase.value for phase in _SERVED_PHASES],
+        default=Phase.BOTH.value,
+        help="whose tokens have the window (default: both)",
+    )
+
+
+def options_of_phase(args: argparse.Namespace) -> dict[str, Any]:
+    """Spell the ``swa`` option that ``--phase`` means: none where both phases have the window."""
+    return {} if args.phase == Phase.BOTH else {"phase": args.phase}
+
+
 def setup_of(
-    args: argparse.Namespace, hf_config: Any, max_model_len: int, **arguments: Any
+    args: argparse.Namespace,
+    hf_config: Any,
+    max_model_len: int,
+    *,
+    forces_tokens: bool = False,
 ) -> Setup:
     """Set up the engines that the command line asks for.
 
     Args:
         max_model_len: the RoPE table is made to reach it.
-        arguments: more arguments of ``LLM``.
+        forces_tokens: whether given tokens are to be decoded.
 
     Raises:
         ValueError: an option is out of range, or RoPE cannot reach so far.
     """
     check_number_arguments(args, ("chunk", "block_size"))
+    arguments: dict[str, Any] = {}
+    if forces_tokens:
+        arguments["logits_processors"] = [ForcedTokens]
+        # The V2 runner, vLLM's choice on GPUs, takes logits processors of another kind.
+        os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", "0")
     if max_model_len > hf_config.max_position_embeddings:
         check_rope_can_grow(hf_config, max_model_len)
         # vLLM sizes its RoPE table from it.

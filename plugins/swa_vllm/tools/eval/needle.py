@@ -4,6 +4,10 @@ Each prompt is made-up prose with one sentence such as "The secret number of Lis
 ends in "The secret number of Lisbon is". Recall is the part of greedy answers that begin with the
 very number. "Depth" is where the sentence stands: 0 at the start, 1 at the end; "distance" is how
 many tokens before the answer the number stood.
+
+With --phase prefill, generated tokens see everything, but the first is predicted by the prompt's
+last token, which has the window. That first token is the blank before the number, and is easily
+guessed. With --digit-first the prompt ends in the blank, and the first token is a digit.
 """
 
 import argparse
@@ -17,6 +21,7 @@ from typing import Any
 from vllm import SamplingParams
 
 from swa_backend.table import format_table
+from swa_backend.window import Phase
 from swa_vllm.tools.common import plots
 from swa_vllm.tools.common.arguments import check_number_argument, is_flag_number
 from swa_vllm.tools.common.progress import say
@@ -24,7 +29,9 @@ from swa_vllm.tools.engines.scoring import ScoringEngine
 from swa_vllm.tools.engines.setup import (
     FULL_ATTENTION,
     Setup,
+    add_phase_argument,
     add_setup_arguments,
+    options_of_phase,
     resolve_scoring_options,
     scoring_text_config,
     setup_of,
@@ -64,6 +71,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--window", type=int, default=1024, help="default: 1024")
     parser.add_argument("--sinks", type=int, default=4, help="default: 4")
     parser.add_argument("--full-attention-layers", metavar="LAYERS", help='such as "0-3,27"')
+    add_phase_argument(parser)
+    parser.add_argument(
+        "--digit-first", action="store_true", help="the first token of an answer is a digit"
+    )
     parser.add_argument("--lengths", default="1024,2048,4096", help="tokens (1024,2048,4096)")
     parser.add_argument("--depths", type=int, default=5, help="from 0 to 1 (5)")
     parser.add_argument("--trials", type=int, default=4, help="of each length and depth (4)")
@@ -75,6 +86,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     plots.check_plot_path(args.plot)
     hf_config = scoring_text_config(args.model)
     options: dict[str, Any] = {"window": args.window, "sink_tokens": args.sinks}
+    options |= options_of_phase(args)
     if args.full_attention_layers is not None:
         options["full_attention_layers"] = args.full_attention_layers
     every_layer_slides = None not in resolve_scoring_options(hf_config, options).windows
@@ -85,6 +97,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         lengths[:1] if args.quick else lengths,
         args.depths,
         1 if args.quick else args.trials,
+        digit_first=args.digit_first,
     )
     setup = setup_of(args, hf_config, max(lengths) + _ANSWER_TOKENS)
     recalled = {
@@ -99,14 +112,22 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     maps = [_recall_by_depth(name, needles, hits) for name, hits in recalled.items()]
     maps.append(_recall_by_distance(needles, recalled))
     _print_heat_maps(maps)
-    print(describe_recall(args.window, args.sinks, every_layer_slides, needles, recalled[WINDOW]))
+    says = describe_recall(
+        args.window, args.sinks, every_layer_slides, needles, recalled[WINDOW], Phase(args.phase)
+    )
+    print(says)
     if args.plot:
         plots.draw_heat_maps(args.plot, maps)
     figures = [
         {"length": n.length, "depth": n.depth, "distance": n.distance, FULL: full, WINDOW: window}
         for n, full, window in zip(needles, *recalled.values(), strict=True)
     ]
-    return {"model": args.model, "options": options, "needles": figures}
+    return {
+        "model": args.model,
+        "options": options,
+        "digit_first": args.digit_first,
+        "needles": figures,
+    }
 
 
 def _needle_lengths(args: argparse.Namespace) -> list[int]:
@@ -127,9 +148,19 @@ def _needle_lengths(args: argparse.Namespace) -> list[int]:
 
 
 def make_needles(
-    tokenize: Tokenize, lengths: Sequence[int], num_depths: int, num_trials: int
+    tokenize: Tokenize,
+    lengths: Sequence[int],
+    num_depths: int,
+    num_trials: int,
+    *,
+    digit_first: bool = False,
 ) -> list[Needle]:
-    """Make prompts of every length and depth, the same ones each time."""
+    """Make prompts of every length and depth, the same ones each time.
+
+    Args:
+        digit_first: the blank before the number ends the question, and does not begin the answer.
+    """
+    blanks = (" ", "") if digit_first else ("", " ")
     generator, needles = random.Random(0), []  # noqa: S311 (the same numbers every time)
     for length in lengths:
         for step in range(num_depths):
@@ -137,15 +168,22 @@ def make_needles(
                 city, number = generator.choice(_CITIES), str(generator.randint(1000, 9999))
                 seed = generator.randrange(1 << 30)
                 depth = step / (num_depths - 1)
-                needles.append(_make_needle(tokenize, length, depth, city, number, seed))
+                needles.append(_make_needle(tokenize, length, depth, city, number, seed, blanks))
     return needles
 
 
 def _make_needle(
-    tokenize: Tokenize, length: int, depth: float, city: str, number: str, seed: int
+    tokenize: Tokenize,
+    length: int,
+    depth: float,
+    city: str,
+    number: str,
+    seed: int,
+    blanks: tuple[str, str],
 ) -> Needle:
-    question = tokenize(f" The secret number of {city} is")
-    answer = tokenize(f" {number}.")
+    asked_with, answered_with = blanks
+    question = tokenize(f" The secret number of {city} is{asked_with}")
+    answer = tokenize(f"{answered_with}{number}.")
     left, hay = length - 2 * len(question) - len(answer), list[list[int]]()
     for sentence in map(tokenize, filler_sentences(seed)):
         if len(sentence) > left:
@@ -215,6 +253,7 @@ def describe_recall(
     every_layer_slides: bool,
     needles: Sequence[Needle],
     hits: Sequence[bool],
+    phase: Phase = Phase.BOTH,
 ) -> str:
     """Say what the window means for recall, and what was measured of it."""
     # The question's last token is that far from the number, and sees less than `window` back.
@@ -226,6 +265,12 @@ def describe_recall(
     )
     if not every_layer_slides:
         return f"some layers keep full attention and can look at the whole text; {measured}"
+    if phase is Phase.PREFILL:
+        kept = f" and the {sinks} sinks" if sinks else ""
+        return (
+            "generated tokens see the whole text; the prompt's last token, which predicts the "
+            f"first of them, sees the window of {window} tokens{kept}; {measured}"
+        )
     kept = f", but for the {sinks} sinks" if sinks else ""
     return (
         f"every layer slides: nothing further back than the window of {window} tokens can be "

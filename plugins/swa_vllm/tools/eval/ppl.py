@@ -5,6 +5,10 @@ The text is cut into pieces of --length tokens; every token but a piece's first 
 with vLLM's KV groups and their padding; "most pages" what it held at once while its prompt was
 computed. "full" is full attention in every layer; --full-attention-layers keeps layers full in the
 other rows.
+
+With --prompt-tokens N, the first N tokens of a piece are a prompt, and the others are forced as
+generated tokens; they alone are scored. --phase prefill needs it: scored as a prompt, every token
+would have the window.
 """
 
 import argparse
@@ -14,15 +18,18 @@ from pathlib import Path
 from typing import Any
 
 from swa_backend.table import format_table
+from swa_backend.window import Phase
 from swa_vllm.tools.common import plots
-from swa_vllm.tools.common.arguments import is_flag_number
+from swa_vllm.tools.common.arguments import check_number_argument, is_flag_number
 from swa_vllm.tools.common.progress import say
 from swa_vllm.tools.engines.perplexity import Measured, measure_perplexity
 from swa_vllm.tools.engines.scoring import NUM_EXTRA_TOKENS, ScoringEngine
 from swa_vllm.tools.engines.setup import (
     FULL_ATTENTION,
     Setup,
+    add_phase_argument,
     add_setup_arguments,
+    options_of_phase,
     resolve_scoring_options,
     scoring_text_config,
     setup_of,
@@ -58,6 +65,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--full-attention-layers", metavar="LAYERS", help='such as "0-3,27"')
     parser.add_argument("--position-shift", action="store_true", help="of the sinks")
     parser.add_argument("--length", type=int, default=2048, help="tokens of a piece (2048)")
+    add_phase_argument(parser)
+    parser.add_argument(
+        "--prompt-tokens",
+        type=int,
+        metavar="N",
+        help="of a piece; the others are forced as generated tokens, and they alone are scored",
+    )
     plots.add_plot_argument(parser)
 
 
@@ -65,14 +79,17 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     """Print a row for each window and number of sinks; returns the figures."""
     plots.check_plot_path(args.plot)
     hf_config = scoring_text_config(args.model)
+    _check_prompt_tokens(args)
     arms = ppl_window_arms(args, hf_config)
-    setup = setup_of(args, hf_config, args.length + NUM_EXTRA_TOKENS)
+    num_forced = 0 if args.prompt_tokens is None else args.length - args.prompt_tokens
+    setup = setup_of(args, hf_config, args.length + NUM_EXTRA_TOKENS, forces_tokens=num_forced > 0)
     pieces = cut_evaluated_text(
         tokens_of(args.model, args.text), args.length, QUICK_PIECES if args.quick else None
     )
-    rows = [(arm, _evaluate_window_arm(setup, arm, pieces)) for arm in arms]
+    rows = [(arm, _evaluate_window_arm(setup, arm, pieces, num_forced)) for arm in arms]
     full = next((m.perplexity for arm, m in rows if arm.window is None), None)
-    print(f"{len(pieces)} pieces of {args.length} tokens of {args.text.name}")
+    forced = f", the last {num_forced} of each forced as generated" if num_forced else ""
+    print(f"{len(pieces)} pieces of {args.length} tokens of {args.text.name}{forced}")
     print(format_table(_HEADER, [_perplexity_row(arm, measured, full) for arm, measured in rows]))
     if args.plot:
         _plot_perplexity(args.plot, rows)
@@ -80,9 +97,27 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         "model": args.model,
         "dtype": args.dtype,
         "length": args.length,
+        "prompt_tokens": args.prompt_tokens,
         "num_pieces": len(pieces),
         "arms": [{"options": arm.options, **vars(measured)} for arm, measured in rows],
     }
+
+
+def _check_prompt_tokens(args: argparse.Namespace) -> None:
+    if args.prompt_tokens is None:
+        if args.phase != Phase.BOTH:
+            raise ValueError(
+                f"--phase {args.phase} treats prompts and generated tokens differently, and "
+                "without --prompt-tokens a whole piece is a prompt: give --prompt-tokens N, below "
+                f"--length {args.length}, or leave --phase out"
+            )
+        return
+    check_number_argument("prompt_tokens", args.prompt_tokens)
+    if args.prompt_tokens >= args.length:
+        raise ValueError(
+            f"--prompt-tokens {args.prompt_tokens} is not below --length {args.length}: no token "
+            "would be left to be generated and scored. Give longer pieces, or a shorter prompt"
+        )
 
 
 def ppl_window_arms(args: argparse.Namespace, hf_config: Any) -> list[WindowArm]:
@@ -95,6 +130,11 @@ def ppl_window_arms(args: argparse.Namespace, hf_config: Any) -> list[WindowArm]
         None if w == FULL else _parse_ppl_number("--windows", w, 1) for w in args.windows.split(",")
     ]
     sinks = [_parse_ppl_number("--sinks", s, 0) for s in args.sinks.split(",")]
+    if not any(windows) and args.phase != Phase.BOTH:
+        raise ValueError(
+            f"--phase {args.phase} says whose tokens have the window, and --windows {args.windows} "
+            "has none: give a number of tokens, or leave --phase out"
+        )
     if not any(windows) and (max(sinks) > 0 or args.full_attention_layers is not None):
         raise ValueError(
             f"--windows {args.windows} has no window: sinks and full layers would have no effect. "
@@ -105,14 +145,19 @@ def ppl_window_arms(args: argparse.Namespace, hf_config: Any) -> list[WindowArm]
             f"--position-shift moves sinks, and --sinks {args.sinks} has none: give some, or leave "
             "it out"
         )
+    # The flag whose tokens have the window.
+    flag, slid = "--length", args.length
+    if args.phase == Phase.PREFILL:
+        flag, slid = "--prompt-tokens", args.prompt_tokens
     arms = []
     for window in windows:
         for count in sinks if window else [0]:
             options = _ppl_options(args, window, count)
-            if window and window + count >= args.length:
+            if window and window + count >= slid:
+                longer = "longer pieces" if flag == "--length" else "a longer prompt"
                 raise ValueError(
-                    f"a window of {window} with {count} sinks is not below --length {args.length}: "
-                    "nothing would slide. Give longer pieces, or a smaller window"
+                    f"a window of {window} with {count} sinks is not below {flag} {slid}: "
+                    f"nothing would slide. Give {longer}, or a smaller window"
                 )
             resolve_scoring_options(hf_config, options)
             arms.append(WindowArm(window, count, options))
@@ -131,7 +176,7 @@ def _parse_ppl_number(flag: str, text: str, least: int) -> int:
 def _ppl_options(args: argparse.Namespace, window: int | None, sinks: int) -> dict[str, Any]:
     if window is None:
         return dict(FULL_ATTENTION)
-    options: dict[str, Any] = {"window": window}
+    options: dict[str, Any] = {"window": window, **options_of_phase(args)}
     if sinks:
         options["sink_tokens"] = sinks
         if args.position_shift:
@@ -141,11 +186,13 @@ def _ppl_options(args: argparse.Namespace, window: int | None, sinks: int) -> di
     return options
 
 
-def _evaluate_window_arm(setup: Setup, arm: WindowArm, pieces: Sequence[Sequence[int]]) -> Measured:
+def _evaluate_window_arm(
+    setup: Setup, arm: WindowArm, pieces: Sequence[Sequence[int]], num_forced: int
+) -> Measured:
     name = FULL if arm.window is None else f"window {arm.window}, {arm.sinks} sinks"
     say(name)
     with ScoringEngine.start(setup, arm.options) as engine:
-        return measure_perplexity(engine, pieces)
+        return measure_perplexity(engine, pieces, num_forced)
 
 
 def _perplexity_row(arm: WindowArm, measured: Measured, full: float | None) -> list[object]:

@@ -5,12 +5,13 @@ token forced and scored. The table has the perplexity of every stretch and the p
 request held in it. The stream ends as it began, so one passage is scored twice: half a trained
 length behind the start, and at the very end.
 
+With --phase prefill the decoded half has no window: it sees the whole stream and keeps its pages.
+
 Arms: "shifted" has sinks just before the window, wherever it is (position_shift), "sinks" has them
 where they are, "window" has none, "full" is full attention.
 """
 
 import argparse
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import cycle, islice
@@ -20,15 +21,17 @@ from typing import Any
 from swa_backend.layers import trained_len
 from swa_backend.pages import ceil_div
 from swa_backend.table import format_table
+from swa_backend.window import Phase
 from swa_vllm.tools.common import plots
 from swa_vllm.tools.common.progress import say, token_bar
-from swa_vllm.tools.engines.forced import ForcedTokens
 from swa_vllm.tools.engines.perplexity import perplexity
 from swa_vllm.tools.engines.scoring import Scored, ScoringEngine
 from swa_vllm.tools.engines.setup import (
     FULL_ATTENTION,
     Setup,
+    add_phase_argument,
     add_setup_arguments,
+    options_of_phase,
     resolve_scoring_options,
     scoring_text_config,
     setup_of,
@@ -90,6 +93,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--window", type=int, default=1024, help="default: 1024")
     parser.add_argument("--sinks", type=int, default=4, help="default: 4")
     parser.add_argument("--full-attention-layers", metavar="LAYERS", help='such as "0-3,27"')
+    add_phase_argument(parser)
     parser.add_argument("--arms", default="shifted,sinks", help="default: shifted,sinks")
     parser.add_argument("--text", type=Path, help="UTF-8, repeated as needed; else made-up prose")
     plots.add_plot_argument(parser)
@@ -101,9 +105,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     hf_config = scoring_text_config(args.model)
     arms = stream_arms_of(args, hf_config)
     stream = _stream_of(args, trained_len(hf_config))
-    setup = setup_of(args, hf_config, len(stream.tokens) + 1, logits_processors=[ForcedTokens])
-    # The V2 runner, vLLM's choice on GPUs, takes logits processors of another kind.
-    os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", "0")
+    setup = setup_of(args, hf_config, len(stream.tokens) + 1, forces_tokens=True)
     outcomes = {name: _score_stream(name, setup, options, stream) for name, options in arms.items()}
     _print_stream(stream, outcomes)
     if args.plot:
@@ -123,7 +125,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 def stream_arms_of(args: argparse.Namespace, hf_config: Any) -> dict[str, dict[str, Any]]:
     """List the ``swa`` options of each arm that is asked for, and check them."""
-    window: dict[str, Any] = {"window": args.window}
+    window: dict[str, Any] = {"window": args.window, **options_of_phase(args)}
     if args.full_attention_layers is not None:
         window["full_attention_layers"] = args.full_attention_layers
     sinks = {**window, "sink_tokens": args.sinks}
@@ -133,6 +135,11 @@ def stream_arms_of(args: argparse.Namespace, hf_config: Any) -> dict[str, dict[s
     names = args.arms.split(",")
     if unknown := sorted(set(names) - set(ARMS)):
         raise ValueError(f"--arms are {', '.join(ARMS)}; got {', '.join(unknown)}")
+    if set(names) == {"full"} and args.phase != Phase.BOTH:
+        raise ValueError(
+            f"--phase {args.phase} says whose tokens have the window, and --arms {args.arms} has "
+            f"none: give an arm with a window, or leave --phase out"
+        )
     for name in names:
         if name in ("shifted", "sinks") and args.sinks < 1:
             raise ValueError(
