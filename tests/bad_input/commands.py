@@ -16,6 +16,7 @@ _RIGHT: dict[str, dict[str, str]] = {
     "plan": {
         "--window": "64",
         "--sink-tokens": "4",
+        "--phase": "prefill",
         "--full-attention-layers": "0",
         "--block-size": "16",
         "--output": "64",
@@ -135,6 +136,15 @@ _PLAN = [
     _says("plan", ["--window", str(10**30)], f"got {10**30}", "below 2**31", "--window"),
     _says("plan", ["--sink-tokens", "-1"], "got -1", "an integer >= 0", "--sink-tokens"),
     _says("plan", ["--sink-tokens", "512"], "=512 is", "not below max_model_len 512", "Give fewer"),
+    _says(
+        "plan",
+        ["--phase", "decode"],
+        '--phase="decode"',
+        "is not served yet",
+        'use "prefill", or "both"',
+        ["--phase", "prefill"],
+        ["--phase", "both"],
+    ),
     _says(
         "plan",
         ["--full-attention-layers", "4"],
@@ -529,6 +539,14 @@ _OTHERS = [
         "give MODEL",
         remedies=(["check", MODEL, "--window", "64"],),
     ),
+    Bad(
+        "check --phase decode",
+        ["check", MODEL, "--phase", "decode"],
+        '--phase="decode"',
+        "is not served yet",
+        'use "prefill", or "both"',
+        remedies=(["check", MODEL, "--phase", "prefill"], ["check", MODEL, "--phase", "both"]),
+    ),
     *(
         Bad(
             f"check overrides {wrong}",
@@ -543,6 +561,9 @@ _OTHERS = [
     _usage(["nosuch"], "'nosuch'", "'plan', 'check', 'trace', 'bench', 'eval'", "choose from"),
     _usage(["plan"], "the following arguments", "MODEL", "are required"),
     _usage(["plan", str(MODEL), "--window", "1e3"], "'1e3'", "invalid int value", "--window"),
+    _usage(
+        ["plan", str(MODEL), "--phase", "answer"], "'answer'", "'both', 'prefill'", "choose from"
+    ),
     _usage(
         ["plan", str(MODEL), "--dtype", "int3"], "'int3'", "'bfloat16', 'float16'", "choose from"
     ),

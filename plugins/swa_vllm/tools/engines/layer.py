@@ -18,6 +18,7 @@ from vllm.v1.attention.backends.cpu_attn import (
 )
 
 from swa_backend import reference
+from swa_backend.window import Phase
 from swa_vllm.attention.cpu.builder import SWACPUMetadata
 from swa_vllm.tools.common.timing import time_in_turns
 from swa_vllm.tools.engines.batches import BLOCK_SIZE
@@ -91,8 +92,12 @@ class Layer:
         output: torch.Tensor,
         window: int,
         sink_tokens: int,
+        phase: Phase = Phase.BOTH,
     ) -> float:
         """Compare the outputs of the last request, every 97th query's, with plain torch.
+
+        Args:
+            phase: whose queries have the window; the batch then has the lengths of prompts.
 
         Returns:
             The largest error, relative to the largest output.
@@ -107,7 +112,10 @@ class Layer:
         key, value = self.builder.page_layout.read_tokens(
             self.attention.kv_cache, pages * BLOCK_SIZE + positions % BLOCK_SIZE
         )
-        mask = reference.reference_mask(positions[asked], positions, window, sink_tokens)
+        prompt_len = 0 if batch.rswa_prefix_lens is None else int(batch.rswa_prefix_lens[-1])
+        mask = reference.reference_mask(
+            positions[asked], positions, window, sink_tokens, phase, prompt_len
+        )
         query, key, value = (x.float().transpose(0, 1) for x in (qkv[0][asked], key, value))
         expected = reference.attention(query, key, value, mask).transpose(0, 1)
         error = (output[asked].float() - expected).abs().max() / expected.abs().max()
