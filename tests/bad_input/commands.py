@@ -48,7 +48,7 @@ _RIGHT: dict[str, dict[str, str]] = {
         "--pool-tokens": "4096",
         "--steps-in-flight": "2",
     },
-    "bench prefill": {"--window": "48", "--chunk": "64", "--rounds": "2"},
+    "bench prefill": {"--window": "48", "--chunk": "64", "--rounds": "2", "--prompt": "300"},
     "bench sinks": {"--sink-tokens": "4"},
     "bench overhead": {"--batch": "2", "--rounds": "2"},
     "bench serve": {
@@ -233,6 +233,7 @@ _BENCH = [
     _range("bench pages", "--prompt", "-1", 1, "--window", "8"),
     _range("bench prefill", "--window", "0"),
     _range("bench prefill", "--chunk", "0"),
+    _range("bench prefill", "--prompt", "0"),
     _range("bench sinks", "--sink-tokens", "0"),
     _range("bench overhead", "--batch", "0"),
     _says("bench overhead", ["--rounds", "0"], "got 0", "must be at least 2", "--rounds"),

@@ -1,11 +1,12 @@
 """A windowed layer of a real model's size with random weights, beside stock vLLM's attention."""
 
+import copy
 import json
 import os
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -67,6 +68,12 @@ class Layer:
             torch.randn(num_tokens, n, attention.head_size, generator=generator).to(dtype)
             for n in heads
         )
+
+    def beside_full_attention(self) -> "Layer":
+        """The same layer beside stock vLLM's full attention."""
+        builder, impl = copy.copy(self.stock_builder), copy.copy(self.stock_impl)
+        builder.window_size = impl.sliding_window = -1
+        return replace(self, stock_builder=builder, stock_impl=impl)
 
     def run_stock(self, metadata: CPUAttentionMetadata, *qkv: torch.Tensor) -> torch.Tensor:
         """Store keys and values and attend to them, as stock vLLM does in one step."""
