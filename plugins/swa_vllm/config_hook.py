@@ -37,7 +37,7 @@ class ConfigHook(VerifyAndUpdateConfig):
             RuntimeError: another plugin holds the attention backend slot.
         """
         swa = SWAConfig.from_vllm(vllm_config)
-        if wrong := wrong_flops(vllm_config, swa.layers):
+        if wrong := wrong_flops(vllm_config, swa.layers, swa.options.phase):
             logger.warning("SWA %s", wrong)
         if lost := lost_rope_theta(vllm_config.model_config):
             logger.warning("%s", lost)

@@ -15,7 +15,7 @@ from swa_backend.options import PrefillPages, SWAConfigError
 from swa_backend.weights import check_weights
 from swa_backend.window import Phase
 from swa_vllm.compat import envs
-from swa_vllm.compat.architectures import PLAIN
+from swa_vllm.compat.architectures import phase_refused
 from swa_vllm.compat.backend_slot import check_backend_slot
 from swa_vllm.compat.cache_dtypes import FP8, UNQUANTIZED, sinks_refused_on_cpus
 from swa_vllm.config.cache_dtype import checkpoints_cache_dtype, resolved_cache_dtype
@@ -109,12 +109,8 @@ def _refuse_phase(vllm_config: VllmConfig, swa: SWAConfig) -> None:
             f"{asked} needs this plugin's attention backend, which this platform does not use; "
             "remove phase"
         )
-    architecture = vllm_config.model_config.architecture
-    if architecture not in PLAIN:
-        raise SWAConfigError(
-            f"{asked} was not tested with {architecture}, only with {', '.join(PLAIN)}; remove "
-            "phase"
-        )
+    if refusal := phase_refused(asked, [vllm_config.model_config.architecture]):
+        raise SWAConfigError(refusal)
     speculation = vllm_config.speculative_config
     if speculation is not None and speculation.method != NGRAM:
         raise SWAConfigError(

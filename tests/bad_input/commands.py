@@ -16,6 +16,7 @@ _RIGHT: dict[str, dict[str, str]] = {
     "plan": {
         "--window": "64",
         "--sink-tokens": "4",
+        "--phase": "prefill",
         "--full-attention-layers": "0",
         "--block-size": "16",
         "--output": "64",
@@ -47,7 +48,7 @@ _RIGHT: dict[str, dict[str, str]] = {
         "--pool-tokens": "4096",
         "--steps-in-flight": "2",
     },
-    "bench prefill": {"--window": "48", "--chunk": "64", "--rounds": "2"},
+    "bench prefill": {"--window": "48", "--chunk": "64", "--rounds": "2", "--prompt": "300"},
     "bench sinks": {"--sink-tokens": "4"},
     "bench overhead": {"--batch": "2", "--rounds": "2"},
     "bench serve": {
@@ -138,6 +139,15 @@ _PLAN = [
     _says("plan", ["--sink-tokens", "512"], "=512 is", "not below max_model_len 512", "Give fewer"),
     _says(
         "plan",
+        ["--phase", "decode"],
+        '--phase="decode"',
+        "is not served yet",
+        'use "prefill", or "both"',
+        ["--phase", "prefill"],
+        ["--phase", "both"],
+    ),
+    _says(
+        "plan",
         ["--full-attention-layers", "4"],
         "layer 4 is out",
         "has layers 0..3",
@@ -224,6 +234,7 @@ _BENCH = [
     _range("bench pages", "--prompt", "-1", 1, "--window", "8"),
     _range("bench prefill", "--window", "0"),
     _range("bench prefill", "--chunk", "0"),
+    _range("bench prefill", "--prompt", "0"),
     _range("bench sinks", "--sink-tokens", "0"),
     _range("bench overhead", "--batch", "0"),
     _says("bench overhead", ["--rounds", "0"], "got 0", "must be at least 2", "--rounds"),
@@ -576,6 +587,14 @@ _OTHERS = [
         "give MODEL",
         remedies=(["check", MODEL, "--window", "64"],),
     ),
+    Bad(
+        "check --phase decode",
+        ["check", MODEL, "--phase", "decode"],
+        '--phase="decode"',
+        "is not served yet",
+        'use "prefill", or "both"',
+        remedies=(["check", MODEL, "--phase", "prefill"], ["check", MODEL, "--phase", "both"]),
+    ),
     *(
         Bad(
             f"check overrides {wrong}",
@@ -590,6 +609,9 @@ _OTHERS = [
     _usage(["nosuch"], "'nosuch'", "'plan', 'check', 'trace', 'bench', 'eval'", "choose from"),
     _usage(["plan"], "the following arguments", "MODEL", "are required"),
     _usage(["plan", str(MODEL), "--window", "1e3"], "'1e3'", "invalid int value", "--window"),
+    _usage(
+        ["plan", str(MODEL), "--phase", "answer"], "'answer'", "'both', 'prefill'", "choose from"
+    ),
     _usage(
         ["plan", str(MODEL), "--dtype", "int3"], "'int3'", "'bfloat16', 'float16'", "choose from"
     ),

@@ -85,7 +85,7 @@ def test_swa_check_takes_overrides_and_tells_it_too(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     for step in ("inspect_kernels", "inspect_cpu_operators"):
-        monkeypatch.setattr(device, step, lambda: "not asked in this test")
+        monkeypatch.setattr(device, step, lambda *_: "not asked in this test")
     rope = {"rope_type": "default", "rope_theta": THETA}
     model: Path = tiny_model(**SLIDING, rope_parameters=rope)
     overrides = json.dumps({"rope_parameters": YARN})

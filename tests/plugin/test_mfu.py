@@ -8,6 +8,7 @@ import pytest
 from vllm.engine.arg_utils import EngineArgs
 from vllm.v1.metrics.perf import ModelMetrics
 
+from swa_backend.window import Phase
 from swa_vllm.config.swa_config import SWAConfig
 from swa_vllm.metrics.mfu import wrong_flops
 from tests.helpers.engines import ModelFactory
@@ -22,6 +23,11 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any], str | None]] = {
     "window by option": (FULL, {"window": 8}, "no windows, and served are 4 layers with a"),
     "another window": (MIXED, {"window": 8}, "2 layers with a window of 40, and served are 2"),
     "other layers": (SLIDING, {"full_attention_layers": "0"}, "4 layers with a window of 40"),
+    "in the prompt only": (
+        SLIDING,
+        {"phase": "prefill"},
+        "4 layers with a window of 40, and served are 4 layers with a window of 40 in the prompt",
+    ),
     "switched off": (SLIDING, {"enabled": False}, "of 40, and served are no windows"),
 }
 
@@ -38,16 +44,17 @@ def test_whoever_asks_is_told_what_is_wrong(name: str, tiny_model: ModelFactory)
     arguments = {"skip_tokenizer_init": True, "additional_config": {"swa": options}}
     model = str(tiny_model(**checkpoint))
     config = EngineArgs(model, **arguments, **FLAG).create_engine_config()
-    layers = SWAConfig.from_vllm(config).layers
-    said = wrong_flops(config, layers)
+    swa = SWAConfig.from_vllm(config)
+    layers, phase = swa.layers, swa.options.phase
+    said = wrong_flops(config, layers, phase)
     assert (said is None) if message is None else (said is not None and message in said)
     # vLLM's metrics themselves: the message is about what they count.
     windows = {window for window in layers.windows if window is not None}
     served = (windows.pop() if windows else None, sum(w is not None for w in layers.windows))
     (counted,) = set(_counted(ModelMetrics(config)))
-    assert (counted == served) is (message is None)
+    assert (counted == served and phase is Phase.BOTH) is (message is None)
     silent = EngineArgs(model, **arguments).create_engine_config()
-    assert wrong_flops(silent, layers) is None
+    assert wrong_flops(silent, layers, phase) is None
 
 
 def test_start_up_warns(tiny_model: ModelFactory, caplog: pytest.LogCaptureFixture) -> None:

@@ -82,6 +82,20 @@ def test_prefill_gives_the_same_output_and_a_ratio(tmp_path: Path) -> None:
     assert all(case["attention_ratio"] > 0 for case in result["cases"])
 
 
+def test_a_window_in_the_prompt_only_is_timed_beside_full_attention(tmp_path: Path) -> None:
+    path = tmp_path / "prefill.json"
+    arguments = ("--shape", "Qwen3-0.6B", "--window", "48", "--chunk", "128", "--rounds", "2")
+    arguments += ("--phase", "prefill", "--prompt", "300")
+    result = _json(_swa("bench", "prefill", *arguments, *_files(path)), path)
+    timed = [(case["context"], case["tokens"]) for case in result["cases"]]
+    assert timed == [(0, 128), (128, 128), (256, 44), (300, 1)]
+    *chunks, decode = result["cases"]
+    full, here = (sum(case[f"{arm}_ms"] for case in chunks) for arm in ("full", "here"))
+    assert result["prefill_ratio"] == pytest.approx(here / full)
+    assert result["prefill_ratio_3_of_4_layers"] == pytest.approx(0.25 + 0.75 * here / full)
+    assert result["decode_ratio"] == decode["attention_ratio"]
+
+
 @pytest.mark.parametrize("shift", [[], ["--shift"]], ids=["plain", "shifted"])
 def test_sinks_are_right_and_get_a_ratio(shift: list[str], tmp_path: Path) -> None:
     path = tmp_path / "sinks.json"

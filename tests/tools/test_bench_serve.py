@@ -65,6 +65,23 @@ def test_arms_serve_the_same_workload_in_turns(tmp_path: Path) -> None:
     assert figures["conditions"]["threads"] == 1
 
 
+def test_a_window_in_the_prompt_only_is_served_beside_full_attention(tmp_path: Path) -> None:
+    trace = tmp_path / "trace.jsonl"
+    trace.write_text('{"arrival": 0, "prompt_tokens": 90, "output_tokens": 20}\n' * 3)
+    arguments = ["--trace", str(trace), "--window", "32", "--phase", "prefill", "--threads", "1"]
+    figures = _swa(tmp_path, "serve", *arguments, "--peers", "here,stock,full", "--rounds", "1")
+    here, stock, full = (
+        figures["peers"][SERVING_ARMS[name].name] for name in ("here", "stock", "full")
+    )
+    assert figures["phase"] == "prefill"
+    assert figures["checked"]["tokens"] == 1  # later ones see what stock vLLM hides
+    assert figures["same_tokens"] == {"this plugin": 1.0}
+    # Every page stays: the pool is one of two requests.
+    assert here["peak_running"]["high"] == full["peak_running"]["high"] == 2
+    assert figures["bound"]["concurrency"] == 2
+    assert stock["peak_running"]["high"] > 2
+
+
 def test_a_decoded_token_is_timed_at_each_length(tmp_path: Path) -> None:
     arguments = ["--window", "32", "--steps", "4", "--rounds", "2", "--threads", "1"]
     figures = _swa(tmp_path, "decode", *arguments, "--contexts", "64,200", "--peers", "here")

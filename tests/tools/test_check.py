@@ -34,7 +34,7 @@ Figures = tuple[int, dict[str, Any]]
 def check(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., Figures]:
     """Exit status and JSON of a check in this process, without its slow steps."""
     for step in ("inspect_kernels", "inspect_cpu_operators"):
-        monkeypatch.setattr(device, step, lambda: "not asked in this test")
+        monkeypatch.setattr(device, step, lambda *_: "not asked in this test")
 
     def run(*arguments: str) -> Figures:
         path = tmp_path / "check.json"
@@ -42,6 +42,18 @@ def check(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., Figu
         return status, json.loads(path.read_text())
 
     return run
+
+
+def test_a_window_in_the_prompt_only(
+    tiny_model: ModelFactory, check: Callable[..., Figures]
+) -> None:
+    """All layers keep every page, and their prefix cache keeps prompts alone."""
+    status, found = check(str(tiny_model(**MIXED)), "--phase", "prefill")
+    *_, last = found["findings"]
+    assert status == 0, last
+    assert [line.split()[-1] for line in last["detail"].splitlines()[2:4]] == [
+        "PromptCacheSpec"
+    ] * 2
 
 
 def _last(figures: Figures) -> dict[str, Any]:
@@ -193,6 +205,24 @@ def test_a_kernel_that_is_wrong_is_not_ok(monkeypatch: pytest.MonkeyPatch) -> No
     )
     with pytest.raises(RuntimeError, match="decode kernel differs from the oracle by"):
         smoke_module.smoke(smoke_module.torch.device("cpu"))
+
+
+@pytest.mark.parametrize("sees_all", [None, True, False], ids=["right", "all", "none"])
+def test_a_layer_of_phase_prefill_is_checked(sees_all: bool | None) -> None:
+    """A wrong one is found, of which all tokens or none count as generated."""
+    code = f"""
+from swa_backend.window import Phase
+from swa_vllm.attention.cpu import builder
+from swa_vllm.tools.check.smoke_layer import main
+if {sees_all} is not None:
+    builder.split_at_prompt_ends = lambda batch: (batch, [{sees_all}] * batch.num_reqs)
+main(Phase.PREFILL)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    if sees_all is None:
+        assert float(done.stdout.split()[-1]) < 0.02, done.stderr[-2000:]
+    else:
+        assert "output differs from plain torch's by" in done.stderr
 
 
 def test_a_process_that_dies_without_a_word_is_a_problem(tmp_path: Path) -> None:

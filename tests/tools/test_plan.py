@@ -67,6 +67,12 @@ STARTED = {
     "bfloat16, chunks longer than the text": Started(
         BY_LAYER_TYPES, kwargs={"dtype": "bfloat16", "max_num_batched_tokens": 2048}
     ),
+    "window in the prompt only": Started(
+        MIXED, {"phase": "prefill"}, {"max_num_batched_tokens": 100}
+    ),
+    "window in the prompt only, sinks": Started(
+        FULL, {"window": 33, "phase": "prefill", "sink_tokens": 70, "full_attention_layers": "0-2"}
+    ),
     "full attention of a sliding checkpoint": Started(
         MIXED, {"enabled": False}, arm="full attention"
     ),

@@ -63,10 +63,17 @@ USUAL = {
 
 @dataclass(frozen=True)
 class Form:
-    """A config.json, and the window that is asked for beside it."""
+    """A config.json, and what is asked for beside it."""
 
     config: dict[str, Any]
     window: int | None
+    phase: str | None = None
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The plugin's options."""
+        asked = {"window": self.window, "phase": self.phase}
+        return {key: value for key, value in asked.items() if value is not None}
 
 
 @st.composite
@@ -79,7 +86,8 @@ def forms(draw: st.DrawFn, kind: str, architecture: str) -> Form:
         config.pop(key, None)
     for key in draw(st.sets(st.sampled_from(sorted(RIGHT)), max_size=1)):
         config[key] = draw(st.sampled_from(WRONG))
-    return Form(config, draw(st.sampled_from([None, 8])))
+    window, phase = draw(st.sampled_from([None, 8])), draw(st.sampled_from([None, "prefill"]))
+    return Form(config, window, phase)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -98,11 +106,10 @@ def written(form: Form) -> Iterator[Path]:
 
 def served(model: Path, form: Form) -> dict[str, Any] | str:
     """What an engine would hold; or why there would be none."""
-    swa = {} if form.window is None else {"window": form.window}
     try:
         AutoConfig.from_pretrained(model)  # vLLM tries again after a while
         config = EngineArgs(
-            str(model), skip_tokenizer_init=True, additional_config={"swa": swa}
+            str(model), skip_tokenizer_init=True, additional_config={"swa": form.options}
         ).create_engine_config()
         windows = SWAConfig.from_vllm(config).layers.windows
     except Exception as error:  # transformers, vLLM and pydantic have their own
@@ -121,7 +128,7 @@ def served(model: Path, form: Form) -> dict[str, Any] | str:
 
 def planned(model: Path, form: Form) -> dict[str, Any] | str:
     """What is planned; or what the error says."""
-    flags = [] if form.window is None else ["--window", str(form.window)]
+    flags = [part for key, value in form.options.items() for part in (f"--{key}", str(value))]
     out, err = StringIO(), StringIO()
     with redirect_stdout(out), redirect_stderr(err):
         status = main(["plan", str(model), *flags, "--output", "1", "--json", "-"])
@@ -202,6 +209,16 @@ def test_what_is_not_served_with_windows_is_not_planned(keys: dict[str, Any], me
         assert message in str(planned(model, form))
 
 
+@pytest.mark.parametrize("names", [None, [], ["Qwen3Model"]], ids=str)
+def test_a_phase_is_planned_where_engines_serve_it(names: list[str] | None) -> None:
+    """Models without an answer, and those around a Qwen3, have none."""
+    form = Form({**BASE, "model_type": "qwen3", "architectures": names}, None, "prefill")
+    with written(form) as model:
+        refusal = "was not tested with .*, only with Qwen3ForCausalLM, Qwen3MoeForCausalLM; remove"
+        assert re.search(refusal, str(planned(model, form)))
+        assert re.search(refusal, str(served(model, form)))
+
+
 @pytest.mark.parametrize("names", [None, [], ["Qwen3Model"], ["Qwen3ForSequenceClassification"]])
 def test_what_vllm_takes_for_a_qwen3_is_planned(names: list[str] | None) -> None:
     form = Form({**BASE, "model_type": "qwen3", "architectures": names}, None)
@@ -226,8 +243,14 @@ def test_what_vllm_takes_for_a_qwen3_is_planned(names: list[str] | None) -> None
             "--sink-tokens would have no effect",
             ["--window", "8"],
         ),
+        (
+            {"use_sliding_window": False, "layer_types": None},
+            ["--phase", "prefill", "--sink-tokens", "4"],
+            "--phase, --sink-tokens would have no effect",
+            ["--window", "8"],
+        ),
     ],
-    ids=["no window", "full layers of a MoE", "sinks without a window"],
+    ids=["no window", "full layers of a MoE", "sinks without a window", "a phase without one"],
 )
 def test_errors_name_the_flags_of_this_command(
     keys: dict[str, Any],

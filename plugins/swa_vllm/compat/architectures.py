@@ -71,6 +71,18 @@ def check_architectures(architectures: Sequence[str]) -> None:
         )
 
 
+def phase_refused(phase: str, architectures: Sequence[str]) -> str | None:
+    """Say that a window in one phase only was not tested with a model; None where it was.
+
+    Args:
+        phase: the option that asks for it.
+    """
+    if set(architectures) & set(PLAIN):
+        return None
+    named = ", ".join(architectures) or "a checkpoint that names no architecture"
+    return f"{phase} was not tested with {named}, only with {', '.join(PLAIN)}; remove phase"
+
+
 def registered_class(architecture: str) -> str | None:
     """``module:class`` that vLLM's model registry holds for an architecture, or None."""
     from vllm import ModelRegistry  # here only: tools read these tables where there is no vLLM

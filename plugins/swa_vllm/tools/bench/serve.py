@@ -3,9 +3,11 @@
 Stock vLLM slides all layers, so all slide here; full attention is vLLM's. The three get a pool of
 the same bytes, which by default holds two longest requests of full attention. Hugging Face has no
 pool: it takes --hf-batch requests at a time, padded on the left, with the same windows. Before
-anything is timed the arms' greedy tokens are compared in fp32. "Bound" is the time in which an
-engine of the step times measured here could serve the workload with as many requests at once as
-windows fit into the pool. A trace has a line for each request:
+anything is timed the arms' greedy tokens are compared in fp32. "Bound" is
+the time in which an engine of the step times measured here could serve the workload with as many
+requests at once as windows fit into the pool. With --phase prefill, in this plugin only prompts
+have the window: it holds every page, and gains time to first token. A trace has a line for each
+request:
 
     {"arrival": 0.5, "prompt_tokens": 300, "output_tokens": 64}
 """
@@ -18,7 +20,9 @@ from typing import Any
 
 from swa_backend.pages import ceil_div
 from swa_backend.table import format_table
+from swa_backend.window import Phase
 from swa_vllm.tools.bench.serving.arms import (
+    HERE_PREFILL,
     SERVING_ARMS,
     add_arms_and_rounds_arguments,
     serving_arms_of,
@@ -56,6 +60,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of ``swa bench serve``."""
     add_arms_and_rounds_arguments(parser, ",".join(SERVING_ARMS), rounds=2)
     parser.add_argument("--window", type=int, default=128, help="default: 128")
+    parser.add_argument(
+        "--phase",
+        choices=[Phase.BOTH.value, Phase.PREFILL.value],
+        default=Phase.BOTH.value,
+        help="whose tokens have the window in this plugin; default: both",
+    )
     parser.add_argument("--mix", choices=tuple(MIXES), default="decode", help="default: decode")
     parser.add_argument("--trace", type=Path, metavar="PATH", help="JSON lines, instead of a mix")
     parser.add_argument("--num-requests", type=int, default=16, help="of a mix (16)")
@@ -76,6 +86,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             f"--peers {args.peers} --once {args.once}: here, this plugin, is compared with the "
             "others in every round; name it in --peers and not in --once"
         )
+    if args.phase == Phase.PREFILL:
+        arms["here"] = HERE_PREFILL
     asks = _requests_to_serve(args)
     longest = max(ask.num_tokens for ask in asks)
     if args.window >= longest:
@@ -150,6 +162,7 @@ def _serving_settings(
     return {
         "model": str(args.model or "random weights"),
         "window": args.window,
+        "phase": args.phase,
         "dtype": args.dtype,
         "workload": args.trace.name if args.trace else args.mix,
         "num_requests": len(asks),
@@ -169,9 +182,12 @@ def _print_served_arms(figures: Mapping[str, Any]) -> None:
     ]
     rows.append(["seconds, least to most", *map(_benchmark_seconds, by_name.values())])
     rows.append(["times as fast as it, here", *(figures["ratios"][name] for name in by_name)])
+    window = f"W={figures['window']}"
+    if figures["phase"] == Phase.PREFILL:
+        window += " (here in the prompt only)"
     print(
         f"\n{figures['workload']}: {figures['num_requests']} requests, "
-        f"{figures['prompt_tokens']} + {figures['output_tokens']} tokens, W={figures['window']}, "
+        f"{figures['prompt_tokens']} + {figures['output_tokens']} tokens, {window}, "
         f"{figures['dtype']}, {figures['model']}\npool of {figures['pool_pages']} pages of "
         f"{figures['block_size']}, chunk {figures['chunk']}, {figures['rounds']} round(s)"
     )

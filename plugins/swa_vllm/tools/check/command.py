@@ -12,9 +12,13 @@ from dataclasses import asdict, dataclass
 from enum import StrEnum
 from typing import Any
 
-from swa_backend.options import shown_value
+from swa_backend.options import SWAConfigError, SWAOptions, shown_value
 from swa_vllm.tools.check import device, steps
-from swa_vllm.tools.common.arguments import add_window_arguments, options_of_window_arguments
+from swa_vllm.tools.common.arguments import (
+    add_window_arguments,
+    options_as_flags,
+    options_of_window_arguments,
+)
 from swa_vllm.tools.common.terminal import GREEN, RED, YELLOW, paint
 
 EXAMPLE = "Qwen3-8B --window 4096 --sink-tokens 4 --full-attention-layers every:4"
@@ -56,7 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Print each finding as it comes; returns all of them, and sets the exit status."""
-    options, overrides = options_of_window_arguments(args), _parse_overrides(args.hf_overrides)
+    options, overrides = _parse_options(args), _parse_overrides(args.hf_overrides)
     about_a_model = [*options, *(["hf_overrides"] if overrides else [])]
     if args.model is None and about_a_model:
         raise ValueError(f"--{about_a_model[0].replace('_', '-')} is about a model: give MODEL")
@@ -71,6 +75,15 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     is_ok = all(finding.state is not State.WRONG for finding in findings)
     args.status = 0 if is_ok else 1
     return {"ok": is_ok, "findings": [asdict(finding) for finding in findings]}
+
+
+def _parse_options(args: argparse.Namespace) -> dict[str, Any]:
+    options = options_of_window_arguments(args)
+    try:
+        SWAOptions.from_dict(options)
+    except SWAConfigError as error:
+        raise ValueError(options_as_flags(str(error))) from error
+    return options
 
 
 def _parse_overrides(text: str) -> dict[str, Any]:
@@ -90,6 +103,7 @@ def findings_of(
     model: str | None, options: dict[str, Any], hf_overrides: dict[str, Any]
 ) -> Iterator[Finding]:
     """Check one thing after the other, each before what needs it, up to the first that is wrong."""
+    phase = SWAOptions.from_dict(options).phase
     todo: list[tuple[str, Callable[[], str]]] = [
         ("vLLM", steps.inspect_vllm),
         ("plugin", steps.inspect_plugin),
@@ -99,7 +113,7 @@ def findings_of(
         ("device", device.inspect_device),
         ("Triton", device.inspect_triton),
         ("kernels", device.inspect_kernels),
-        ("CPU operators", device.inspect_cpu_operators),
+        ("CPU operators", lambda: device.inspect_cpu_operators(phase)),
     ]
     if model is not None:
         todo.append((model, lambda: steps.inspect_model(model, options, hf_overrides)))

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+from swa_backend.window import Phase
 from swa_vllm.tools.check.steps import NotCheckedError, ProblemError
 
 _T = TypeVar("_T")
@@ -70,20 +71,27 @@ def inspect_kernels() -> str:
     return f"write, decode and prefill equal the oracle {where} (to {error:.2f} roundings)"
 
 
-def inspect_cpu_operators() -> str:
-    """Check that one layer in an engine equals plain torch, where vLLM's CPU operators serve."""
+def inspect_cpu_operators(phase: Phase) -> str:
+    """Check that one layer in an engine equals plain torch, where vLLM's CPU operators serve.
+
+    Args:
+        phase: whose queries have the layer's window.
+    """
     from vllm.platforms import current_platform
 
     if not current_platform.is_cpu():
         raise NotCheckedError("this device does not use them")
-    error = _error_of_smoke_test("swa_vllm.tools.check.smoke_layer")
-    return f"a sliding layer with sinks equals plain torch (to {100 * error:.1f} %)"
+    error = _error_of_smoke_test("swa_vllm.tools.check.smoke_layer", phase)
+    kind = "a sliding layer with sinks"
+    if phase is not Phase.BOTH:
+        kind += f", of phase {phase},"
+    return f"{kind} equals plain torch (to {100 * error:.1f} %)"
 
 
-def _error_of_smoke_test(module: str, **environment: str) -> float:
+def _error_of_smoke_test(module: str, *arguments: str, **environment: str) -> float:
     """Run a module of ours in a process of its own; returns the number that it prints last."""
     done = subprocess.run(  # noqa: S603 (a module of ours)
-        [sys.executable, "-m", module],
+        [sys.executable, "-m", module, *arguments],
         env={**os.environ, **environment},
         capture_output=True,
         text=True,

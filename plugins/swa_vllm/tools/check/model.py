@@ -5,6 +5,7 @@ from typing import Any
 from vllm import ModelRegistry
 from vllm.engine.arg_utils import EngineArgs
 
+from swa_backend.window import Phase
 from swa_vllm.attention.backends import windowed_backend
 from swa_vllm.attention.layer_table import lines_of_layers
 from swa_vllm.compat.architectures import MODELS
@@ -40,12 +41,15 @@ def inspect_layers(model: str, options: dict[str, Any], hf_overrides: dict[str, 
     if swa.slides:
         check_servable(config, swa)
     backend = windowed_backend(swa.implementation)
+    specs = ("FullAttentionSpec", "SWASpec")
+    if swa.options.phase is Phase.PREFILL:
+        specs = ("PromptCacheSpec",) * 2
     sliding = (
         str(swa.options.sink_tokens),
         "chosen by vLLM" if backend is None else backend.get_name(),
-        "SWASpec",
+        specs[1],
     )
-    full = ("full", "-", "-", "chosen by vLLM", "FullAttentionSpec")
+    full = ("full", "-", "-", "chosen by vLLM", specs[0])
     described = [
         (index, full if window is None else ("sliding", str(window), *sliding))
         for index, window in enumerate(swa.layers.windows)

@@ -133,29 +133,37 @@ def inspect_backend_slot() -> str:
 
 
 def inspect_page_manager() -> str:
-    """Check that this plugin's manager has the pages of a windowed layer."""
+    """Check that this plugin's managers have the pages of windowed layers, and of phases."""
     import torch
+    from vllm.v1.core.single_type_kv_cache_manager import SingleTypeKVCacheManager
+    from vllm.v1.kv_cache_interface import KVCacheSpec
     from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 
     from swa_vllm.config.storage import StoragePolicy
     from swa_vllm.kv_cache.manager import SWAManager
+    from swa_vllm.kv_cache.prompt_cache import PromptCacheManager, PromptCacheSpec
     from swa_vllm.kv_cache.spec import SWASpec
 
-    spec = SWASpec(
-        block_size=16,
-        num_kv_heads=1,
-        head_size=64,
-        dtype=torch.bfloat16,
-        sliding_window=64,
-        storage=StoragePolicy(),
-    )
-    manager = KVCacheSpecRegistry.get_manager_class(spec)
-    if manager is not SWAManager:
-        raise ProblemError(
-            f"vLLM manages SWASpec with {manager}, not with SWAManager",
-            "another plugin replaced it: set VLLM_PLUGINS to the names of those you want",
-        )
-    return "SWASpec is managed by SWAManager"
+    shape: dict[str, Any] = {
+        "block_size": 16,
+        "num_kv_heads": 1,
+        "head_size": 64,
+        "dtype": torch.bfloat16,
+    }
+    windowed = SWASpec(**shape, sliding_window=64, storage=StoragePolicy())
+    wanted: dict[KVCacheSpec, type[SingleTypeKVCacheManager]] = {
+        windowed: SWAManager,
+        PromptCacheSpec(**shape): PromptCacheManager,
+    }
+    for spec, manager in wanted.items():
+        found = KVCacheSpecRegistry.get_manager_class(spec)
+        if found is not manager:
+            raise ProblemError(
+                f"vLLM manages {type(spec).__name__} with {found}, not with {manager.__name__}",
+                "another plugin replaced it: set VLLM_PLUGINS to the names of those you want",
+            )
+    managed = (f"{type(spec).__name__} by {manager.__name__}" for spec, manager in wanted.items())
+    return f"vLLM manages {', '.join(managed)}"
 
 
 def inspect_model(model: str, options: dict[str, Any], hf_overrides: dict[str, Any]) -> str:

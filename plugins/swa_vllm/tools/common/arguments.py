@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from swa_backend.options import MOST_TOKENS
+from swa_backend.window import Phase
 
 
 def add_window_arguments(parser: argparse.ArgumentParser) -> None:
@@ -16,13 +17,18 @@ def add_window_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--window", type=int, metavar="N", help="default: the checkpoint's")
     parser.add_argument("--sink-tokens", type=int, default=0, metavar="N")
     parser.add_argument(
+        "--phase",
+        choices=[phase.value for phase in Phase],
+        help="whose tokens have the window; default: both",
+    )
+    parser.add_argument(
         "--full-attention-layers", metavar="LAYERS", help='such as "0-3,27", "every:4", "none"'
     )
 
 
 def options_of_window_arguments(args: argparse.Namespace) -> dict[str, Any]:
     """Spell the ``swa`` options that the arguments mean."""
-    given = {name: getattr(args, name) for name in ("window", "full_attention_layers")}
+    given = {name: getattr(args, name) for name in ("window", "phase", "full_attention_layers")}
     options = {name: value for name, value in given.items() if value is not None}
     return {**options, **({"sink_tokens": args.sink_tokens} if args.sink_tokens else {})}
 
@@ -39,7 +45,7 @@ def options_as_flags(text: str) -> str:
 
     text = re.sub(r"--additional-config '(\{.*?\})'(?!\w)", flags, text)
     return re.sub(
-        r"\b(?:swa\.)?(sink_tokens|full_attention_layers)\b|\bswa\.(window)\b",
+        r"\b(?:swa\.)?(sink_tokens|full_attention_layers)\b|\bswa\.(window|phase)\b",
         lambda found: f"--{(found[1] or found[2]).replace('_', '-')}",
         text,
     )

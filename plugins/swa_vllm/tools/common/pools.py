@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from swa_backend.pages import ceil_div
+from swa_backend.window import Phase
 from swa_vllm.tools.common.arms import Arm
 from swa_vllm.tools.common.queueing import Workload, queue_pages_of_one_request, running_at_once
 from swa_vllm.tools.common.sizing import KVGroups, Limits, kv_groups_of
@@ -22,6 +23,7 @@ class Model:
         windows: the window of each layer, None for full attention.
         kv_heads: KV heads of one device.
         number_bytes: bytes of an element of the cache.
+        phase: whose tokens have the window in this plugin; stock vLLM has no phases.
     """
 
     windows: tuple[int | None, ...]
@@ -29,6 +31,7 @@ class Model:
     kv_heads: int
     head_dim: int
     number_bytes: int
+    phase: Phase = Phase.BOTH
 
     def layer_page_bytes(self, page_size: int) -> int:
         """Count the bytes of one layer's keys and values in a page."""
@@ -93,7 +96,7 @@ class Need:
 
 def plan_pool(arm: Arm, model: Model, limits: Limits, memory: int | None) -> Pool:
     """Plan the pool of an arm in ``memory`` bytes of each device; None leaves its size open."""
-    groups = kv_groups_of(arm, model.windows, model.sink_tokens, limits)
+    groups = kv_groups_of(arm, model.windows, model.sink_tokens, limits, model.phase)
     group_layers = max(ceil_div(group.num_layers, group.num_groups) for group in groups)
     page_bytes = group_layers * model.layer_page_bytes(limits.block_size)
     num_growing = sum(group.num_groups for group in groups if group.policy.window is None)
@@ -110,7 +113,7 @@ def plan_pool(arm: Arm, model: Model, limits: Limits, memory: int | None) -> Poo
     def starts(max_model_len: int) -> bool:
         shorter = replace(limits, max_model_len=max_model_len)
         promised = _pool_pages_promised(
-            kv_groups_of(arm, model.windows, model.sink_tokens, shorter), shorter
+            kv_groups_of(arm, model.windows, model.sink_tokens, shorter, model.phase), shorter
         )
         return promised <= num_pages - 1  # vLLM never gives out the first page
 

@@ -13,6 +13,7 @@ from typing import Any
 from swa_backend.checkpoint import Checkpoint
 from swa_backend.pages import WindowPages, ceil_div
 from swa_backend.request_pages import PagePolicy
+from swa_backend.window import Phase
 from swa_vllm.compat.cache_dtypes import FP8, UNQUANTIZED
 from swa_vllm.tools.common.arms import Arm
 
@@ -103,7 +104,11 @@ def split_into_kv_groups(num_full: int, num_sliding: int) -> tuple[int, int, int
 
 
 def kv_groups_of(
-    arm: Arm, windows: tuple[int | None, ...], sinks: int, limits: Limits
+    arm: Arm,
+    windows: tuple[int | None, ...],
+    sinks: int,
+    limits: Limits,
+    phase: Phase = Phase.BOTH,
 ) -> list[KVGroups]:
     """Make the KV groups of a model, full layers' first.
 
@@ -113,8 +118,11 @@ def kv_groups_of(
     Args:
         windows: the window of each layer, None for full attention.
         sinks: leading tokens that sliding layers keep.
+        phase: whose tokens have the window here. With the prompt's alone every page stays, and
+            layers with and without a window are of one kind.
     """
-    sliding = [] if arm is Arm.FULL else [window for window in windows if window is not None]
+    keeps_all = arm is Arm.FULL or (arm is Arm.SWA and phase is Phase.PREFILL)
+    sliding = [] if keeps_all else [window for window in windows if window is not None]
     num_full = len(windows) - len(sliding)
     size, full_groups, sliding_groups = split_into_kv_groups(num_full, len(sliding))
     groups = []

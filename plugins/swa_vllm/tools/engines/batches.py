@@ -14,12 +14,14 @@ def make_batch(
     query_lens: list[int],
     pages: WindowPages | None = None,
     spare_tokens: int = 0,
+    prompts: list[int] | None = None,
 ) -> CommonAttentionMetadata:
     """Make the batch of a step as the model runner gives it to metadata builders.
 
     Args:
         pages: leave the holes that this window allows; None stores every page.
         spare_tokens: slots behind each request's newest token.
+        prompts: length of each request's prompt, which a window in one phase only needs.
     """
     starts = torch.tensor([0, *query_lens], dtype=torch.int32).cumsum(0, dtype=torch.int32)
     seq_lens = torch.tensor(context_lens, dtype=torch.int32) + starts.diff()
@@ -47,6 +49,7 @@ def make_batch(
         max_seq_len=int(seq_lens.max()),
         block_table_tensor=table,
         slot_mapping=torch.cat(slots),
+        rswa_prefix_lens=None if prompts is None else torch.tensor(prompts, dtype=torch.int32),
     )
 
 

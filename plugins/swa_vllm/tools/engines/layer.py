@@ -1,11 +1,12 @@
 """A windowed layer of a real model's size with random weights, beside stock vLLM's attention."""
 
+import copy
 import json
 import os
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from vllm.v1.attention.backends.cpu_attn import (
 )
 
 from swa_backend import reference
+from swa_backend.window import Phase
 from swa_vllm.attention.cpu.builder import SWACPUMetadata
 from swa_vllm.tools.common.timing import time_in_turns
 from swa_vllm.tools.engines.batches import BLOCK_SIZE
@@ -67,6 +69,12 @@ class Layer:
             for n in heads
         )
 
+    def beside_full_attention(self) -> "Layer":
+        """The same layer beside stock vLLM's full attention."""
+        builder, impl = copy.copy(self.stock_builder), copy.copy(self.stock_impl)
+        builder.window_size = impl.sliding_window = -1
+        return replace(self, stock_builder=builder, stock_impl=impl)
+
     def run_stock(self, metadata: CPUAttentionMetadata, *qkv: torch.Tensor) -> torch.Tensor:
         """Store keys and values and attend to them, as stock vLLM does in one step."""
         query, key, value = qkv
@@ -91,8 +99,12 @@ class Layer:
         output: torch.Tensor,
         window: int,
         sink_tokens: int,
+        phase: Phase = Phase.BOTH,
     ) -> float:
         """Compare the outputs of the last request, every 97th query's, with plain torch.
+
+        Args:
+            phase: whose queries have the window; the batch then has the lengths of prompts.
 
         Returns:
             The largest error, relative to the largest output.
@@ -107,7 +119,10 @@ class Layer:
         key, value = self.builder.page_layout.read_tokens(
             self.attention.kv_cache, pages * BLOCK_SIZE + positions % BLOCK_SIZE
         )
-        mask = reference.reference_mask(positions[asked], positions, window, sink_tokens)
+        prompt_len = 0 if batch.rswa_prefix_lens is None else int(batch.rswa_prefix_lens[-1])
+        mask = reference.reference_mask(
+            positions[asked], positions, window, sink_tokens, phase, prompt_len
+        )
         query, key, value = (x.float().transpose(0, 1) for x in (qkv[0][asked], key, value))
         expected = reference.attention(query, key, value, mask).transpose(0, 1)
         error = (output[asked].float() - expected).abs().max() / expected.abs().max()

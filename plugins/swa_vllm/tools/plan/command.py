@@ -17,7 +17,8 @@ from swa_backend.checkpoint import Checkpoint, read_checkpoint
 from swa_backend.layers import resolve_layers
 from swa_backend.options import SWAConfigError, SWAOptions
 from swa_backend.table import format_table
-from swa_vllm.compat.architectures import check_architectures
+from swa_backend.window import Phase
+from swa_vllm.compat.architectures import check_architectures, phase_refused
 from swa_vllm.compat.cache_dtypes import UNQUANTIZED, sinks_refused_on_cpus
 from swa_vllm.tools.common import plots
 from swa_vllm.tools.common.arguments import (
@@ -105,14 +106,17 @@ def _run_plan(args: argparse.Namespace) -> dict[str, Any]:
     plots.check_plot_path(args.plot)
     checkpoint = read_checkpoint(Path(args.model))
     check_architectures(checkpoint.architectures)
-    limits = _planned_limits(args, checkpoint)
     options = SWAOptions.from_dict(options_of_window_arguments(args))
+    limits = _planned_limits(args, checkpoint, options)
     layers = resolve_layers(checkpoint.config, options, max_model_len=limits.max_model_len)
     if not layers.slides:
         raise ValueError(
             "no layer of this model has a window, so there is nothing to compare: give --window"
         )
     check_can_slide(checkpoint.config)
+    refusal = phase_refused(f"--phase {options.phase}", checkpoint.architectures)
+    if options.phase is not Phase.BOTH and refusal is not None:
+        raise ValueError(refusal)
     _check_cache_of_sinks(args, checkpoint)
     model = Model(
         windows=layers.windows,
@@ -120,6 +124,7 @@ def _run_plan(args: argparse.Namespace) -> dict[str, Any]:
         kv_heads=kv_heads_of_a_device(checkpoint, args.tensor_parallel_size),
         head_dim=checkpoint.head_dim,
         number_bytes=bytes_of_an_element(checkpoint, args.dtype, args.kv_cache_dtype),
+        phase=options.phase,
     )
     memory = None if args.kv_memory is None else parse_planned_memory(args.kv_memory)
     pools = {arm: plan_pool(arm, model, limits, memory) for arm in Arm}
@@ -131,7 +136,7 @@ def _run_plan(args: argparse.Namespace) -> dict[str, Any]:
     print(format_table(("", *Arm), pool_rows(pools)))
     print(f"\none request, and how many run at once; answers of {args.output} tokens")
     print(format_table(*plan_rows(needs, with_pool=memory is not None)))
-    for note in (*layers.warnings, *plan_notes(model, limits, pools, needs)):
+    for note in (*map(options_as_flags, layers.warnings), *plan_notes(model, limits, pools, needs)):
         print(f"note: {note}")
     if args.plot is not None:
         plot_plan(args.plot, Path(args.model).name, needs)
@@ -164,7 +169,9 @@ def parse_planned_memory(text: str) -> int:
     return size
 
 
-def _planned_limits(args: argparse.Namespace, checkpoint: Checkpoint) -> Limits:
+def _planned_limits(
+    args: argparse.Namespace, checkpoint: Checkpoint, options: SWAOptions
+) -> Limits:
     device = Device(args.device)
     if args.block_size is None:
         args.block_size = device.block_size
@@ -178,13 +185,15 @@ def _planned_limits(args: argparse.Namespace, checkpoint: Checkpoint) -> Limits:
             f"--max-num-batched-tokens {args.max_num_batched_tokens} is below --max-num-seqs "
             f"{args.max_num_seqs}, which vLLM refuses; raise the one or lower the other"
         )
+    # On CPUs copies of the sinks lie there; with every page kept there are none.
+    has_copies = device is Device.CPU and options.phase is not Phase.PREFILL
     return Limits(
         block_size=args.block_size,
         max_model_len=max_model_len,
         max_num_batched_tokens=args.max_num_batched_tokens,
         max_num_seqs=args.max_num_seqs,
         num_steps_in_flight=device.num_steps_in_flight,
-        spare_tokens=args.sink_tokens if device is Device.CPU else 0,
+        spare_tokens=options.sink_tokens if has_copies else 0,
     )
 
 

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from swa_backend.pages import ceil_div
+from swa_backend.window import Phase
 from swa_vllm.tools.common.arms import Arm
 from swa_vllm.tools.common.pools import Model, Need, Pool
 from swa_vllm.tools.common.queueing import Workload
@@ -18,6 +19,7 @@ def describe_plan(args: argparse.Namespace, model: Model, limits: Limits) -> str
     """Describe the model and the engine in three lines."""
     sliding = [window for window in model.windows if window is not None]
     sinks = f", {model.sink_tokens} sink tokens" if model.sink_tokens else ""
+    phase = ", in the prompt only" if model.phase is Phase.PREFILL else ""
     page = model.layer_page_bytes(limits.block_size)
     a_token = len(model.windows) * page / limits.block_size / 1024
     memory = "" if args.kv_memory is None else f", {args.kv_memory} for the KV cache"
@@ -26,7 +28,7 @@ def describe_plan(args: argparse.Namespace, model: Model, limits: Limits) -> str
     )
     return (
         f"{args.model}: {len(model.windows)} layers, {len(sliding)} of them sliding (W={sliding[0]}"
-        f"{sinks})\n"
+        f"{sinks}{phase})\n"
         f"a token takes {a_token:g} KiB in all layers ({model.kv_heads} KV heads of "
         f"{model.head_dim}, {model.number_bytes} bytes an element){devices}{memory}\n"
         f"pages of {limits.block_size} tokens, chunks of {limits.max_num_batched_tokens}, "
@@ -89,6 +91,13 @@ def plan_notes(model: Model, limits: Limits, pools: Pools, needs: Needs) -> list
         )
     if model.sink_tokens:
         notes.append("stock vLLM has no sink tokens; its column is without them")
+    if model.phase is Phase.PREFILL:
+        notes.append(
+            "with a window in the prompt only every page stays, because generated tokens see all "
+            "of them: pages, admission and pool of this plugin are those of full attention. What "
+            "you gain is time to first token, and answers that recall the whole prompt"
+        )
+        notes.append("stock vLLM has no phases; in its column answers have the window too")
     if any(_pages_mislead(need[Arm.STOCK], need[Arm.SWA]) for need in needs.values()):
         notes.append(
             "pages are the most that a request holds, which is while its prompt is computed; how "

@@ -2,9 +2,10 @@
 
 import argparse
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+from swa_backend.window import Phase
 from swa_vllm.tools.common.arms import Arm
 
 
@@ -16,12 +17,14 @@ class ServingArm:
         name: the arm's name in tables and figures.
         windowed: whether its layers slide.
         spec: vLLM's KV cache spec that says so; None where it is not vLLM.
+        phase: whose tokens have the window.
     """
 
     name: str
     windowed: bool
     spec: str | None
     with_plugin: bool = False
+    phase: Phase = Phase.BOTH
 
 
 # By the names on the command line.
@@ -31,6 +34,7 @@ SERVING_ARMS = {
     "full": ServingArm(Arm.FULL.value, False, "FullAttentionSpec"),
     "hf": ServingArm("Hugging Face", True, None),
 }
+HERE_PREFILL = replace(SERVING_ARMS["here"], spec="PromptCacheSpec", phase=Phase.PREFILL)
 HF_FULL = ServingArm("Hugging Face, full attention", False, None)  # to check only
 
 

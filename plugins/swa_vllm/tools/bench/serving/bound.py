@@ -17,7 +17,7 @@ class EngineSpeed:
     """The measured speed of an engine apart from any queue.
 
     Attributes:
-        concurrency: requests whose windows the pool holds.
+        concurrency: requests whose pages the pool holds while they decode.
         prefill_s: seconds of a prompt token.
         step_s: seconds of a decoding step, by the requests in it.
     """
@@ -28,14 +28,17 @@ class EngineSpeed:
 
     @classmethod
     def measure(
-        cls, process: ArmProcess, asks: Sequence[Ask], window: int, block_size: int
+        cls, process: ArmProcess, asks: Sequence[Ask], window: int | None, block_size: int
     ) -> "EngineSpeed":
-        """Time steps of more and more requests, as long as those of ``asks``."""
+        """Time steps of more and more requests, as long as those of ``asks``.
+
+        Args:
+            window: whose pages a decoding request holds; None where it holds every page.
+        """
         longest = max(asks, key=lambda ask: ask.num_tokens)
-        pages = min(
-            WindowPages(window, block_size).max_survivors,
-            ceil_div(longest.num_tokens, block_size),
-        )
+        pages = ceil_div(longest.num_tokens, block_size)
+        if window is not None:
+            pages = min(pages, WindowPages(window, block_size).max_survivors)
         concurrency = max(1, min(len(asks), (process.facts["num_pages"] - 1) // pages))
         num_steps = min(_CURVE_STEPS, longest.num_tokens - 2)
         prompt = max(1, min(longest.prompt_tokens, longest.num_tokens - num_steps - 1))

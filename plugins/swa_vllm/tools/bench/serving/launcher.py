@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from swa_backend.window import Phase
 from swa_vllm.tools.bench.serving.arms import ServingArm
 from swa_vllm.tools.bench.serving.process import ArmProcess
 
@@ -44,6 +45,8 @@ class Launcher:
             env = {"OMP_NUM_THREADS": str(self.threads)}
             arguments["batch"] = self.batch
             return ArmProcess(arm.name, "swa_vllm.tools.bench.serving.hugging_face", arguments, env)
+        if arm.phase is not Phase.BOTH:
+            arguments["additional_config"] = {"swa": {"phase": arm.phase}}
         arguments |= {**self.engine, **engine}
         process = ArmProcess(
             arm.name,

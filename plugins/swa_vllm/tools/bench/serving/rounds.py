@@ -6,6 +6,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any
 
+from swa_backend.window import Phase
 from swa_vllm.tools.bench.serving.arms import HF_FULL, SERVING_ARMS, ServingArm
 from swa_vllm.tools.bench.serving.bound import EngineSpeed
 from swa_vllm.tools.bench.serving.checkpoints import vocabulary_of_arms
@@ -56,8 +57,9 @@ def measure_rounds(
             checked = _check_same_answers(launcher, arms, rounds, processes)
         vocab = vocabulary_of_arms(launcher.models[True])
         _warm_up_arms(processes, rounds, vocab)
+        window = None if arms["here"].phase is Phase.PREFILL else rounds.window
         speed = EngineSpeed.measure(
-            processes["here"], rounds.asks, rounds.window, launcher.engine["block_size"]
+            processes["here"], rounds.asks, window, launcher.engine["block_size"]
         )
         served = _serve_in_turns(processes, rounds, vocab)
     figures = {
@@ -68,7 +70,7 @@ def measure_rounds(
     return {
         "pool_bytes": pool_bytes,
         "checked": checked,
-        "same_tokens": _share_of_same_tokens(served),
+        "same_tokens": _share_of_same_tokens(served, arms),
         "peers": figures,
         "ratios": {
             SERVING_ARMS[name].name: _ratio_of_rounds(served["here"], workloads)
@@ -127,13 +129,18 @@ def _check_same_answers(
 ) -> dict[str, Any]:
     """Compare greedy tokens of all arms that slide, and of all that do not.
 
+    Where an arm has a window in the prompt only, its answers have other tokens than those of other
+    arms from the second on: then the first ones are compared.
+
     Raises:
         RuntimeError: they differ.
     """
-    room = max(ask.num_tokens for ask in rounds.asks) - _CHECKED_TOKENS
+    has_phase = any(arm.phase is not Phase.BOTH for arm in arms.values())
+    num_checked = 1 if has_phase else _CHECKED_TOKENS
+    room = max(ask.num_tokens for ask in rounds.asks) - num_checked
     wanted = (rounds.window // 2, rounds.window + 1, 3 * rounds.window + 5)
     lengths = [max(1, min(room, n)) for n in wanted]
-    asks = [Ask(0.0, length, _CHECKED_TOKENS) for length in lengths]
+    asks = [Ask(0.0, length, num_checked) for length in lengths]
     vocab = vocabulary_of_arms(launcher.models[True])
     both = {"hf_full": HF_FULL} if {"full", "hf"} <= set(arms) else {}
     groups: dict[bool, dict[str, list[list[int]]]] = {True: {}, False: {}}
@@ -152,7 +159,7 @@ def _check_same_answers(
                 )
     return {
         "prompts": lengths,
-        "tokens": _CHECKED_TOKENS,
+        "tokens": num_checked,
         "equal": [list(group) for group in groups.values() if group],
     }
 
@@ -181,12 +188,17 @@ def _ratio_of_rounds(here: Sequence[ServedWorkload], other: Sequence[ServedWorkl
     return statistics.median(b.seconds / a.seconds for a, b in zip(here, other, strict=False))
 
 
-def _share_of_same_tokens(served: Mapping[str, Sequence[ServedWorkload]]) -> dict[str, float]:
-    """Share of the first round's tokens before an answer parts from this plugin's, by arm."""
+def _share_of_same_tokens(
+    served: Mapping[str, Sequence[ServedWorkload]], arms: Mapping[str, ServingArm]
+) -> dict[str, float]:
+    """Share of the first round's tokens before an answer parts from this plugin's, by arm.
+
+    Arms with another window have no share.
+    """
     here = [request.tokens for request in served["here"][0].requests]
     shares = {}
     for name, rounds in served.items():
-        if SERVING_ARMS[name].windowed:
+        if arms[name].windowed and arms[name].phase is arms["here"].phase:
             theirs = [request.tokens for request in rounds[0].requests]
             shares[SERVING_ARMS[name].name] = sum(map(_num_same_tokens, here, theirs)) / sum(
                 map(len, here)
