@@ -26,23 +26,23 @@ class Sight:
         windows: of each layer; None for full attention.
         sinks: leading tokens that every query sees.
         shift: whether these lie just before the window, wherever it is.
-        turns_back: whether queries get there from their own places, by a second rotation, as over a
-            cache of keys: the angles of both are rounded. In exact arithmetic it is the same.
         phase: whose queries have the windows: "both"; "prefill", the prompt's, and generated tokens
             see everything; "decode", generated tokens', which see the whole prompt too.
         prompt_len: tokens of the prompt, where phase is not "both"; said with each text.
         cached_from: the first position whose query reads all keys and values from a cache, of
             ``cache_dtype``; those before read none. None where a cache rounds nothing.
+        turns_back: whether shifted queries get to their places from their own, by a second rotation
+            as over a cache of keys: the angles of both are rounded. Else it is the same.
     """
 
     windows: tuple[int | None, ...]
     sinks: int = 0
     shift: bool = False
-    turns_back: bool = False
     phase: str = "both"
     prompt_len: int = 0
     cached_from: int | None = None
     cache_dtype: torch.dtype = torch.float8_e4m3fn
+    turns_back: bool = False
 
 
 def keep_dtype_in_norms(model: torch.nn.Module) -> None:
