@@ -18,6 +18,7 @@ from swa_vllm.compat import envs
 from swa_vllm.compat.architectures import phase_refused
 from swa_vllm.compat.backend_slot import check_backend_slot
 from swa_vllm.compat.cache_dtypes import FP8, UNQUANTIZED, sinks_refused_on_cpus
+from swa_vllm.compat.prompt_lens import RSWA_BACKENDS
 from swa_vllm.config.cache_dtype import checkpoints_cache_dtype, resolved_cache_dtype
 from swa_vllm.config.implementation import obstacle_to_survivors
 from swa_vllm.config.swa_config import SWAConfig, vllm_text_config, wants_windows_decided
@@ -116,6 +117,26 @@ def _refuse_phase(vllm_config: VllmConfig, swa: SWAConfig) -> None:
         raise SWAConfigError(
             f"{asked} was not tested with speculative decoding by {speculation.method}; use "
             f"{NGRAM}, or remove either"
+        )
+    _refuse_backends_beside_phase(asked, vllm_config)
+
+
+def _refuse_backends_beside_phase(asked: str, vllm_config: VllmConfig) -> None:
+    attention = vllm_config.attention_config
+    backends = attention.backend, *attention.backend_per_kind.values()
+    chosen = {backend.name for backend in backends if backend is not None}
+    if "CUSTOM" in chosen:
+        raise SWAConfigError(
+            f"{asked} needs another backend in full layers than in sliding ones, and "
+            "--attention-backend CUSTOM gives them this plugin's; leave it out"
+        )
+    # On a CPU the flag has no effect.
+    by_v1 = not vllm_config.use_v2_model_runner and not current_platform.is_cpu()
+    if by_v1 and (unknown := sorted(chosen - set(RSWA_BACKENDS))):
+        raise SWAConfigError(
+            f"{asked} cannot be had with --attention-backend {unknown[0]} and Model Runner V1, "
+            f"which gives lengths of prompts to {', '.join(RSWA_BACKENDS)} only; use one of these, "
+            "or leave it out"
         )
 
 

@@ -141,7 +141,10 @@ def test_preempted_inside_the_answer(
 def test_drafts_are_exact(
     engine: EngineFactory, tiny_model: ModelFactory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Drafts by n-grams: several queries a step, all of generated tokens."""
+    """Drafts by n-grams: several queries a step.
+
+    A prompt of which all but the last token is cached has its last query and drafts in one step.
+    """
     # In a process of its own: it imports numba, after which vLLM 0.32 starts no second engine.
     monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
     model = tiny_model(**FULL)
@@ -157,9 +160,12 @@ def test_drafts_are_exact(
         speculative_config=speculation,
         disable_log_stats=False,
     )
-    prompts = random_prompts([100] * 3, seed=4)  # whose answers repeat themselves now and then
+    # Some of whose answers repeat themselves now and then.
+    prompts = random_prompts([3 * PAGE_SIZE + 1, 100, 100], seed=4)
     answers = generate(llm, prompts, num_tokens=120)
     check_exact(prompts, answers, _oracle(model, "mixed", "sinks"))
+    (again,) = generate(llm, prompts[:1], num_tokens=120)
+    assert (again.tokens, again.num_cached_tokens) == (answers[0].tokens, 3 * PAGE_SIZE)
     counters = {m.name: m.value for m in llm.get_metrics() if isinstance(m, Counter)}
     drafted = counters["vllm:spec_decode_num_draft_tokens"]
     assert 0 < counters["vllm:spec_decode_num_accepted_tokens"] < drafted

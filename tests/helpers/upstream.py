@@ -9,6 +9,7 @@ _MANAGER = "vllm.v1.core.single_type_kv_cache_manager"
 # Names that a class or module defines, a method assigns to ``self``, or a function to a parameter.
 MEMBERS: dict[str, set[str]] = {
     # Configuration.
+    "vllm.config.attention:AttentionConfig": {"backend", "backend_per_kind"},
     "vllm.config.cache:CacheConfig": {"cache_dtype", "num_gpu_blocks", "sliding_window"},
     "vllm.config.compilation:CompilationConfig": {
         *("max_cudagraph_capture_size", "static_forward_context"),
@@ -33,7 +34,8 @@ MEMBERS: dict[str, set[str]] = {
     },
     "vllm.config.speculative:SpeculativeConfig": {"method", "use_eagle"},
     "vllm.config.vllm:VllmConfig": {
-        *("additional_config", "cache_config", "compilation_config", "get_quantization_config"),
+        *("additional_config", "attention_config", "cache_config", "compilation_config"),
+        "get_quantization_config",
         *("instance_id", "kv_transfer_config", "load_config", "max_concurrent_batches"),
         *("model_config", "num_lookahead_tokens", "num_speculative_tokens"),
         *("observability_config", "parallel_config", "quant_config", "scheduler_config"),

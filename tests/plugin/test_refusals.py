@@ -7,8 +7,10 @@ import pytest
 from vllm import EngineArgs
 from vllm.config import ModelConfig, VllmConfig
 from vllm.platforms import current_platform
+from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
 from swa_backend.options import SWAConfigError
+from swa_vllm import refusals
 from swa_vllm.config.swa_config import SWAConfig
 from swa_vllm.refusals import check_servable, refuse_wrong_weights
 from tests.helpers.engines import ModelFactory
@@ -82,6 +84,32 @@ def test_phase_is_refused_where_it_was_not_tested(
         SWAConfigError, match="only with Qwen3ForCausalLM, Qwen3MoeForCausalLM; rem"
     ):
         _check(config)
+
+
+def test_backends_that_a_phase_cannot_have_beside_it_are_refused(
+    tiny_model: ModelFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With ours in full layers too, vLLM makes one builder for layers with and without a window."""
+    config = _config(tiny_model(**FULL), phase="prefill")
+    attention = config.attention_config
+    attention.backend = AttentionBackendEnum.FLASHINFER
+    _check(config)  # which vLLM ignores on CPUs
+    monkeypatch.setattr(type(current_platform), "is_cpu", lambda self: False)
+    with pytest.raises(SWAConfigError, match=r"FLASHINFER and Model Runner V1, .*use one of these"):
+        refusals._refuse_phase(config, SWAConfig.from_vllm(_with_kernels(config)))
+    attention.backend = AttentionBackendEnum.TRITON_ATTN
+    refusals._refuse_phase(config, SWAConfig.from_vllm(_with_kernels(config)))
+    attention.backend_per_kind = {"full_attention": AttentionBackendEnum.CUSTOM}
+    with pytest.raises(
+        SWAConfigError, match=r"--attention-backend CUSTOM gives them .*leave it out"
+    ):
+        refusals._refuse_phase(config, SWAConfig.from_vllm(_with_kernels(config)))
+
+
+def _with_kernels(config: VllmConfig) -> VllmConfig:
+    """The config of a platform that has this project's kernels."""
+    config.additional_config = {"swa": {**config.additional_config["swa"], "impl": "triton"}}
+    return config
 
 
 def test_lengths_of_prompts_are_asked_for_with_a_phase(tiny_model: ModelFactory) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from vllm.config import set_current_vllm_config
 from vllm.v1.attention.backend import AttentionCGSupport
 from vllm.v1.worker import workspace
 from vllm.v1.worker.gpu.attn_utils import build_attn_metadata
@@ -18,6 +19,7 @@ from vllm.v1.worker.gpu.attn_utils import build_attn_metadata
 from swa_backend import reference
 from swa_backend.options import SWAConfigError
 from swa_backend.window import Phase
+from swa_vllm.attention.layer import PromptCachedAttention, phase_of_layers
 from swa_vllm.attention.triton.backend import SWATritonBackend, SWATritonImpl
 from swa_vllm.attention.triton.builder import SWATritonMetadata
 from swa_vllm.attention.triton.scratch import Scratch
@@ -208,6 +210,20 @@ def test_lengths_of_prompts_stay_where_a_cuda_graph_reads_them(
     ]
     assert lens[0].data_ptr() == lens[1].data_ptr()
     assert lens[1].tolist() == [9, 9, 9, 0, 0]
+
+
+def test_a_builder_for_layers_with_and_without_a_phase_is_an_error(
+    tiny_model: ModelFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As vLLM makes one where all of a KV group have one backend."""
+    setup = KernelLayer(tiny_model(**FULL), monkeypatch, phase="prefill")
+    names = [setup.name, "model.layers.1.self_attn.attn"]
+    with set_current_vllm_config(setup.config):
+        PromptCachedAttention(HEADS, SIZE, 1.0, prefix=names[1], swa=setup.layer.swa)
+    for name in names:
+        phase_of_layers([name], setup.config)
+    with pytest.raises(RuntimeError, match="share an attention backend"):
+        phase_of_layers(names, setup.config)
 
 
 def test_drafts_are_verified_as_decodes_if_the_window_keeps_their_pages(

@@ -1,5 +1,6 @@
 """The attention layers of a model with windows."""
 
+from collections.abc import Sequence
 from typing import Any, Self
 
 import torch
@@ -120,13 +121,24 @@ def windowed_layers(vllm_config: VllmConfig) -> dict[str, WindowedAttention]:
     return dict(layers)
 
 
-def phase_of_layer(layer: Attention, vllm_config: VllmConfig) -> Phase:
-    """Whose queries have the window of ``layer``; ``BOTH`` for a layer without one.
+def phase_of_layers(names: Sequence[str], vllm_config: VllmConfig) -> Phase:
+    """Whose queries have the window of the layers ``names``; ``BOTH`` for layers without one.
 
     Raises:
-        RuntimeError: vLLM does not give the lengths of prompts that such a phase needs.
+        RuntimeError: vLLM does not give the lengths of prompts that such a phase needs, or has one
+            builder for layers of several phases.
     """
-    phase = layer.swa.options.phase if isinstance(layer, WindowedAttention) else Phase.BOTH
+    layers = get_layers_from_vllm_config(vllm_config, Attention)
+    phases = {
+        layer.swa.options.phase if isinstance(layer, WindowedAttention) else Phase.BOTH
+        for layer in map(layers.__getitem__, names)
+    }
+    if len(phases) > 1:
+        raise RuntimeError(
+            "vLLM lets full and sliding layers share an attention backend, which swa.phase does "
+            "not allow; remove phase, or --attention-backend"
+        )
+    (phase,) = phases
     if phase is not Phase.BOTH and not (
         vllm_config.use_v2_model_runner or vllm_config.model_config.rswa_window is not None
     ):

@@ -2,6 +2,9 @@
 
 from vllm.config import ModelConfig
 
+# Backends that know vLLM's own kind of window, and so may serve full layers beside a phase.
+RSWA_BACKENDS = ("FLASH_ATTN", "TRITON_ATTN", "FLEX_ATTENTION")
+
 
 def send_prompt_lens(model_config: ModelConfig) -> None:
     """Have ``CommonAttentionMetadata.rswa_prefix_lens`` given to builders in each step.

@@ -17,7 +17,7 @@ from swa_vllm.attention.cpu.ghost_tail import SinkCopies, ghost_tail
 from swa_vllm.attention.cpu.page_layout import PageLayout
 from swa_vllm.attention.cpu.position_shift import ShiftedScratch, shifted_scratch
 from swa_vllm.attention.cpu.scratch import ScratchLayout, lay_out_chunk_pages
-from swa_vllm.attention.layer import phase_of_layer, windowed_layers
+from swa_vllm.attention.layer import phase_of_layers, windowed_layers
 from swa_vllm.attention.layer_table import log_layers
 from swa_vllm.attention.poison import NaNCheck, PoisonWatch
 
@@ -84,7 +84,7 @@ class SWACPUMetadataBuilder(CPUAttentionMetadataBuilder):
         # The operators' window is longer by the copies of the sinks.
         self._window = self.window_size - self._sink_tokens
         self._wide_builder = self._make_wide_builder(device)
-        self._phase = phase_of_layer(self._layer, vllm_config)
+        self._phase = phase_of_layers(layer_names, vllm_config)
         self._unwindowed_builder = self._make_plain_builder(device)
         self._unwindowed_builder.window_size = -1
         self.page_layout = self._learn_page_layout(kv_cache_spec) if self._sink_tokens else None

@@ -23,7 +23,7 @@ from swa_backend.ops.checks import check_integers, check_one_query_each, check_r
 from swa_backend.ops.decode import DecodeBatch
 from swa_backend.ops.prefill import PrefillBatch
 from swa_backend.window import Phase
-from swa_vllm.attention.layer import phase_of_layer
+from swa_vllm.attention.layer import phase_of_layers
 from swa_vllm.attention.layer_table import log_layers
 from swa_vllm.attention.poison import NaNCheck, PoisonWatch
 from swa_vllm.attention.triton.scratch import Scratch, largest_decode_batch
@@ -114,7 +114,7 @@ class SWATritonMetadataBuilder(AttentionMetadataBuilder[SWATritonMetadata]):
             "phase": layer.impl.phase,
         }
         self._prompt_lens: torch.Tensor | None = None
-        if phase_of_layer(layer, vllm_config) is not Phase.BOTH:
+        if phase_of_layers(layer_names, vllm_config) is not Phase.BOTH:
             most = largest_decode_batch(vllm_config, layer.impl.sliding_window)
             self._prompt_lens = torch.zeros(most, dtype=torch.int32, device=device)
         self._target = target_of(device)
