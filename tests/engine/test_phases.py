@@ -37,6 +37,7 @@ LAYERS: dict[str, tuple[int | None, ...]] = {
     "sliding": (WINDOW,) * 4,
     "mixed": (WINDOW, WINDOW, WINDOW, None),
 }
+MIXED_EVERYWHERE = ("sliding", pytest.param("mixed", marks=pytest.mark.everywhere))
 CHUNKS = {"below": 16, "equal": WINDOW, "above": 512}
 SINKS = {
     "no sinks": (0, False),
@@ -111,8 +112,7 @@ def _check_conversations(model: Path, engine: EngineFactory, layers: str) -> Non
         assert [a.num_cached_tokens for a in answers[1:]] == expected
 
 
-@pytest.mark.everywhere
-@pytest.mark.parametrize("layers", LAYERS)
+@pytest.mark.parametrize("layers", MIXED_EVERYWHERE)
 def test_conversations(layers: str, tiny_model: ModelFactory, engine: EngineFactory) -> None:
     _check_conversations(tiny_model(**FULL), engine, layers)
 
@@ -130,8 +130,7 @@ def _check_preempted_answer(model: Path, engine: EngineFactory, layers: str) -> 
     check_exact(prompts, answers, oracle)
 
 
-@pytest.mark.everywhere
-@pytest.mark.parametrize("layers", LAYERS)
+@pytest.mark.parametrize("layers", MIXED_EVERYWHERE)
 def test_preempted_inside_the_answer(
     layers: str, tiny_model: ModelFactory, engine: EngineFactory
 ) -> None:
