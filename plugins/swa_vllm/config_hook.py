@@ -7,7 +7,7 @@ from vllm.model_executor.models.config import VerifyAndUpdateConfig
 from swa_backend.window import Phase
 from swa_vllm.compat.prompt_lens import send_prompt_lens
 from swa_vllm.config.rope import lost_rope_theta
-from swa_vllm.config.swa_config import SWAConfig, vllm_config_frees_pages
+from swa_vllm.config.swa_config import SWAConfig
 from swa_vllm.distributed.prepare import prepare_ray
 from swa_vllm.metrics.mfu import wrong_flops
 from swa_vllm.metrics.scrape import serve_counts
@@ -48,5 +48,5 @@ class ConfigHook(VerifyAndUpdateConfig):
         if swa.options.phase is not Phase.BOTH and not vllm_config.use_v2_model_runner:
             send_prompt_lens(vllm_config.model_config)
         prepare_ray(vllm_config)
-        if vllm_config_frees_pages(vllm_config):
+        if swa.frees_pages:
             serve_counts(vllm_config)

@@ -8,7 +8,6 @@ import pytest
 from vllm import LLM
 from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
-from vllm.v1.metrics.reader import Counter
 from vllm.v1.request import Request
 
 import swa_vllm
@@ -18,10 +17,12 @@ from swa_vllm.kv_cache.prompt_cache import PromptCacheManager
 from tests.helpers.dense_qwen3 import Sight
 from tests.helpers.dense_text import TextOracle
 from tests.helpers.engines import (
+    NGRAMS,
     Answer,
     EngineFactory,
     ModelFactory,
     attention_layers,
+    check_drafts_were_verified,
     counting_preemptions,
     generate,
     num_free_pages,
@@ -147,16 +148,10 @@ def test_drafts_are_exact(
     # In a process of its own: it imports numba, after which vLLM 0.32 starts no second engine.
     monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
     model = tiny_model(**FULL)
-    speculation = {
-        "method": "ngram",
-        "num_speculative_tokens": 3,
-        "prompt_lookup_max": 1,
-        "prompt_lookup_min": 1,
-    }
     llm = engine(
         model,
         additional_config=_options("mixed", "sinks"),
-        speculative_config=speculation,
+        speculative_config=NGRAMS,
         disable_log_stats=False,
     )
     # Some of whose answers repeat themselves now and then.
@@ -165,9 +160,7 @@ def test_drafts_are_exact(
     check_exact(prompts, answers, _oracle(model, "mixed", "sinks"))
     (again,) = generate(llm, prompts[:1], num_tokens=120)
     assert (again.tokens, again.num_cached_tokens) == (answers[0].tokens, 3 * PAGE_SIZE)
-    counters = {m.name: m.value for m in llm.get_metrics() if isinstance(m, Counter)}
-    drafted = counters["vllm:spec_decode_num_draft_tokens"]
-    assert 0 < counters["vllm:spec_decode_num_accepted_tokens"] < drafted
+    check_drafts_were_verified(llm)
 
 
 def _decide_by_query_length(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 from vllm import LLM, EngineArgs
-from vllm.v1.metrics.reader import Counter
 
 from swa_backend.options import PrefillPages, SWAConfigError
 from swa_backend.pages import WindowPages
@@ -20,7 +19,15 @@ from swa_vllm.config import swa_config
 from swa_vllm.config.implementation import Implementation
 from swa_vllm.refusals import check_servable
 from tests.helpers.dense_qwen3 import DenseQwen3, Sight
-from tests.helpers.engines import EngineFactory, ModelFactory, generate, managers, num_free_pages
+from tests.helpers.engines import (
+    NGRAMS,
+    EngineFactory,
+    ModelFactory,
+    check_drafts_were_verified,
+    generate,
+    managers,
+    num_free_pages,
+)
 from tests.helpers.exactness import check_exact
 from tests.helpers.pairwise import pairwise
 from tests.helpers.tiny_models import FULL, PAGE_SIZE, ROPE, WINDOW, Oracle, random_prompts
@@ -120,12 +127,6 @@ def test_speculation_is_exact(
     # In a process of its own: it imports numba, after which vLLM 0.32 starts no second engine.
     monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
     model = tiny_model(**FULL)
-    speculation = {
-        "method": "ngram",
-        "num_speculative_tokens": 3,
-        "prompt_lookup_max": 1,
-        "prompt_lookup_min": 1,
-    }
     options = {"position_shift": True}
     llm = _engine(
         engine,
@@ -133,15 +134,13 @@ def test_speculation_is_exact(
         40,
         4,
         options=options,
-        speculative_config=speculation,
+        speculative_config=NGRAMS,
         disable_log_stats=False,
     )
     prompts = random_prompts([100] * 3, seed=4)  # whose answers repeat themselves now and then
     answers = generate(llm, prompts, num_tokens=120)
     check_exact(prompts, answers, DenseQwen3(model, Sight((40,) * 4, 4, shift=True)))
-    counters = {m.name: m.value for m in llm.get_metrics() if isinstance(m, Counter)}
-    drafted = counters["vllm:spec_decode_num_draft_tokens"]
-    assert 0 < counters["vllm:spec_decode_num_accepted_tokens"] < drafted
+    check_drafts_were_verified(llm)
 
 
 def test_a_request_holds_its_window_and_its_sinks(

@@ -15,6 +15,7 @@ from vllm.distributed import cleanup_dist_env_and_memory
 from vllm.lora.request import LoRARequest
 from vllm.outputs import CompletionOutput
 from vllm.v1.engine.core_client import InprocClient
+from vllm.v1.metrics.reader import Counter
 
 from swa_backend.layers import resolve_layers
 from swa_backend.options import SWAConfigError, SWAOptions
@@ -177,3 +178,19 @@ def describe(llm: LLM) -> dict[str, Any]:
         "specs": [type(group.kv_cache_spec).__name__ for group in groups],
         "answers": [(answer.tokens, answer.logprobs) for answer in answers],
     }
+
+
+# Drafts by n-grams, some of which are wrong where answers repeat themselves now and then.
+NGRAMS = {
+    "method": "ngram",
+    "num_speculative_tokens": 3,
+    "prompt_lookup_max": 1,
+    "prompt_lookup_min": 1,
+}
+
+
+def check_drafts_were_verified(llm: LLM) -> None:
+    """Some of the drafts were accepted and some rejected; the engine logs its statistics."""
+    counters = {m.name: m.value for m in llm.get_metrics() if isinstance(m, Counter)}
+    drafted = counters["vllm:spec_decode_num_draft_tokens"]
+    assert 0 < counters["vllm:spec_decode_num_accepted_tokens"] < drafted

@@ -57,15 +57,20 @@ def lines_of_layers(
     return format_table(header, rows, num_left=len(header)).splitlines()
 
 
+def kind_of_layer(window: int | None, phase: Phase) -> str:
+    """Say what a layer with this window is called, of whose tokens ``phase`` has it."""
+    if window is None:
+        return "full"
+    return "sliding in prompts" if phase is Phase.PREFILL else "sliding"
+
+
 def _describe_layer(vllm_config: VllmConfig, layer: Attention) -> tuple[str, ...]:
-    kind, window, sinks = "full", "-", "-"
-    if layer.sliding_window is not None:
-        kind, window = "sliding", str(layer.sliding_window)
+    phase, sinks = Phase.BOTH, "-"
     if isinstance(layer, WindowedAttention):
-        options = layer.swa.options
-        sinks = f"{layer.sink_tokens}{' shifted' if options.position_shift else ''}"
-        if options.phase is Phase.PREFILL:
-            kind = "sliding in prompts"
+        phase, shifted = layer.swa.options.phase, layer.swa.options.position_shift
+        sinks = f"{layer.sink_tokens}{' shifted' if shifted else ''}"
+    kind = kind_of_layer(layer.sliding_window, phase)
+    window = "-" if layer.sliding_window is None else str(layer.sliding_window)
     group_layers = getattr(layer, "kv_group_layers", None)
     group = "chosen by vLLM" if group_layers is None else f"{group_layers} layers"
     spec = type(layer.get_kv_cache_spec(vllm_config)).__name__

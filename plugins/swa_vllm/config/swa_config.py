@@ -66,6 +66,11 @@ class SWAConfig:
         return self.layers.slides
 
     @property
+    def frees_pages(self) -> bool:
+        """Whether any layer has a window that generated tokens have too, so that pages leave it."""
+        return _frees_pages(self.options, self.layers)
+
+    @property
     def uses_kernels(self) -> bool:
         """Whether windowed layers run on this project's kernels."""
         return self.implementation is Implementation.KERNELS
@@ -107,14 +112,17 @@ def _decide_options_and_layers(vllm_config: VllmConfig) -> tuple[SWAOptions, Lay
     return options, layers
 
 
+def _frees_pages(options: SWAOptions, layers: LayerPlan) -> bool:
+    return layers.slides and options.phase is not Phase.PREFILL
+
+
 def vllm_config_frees_pages(vllm_config: VllmConfig) -> bool:
-    """Whether any layer has a window that generated tokens have too, so that pages leave it.
+    """As :attr:`SWAConfig.frees_pages`, in any vLLM.
 
     Raises:
         SWAConfigError: as :meth:`SWAConfig.from_vllm`.
     """
-    options, layers = _decide_options_and_layers(vllm_config)
-    return layers.slides and options.phase is not Phase.PREFILL
+    return _frees_pages(*_decide_options_and_layers(vllm_config))
 
 
 def wants_windows_decided(vllm_config: VllmConfig) -> bool:

@@ -20,7 +20,7 @@ from swa_backend.pages import WindowPages, ceil_div
 from swa_backend.table import format_table
 from swa_backend.window import Phase
 from swa_vllm.tools.common import plots
-from swa_vllm.tools.common.arguments import check_number_arguments
+from swa_vllm.tools.common.arguments import add_phase_argument, check_number_arguments
 from swa_vllm.tools.common.progress import say
 from swa_vllm.tools.common.spread import Spread
 from swa_vllm.tools.common.timing import at_least_two_rounds, time_in_turns
@@ -39,12 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--window", type=int, default=1024)
     parser.add_argument("--chunk", type=int, help="tokens of the prefill chunk (default: 2048)")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument(
-        "--phase",
-        choices=[Phase.BOTH.value, Phase.PREFILL.value],
-        default=Phase.BOTH.value,
-        help="whose tokens have the window; default: both",
-    )
+    add_phase_argument(parser)
     parser.add_argument(
         "--prompt", type=int, default=32768, help="tokens, with --phase prefill (32768)"
     )
@@ -54,10 +49,10 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     """Print a row for each context length; returns the figures."""
     check_number_arguments(args, ("window", "chunk", "prompt"))
     chunk = args.chunk or (1024 if args.quick else 2048)
-    if args.phase == Phase.PREFILL:
-        return _run_prompt(args, chunk)
     rounds = at_least_two_rounds(args.rounds)
     shape = args.shape or ("Qwen3-0.6B" if args.quick else "Qwen3-8B")
+    if args.phase == Phase.PREFILL:
+        return _run_prompt(args, shape, chunk, rounds)
     longest = 4 * chunk
     say(f"starting a {shape} layer")
     layer = make_layer(shape, args.window, longest, longest // BLOCK_SIZE + 2)
@@ -87,15 +82,14 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     return {"shape": shape, "window": args.window, "chunk": chunk, "dtype": dtype, "cases": cases}
 
 
-def _run_prompt(args: argparse.Namespace, chunk: int) -> dict[str, Any]:
+def _run_prompt(args: argparse.Namespace, shape: str, chunk: int, rounds: int) -> dict[str, Any]:
     """Time a prompt whose tokens alone have the window, and a decoding step, by full attention's.
 
     Raises:
         RuntimeError: the prompt's output is not that of stock vLLM's window, or the step's not that
             of full attention.
     """
-    rounds, prompt = at_least_two_rounds(args.rounds), args.prompt
-    shape = args.shape or ("Qwen3-0.6B" if args.quick else "Qwen3-8B")
+    prompt = args.prompt
     say(f"starting a {shape} layer")
     num_pages = ceil_div(prompt + 1, BLOCK_SIZE)
     longest = num_pages * BLOCK_SIZE

@@ -3,11 +3,10 @@
 Stock vLLM slides all layers, so all slide here; full attention is vLLM's. The three get a pool of
 the same bytes, which by default holds two longest requests of full attention. Hugging Face has no
 pool: it takes --hf-batch requests at a time, padded on the left, with the same windows. Before
-anything is timed the arms' greedy tokens are compared in fp32. "Bound" is
-the time in which an engine of the step times measured here could serve the workload with as many
-requests at once as windows fit into the pool. With --phase prefill, in this plugin only prompts
-have the window: it holds every page, and gains time to first token. A trace has a line for each
-request:
+anything is timed the arms' greedy tokens are compared in fp32. "Bound" is the time in which an
+engine of the step times measured here could serve the workload with as many requests at once as
+windows fit into the pool. With --phase prefill, in this plugin only prompts have the window: it
+holds every page, and gains time to first token. A trace has a line for each request:
 
     {"arrival": 0.5, "prompt_tokens": 300, "output_tokens": 64}
 """
@@ -32,7 +31,11 @@ from swa_vllm.tools.bench.serving.launcher import Launcher
 from swa_vllm.tools.bench.serving.rounds import Rounds, measure_rounds
 from swa_vllm.tools.bench.serving.workload import MIXES, Ask, read_trace
 from swa_vllm.tools.common import plots
-from swa_vllm.tools.common.arguments import check_number_argument, check_number_arguments
+from swa_vllm.tools.common.arguments import (
+    add_phase_argument,
+    check_number_argument,
+    check_number_arguments,
+)
 from swa_vllm.tools.common.arms import Arm
 from swa_vllm.tools.common.sizing import Limits, kv_groups_of
 from swa_vllm.tools.common.spread import Spread
@@ -60,12 +63,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of ``swa bench serve``."""
     add_arms_and_rounds_arguments(parser, ",".join(SERVING_ARMS), rounds=2)
     parser.add_argument("--window", type=int, default=128, help="default: 128")
-    parser.add_argument(
-        "--phase",
-        choices=[Phase.BOTH.value, Phase.PREFILL.value],
-        default=Phase.BOTH.value,
-        help="whose tokens have the window in this plugin; default: both",
-    )
+    add_phase_argument(parser, "whose tokens have the window in this plugin")
     parser.add_argument("--mix", choices=tuple(MIXES), default="decode", help="default: decode")
     parser.add_argument("--trace", type=Path, metavar="PATH", help="JSON lines, instead of a mix")
     parser.add_argument("--num-requests", type=int, default=16, help="of a mix (16)")

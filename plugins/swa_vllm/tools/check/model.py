@@ -7,7 +7,7 @@ from vllm.engine.arg_utils import EngineArgs
 
 from swa_backend.window import Phase
 from swa_vllm.attention.backends import windowed_backend
-from swa_vllm.attention.layer_table import lines_of_layers
+from swa_vllm.attention.layer_table import kind_of_layer, lines_of_layers
 from swa_vllm.compat.architectures import MODELS
 from swa_vllm.config.rope import lost_rope_theta
 from swa_vllm.config.swa_config import SWAConfig
@@ -41,17 +41,20 @@ def inspect_layers(model: str, options: dict[str, Any], hf_overrides: dict[str, 
     if swa.slides:
         check_servable(config, swa)
     backend = windowed_backend(swa.implementation)
-    specs = ("FullAttentionSpec", "SWASpec")
-    if swa.options.phase is Phase.PREFILL:
+    specs, phase = ("FullAttentionSpec", "SWASpec"), swa.options.phase
+    if phase is Phase.PREFILL:
         specs = ("PromptCacheSpec",) * 2
     sliding = (
         str(swa.options.sink_tokens),
         "chosen by vLLM" if backend is None else backend.get_name(),
         specs[1],
     )
-    full = ("full", "-", "-", "chosen by vLLM", specs[0])
+    full = ("-", "-", "chosen by vLLM", specs[0])
     described = [
-        (index, full if window is None else ("sliding", str(window), *sliding))
+        (
+            index,
+            (kind_of_layer(window, phase), *(full if window is None else (str(window), *sliding))),
+        )
         for index, window in enumerate(swa.layers.windows)
     ]
     lines = lines_of_layers(_HEADER, described)

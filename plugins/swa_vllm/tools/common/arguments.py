@@ -11,6 +11,8 @@ from typing import Any
 from swa_backend.options import MOST_TOKENS
 from swa_backend.window import Phase
 
+_SERVED_PHASES = (Phase.BOTH, Phase.PREFILL)
+
 
 def add_window_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the plugin's options that decide what slides."""
@@ -31,6 +33,23 @@ def options_of_window_arguments(args: argparse.Namespace) -> dict[str, Any]:
     given = {name: getattr(args, name) for name in ("window", "phase", "full_attention_layers")}
     options = {name: value for name, value in given.items() if value is not None}
     return {**options, **({"sink_tokens": args.sink_tokens} if args.sink_tokens else {})}
+
+
+def add_phase_argument(
+    parser: argparse.ArgumentParser, whose: str = "whose tokens have the window"
+) -> None:
+    """Add ``--phase`` with the phases that are served; ``whose`` says what it decides."""
+    parser.add_argument(
+        "--phase",
+        choices=[phase.value for phase in _SERVED_PHASES],
+        default=Phase.BOTH.value,
+        help=f"{whose} (default: both)",
+    )
+
+
+def options_of_phase(args: argparse.Namespace) -> dict[str, Any]:
+    """Spell the ``swa`` option that ``--phase`` means: none where both phases have the window."""
+    return {} if args.phase == Phase.BOTH else {"phase": args.phase}
 
 
 def options_as_flags(text: str) -> str:

@@ -10,13 +10,11 @@ from transformers import AutoConfig
 
 from swa_backend.layers import LayerPlan, resolve_layers
 from swa_backend.options import SWAOptions
-from swa_backend.window import Phase
 from swa_vllm.tools.common.arguments import check_number_arguments
 from swa_vllm.tools.common.sizing import MODEL_DTYPES
 from swa_vllm.tools.engines.forced import ForcedTokens
 
 FULL_ATTENTION: Mapping[str, Any] = {"enabled": False}
-_SERVED_PHASES = (Phase.BOTH, Phase.PREFILL)
 
 
 @dataclass(frozen=True)
@@ -47,21 +45,6 @@ def add_setup_arguments(parser: argparse.ArgumentParser) -> None:
         "--chunk", type=int, default=512, help="tokens of a prefill chunk (default: 512)"
     )
     parser.add_argument("--block-size", type=int, help="tokens of a page (default: vLLM's)")
-
-
-def add_phase_argument(parser: argparse.ArgumentParser) -> None:
-    """Add ``--phase``, which :func:`options_of_phase` spells."""
-    parser.add_argument(
-        "--phase",
-        choices=[phase.value for phase in _SERVED_PHASES],
-        default=Phase.BOTH.value,
-        help="whose tokens have the window (default: both)",
-    )
-
-
-def options_of_phase(args: argparse.Namespace) -> dict[str, Any]:
-    """Spell the ``swa`` option that ``--phase`` means: none where both phases have the window."""
-    return {} if args.phase == Phase.BOTH else {"phase": args.phase}
 
 
 def setup_of(

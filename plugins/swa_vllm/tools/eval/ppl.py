@@ -20,16 +20,19 @@ from typing import Any
 from swa_backend.table import format_table
 from swa_backend.window import Phase
 from swa_vllm.tools.common import plots
-from swa_vllm.tools.common.arguments import check_number_argument, is_flag_number
+from swa_vllm.tools.common.arguments import (
+    add_phase_argument,
+    check_number_argument,
+    is_flag_number,
+    options_of_phase,
+)
 from swa_vllm.tools.common.progress import say
 from swa_vllm.tools.engines.perplexity import Measured, measure_perplexity
 from swa_vllm.tools.engines.scoring import NUM_EXTRA_TOKENS, ScoringEngine
 from swa_vllm.tools.engines.setup import (
     FULL_ATTENTION,
     Setup,
-    add_phase_argument,
     add_setup_arguments,
-    options_of_phase,
     resolve_scoring_options,
     scoring_text_config,
     setup_of,

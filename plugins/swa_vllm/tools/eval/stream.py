@@ -23,15 +23,14 @@ from swa_backend.pages import ceil_div
 from swa_backend.table import format_table
 from swa_backend.window import Phase
 from swa_vllm.tools.common import plots
+from swa_vllm.tools.common.arguments import add_phase_argument, options_of_phase
 from swa_vllm.tools.common.progress import say, token_bar
 from swa_vllm.tools.engines.perplexity import perplexity
 from swa_vllm.tools.engines.scoring import Scored, ScoringEngine
 from swa_vllm.tools.engines.setup import (
     FULL_ATTENTION,
     Setup,
-    add_phase_argument,
     add_setup_arguments,
-    options_of_phase,
     resolve_scoring_options,
     scoring_text_config,
     setup_of,

@@ -114,9 +114,10 @@ def _run_plan(args: argparse.Namespace) -> dict[str, Any]:
             "no layer of this model has a window, so there is nothing to compare: give --window"
         )
     check_can_slide(checkpoint.config)
-    refusal = phase_refused(f"--phase {options.phase}", checkpoint.architectures)
-    if options.phase is not Phase.BOTH and refusal is not None:
-        raise ValueError(refusal)
+    if options.phase is not Phase.BOTH:
+        refusal = phase_refused(f"--phase {options.phase}", checkpoint.architectures)
+        if refusal is not None:
+            raise ValueError(refusal)
     _check_cache_of_sinks(args, checkpoint)
     model = Model(
         windows=layers.windows,
