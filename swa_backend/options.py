@@ -122,15 +122,16 @@ class SWAOptions:
                 "swa.position_shift moves sink tokens, and there are none: give sink_tokens too, "
                 "or remove position_shift"
             )
-        if options.phase is Phase.DECODE:
+        if options.phase is Phase.DECODE and options.position_shift:
             raise SWAConfigError(
-                'swa.phase="decode" is not served yet; use "prefill", or "both" for a window in '
-                "prompts and answers"
+                'swa.position_shift moves sink tokens, and with swa.phase="decode" generated '
+                "tokens see the whole prompt, sinks included, where it is; remove either"
             )
-        if options.phase is Phase.PREFILL and options.prefill_pages is PrefillPages.SURVIVORS:
+        if options.phase is not Phase.BOTH and options.prefill_pages is PrefillPages.SURVIVORS:
             raise SWAConfigError(
-                'swa.phase="prefill" keeps every page, because generated tokens see all of them, '
-                'and swa.prefill_pages="survivors" drops some; remove either'
+                f'swa.phase="{options.phase}" keeps every page of a prompt, because generated '
+                'tokens see all of them, and swa.prefill_pages="survivors" drops some; remove '
+                "either"
             )
         return options
 

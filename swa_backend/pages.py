@@ -121,13 +121,17 @@ class WindowPages:
         # The page of the next query is held even where a window of one sees nothing before it.
         settled = max(1, self.window - 1)
         per_step = self.max_survivors + ceil_div(lookahead_tokens, self.page_size)
-        return self.num_sink_pages + min(
-            max_pages_spanned(settled + self.rollback_tokens + lookahead_tokens, self.page_size)
-            + num_steps * per_step,
-            max_pages_spanned(
-                self.window - 1 + num_in_flight_tokens + lookahead_tokens, self.page_size
-            ),
+        with_holes = (
+            self.num_sink_pages
+            + max_pages_spanned(settled + self.rollback_tokens + lookahead_tokens, self.page_size)
+            + num_steps * per_step
         )
+        return min(with_holes, self.max_held_without_holes(num_in_flight_tokens, lookahead_tokens))
+
+    def max_held_without_holes(self, num_in_flight_tokens: int, lookahead_tokens: int = 0) -> int:
+        """As :meth:`max_held`, of a request whose chunks store every page."""
+        in_use = self.window - 1 + num_in_flight_tokens + lookahead_tokens
+        return self.num_sink_pages + max_pages_spanned(in_use, self.page_size)
 
     def charge(
         self, num_steps: int, num_in_flight_tokens: int, lookahead_tokens: int, longest: int

@@ -119,6 +119,8 @@ def _refuse_phase(vllm_config: VllmConfig, swa: SWAConfig) -> None:
             f"{NGRAM}, or remove either"
         )
     _refuse_backends_beside_phase(asked, vllm_config)
+    if swa.options.phase is Phase.DECODE:
+        _refuse_window_of_answers(asked, vllm_config, swa)
 
 
 def _refuse_backends_beside_phase(asked: str, vllm_config: VllmConfig) -> None:
@@ -138,6 +140,22 @@ def _refuse_backends_beside_phase(asked: str, vllm_config: VllmConfig) -> None:
             f"which gives lengths of prompts to {', '.join(RSWA_BACKENDS)} only; use one of these, "
             "or leave it out"
         )
+
+
+def _refuse_window_of_answers(asked: str, vllm_config: VllmConfig, swa: SWAConfig) -> None:
+    if vllm_config.model_config.runner_type == "pooling":
+        raise SWAConfigError(
+            f"{asked} would have no effect: a pooling model generates no tokens. Remove phase, or "
+            "the window"
+        )
+    if vllm_config.scheduler_config.disable_hybrid_kv_cache_manager:
+        raise SWAConfigError(
+            f"{asked} frees pages, and --disable-hybrid-kv-cache-manager leaves pages to vLLM; "
+            "remove either"
+        )
+    if not swa.uses_kernels and (dtype := resolved_cache_dtype(vllm_config)) not in UNQUANTIZED:
+        got, flags = _name_refused_dtype(dtype, vllm_config), _flags_for_refused_dtype(vllm_config)
+        raise SWAConfigError(sinks_refused_on_cpus(got, asked, flags))
 
 
 def _refuse_poison(vllm_config: VllmConfig, swa: SWAConfig) -> None:

@@ -44,14 +44,18 @@ def _register_specs() -> None:
 
     from swa_vllm.kv_cache.manager import SWAManager
     from swa_vllm.kv_cache.prompt_cache import PromptCacheManager, PromptCacheSpec
+    from swa_vllm.kv_cache.prompt_window import PromptWindowManager, PromptWindowSpec
     from swa_vllm.kv_cache.spec import SWASpec
 
     # The registry fills in vLLM's own specs only while it is empty: let it do that first.
     KVCacheSpecRegistry.check_kv_cache_spec_registry({})
-    KVCacheSpecRegistry.register(SWASpec, SWAManager, uniform_type_base_spec=SWASpec)
-    KVCacheSpecRegistry.register(
-        PromptCacheSpec, PromptCacheManager, uniform_type_base_spec=PromptCacheSpec
-    )
+    managers: dict[type, type] = {
+        SWASpec: SWAManager,
+        PromptCacheSpec: PromptCacheManager,
+        PromptWindowSpec: PromptWindowManager,
+    }
+    for spec, manager in managers.items():
+        KVCacheSpecRegistry.register(spec, manager, uniform_type_base_spec=spec)
 
 
 def _register_config_hook(architecture: str) -> None:

@@ -39,6 +39,7 @@ LAYERS: dict[str, tuple[int | None, ...]] = {
     "mixed": (WINDOW, WINDOW, WINDOW, None),
 }
 MIXED_EVERYWHERE = ("sliding", pytest.param("mixed", marks=pytest.mark.everywhere))
+PHASES = ("prefill", "decode")
 CHUNKS = {"below": 16, "equal": WINDOW, "above": 512}
 SINKS = {
     "no sinks": (0, False),
@@ -50,13 +51,13 @@ Case = tuple[str, str, str, bool]
 DIMENSIONS = (LAYERS, CHUNKS, SINKS, (True, False))
 
 
-def _oracle(model: Path, layers: str, sinks: str = "no sinks") -> TextOracle:
-    return TextOracle(model, Sight(LAYERS[layers], *SINKS[sinks], phase="prefill"))
+def _oracle(model: Path, phase: str, layers: str, sinks: str = "no sinks") -> TextOracle:
+    return TextOracle(model, Sight(LAYERS[layers], *SINKS[sinks], phase=phase))
 
 
-def _options(layers: str, sinks: str = "no sinks", **others: Any) -> dict[str, Any]:
+def _options(phase: str, layers: str, sinks: str = "no sinks") -> dict[str, Any]:
     num_sinks, shift = SINKS[sinks]
-    options = {"window": WINDOW, "phase": "prefill", "sink_tokens": num_sinks, **others}
+    options: dict[str, Any] = {"window": WINDOW, "phase": phase, "sink_tokens": num_sinks}
     if shift:
         options["position_shift"] = True
     if layers == "mixed":
@@ -74,16 +75,43 @@ def test_prefill_phase_equals_a_dense_model(
         model,
         max_num_batched_tokens=CHUNKS[chunk],
         enable_prefix_caching=caching,
-        additional_config=_options(layers, sinks),
+        additional_config=_options("prefill", layers, sinks),
     )
     assert {s for layer in attention_layers(llm) if (s := layer.sliding_window)} == {WINDOW}
     num_free = num_free_pages(llm)
     prompts = random_prompts(LENGTHS)
     answers = generate(llm, prompts)
-    check_exact(prompts, answers, _oracle(model, layers, sinks))
+    check_exact(prompts, answers, _oracle(model, "prefill", layers, sinks))
     assert num_free_pages(llm) == num_free
     assert swa_vllm.stats(llm) == {}  # no page leaves a window
     again = generate(llm, prompts)
+    assert [a.tokens for a in again] == [a.tokens for a in answers]
+    assert (again[-1].num_cached_tokens > 0) == caching
+
+
+DECODE_SINKS = tuple(set(SINKS) - {"shifted sinks"})
+
+
+@pytest.mark.parametrize(
+    "case", pairwise(LAYERS, CHUNKS, sorted(DECODE_SINKS), (True, False)), ids=str
+)
+def test_decode_phase_equals_a_dense_model(
+    case: Case, tiny_model: ModelFactory, engine: EngineFactory
+) -> None:
+    layers, chunk, sinks, caching = case
+    model = tiny_model(**FULL)
+    llm = engine(
+        model,
+        max_num_batched_tokens=CHUNKS[chunk],
+        enable_prefix_caching=caching,
+        additional_config=_options("decode", layers, sinks),
+    )
+    num_free = num_free_pages(llm)
+    prompts = random_prompts(LENGTHS)
+    answers = generate(llm, prompts, num_tokens=3 * WINDOW)
+    check_exact(prompts, answers, _oracle(model, "decode", layers, sinks))
+    assert num_free_pages(llm) == num_free
+    again = generate(llm, prompts, num_tokens=3 * WINDOW)
     assert [a.tokens for a in again] == [a.tokens for a in answers]
     assert (again[-1].num_cached_tokens > 0) == caching
 
@@ -99,10 +127,10 @@ def _talk(llm: LLM, num_turns: int, seed: int) -> tuple[list[list[int]], list[An
     return prompts, answers
 
 
-def _check_conversations(model: Path, engine: EngineFactory, layers: str) -> None:
+def _check_conversations(model: Path, engine: EngineFactory, phase: str, layers: str) -> None:
     """Answers become prompts: their keys are made anew, under the prompt's mask."""
-    llm = engine(model, max_num_batched_tokens=64, additional_config=_options(layers))
-    oracle = _oracle(model, layers)
+    llm = engine(model, max_num_batched_tokens=64, additional_config=_options(phase, layers))
+    oracle = _oracle(model, phase, layers)
     for seed, is_again in ((1, False), (2, False), (1, True), (3, False), (2, True)):
         prompts, answers = _talk(llm, 3, seed)
         check_exact(prompts, answers, oracle)
@@ -114,17 +142,31 @@ def _check_conversations(model: Path, engine: EngineFactory, layers: str) -> Non
 
 
 @pytest.mark.parametrize("layers", MIXED_EVERYWHERE)
-def test_conversations(layers: str, tiny_model: ModelFactory, engine: EngineFactory) -> None:
-    _check_conversations(tiny_model(**FULL), engine, layers)
+@pytest.mark.parametrize("phase", PHASES)
+def test_conversations(
+    phase: str, layers: str, tiny_model: ModelFactory, engine: EngineFactory
+) -> None:
+    _check_conversations(tiny_model(**FULL), engine, phase, layers)
 
 
-def _check_preempted_answer(model: Path, engine: EngineFactory, layers: str) -> None:
+# Pools in which both requests start, and only one ends.
+_SHORT_POOL = {
+    ("prefill", "sliding"): 12,
+    ("prefill", "mixed"): 12,
+    ("decode", "sliding"): 16,
+    ("decode", "mixed"): 58,
+}
+
+
+def _check_preempted_answer(model: Path, engine: EngineFactory, phase: str, layers: str) -> None:
     """A request starts over whose answer, so far, is in the prompt of one that still runs."""
-    oracle, (short,) = _oracle(model, layers), random_prompts([3 * PAGE_SIZE + 4])
-    options = {"max_model_len": 10 * PAGE_SIZE, "additional_config": _options(layers)}
+    oracle, (short,) = _oracle(model, phase, layers), random_prompts([3 * PAGE_SIZE + 4])
+    options = {"max_model_len": 10 * PAGE_SIZE, "additional_config": _options(phase, layers)}
     (answer,) = generate(engine(model, **options), [short], num_tokens=100)
     prompts = [short + answer.tokens[: 2 * PAGE_SIZE + 16], short]
-    llm = engine(model, num_gpu_blocks_override=12, async_scheduling=False, **options)
+    llm = engine(
+        model, num_gpu_blocks_override=_SHORT_POOL[phase, layers], async_scheduling=False, **options
+    )
     with counting_preemptions(llm) as preempted:
         answers = generate(llm, prompts, num_tokens=100)
     assert preempted == ["1"] or [name.split("-")[0] for name in preempted] == ["1"]
@@ -132,14 +174,16 @@ def _check_preempted_answer(model: Path, engine: EngineFactory, layers: str) -> 
 
 
 @pytest.mark.parametrize("layers", MIXED_EVERYWHERE)
+@pytest.mark.parametrize("phase", PHASES)
 def test_preempted_inside_the_answer(
-    layers: str, tiny_model: ModelFactory, engine: EngineFactory
+    phase: str, layers: str, tiny_model: ModelFactory, engine: EngineFactory
 ) -> None:
-    _check_preempted_answer(tiny_model(**FULL), engine, layers)
+    _check_preempted_answer(tiny_model(**FULL), engine, phase, layers)
 
 
+@pytest.mark.parametrize("phase", PHASES)
 def test_drafts_are_exact(
-    engine: EngineFactory, tiny_model: ModelFactory, monkeypatch: pytest.MonkeyPatch
+    phase: str, engine: EngineFactory, tiny_model: ModelFactory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Drafts by n-grams: several queries a step.
 
@@ -150,14 +194,14 @@ def test_drafts_are_exact(
     model = tiny_model(**FULL)
     llm = engine(
         model,
-        additional_config=_options("mixed", "sinks"),
+        additional_config=_options(phase, "mixed", "sinks"),
         speculative_config=NGRAMS,
         disable_log_stats=False,
     )
     # Some of whose answers repeat themselves now and then.
     prompts = random_prompts([3 * PAGE_SIZE + 1, 100, 100], seed=4)
     answers = generate(llm, prompts, num_tokens=120)
-    check_exact(prompts, answers, _oracle(model, "mixed", "sinks"))
+    check_exact(prompts, answers, _oracle(model, phase, "mixed", "sinks"))
     (again,) = generate(llm, prompts[:1], num_tokens=120)
     assert (again.tokens, again.num_cached_tokens) == (answers[0].tokens, 3 * PAGE_SIZE)
     check_drafts_were_verified(llm)
@@ -204,7 +248,7 @@ def _cache_answers_in_full_layers(monkeypatch: pytest.MonkeyPatch) -> None:
 )
 def test_wrong_phases_are_noticed(
     break_it: Callable[[pytest.MonkeyPatch], None],
-    check: Callable[[Path, EngineFactory, str], None],
+    check: Callable[[Path, EngineFactory, str, str], None],
     layers: str,
     tiny_model: ModelFactory,
     engine: EngineFactory,
@@ -212,4 +256,4 @@ def test_wrong_phases_are_noticed(
 ) -> None:
     break_it(monkeypatch)
     with pytest.raises(AssertionError, match="is not the oracle's"):
-        check(tiny_model(**FULL), engine, layers)
+        check(tiny_model(**FULL), engine, "prefill", layers)

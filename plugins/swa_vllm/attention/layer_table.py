@@ -15,6 +15,11 @@ from swa_vllm.attention.layer import WindowedAttention
 
 logger = init_logger(f"vllm.{__name__}")
 
+_SLIDING = {
+    Phase.BOTH: "sliding",
+    Phase.PREFILL: "sliding in prompts",
+    Phase.DECODE: "sliding in answers",
+}
 _HEADER = ("layers", "kind", "window", "sinks", "backend", "KV spec", "KV group")
 
 
@@ -61,7 +66,7 @@ def kind_of_layer(window: int | None, phase: Phase) -> str:
     """Say what a layer with this window is called, of whose tokens ``phase`` has it."""
     if window is None:
         return "full"
-    return "sliding in prompts" if phase is Phase.PREFILL else "sliding"
+    return _SLIDING[phase]
 
 
 def _describe_layer(vllm_config: VllmConfig, layer: Attention) -> tuple[str, ...]:

@@ -9,10 +9,11 @@ it would find another request's prompt in the place of its own answer.
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from typing import Any, Self
 
 from vllm.v1.core.kv_cache_utils import KVCacheBlock
 from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
-from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec
+from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec, KVCacheSpec
 from vllm.v1.request import Request
 
 from swa_vllm.kv_cache import live_managers
@@ -29,19 +30,26 @@ class PromptCacheSpec(FullAttentionSpec):
     poison_key: str | None = None
 
     @classmethod
-    def from_stock(cls, spec: AttentionSpec, poison_key: str | None) -> "PromptCacheSpec":
-        """Make a spec of pages like those of ``spec``, whatever its window."""
+    def from_stock(cls, spec: AttentionSpec, poison_key: str | None, **others: Any) -> Self:
+        """Make a spec of pages like those of ``spec``, whatever its window.
+
+        Args:
+            others: what a subclass has beyond.
+        """
         shared = {f.name for f in fields(FullAttentionSpec) if f.init} & {
             f.name for f in fields(spec)
         }
         values = {name: getattr(spec, name) for name in shared - {"sliding_window"}}
-        return cls(**values, poison_key=poison_key)
+        return cls(**values, poison_key=poison_key, **others)
 
     @classmethod
     def merge(cls, specs: list["PromptCacheSpec"]) -> "PromptCacheSpec":
         """Give the spec of a group; vLLM's would make one that caches answers too."""
         assert all(spec == specs[0] for spec in specs), "these layers have pages of several kinds"
         return copy.copy(specs[0])
+
+    def is_uniform_with_collection(self, kv_cache_specs: dict[str, KVCacheSpec]) -> bool:
+        return all(spec == self for spec in kv_cache_specs.values())
 
 
 class PromptCacheManager(FullAttentionManager):

@@ -31,8 +31,6 @@ class SWACPUImpl(CPUAttentionBackendImpl):
             phase: whose queries have the window.
         """
         super().__init__(*args, **kwargs)
-        self._unwindowed = copy.copy(self)
-        self._unwindowed.sliding_window = -1
         self.sliding_window += sink_tokens  # of the operators, which see copies of the sinks in it
         self.shift: PositionShift | None = None
         if shifted_by is not None:
@@ -88,7 +86,10 @@ class SWACPUImpl(CPUAttentionBackendImpl):
         part: Part,
         output: torch.Tensor,
     ) -> None:
-        impl = self._unwindowed if part.sees_all else self
+        impl = self
+        if part.window is not None:
+            impl = copy.copy(self)
+            impl.sliding_window = part.window
         CPUAttentionBackendImpl.forward(
             impl, layer, query, key, value, pages, part.metadata, output
         )

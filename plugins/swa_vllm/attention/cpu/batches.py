@@ -59,6 +59,7 @@ def select_rows(batch: CommonAttentionMetadata, first: int, stop: int) -> Common
         max_seq_len=int(seq_lens.max()),
         block_table_tensor=batch.block_table_tensor[first:stop],
         slot_mapping=batch.slot_mapping[tokens],
+        rswa_prefix_lens=None,
     )
 
 
@@ -99,5 +100,5 @@ def split_at_prompt_ends(
         max_query_len=int(np.diff(new_starts).max()),
         max_seq_len=int(new_ends.max()),
         block_table_tensor=batch.block_table_tensor[torch.from_numpy(rows)],
-        rswa_prefix_lens=None,
+        rswa_prefix_lens=torch.from_numpy(prompt_lens[rows]),
     ), (is_answer[rows] | is_second).tolist()

@@ -1,0 +1,67 @@
+"""Block tables of answers whose window has left the prompt, for decoding on CPUs.
+
+With a window in generated tokens only, such a token sees the whole prompt and the window. vLLM's
+C++ attention sees one unbroken run of pages, full but for the last. Attention of one query does not
+care for the order of keys, so the row names the prompt's whole pages, then the window's, the newest
+one last; what is left, the end of the prompt and the head of the window, is copied behind the
+newest token, into slots that the next step overwrites.
+"""
+
+import numpy as np
+import torch
+from vllm.v1.attention.backend import CommonAttentionMetadata
+
+from swa_backend.pages import ceil_div
+from swa_vllm.attention.cpu.batches import copy_batch
+
+
+def num_spare_tokens(block_size: int) -> int:
+    """Count the slots behind the newest token that a row may need."""
+    return 2 * (block_size - 1)
+
+
+def answer_tables(
+    batch: CommonAttentionMetadata,
+    rows: np.ndarray,
+    prompt_lens: np.ndarray,
+    window: int,
+    block_size: int,
+) -> tuple[CommonAttentionMetadata, torch.Tensor, torch.Tensor]:
+    """Give ``rows`` of a batch tables of nothing but what their queries see.
+
+    Args:
+        batch: ``block_table_tensor`` int32 ``[num_reqs, max_pages]`` with
+            :func:`num_spare_tokens` slots behind each of the rows' last tokens, ``seq_lens`` int32
+            ``[num_reqs]``, on the CPU.
+        rows: int64 ``[n]``, requests of one query each, whose window begins behind the prompt.
+        prompt_lens: int64 ``[n]``, of theirs.
+        window: tokens such a query sees beside the prompt, itself included.
+        block_size: tokens a page.
+
+    Returns:
+        The batch, and the slots of the KV cache, int64 ``[m]`` each, to copy tokens from and to.
+    """
+    table, ends = batch.block_table_tensor.numpy().copy(), batch.seq_lens.numpy().copy()
+    sources, targets = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
+    for row, prompt_len in zip(rows.tolist(), prompt_lens.tolist(), strict=True):
+        pages, end = table[row].copy(), int(ends[row])
+        num_whole, first = prompt_len // block_size, end - window
+        # The first page that the window has from its first token on; it may have none.
+        page = ceil_div(first, block_size)
+        boundary = page * block_size
+        copied = np.r_[num_whole * block_size : prompt_len, first : min(boundary, end)]
+        places = max(boundary, end) + np.arange(len(copied))
+        sources.append(pages[copied // block_size] * block_size + copied % block_size)
+        targets.append(pages[places // block_size] * block_size + places % block_size)
+        ends[row] = prompt_len + window
+        num_pages = ceil_div(prompt_len + window, block_size)
+        table[row, num_whole:num_pages] = pages[page : page + num_pages - num_whole]
+    longer = copy_batch(
+        batch,
+        block_table_tensor=torch.from_numpy(table),
+        seq_lens=torch.from_numpy(ends),
+        max_seq_len=int(ends.max()),
+    )
+    return longer, *(
+        torch.from_numpy(np.concatenate(x).astype(np.int64)) for x in (sources, targets)
+    )
