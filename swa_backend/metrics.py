@@ -19,6 +19,7 @@ class PageCounts:
             :meth:`swa_backend.pages.WindowPages.kinds`. A live page of any kind that two requests
             share counts twice.
         live_sink: pages held now for sink tokens.
+        live_prompt: pages held now for prompts, of which answers see all (phase "decode").
         live_prefill: pages held now beyond both, for chunks, steps in flight and the prefix cache.
         reserved: most pages that the live requests could hold, were each of max_model_len.
         requests_live: requests that hold pages now.
@@ -34,6 +35,7 @@ class PageCounts:
     prefix_lost_tokens: int = 0
     live_window: int = 0
     live_sink: int = 0
+    live_prompt: int = 0
     live_prefill: int = 0
     reserved: int = 0
     requests_live: int = 0
@@ -44,7 +46,7 @@ class PageCounts:
     @property
     def live(self) -> int:
         """Pages held by requests now."""
-        return self.live_window + self.live_sink + self.live_prefill
+        return self.live_window + self.live_sink + self.live_prompt + self.live_prefill
 
 
 @dataclass(frozen=True)
@@ -68,8 +70,8 @@ class Metric:
 
 
 _LIVE = (
-    "KV pages that requests hold now, by what for: the window, sink tokens, or beyond both "
-    "a prefill chunk, steps in flight and the prefix cache."
+    "KV pages that requests hold now, by what for: the window, sink tokens, the prompt, or beyond "
+    "these a prefill chunk, steps in flight and the prefix cache."
 )
 # Keys are the fields of PageCounts that the metrics show.
 METRICS = {
@@ -98,6 +100,7 @@ METRICS = {
     ),
     "live_window": Metric("swa_pages_live", "gauge", _LIVE, "window"),
     "live_sink": Metric("swa_pages_live", "gauge", _LIVE, "sink"),
+    "live_prompt": Metric("swa_pages_live", "gauge", _LIVE, "prompt"),
     "live_prefill": Metric("swa_pages_live", "gauge", _LIVE, "prefill"),
     "reserved": Metric(
         "swa_pages_reserved",

@@ -14,6 +14,7 @@ import swa_vllm
 from swa_vllm.attention.cpu import builder
 from swa_vllm.attention.layer import PromptCachedAttention, ReplacedAttention
 from swa_vllm.kv_cache.prompt_cache import PromptCacheManager
+from swa_vllm.kv_cache.prompt_window import PromptWindowManager
 from tests.helpers.dense_qwen3 import Sight
 from tests.helpers.dense_text import TextOracle
 from tests.helpers.engines import (
@@ -26,6 +27,7 @@ from tests.helpers.engines import (
     counting_preemptions,
     generate,
     num_free_pages,
+    scheduler,
 )
 from tests.helpers.exactness import check_exact
 from tests.helpers.pairwise import pairwise
@@ -111,6 +113,15 @@ def test_decode_phase_equals_a_dense_model(
     answers = generate(llm, prompts, num_tokens=3 * WINDOW)
     check_exact(prompts, answers, _oracle(model, "decode", layers, sinks))
     assert num_free_pages(llm) == num_free
+    managers = scheduler(llm).kv_cache_manager.coordinator.single_type_managers
+    windowed = [m for m in managers if isinstance(m, PromptWindowManager)]
+    assert len(windowed) == (1 if layers == "sliding" else 3)
+    for manager in windowed:
+        counts = manager.snapshot()
+        assert counts.freed_by_window > 0
+        assert counts.live == counts.requests_live == counts.reserved == 0
+        assert counts.peak_live_per_request <= manager.kv_cache_spec.charge(max(LENGTHS))
+    assert len(swa_vllm.stats(llm)) == len(windowed)
     again = generate(llm, prompts, num_tokens=3 * WINDOW)
     assert [a.tokens for a in again] == [a.tokens for a in answers]
     assert (again[-1].num_cached_tokens > 0) == caching

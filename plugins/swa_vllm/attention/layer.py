@@ -9,7 +9,7 @@ from vllm.model_executor.layers.attention import Attention
 from vllm.v1.kv_cache_interface import KVCacheSpec, SlidingWindowSpec
 
 from swa_backend.window import Phase
-from swa_vllm.attention.cpu.answer_table import num_spare_tokens
+from swa_vllm.config.storage import num_spare_tokens
 from swa_vllm.config.swa_config import SWAConfig
 from swa_vllm.kv_cache.prompt_cache import PromptCacheSpec
 from swa_vllm.kv_cache.prompt_window import PromptWindowSpec
@@ -111,14 +111,12 @@ class WindowedAttention(ReplacedAttention):
         if self.swa.options.phase is Phase.PREFILL:  # generated tokens see every page
             return PromptCacheSpec.from_stock(spec, self.poison_key(vllm_config))
         if self.swa.options.phase is Phase.DECODE:
-            return PromptWindowSpec.from_stock(
+            return PromptWindowSpec.of_layer(
                 spec,
-                self.poison_key(vllm_config),
-                window=spec.sliding_window,
+                vllm_config,
                 sink_tokens=self.sink_tokens,
                 spare_tokens=0 if self.swa.uses_kernels else num_spare_tokens(spec.block_size),
-                lookahead_tokens=vllm_config.num_lookahead_tokens,
-                max_in_flight_tokens=vllm_config.max_in_flight_tokens,
+                poison_key=self.poison_key(vllm_config),
             )
         if vllm_config.scheduler_config.disable_hybrid_kv_cache_manager:
             return spec  # vLLM rebuilds it as its own full attention spec, if the model is mixed

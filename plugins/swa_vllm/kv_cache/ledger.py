@@ -6,19 +6,28 @@ from vllm.logger import init_logger
 from vllm.v1.core.kv_cache_utils import KVCacheBlock
 
 from swa_backend.metrics import PageCounts
-from swa_vllm.kv_cache.spec import SWASpec
+from swa_backend.pages import WindowPages
 from swa_vllm.metrics.board import Owner, PageBoard
 
 logger = init_logger(f"vllm.{__name__}")
 
-# Fields of PageCounts, in the order of WindowPages.kinds().
-_LIVE = ("live_window", "live_sink", "live_prefill")
+# More pages than any request holds.
+_UNLIMITED = 2**62
 
 
 @dataclass
 class Held:
-    """Pages of one request: how many are real, and below which index all are dead."""
+    """Pages of one request: how many are real, and below which index all are dead.
 
+    Attributes:
+        pages: page arithmetic of the request.
+        most: pages that it is promised.
+        decoding: among these numbers of held pages only that of window pages differs.
+    """
+
+    pages: WindowPages
+    most: int
+    decoding: range
     live: int = 0
     first_kept: int = 0
     # Of the step being scheduled: its holes, the first of its places in the table, and the list
@@ -33,19 +42,29 @@ class Held:
 class PageLedger:
     """Pages of the live requests of one KV group."""
 
-    def __init__(self, spec: SWASpec, group: int, pool_size: int, max_per_request: int) -> None:
-        """Start at zero; a request is promised ``max_per_request`` pages of ``pool_size``."""
-        self._group = group
-        self._pages = spec.pages
-        self._num_ahead_tokens = spec.num_ahead_tokens
-        self._max_per_request = max_per_request
+    def __init__(
+        self,
+        owner: Owner,
+        *,
+        window: int,
+        sink_tokens: int,
+        num_ahead_tokens: int,
+        pinned: str = "live_sink",
+    ) -> None:
+        """Start at zero.
+
+        Args:
+            num_ahead_tokens: slots that a step takes beyond its own tokens.
+            pinned: the field of :class:`PageCounts` for pages below the window that stay.
+        """
+        self._group = owner.group
+        self._num_ahead_tokens = num_ahead_tokens
         self._held: dict[str, Held] = {}
-        self._board = PageBoard(Owner(spec.instance_id, spec.engine_index, group))
-        self._board.add("window_tokens", spec.sliding_window)
-        self._board.add("sink_tokens", spec.storage.sink_tokens)
-        # Among these numbers of held pages only that of window pages differs.
-        most, num_sinks, _ = self._page_kinds(pool_size)
-        self._decoding = range(num_sinks, num_sinks + most + 1)
+        self._board = PageBoard(owner)
+        self._board.add("window_tokens", window)
+        self._board.add("sink_tokens", sink_tokens)
+        # Fields of PageCounts, in the order of WindowPages.kinds().
+        self._live = ("live_window", pinned, "live_prefill")
 
     def __len__(self) -> int:
         return len(self._held)
@@ -64,11 +83,13 @@ class PageLedger:
         """Counts since the engine started."""
         return self._board.snapshot()
 
-    def admit_request(self, request_id: str) -> Held:
-        """Begin to count a request that holds nothing yet."""
-        held = self._held[request_id] = Held()
+    def admit_request(self, request_id: str, pages: WindowPages, most: int) -> Held:
+        """Begin to count a request that holds nothing yet, and is promised ``most`` pages."""
+        num_window, num_sinks, _ = pages.kinds(_UNLIMITED, self._num_ahead_tokens)
+        decoding = range(num_sinks, num_sinks + num_window + 1)
+        held = self._held[request_id] = Held(pages, most, decoding)
         self._board.add("requests_live", 1)
-        self._board.add("reserved", self._max_per_request)
+        self._board.add("reserved", most)
         return held
 
     def count_hit(self, request_id: str, num_pages: int, num_tokens: int) -> None:
@@ -110,19 +131,19 @@ class PageLedger:
         self._log_pages(request_id, held.live, "were held by %s until now")
         self._count_held(held, -held.live)
         self._board.add("requests_live", -1)
-        self._board.add("reserved", -self._max_per_request)
+        self._board.add("reserved", -held.most)
 
     def _count_held(self, held: Held, num_pages: int) -> None:
         before, held.live = held.live, held.live + num_pages
-        if before in self._decoding and held.live in self._decoding:
+        if before in held.decoding and held.live in held.decoding:
             self._board.add("live_window", num_pages)
             return
-        kinds = zip(self._page_kinds(before), self._page_kinds(held.live), strict=True)
-        for name, (old, new) in zip(_LIVE, kinds, strict=True):
+        ahead = self._num_ahead_tokens
+        kinds = zip(
+            held.pages.kinds(before, ahead), held.pages.kinds(held.live, ahead), strict=True
+        )
+        for name, (old, new) in zip(self._live, kinds, strict=True):
             self._board.add(name, new - old)
-
-    def _page_kinds(self, num_held: int) -> tuple[int, int, int]:
-        return self._pages.kinds(num_held, self._num_ahead_tokens)
 
     def _log_pages(self, request_id: str, num_pages: int, what: str) -> None:
         if num_pages:

@@ -23,6 +23,7 @@ from swa_vllm.kv_cache import live_managers
 from swa_vllm.kv_cache.ledger import Held, PageLedger
 from swa_vllm.kv_cache.prefix_hits import SinkPrefixHits
 from swa_vllm.kv_cache.spec import SWASpec
+from swa_vllm.metrics.board import Owner
 
 logger = init_logger(f"vllm.{__name__}")
 
@@ -38,10 +39,10 @@ class SWAManager(SinkPrefixHits):
         self._stores_all = storage.prefill_pages is PrefillPages.ALL
         self._grants = self.enable_caching and storage.prefill_pages is PrefillPages.AUTO
         self._held = PageLedger(
-            kv_cache_spec,
-            self.kv_cache_group_id,
-            self.block_pool.num_gpu_blocks,
-            self.max_admission_blocks_per_request or 0,
+            Owner(kv_cache_spec.instance_id, kv_cache_spec.engine_index, self.kv_cache_group_id),
+            window=kv_cache_spec.sliding_window,
+            sink_tokens=storage.sink_tokens,
+            num_ahead_tokens=kv_cache_spec.num_ahead_tokens,
         )
         self._skipped_pages = SkippedPages(self.block_pool.num_gpu_blocks)
         if kv_cache_spec.poison_key is not None:
@@ -121,6 +122,10 @@ class SWAManager(SinkPrefixHits):
     def _holes(self, num_pages: int, num_tokens: int) -> range:
         return range(0) if self._stores_all else self._pages.holes(num_pages, num_tokens)
 
+    def _admit(self, request_id: str) -> Held:
+        most = self.max_admission_blocks_per_request or 0
+        return self._held.admit_request(request_id, self._pages, most)
+
     def add_local_computed_blocks(
         self,
         request_id: str,
@@ -137,7 +142,7 @@ class SWAManager(SinkPrefixHits):
         )
         self.block_pool.touch(sinks)
         blocks[: len(sinks)] = sinks
-        self._held.admit_request(request_id).num_hit_blocks = len(blocks)
+        self._admit(request_id).num_hit_blocks = len(blocks)
         num_real = sum(not block.is_null for block in blocks)
         self._held.count_hit(request_id, num_real, num_local_computed_tokens)
 
@@ -148,7 +153,7 @@ class SWAManager(SinkPrefixHits):
         blocks = self.req_to_blocks[request_id]
         if len(blocks) * self.block_size >= num_tokens:
             return []
-        held = self._held.get(request_id) or self._held.admit_request(request_id)
+        held = self._held.get(request_id) or self._admit(request_id)
         held.first_new = len(blocks)
         held.holes = self._holes(len(blocks), num_tokens_main_model)
         holes = [self._null_block] * len(held.holes)
