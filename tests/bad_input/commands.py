@@ -139,15 +139,6 @@ _PLAN = [
     _says("plan", ["--sink-tokens", "512"], "=512 is", "not below max_model_len 512", "Give fewer"),
     _says(
         "plan",
-        ["--phase", "decode"],
-        '--phase="decode"',
-        "is not served yet",
-        'use "prefill", or "both"',
-        ["--phase", "prefill"],
-        ["--phase", "both"],
-    ),
-    _says(
-        "plan",
         ["--full-attention-layers", "4"],
         "layer 4 is out",
         "has layers 0..3",
@@ -586,14 +577,6 @@ _OTHERS = [
         "about a model",
         "give MODEL",
         remedies=(["check", MODEL, "--window", "64"],),
-    ),
-    Bad(
-        "check --phase decode",
-        ["check", MODEL, "--phase", "decode"],
-        '--phase="decode"',
-        "is not served yet",
-        'use "prefill", or "both"',
-        remedies=(["check", MODEL, "--phase", "prefill"], ["check", MODEL, "--phase", "both"]),
     ),
     *(
         Bad(

@@ -123,15 +123,23 @@ OPTIONS = [
         for value in ("prompt", True, None, ["prefill"])
     ),
     _option(
-        {"phase": "decode"}, 'swa.phase="decode"', "not served yet", 'use "prefill", or "both"'
-    ),
-    _option(
-        {"phase": "prefill", "prefill_pages": "survivors"},
-        'swa.prefill_pages="survivors"',
-        "keeps every page",
+        {"phase": "decode", "position_shift": True, "sink_tokens": 4},
+        'swa.phase="decode"',
+        "position_shift moves",
         "remove either",
-        {"window": 8, "phase": "prefill"},
-        {"window": 8, "prefill_pages": "survivors"},
+        {"window": 8, "phase": "decode", "sink_tokens": 4},
+        {"window": 8, "position_shift": True, "sink_tokens": 4},
+    ),
+    *(
+        _option(
+            {"phase": phase, "prefill_pages": "survivors"},
+            'swa.prefill_pages="survivors"',
+            "keeps every page",
+            "remove either",
+            {"window": 8, "phase": phase},
+            {"window": 8, "prefill_pages": "survivors"},
+        )
+        for phase in ("prefill", "decode")
     ),
     _option({"prefill_pages": "most"}, "got 'most'", '"auto", "survivors", "all"', "prefill_pages"),
     _option({"prefill_pages": None}, "got None", '"auto", "survivors", "all"', "prefill_pages"),

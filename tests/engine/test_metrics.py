@@ -46,7 +46,12 @@ def test_every_count_has_a_metric_by_prometheus_conventions() -> None:
         *("swa_pages_reserved", "swa_window_tokens", "swa_sink_tokens", "swa_requests_live"),
         *("swa_prefix_hit_tokens_total", "swa_prefix_lost_tokens_total"),
     }
-    assert [m.kind for m in METRICS.values() if m.kind] == ["window", "sink", "prefill"]
+    assert [m.kind for m in METRICS.values() if m.kind] == [
+        "window",
+        "sink",
+        "prompt",
+        "prefill",
+    ]
 
 
 def test_kinds_of_held_pages() -> None:

@@ -38,6 +38,7 @@ from swa_vllm.distributed.executor import NodeCheckingRayExecutor
 from swa_vllm.kv_cache.manager import SWAManager
 from swa_vllm.kv_cache.prefix_hits import SinkPrefixHits
 from swa_vllm.kv_cache.prompt_cache import PromptCacheManager, PromptCacheSpec
+from swa_vllm.kv_cache.prompt_window import PromptWindowManager, PromptWindowSpec
 from swa_vllm.kv_cache.spec import SWASpec
 from swa_vllm.models.qwen3 import SWAQwen3ForCausalLM
 from swa_vllm.models.stock import STOCK
@@ -114,6 +115,34 @@ OVERRIDES: dict[Callable[..., Any], tuple[str, str]] = {
         "SingleTypeKVCacheManager.pop_blocks_for_free",
     ),
     PromptCacheSpec.merge.__func__: (SPEC, "FullAttentionSpec.merge"),
+    PromptCacheSpec.is_uniform_with_collection: (
+        SPEC,
+        "KVCacheSpec.is_uniform_with_collection",
+    ),
+    PromptWindowManager.__init__: (MANAGER, "SingleTypeKVCacheManager.__init__"),
+    PromptWindowManager.get_num_blocks_to_allocate: (
+        MANAGER,
+        "SingleTypeKVCacheManager.get_num_blocks_to_allocate",
+    ),
+    PromptWindowManager.add_local_computed_blocks: (
+        MANAGER,
+        "SingleTypeKVCacheManager.add_local_computed_blocks",
+    ),
+    PromptWindowManager.allocate_new_blocks: (
+        MANAGER,
+        "SingleTypeKVCacheManager.allocate_new_blocks",
+    ),
+    PromptWindowManager.cache_blocks: (MANAGER, "FullAttentionManager.cache_blocks"),
+    PromptWindowManager.remove_skipped_blocks: (
+        MANAGER,
+        "SingleTypeKVCacheManager.remove_skipped_blocks",
+    ),
+    PromptWindowManager.pop_blocks_for_free: (
+        MANAGER,
+        "SingleTypeKVCacheManager.pop_blocks_for_free",
+    ),
+    PromptWindowSpec.max_memory_usage_bytes: (SPEC, "FullAttentionSpec.max_memory_usage_bytes"),
+    PromptWindowSpec.max_num_blocks_per_req: (SPEC, "AttentionSpec.max_num_blocks_per_req"),
     PromptLensState.__init__: (MODEL_STATE, "DefaultModelState.__init__"),
     PromptLensState.add_request: (MODEL_STATE, "DefaultModelState.add_request"),
     PromptLensState.prepare_attn: (MODEL_STATE, "DefaultModelState.prepare_attn"),

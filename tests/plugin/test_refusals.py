@@ -86,6 +86,27 @@ def test_phase_is_refused_where_it_was_not_tested(
         _check(config)
 
 
+def test_a_window_in_answers_only_is_refused_where_it_has_no_effect(
+    tiny_model: ModelFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = _config(tiny_model(**FULL), phase="decode")
+    _check(config)
+    monkeypatch.setattr(config.model_config, "runner_type", "pooling")
+    with pytest.raises(SWAConfigError, match=r"a pooling model generates no tokens\. Remove phase"):
+        _check(config)
+    monkeypatch.undo()
+    monkeypatch.setattr(config.cache_config, "cache_dtype", "fp8")
+    with pytest.raises(
+        SWAConfigError, match=r'phase="decode" cannot be had with .*fp8: .*--kv-cache-dtype'
+    ):
+        _check(config)
+    refusals._refuse_phase(config, SWAConfig.from_vllm(_with_kernels(config)))  # which know fp8
+    monkeypatch.undo()
+    monkeypatch.setattr(config.scheduler_config, "disable_hybrid_kv_cache_manager", True)
+    with pytest.raises(SWAConfigError, match="leaves pages to vLLM; remove either"):
+        _check(config)
+
+
 def test_backends_that_a_phase_cannot_have_beside_it_are_refused(
     tiny_model: ModelFactory, monkeypatch: pytest.MonkeyPatch
 ) -> None:

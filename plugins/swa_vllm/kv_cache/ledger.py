@@ -138,12 +138,12 @@ class PageLedger:
         if before in held.decoding and held.live in held.decoding:
             self._board.add("live_window", num_pages)
             return
-        ahead = self._num_ahead_tokens
-        kinds = zip(
-            held.pages.kinds(before, ahead), held.pages.kinds(held.live, ahead), strict=True
-        )
+        kinds = zip(self._kinds(held, before), self._kinds(held, held.live), strict=True)
         for name, (old, new) in zip(self._live, kinds, strict=True):
             self._board.add(name, new - old)
+
+    def _kinds(self, held: Held, num_held: int) -> tuple[int, int, int]:
+        return held.pages.kinds(num_held, self._num_ahead_tokens)
 
     def _log_pages(self, request_id: str, num_pages: int, what: str) -> None:
         if num_pages:

@@ -123,8 +123,11 @@ class SWAManager(SinkPrefixHits):
         return range(0) if self._stores_all else self._pages.holes(num_pages, num_tokens)
 
     def _admit(self, request_id: str) -> Held:
-        most = self.max_admission_blocks_per_request or 0
-        return self._held.admit_request(request_id, self._pages, most)
+        return self._held.admit_request(
+            request_id,
+            self._pages,
+            self.max_admission_blocks_per_request or 0,
+        )
 
     def add_local_computed_blocks(
         self,
