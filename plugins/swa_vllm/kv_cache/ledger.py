@@ -85,12 +85,23 @@ class PageLedger:
 
     def admit_request(self, request_id: str, pages: WindowPages, most: int) -> Held:
         """Begin to count a request that holds nothing yet, and is promised ``most`` pages."""
-        num_window, num_sinks, _ = pages.kinds(_UNLIMITED, self._num_ahead_tokens)
-        decoding = range(num_sinks, num_sinks + num_window + 1)
-        held = self._held[request_id] = Held(pages, most, decoding)
+        held = self._held[request_id] = Held(pages, most, self._decoding(pages))
         self._board.add("requests_live", 1)
         self._board.add("reserved", most)
         return held
+
+    def change_pages(self, request_id: str, pages: WindowPages, most: int) -> None:
+        """Count what a request holds by another arithmetic, and promise it ``most`` pages."""
+        held = self._held[request_id]
+        num_live = held.live
+        self._count_held(held, -num_live)
+        self._board.add("reserved", most - held.most)
+        held.pages, held.most, held.decoding = pages, most, self._decoding(pages)
+        self._count_held(held, num_live)
+
+    def _decoding(self, pages: WindowPages) -> range:
+        num_window, num_sinks, _ = pages.kinds(_UNLIMITED, self._num_ahead_tokens)
+        return range(num_sinks, num_sinks + num_window + 1)
 
     def count_hit(self, request_id: str, num_pages: int, num_tokens: int) -> None:
         """Count a prefix cache hit of ``num_pages`` real pages for ``num_tokens`` tokens."""

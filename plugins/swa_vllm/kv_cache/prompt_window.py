@@ -203,23 +203,30 @@ class PromptWindowManager(PromptCacheManager):
         assert num_prompt_tokens is not None  # vLLM says so to managers of its own
         request = self._requests.get(request_id)
         prompt_len = self._prompt_lens.setdefault(request_id, num_prompt_tokens)
-        if request is not None and request.resumable:
-            return  # the next turn of a session will be a prompt, and see all before it
         held = self._held.get(request_id)
         if held is None:
             return
         if prompt_len != num_prompt_tokens:
-            raise RuntimeError(
-                f"request {request_id} goes on with a new prompt, which may see keys that were "
-                'freed: streaming input with swa.phase="decode" needs prefix caching; remove '
-                "--no-enable-prefix-caching, or phase"
-            )
+            self._move_prompt_end(request_id, num_prompt_tokens, held)
+        if request is not None and request.resumable:
+            return  # the next turn of a session will be a prompt, and see all before it
         dead = held.pages.dead(processed_computed_tokens)
         num_dead = min(dead.stop, len(self.req_to_blocks[request_id])) - dead.start
         if num_dead > held.first_kept:
             self._remove_blocks_in_range(request_id, dead.start, dead.stop)
             self._held.count_left_window(request_id, num_dead - held.first_kept)
             held.first_kept = num_dead
+
+    def _move_prompt_end(self, request_id: str, prompt_len: int, held: Held) -> None:
+        if held.first_kept:
+            raise RuntimeError(
+                f"request {request_id} goes on with a new prompt, which sees keys that were freed: "
+                'streaming input with swa.phase="decode" needs prefix caching; remove '
+                "--no-enable-prefix-caching, or phase"
+            )
+        self._prompt_lens[request_id] = prompt_len
+        spec = self.kv_cache_spec
+        self._held.change_pages(request_id, spec.pages(prompt_len), spec.charge(prompt_len))
 
     def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
         self._prompt_lens.pop(request_id, None)
