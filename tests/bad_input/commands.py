@@ -139,12 +139,12 @@ _PLAN = [
     _says("plan", ["--sink-tokens", "512"], "=512 is", "not below max_model_len 512", "Give fewer"),
     _says(
         "plan",
-        ["--phase", "decode"],
-        '--phase="decode"',
-        "is not served yet",
-        'use "prefill", or "both"',
-        ["--phase", "prefill"],
-        ["--phase", "both"],
+        ["--device", "cpu", "--phase", "decode", "--kv-cache-dtype", "fp8"],
+        "--phase decode cannot be had with --kv-cache-dtype fp8",
+        "not tested on CPUs",
+        "remove --phase decode, or use --kv-cache-dtype auto",
+        ["--device", "cpu", "--kv-cache-dtype", "fp8"],
+        ["--device", "cpu", "--phase", "decode", "--kv-cache-dtype", "auto"],
     ),
     _says(
         "plan",
@@ -586,14 +586,6 @@ _OTHERS = [
         "about a model",
         "give MODEL",
         remedies=(["check", MODEL, "--window", "64"],),
-    ),
-    Bad(
-        "check --phase decode",
-        ["check", MODEL, "--phase", "decode"],
-        '--phase="decode"',
-        "is not served yet",
-        'use "prefill", or "both"',
-        remedies=(["check", MODEL, "--phase", "prefill"], ["check", MODEL, "--phase", "both"]),
     ),
     *(
         Bad(

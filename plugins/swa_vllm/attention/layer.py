@@ -8,8 +8,8 @@ from vllm.config import VllmConfig, get_layers_from_vllm_config
 from vllm.model_executor.layers.attention import Attention
 from vllm.v1.kv_cache_interface import KVCacheSpec, SlidingWindowSpec
 
+from swa_backend.pages import max_partial_tokens
 from swa_backend.window import Phase
-from swa_vllm.attention.cpu.answer_table import num_spare_tokens
 from swa_vllm.config.swa_config import SWAConfig
 from swa_vllm.kv_cache.prompt_cache import PromptCacheSpec
 from swa_vllm.kv_cache.prompt_window import PromptWindowSpec
@@ -116,7 +116,7 @@ class WindowedAttention(ReplacedAttention):
                 self.poison_key(vllm_config),
                 window=spec.sliding_window,
                 sink_tokens=self.sink_tokens,
-                spare_tokens=0 if self.swa.uses_kernels else num_spare_tokens(spec.block_size),
+                spare_tokens=0 if self.swa.uses_kernels else max_partial_tokens(spec.block_size),
                 lookahead_tokens=vllm_config.num_lookahead_tokens,
                 max_in_flight_tokens=vllm_config.max_in_flight_tokens,
             )

@@ -15,11 +15,6 @@ from swa_backend.pages import ceil_div
 from swa_vllm.attention.cpu.batches import copy_batch
 
 
-def num_spare_tokens(block_size: int) -> int:
-    """Count the slots behind the newest token that a row may need."""
-    return 2 * (block_size - 1)
-
-
 def answer_tables(
     batch: CommonAttentionMetadata,
     rows: np.ndarray,
@@ -31,8 +26,8 @@ def answer_tables(
 
     Args:
         batch: ``block_table_tensor`` int32 ``[num_reqs, max_pages]`` with
-            :func:`num_spare_tokens` slots behind each of the rows' last tokens, ``seq_lens`` int32
-            ``[num_reqs]``, on the CPU.
+            :func:`swa_backend.pages.max_partial_tokens` slots behind each of the rows' last tokens,
+            ``seq_lens`` int32 ``[num_reqs]``, on the CPU.
         rows: int64 ``[n]``, requests of one query each, whose window begins behind the prompt.
         prompt_lens: int64 ``[n]``, of theirs.
         window: tokens such a query sees beside the prompt, itself included.
