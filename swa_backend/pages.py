@@ -22,6 +22,11 @@ def ceil_div(numerator: int, denominator: int) -> int:
     return -(-numerator // denominator)
 
 
+def max_partial_tokens(page_size: int) -> int:
+    """Most tokens of a prompt's end and of a window's head that fill no page of their own."""
+    return 2 * (page_size - 1)
+
+
 def max_pages_spanned(num_tokens: int, page_size: int) -> int:
     """Most pages that ``num_tokens`` consecutive tokens touch, wherever the first one lies."""
     return ceil_div(num_tokens - 1, page_size) + 1 if num_tokens > 0 else 0

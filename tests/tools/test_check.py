@@ -44,16 +44,21 @@ def check(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., Figu
     return run
 
 
-def test_a_window_in_the_prompt_only(
-    tiny_model: ModelFactory, check: Callable[..., Figures]
+@pytest.mark.parametrize(
+    ("phase", "specs"),
+    [
+        ("prefill", ["PromptCacheSpec", "PromptCacheSpec"]),
+        ("decode", ["PromptCacheSpec", "PromptWindowSpec"]),
+    ],
+)
+def test_a_window_in_one_phase_only(
+    phase: str, specs: list[str], tiny_model: ModelFactory, check: Callable[..., Figures]
 ) -> None:
-    """All layers keep every page, and their prefix cache keeps prompts alone."""
-    status, found = check(str(tiny_model(**MIXED)), "--phase", "prefill")
+    """Full layers are of another kind too: their prefix cache keeps prompts alone."""
+    status, found = check(str(tiny_model(**MIXED)), "--phase", phase)
     *_, last = found["findings"]
     assert status == 0, last
-    assert [line.split()[-1] for line in last["detail"].splitlines()[2:4]] == [
-        "PromptCacheSpec"
-    ] * 2
+    assert [line.split()[-1] for line in last["detail"].splitlines()[2:4]] == specs
 
 
 def _last(figures: Figures) -> dict[str, Any]:
@@ -223,6 +228,31 @@ main(Phase.PREFILL)
         assert float(done.stdout.split()[-1]) < 0.02, done.stderr[-2000:]
     else:
         assert "output differs from plain torch's by" in done.stderr
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [
+        "",
+        "builder.split_at_prompt_ends = lambda batch: (batch, [False] * batch.num_reqs)",
+        "builder.answer_tables = lambda batch, *_: (batch, *(torch.empty(0).long(),) * 2)",
+    ],
+    ids=["right", "all prompts", "answers see all"],
+)
+def test_a_layer_of_phase_decode_is_checked(broken: str) -> None:
+    code = f"""
+import torch
+from swa_backend.window import Phase
+from swa_vllm.attention.cpu import builder
+from swa_vllm.tools.check.smoke_layer import main
+{broken}
+main(Phase.DECODE)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    if broken:
+        assert "output differs from plain torch's by" in done.stderr
+    else:
+        assert float(done.stdout.split()[-1]) < 0.02, done.stderr[-2000:]
 
 
 def test_a_process_that_dies_without_a_word_is_a_problem(tmp_path: Path) -> None:

@@ -215,15 +215,23 @@ def test_command_reports_a_dense_models_perplexity(measured: dict[str, Any]) -> 
 
 
 @pytest.mark.parametrize(
-    ("phase", "sinks", "shift"), [("both", 33, False), ("prefill", 33, False), ("prefill", 4, True)]
+    ("phase", "sinks", "shift"),
+    [("both", 33, False), ("prefill", 33, False), ("prefill", 4, True), ("decode", 33, False)],
 )
 def test_command_scores_what_is_forced_behind_a_prompt(
     phase: str, sinks: int, shift: bool, tmp_path: Path, no_engine: Callable[[], None]
 ) -> None:
     no_engine()
-    path, prompt_len = tmp_path / "ppl.json", 150
+    path, prompt_len, window = tmp_path / "ppl.json", 150, 32 if phase == "decode" else 64
     arguments = ["eval", "ppl", str(SLIDING), "--text", str(TEXT), "--json", str(path), "--quick"]
-    arguments += ["--windows", "full,64", "--sinks", str(sinks), "--full-attention-layers", "3"]
+    arguments += [
+        "--windows",
+        f"full,{window}",
+        "--sinks",
+        str(sinks),
+        "--full-attention-layers",
+        "3",
+    ]
     arguments += ["--position-shift"] * shift
     arguments += ["--phase", phase, "--prompt-tokens", str(prompt_len)]
     sizes = ["--length", "256", "--chunk", "100", "--block-size", "32", "--dtype", "float32"]
@@ -237,14 +245,16 @@ def test_command_scores_what_is_forced_behind_a_prompt(
         return perplexity(torch.cat(logprobs).tolist())
 
     full, mixed = result["arms"]
-    windows = (64, 64, 64, None)
+    windows = (window, window, window, None)
     assert full["perplexity"] == pytest.approx(expected(Sight((None,) * 4)), rel=1e-4)
     of_phase = {
         name: expected(Sight(windows, sinks, shift, name, prompt_len))
-        for name in ("both", "prefill")
+        for name in ("both", "prefill", "decode")[: 2 if shift else 3]
     }
     assert mixed["perplexity"] == pytest.approx(of_phase[phase], rel=1e-4)
-    assert abs(of_phase["both"] / of_phase["prefill"] - 1) > 5e-4  # or nothing is told apart
+    for name, other in of_phase.items():  # or nothing is told apart
+        assert name == phase or abs(other / of_phase[phase] - 1) > 5e-4
+    assert abs(of_phase[phase] / full["perplexity"] - 1) > 5e-4
     assert (mixed["pool_bytes"] == full["pool_bytes"]) == (phase == "prefill")
 
 

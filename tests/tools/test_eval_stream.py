@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from swa_backend.pages import WindowPages
+from swa_backend.pages import WindowPages, ceil_div, max_pages_spanned
 from swa_vllm.tools.cli import main
 from swa_vllm.tools.engines.forced import ForcedTokens
 from swa_vllm.tools.engines.perplexity import perplexity
@@ -178,6 +178,26 @@ def test_command_streams_made_up_prose(
     printed = capsys.readouterr().out
     assert "1024 tokens, 2.0 times the trained length of 512; decoded from 512 on" in printed
     assert "the same passage at 0.5x and 1.5x the trained length" in printed
+
+
+def test_command_decodes_with_the_prompt_beside_the_window(
+    no_engine: Callable[[], None], tmp_path: Path
+) -> None:
+    no_engine()
+    path = tmp_path / "stream.json"
+    command = ["eval", "stream", str(SLIDING), "--tokens", "1024", "--window", "64", "--json"]
+    sizes = ["--arms", "window", "--dtype", "float32", "--block-size", "32"]
+    assert main([*command, str(path), *sizes, "--text", str(TEXT), "--phase", "decode"]) == 0
+    window = json.loads(path.read_text())["arms"]["window"]
+    stream = make_stream(text_tokens(), 1024, TRAINED)
+    seen = Sight((64,) * NUM_LAYERS, phase="decode", prompt_len=512)
+    logprobs = dense().logprobs(stream.tokens, range(1024), seen)
+    expected = [perplexity(logprobs[b.start - 1 : b.stop - 1].tolist()) for b in buckets(stream)]
+    assert window["perplexities"] == pytest.approx(expected, rel=1e-3)
+    # Behind the prompt's 16 pages those of a window, and of 62 slots behind the newest token.
+    least, most = window["decode_pages"]
+    assert least == 512 // 32 + ceil_div(1 + 62, 32)
+    assert most == 512 // 32 + max_pages_spanned(64 + 62, 32)
 
 
 def test_command_decodes_without_the_window_of_the_prompt(

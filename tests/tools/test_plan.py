@@ -36,7 +36,7 @@ from tests.helpers.tiny_models import (
     tiny_config,
 )
 
-PROMPT, OUTPUT = 300, 60
+PROMPT, OUTPUT = 300, 130
 
 
 @dataclass(frozen=True)
@@ -72,6 +72,13 @@ STARTED = {
     ),
     "window in the prompt only, sinks": Started(
         FULL, {"window": 33, "phase": "prefill", "sink_tokens": 70, "full_attention_layers": "0-2"}
+    ),
+    "window in generated tokens only": Started(
+        MIXED, {"phase": "decode"}, {"max_num_batched_tokens": 100}
+    ),
+    "window in generated tokens only, more sinks than prompt": Started(
+        {**FULL, "num_hidden_layers": 7},
+        {"window": 9, "phase": "decode", "sink_tokens": 301, "full_attention_layers": "0-2"},
     ),
     "full attention of a sliding checkpoint": Started(
         MIXED, {"enabled": False}, arm="full attention"
@@ -300,6 +307,7 @@ def test_an_fp8_cache_that_the_checkpoint_asks_for_is_planned(name: str, tmp_pat
 
 
 QWEN3_8B = {
+    "architectures": ["Qwen3ForCausalLM"],
     "model_type": "qwen3",
     "num_hidden_layers": 36,
     "num_attention_heads": 32,
@@ -397,3 +405,21 @@ def test_stock_vllms_column_says_what_stock_cannot_do(
     assert "stock vLLM refuses this mix of full and sliding layers" in printed
     assert "stock vLLM has no sink tokens" in printed
     assert "full attention does not start with --max-model-len 40960 (at most 29104)" in printed
+
+
+def test_a_phase_says_what_stays_and_what_stock_vllm_has_not(
+    qwen3_8b: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of 32768 + 8192 tokens with a window of 1024, in pages of 16."""
+    sizes = ["--window", "1024", "--prompt", "32768", "--output", "8192", "--json", "-"]
+    peaks = {}
+    for phase, said in {
+        "prefill": "in its column answers have the window too",
+        "decode": "in its column prompts have the window too",
+    }.items():
+        assert main(["plan", str(qwen3_8b), *sizes, "--phase", phase]) == 0
+        printed = capsys.readouterr()
+        assert said in printed.err
+        peaks[phase] = json.loads(printed.out)["requests"][0]["arms"]["this plugin"]["peak_pages"]
+    # Two steps are in flight, so two tokens beside the 1023 that the next one sees.
+    assert peaks == {"prefill": 40960 // 16, "decode": 32768 // 16 + 1024 // 16 + 1}

@@ -86,7 +86,10 @@ def forms(draw: st.DrawFn, kind: str, architecture: str) -> Form:
         config.pop(key, None)
     for key in draw(st.sets(st.sampled_from(sorted(RIGHT)), max_size=1)):
         config[key] = draw(st.sampled_from(WRONG))
-    window, phase = draw(st.sampled_from([None, 8])), draw(st.sampled_from([None, "prefill"]))
+    window, phase = (
+        draw(st.sampled_from([None, 8])),
+        draw(st.sampled_from([None, "prefill", "decode"])),
+    )
     return Form(config, window, phase)
 
 
@@ -209,10 +212,11 @@ def test_what_is_not_served_with_windows_is_not_planned(keys: dict[str, Any], me
         assert message in str(planned(model, form))
 
 
+@pytest.mark.parametrize("phase", ["prefill", "decode"])
 @pytest.mark.parametrize("names", [None, [], ["Qwen3Model"]], ids=str)
-def test_a_phase_is_planned_where_engines_serve_it(names: list[str] | None) -> None:
+def test_a_phase_is_planned_where_engines_serve_it(names: list[str] | None, phase: str) -> None:
     """Models without an answer, and those around a Qwen3, have none."""
-    form = Form({**BASE, "model_type": "qwen3", "architectures": names}, None, "prefill")
+    form = Form({**BASE, "model_type": "qwen3", "architectures": names}, None, phase)
     with written(form) as model:
         refusal = "was not tested with .*, only with Qwen3ForCausalLM, Qwen3MoeForCausalLM; remove"
         assert re.search(refusal, str(planned(model, form)))

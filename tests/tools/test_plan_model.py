@@ -16,7 +16,11 @@ from vllm.v1.kv_cache_interface import (
 
 import swa_vllm
 from swa_backend.options import PrefillPages
+from swa_backend.pages import ceil_div, max_partial_tokens
+from swa_backend.window import Phase
 from swa_vllm.config.storage import StoragePolicy
+from swa_vllm.kv_cache.prompt_cache import PromptCacheSpec
+from swa_vllm.kv_cache.prompt_window import PromptWindowSpec
 from swa_vllm.kv_cache.spec import SWASpec
 from swa_vllm.tools.common.arms import Arm
 from swa_vllm.tools.common.pools import Model, plan_pool
@@ -56,10 +60,12 @@ class Traffic:
     workload: Workload
 
 
-def _traffic(seed: int) -> Traffic:
+def _traffic(seed: int, phase: Phase = Phase.BOTH) -> Traffic:
     """Small sizes of every kind; the pool always holds one request, and rarely many."""
     pick = random.Random(seed)
     num_prompt, num_output = pick.randint(1, 300), pick.randint(1, 60)
+    if phase is Phase.DECODE:  # a window is to leave the prompt, also of one that starts over
+        num_output *= 6
     sinks = pick.choice([0, 0, 4, 20])
     engine = Engine(
         window=pick.choice([1, 7, 16, 40, 100]),
@@ -73,24 +79,34 @@ def _traffic(seed: int) -> Traffic:
         spare_tokens=pick.choice([0, sinks]),
         num_sliding_groups=pick.choice([1, 1, 3]),
         num_full_groups=pick.choice([0, 1, 2]),
+        phase=phase,
+        # Only then are admission's promises to a request that comes back those of its window.
+        prefix_caching=phase is Phase.DECODE,
     )
     # As the least that any arm starts with is full attention's or stock vLLM's, by the sizes.
     needed = max(
         sum(g.num_groups * (g.policy.cap or g.policy.num_entries(engine.max_model_len)) for g in gs)
         for arm in Arm
-        if (gs := _groups(arm, engine))
+        if (gs := _groups(arm, engine, None))
     )
     engine = replace(engine, num_pages=1 + needed + pick.choice([0, 3, needed, 4 * needed]))
     return Traffic(engine, Workload(num_prompt, num_output, pick.randint(1, 12)))
 
 
-def _groups(arm: Arm, engine: Engine) -> list[KVGroups]:
+def _groups(arm: Arm, engine: Engine, num_prompt: int | None) -> list[KVGroups]:
     """As many groups of each kind as the engine has, one layer each."""
     kinds = {None: engine.num_full_groups, engine.window: engine.num_sliding_groups}
     return [
         replace(group, num_groups=count)
         for window, count in kinds.items()
-        for group in kv_groups_of(arm, (window,) * count, engine.sink_tokens, _limits(engine))
+        for group in kv_groups_of(
+            arm,
+            (window,) * count,
+            engine.sink_tokens,
+            _limits(engine),
+            engine.phase,
+            num_prompt,
+        )
     ]
 
 
@@ -98,11 +114,19 @@ def _groups(arm: Arm, engine: Engine) -> list[KVGroups]:
 @pytest.mark.parametrize("seed", range(40))
 def test_every_step_is_that_of_vllms_scheduler(arm: Arm, seed: int) -> None:
     """The requests it serves, and the pages that all of them hold then."""
-    traffic = _traffic(seed)
+    _compare_every_step(arm, _traffic(seed))
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_every_step_is_that_of_vllms_scheduler_where_prompts_stay(seed: int) -> None:
+    _compare_every_step(Arm.SWA, _traffic(seed, Phase.DECODE))
+
+
+def _compare_every_step(arm: Arm, traffic: Traffic) -> None:
     real = Simulation(arm, traffic.engine, count_pages=False)
     assert real.starts
     model = Queue(
-        _groups(arm, traffic.engine),
+        _groups(arm, traffic.engine, traffic.workload.num_prompt),
         traffic.engine.num_pages,
         _limits(traffic.engine),
         traffic.workload,
@@ -113,6 +137,8 @@ def test_every_step_is_that_of_vllms_scheduler(arm: Arm, seed: int) -> None:
             range(index, index + traffic.workload.num_prompt),
             traffic.workload.num_output,
         )
+        # A plan has no prefixes in the cache, not even those that a preempted request left there.
+        real.scheduler.requests[str(index)].skip_reading_prefix_cache = True
     pool = real.scheduler.kv_cache_manager.block_pool
     goes_on = True
     while goes_on:
@@ -134,29 +160,45 @@ def vllm_config() -> VllmConfig:
     return config
 
 
-def _spec(arm: Arm, window: int | None, sinks: int, config: VllmConfig) -> KVCacheSpec:
+def _spec(
+    arm: Arm, window: int | None, sinks: int, config: VllmConfig, phase: Phase = Phase.BOTH
+) -> KVCacheSpec:
     shape = {"block_size": 16, "num_kv_heads": 2, "head_size": 64, "dtype": torch.bfloat16}
+    full = FullAttentionSpec(**shape)
+    if arm is Arm.SWA and phase is Phase.DECODE:
+        if window is None:
+            return PromptCacheSpec.from_stock(full, None)
+        sizes = {"max_in_flight_tokens": 200, "spare_tokens": SPARE}
+        return PromptWindowSpec.from_stock(full, None, window=window, sink_tokens=sinks, **sizes)
     if window is None or arm is Arm.FULL:
-        return FullAttentionSpec(**shape)
+        return full
     stock = SlidingWindowSpec(**shape, sliding_window=window)
     if arm is Arm.STOCK:
         return stock
     return SWASpec.from_stock(stock, config, StoragePolicy(sinks, 0, PrefillPages.AUTO))
 
 
+# This plugin's arm has phases.
+ARMS_AND_PHASES = [*((arm, Phase.BOTH) for arm in Arm), (Arm.SWA, Phase.DECODE)]
+SPARE = max_partial_tokens(16)
+
+
 @pytest.mark.parametrize("num_full", range(9))
 @pytest.mark.parametrize("sinks", [0, 20])
-@pytest.mark.parametrize("arm", Arm)
+@pytest.mark.parametrize(("arm", "phase"), ARMS_AND_PHASES)
 def test_pools_are_what_vllm_makes_of_the_layers(
-    arm: Arm, sinks: int, num_full: int, vllm_config: VllmConfig
+    arm: Arm, phase: Phase, sinks: int, num_full: int, vllm_config: VllmConfig
 ) -> None:
     """Groups, layers in each, pages in 64 MiB, and the estimate of its start-up line."""
-    memory, limits = 64 << 20, Limits(16, 1000, 100, 16, 2)
+    spare = SPARE if phase is Phase.DECODE else 0
+    memory, limits = 64 << 20, Limits(16, 1000, 100, 16, 2, spare)
     for num_sliding in range(num_full == 0, 14):
         windows = (None,) * num_full + (64,) * num_sliding
-        specs = {f"layer.{i}": _spec(arm, w, sinks, vllm_config) for i, w in enumerate(windows)}
+        specs = {
+            f"layer.{i}": _spec(arm, w, sinks, vllm_config, phase) for i, w in enumerate(windows)
+        }
         (config,) = plan_kv_caches(vllm_config, [specs], [memory])
-        pool = plan_pool(arm, Model(windows, sinks, 2, 64, 2), limits, memory)
+        pool = plan_pool(arm, Model(windows, sinks, 2, 64, 2, phase), limits, memory)
         planned = sorted(
             (group.policy.window is not None, group.num_layers, group.num_groups)
             for group in pool.groups
@@ -164,7 +206,7 @@ def test_pools_are_what_vllm_makes_of_the_layers(
         real = config.kv_cache_groups
         assert planned == sorted(
             (
-                kind is not FullAttentionSpec,
+                kind not in (FullAttentionSpec, PromptCacheSpec),
                 sum(len(g.layer_names) for g in real if type(g.kv_cache_spec) is kind),
                 sum(type(g.kv_cache_spec) is kind for g in real),
             )
@@ -177,11 +219,27 @@ def test_pools_are_what_vllm_makes_of_the_layers(
         assert pool.estimate == get_kv_cache_capacity(vllm_config, config)[1]
 
 
-@pytest.mark.parametrize("arm", Arm)
-def test_an_engine_starts_exactly_where_planned(arm: Arm, vllm_config: VllmConfig) -> None:
+def test_a_request_whose_prompt_stays_is_charged_what_its_manager_charges(
+    vllm_config: VllmConfig,
+) -> None:
+    spec = _spec(Arm.SWA, 64, 4, vllm_config, Phase.DECODE)
+    assert isinstance(spec, PromptWindowSpec)
+    for chunk in (100, 400):
+        spec = replace(spec, max_in_flight_tokens=2 * chunk)
+        limits = Limits(16, 1000, chunk, 16, 2, SPARE)
+        for prompt in range(1, 1001):
+            (group,) = kv_groups_of(Arm.SWA, (64,), 4, limits, Phase.DECODE, prompt)
+            assert group.policy.cap == min(spec.charge(prompt), ceil_div(1000 + SPARE, 16))
+
+
+@pytest.mark.parametrize(("arm", "phase"), ARMS_AND_PHASES)
+def test_an_engine_starts_exactly_where_planned(
+    arm: Arm, phase: Phase, vllm_config: VllmConfig
+) -> None:
     windows = (None, 64, 64, 64)
-    specs = {f"layer.{i}": _spec(arm, w, 4, vllm_config) for i, w in enumerate(windows)}
-    limits, model = Limits(16, 1000, 100, 16, 2), Model(windows, 4, 2, 64, 2)
+    specs = {f"layer.{i}": _spec(arm, w, 4, vllm_config, phase) for i, w in enumerate(windows)}
+    spare = SPARE if phase is Phase.DECODE else 0
+    limits, model = Limits(16, 1000, 100, 16, 2, spare), Model(windows, 4, 2, 64, 2, phase)
     pool = plan_pool(arm, model, limits, 1 << 30)
     least = (pool.promised_pages + 1) * pool.page_bytes
     assert plan_pool(arm, model, limits, least).starts(limits)

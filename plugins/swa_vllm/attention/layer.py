@@ -8,8 +8,8 @@ from vllm.config import VllmConfig, get_layers_from_vllm_config
 from vllm.model_executor.layers.attention import Attention
 from vllm.v1.kv_cache_interface import KVCacheSpec, SlidingWindowSpec
 
+from swa_backend.pages import max_partial_tokens
 from swa_backend.window import Phase
-from swa_vllm.config.storage import num_spare_tokens
 from swa_vllm.config.swa_config import SWAConfig
 from swa_vllm.kv_cache.prompt_cache import PromptCacheSpec
 from swa_vllm.kv_cache.prompt_window import PromptWindowSpec
@@ -115,7 +115,7 @@ class WindowedAttention(ReplacedAttention):
                 spec,
                 vllm_config,
                 sink_tokens=self.sink_tokens,
-                spare_tokens=0 if self.swa.uses_kernels else num_spare_tokens(spec.block_size),
+                spare_tokens=0 if self.swa.uses_kernels else max_partial_tokens(spec.block_size),
                 poison_key=self.poison_key(vllm_config),
             )
         if vllm_config.scheduler_config.disable_hybrid_kv_cache_manager:

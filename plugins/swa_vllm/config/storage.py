@@ -18,12 +18,3 @@ class StoragePolicy:
     sink_tokens: int = 0
     spare_tokens: int = 0
     prefill_pages: PrefillPages = PrefillPages.ALL
-
-
-def num_spare_tokens(block_size: int) -> int:
-    """Slots behind the newest token that the CPU backend needs in the phase ``decode``.
-
-    It copies there what of the prompt and of the window lies in pages that a token sees in part
-    (:mod:`swa_vllm.attention.cpu.answer_table`).
-    """
-    return 2 * (block_size - 1)

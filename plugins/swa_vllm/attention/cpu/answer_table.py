@@ -26,8 +26,8 @@ def answer_tables(
 
     Args:
         batch: ``block_table_tensor`` int32 ``[num_reqs, max_pages]`` with
-            :func:`~swa_vllm.config.storage.num_spare_tokens` slots behind each of the rows' last
-            tokens, ``seq_lens`` int32 ``[num_reqs]``, on the CPU.
+            :func:`swa_backend.pages.max_partial_tokens` slots behind each of the rows' last tokens,
+            ``seq_lens`` int32 ``[num_reqs]``, on the CPU.
         rows: int64 ``[n]``, requests of one query each, whose window begins behind the prompt.
         prompt_lens: int64 ``[n]``, of theirs.
         window: tokens such a query sees beside the prompt, itself included.

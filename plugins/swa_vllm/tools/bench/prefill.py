@@ -20,7 +20,11 @@ from swa_backend.pages import WindowPages, ceil_div
 from swa_backend.table import format_table
 from swa_backend.window import Phase
 from swa_vllm.tools.common import plots
-from swa_vllm.tools.common.arguments import add_phase_argument, check_number_arguments
+from swa_vllm.tools.common.arguments import (
+    add_phase_argument,
+    check_number_arguments,
+    refuse_phase_decode,
+)
 from swa_vllm.tools.common.progress import say
 from swa_vllm.tools.common.spread import Spread
 from swa_vllm.tools.common.timing import at_least_two_rounds, time_in_turns
@@ -47,6 +51,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Print a row for each context length; returns the figures."""
+    refuse_phase_decode(
+        args,
+        "leaves a prompt full attention, which is all that is timed here",
+        "leave --phase out",
+    )
     check_number_arguments(args, ("window", "chunk", "prompt"))
     chunk = args.chunk or (1024 if args.quick else 2048)
     rounds = at_least_two_rounds(args.rounds)

@@ -14,6 +14,12 @@ from swa_vllm.config.swa_config import SWAConfig
 from swa_vllm.refusals import check_servable
 
 _HEADER = ("layers", "kind", "window", "sinks", "backend", "KV spec")
+# Of full and of sliding layers.
+_SPECS = {
+    Phase.BOTH: ("FullAttentionSpec", "SWASpec"),
+    Phase.PREFILL: ("PromptCacheSpec", "PromptCacheSpec"),
+    Phase.DECODE: ("PromptCacheSpec", "PromptWindowSpec"),
+}
 
 
 def inspect_layers(model: str, options: dict[str, Any], hf_overrides: dict[str, Any]) -> str:
@@ -41,15 +47,14 @@ def inspect_layers(model: str, options: dict[str, Any], hf_overrides: dict[str, 
     if swa.slides:
         check_servable(config, swa)
     backend = windowed_backend(swa.implementation)
-    specs, phase = ("FullAttentionSpec", "SWASpec"), swa.options.phase
-    if phase is Phase.PREFILL:
-        specs = ("PromptCacheSpec",) * 2
+    phase = swa.options.phase
+    full_spec, sliding_spec = _SPECS[phase]
     sliding = (
         str(swa.options.sink_tokens),
         "chosen by vLLM" if backend is None else backend.get_name(),
-        specs[1],
+        sliding_spec,
     )
-    full = ("-", "-", "chosen by vLLM", specs[0])
+    full = ("-", "-", "chosen by vLLM", full_spec)
     described = [
         (
             index,

@@ -142,6 +142,7 @@ def inspect_page_manager() -> str:
     from swa_vllm.config.storage import StoragePolicy
     from swa_vllm.kv_cache.manager import SWAManager
     from swa_vllm.kv_cache.prompt_cache import PromptCacheManager, PromptCacheSpec
+    from swa_vllm.kv_cache.prompt_window import PromptWindowManager, PromptWindowSpec
     from swa_vllm.kv_cache.spec import SWASpec
 
     shape: dict[str, Any] = {
@@ -154,6 +155,7 @@ def inspect_page_manager() -> str:
     wanted: dict[KVCacheSpec, type[SingleTypeKVCacheManager]] = {
         windowed: SWAManager,
         PromptCacheSpec(**shape): PromptCacheManager,
+        PromptWindowSpec(**shape, window=64): PromptWindowManager,
     }
     for spec, manager in wanted.items():
         found = KVCacheSpecRegistry.get_manager_class(spec)

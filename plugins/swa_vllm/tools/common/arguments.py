@@ -11,8 +11,6 @@ from typing import Any
 from swa_backend.options import MOST_TOKENS
 from swa_backend.window import Phase
 
-_SERVED_PHASES = (Phase.BOTH, Phase.PREFILL)
-
 
 def add_window_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the plugin's options that decide what slides."""
@@ -38,10 +36,10 @@ def options_of_window_arguments(args: argparse.Namespace) -> dict[str, Any]:
 def add_phase_argument(
     parser: argparse.ArgumentParser, whose: str = "whose tokens have the window"
 ) -> None:
-    """Add ``--phase`` with the phases that are served; ``whose`` says what it decides."""
+    """Add ``--phase``; ``whose`` says what it decides."""
     parser.add_argument(
         "--phase",
-        choices=[phase.value for phase in _SERVED_PHASES],
+        choices=[phase.value for phase in Phase],
         default=Phase.BOTH.value,
         help=f"{whose} (default: both)",
     )
@@ -50,6 +48,12 @@ def add_phase_argument(
 def options_of_phase(args: argparse.Namespace) -> dict[str, Any]:
     """Spell the ``swa`` option that ``--phase`` means: none where both phases have the window."""
     return {} if args.phase == Phase.BOTH else {"phase": args.phase}
+
+
+def refuse_phase_decode(args: argparse.Namespace, reason: str, remedy: str) -> None:
+    """Raise ValueError for ``--phase decode`` in a command that has nothing to say of it."""
+    if args.phase == Phase.DECODE:
+        raise ValueError(f"--phase {args.phase} {reason}; {remedy}")
 
 
 def options_as_flags(text: str) -> str:

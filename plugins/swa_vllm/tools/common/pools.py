@@ -44,7 +44,7 @@ class Pool:
 
     Attributes:
         page_bytes: bytes of a page in all layers of a group, padding included.
-        token_bytes: bytes that a token adds to a long text, on average.
+        token_bytes: bytes that a token of a prompt adds to a long text, on average.
         promised_pages: pages that admission reserves for a request of ``max_model_len``.
         num_pages: pages of the pool; None where its memory is not known.
         estimate: requests of ``max_model_len``, as vLLM's start-up line says.
@@ -99,7 +99,11 @@ def plan_pool(arm: Arm, model: Model, limits: Limits, memory: int | None) -> Poo
     groups = kv_groups_of(arm, model.windows, model.sink_tokens, limits, model.phase)
     group_layers = max(ceil_div(group.num_layers, group.num_groups) for group in groups)
     page_bytes = group_layers * model.layer_page_bytes(limits.block_size)
-    num_growing = sum(group.num_groups for group in groups if group.policy.window is None)
+    num_growing = sum(
+        group.num_groups
+        for group in groups
+        if group.policy.window is None or (arm is Arm.SWA and model.phase is Phase.DECODE)
+    )
     pool = Pool(
         groups=tuple(groups),
         page_bytes=page_bytes,
@@ -125,12 +129,15 @@ def plan_pool(arm: Arm, model: Model, limits: Limits, memory: int | None) -> Poo
     )
 
 
-def need_in_pool(pool: Pool, limits: Limits, workload: Workload) -> Need:
-    """Plan what requests of ``workload`` take of a pool."""
-    peak, last = queue_pages_of_one_request(pool.groups, limits, workload)
+def need_in_pool(arm: Arm, model: Model, pool: Pool, limits: Limits, workload: Workload) -> Need:
+    """Plan what requests of ``workload`` take of the pool of an arm."""
+    groups = kv_groups_of(
+        arm, model.windows, model.sink_tokens, limits, model.phase, workload.num_prompt
+    )
+    peak, last = queue_pages_of_one_request(groups, limits, workload)
     running = None
     if pool.num_pages is not None and pool.starts(limits):
-        running = running_at_once(pool.groups, pool.num_pages, limits, workload)
+        running = running_at_once(groups, pool.num_pages, limits, workload)
     return Need(peak, last, peak * pool.page_bytes, running)
 
 

@@ -13,7 +13,7 @@ from typing import Any
 from swa_backend.checkpoint import Checkpoint
 from swa_backend.pages import WindowPages, ceil_div
 from swa_backend.request_pages import PagePolicy
-from swa_backend.window import Phase
+from swa_backend.window import Phase, num_pinned
 from swa_vllm.compat.cache_dtypes import FP8, UNQUANTIZED
 from swa_vllm.tools.common.arms import Arm
 
@@ -109,6 +109,7 @@ def kv_groups_of(
     sinks: int,
     limits: Limits,
     phase: Phase = Phase.BOTH,
+    num_prompt: int | None = None,
 ) -> list[KVGroups]:
     """Make the KV groups of a model, full layers' first.
 
@@ -120,6 +121,8 @@ def kv_groups_of(
         sinks: leading tokens that sliding layers keep.
         phase: whose tokens have the window here. With the prompt's alone every page stays, and
             layers with and without a window are of one kind.
+        num_prompt: tokens of each request's prompt, which stays with a window in generated tokens
+            only; None for the longest one, which start-up reckons with.
     """
     keeps_all = arm is Arm.FULL or (arm is Arm.SWA and phase is Phase.PREFILL)
     sliding = [] if keeps_all else [window for window in windows if window is not None]
@@ -130,7 +133,12 @@ def kv_groups_of(
         full = PagePolicy(limits.block_size)
         groups.append(KVGroups(full, full_groups, num_full, full_groups * size - num_full))
     if sliding:
-        policy, num_layers = _sliding_page_policy(arm, sliding[0], sinks, limits), len(sliding)
+        window, num_layers = sliding[0], len(sliding)
+        if arm is Arm.SWA and phase is Phase.DECODE:
+            longest = limits.max_model_len if num_prompt is None else num_prompt
+            policy = _prompt_window_policy(window, num_pinned(sinks, phase, longest), limits)
+        else:
+            policy = _sliding_page_policy(arm, window, sinks, limits)
         num_padding = sliding_groups * size - num_layers
         groups.append(KVGroups(policy, sliding_groups, num_layers, num_padding))
     return groups
@@ -145,6 +153,15 @@ def _sliding_page_policy(arm: Arm, window: int, sinks: int, limits: Limits) -> P
     longest = limits.max_model_len + spare
     cap = pages.charge(limits.num_steps_in_flight, in_flight, spare, longest)
     return PagePolicy(size, pages, stores_all=False, spare_tokens=spare, cap=cap)
+
+
+def _prompt_window_policy(window: int, pinned_tokens: int, limits: Limits) -> PagePolicy:
+    """Make the rules of requests that keep their first ``pinned_tokens``, and store every page."""
+    size, spare = limits.block_size, limits.spare_tokens
+    pages = WindowPages(window, size, pinned_tokens)
+    held = pages.max_held_without_holes(limits.max_in_flight_tokens, spare)
+    cap = min(held, ceil_div(limits.max_model_len + spare, size))
+    return PagePolicy(size, pages, spare_tokens=spare, cap=cap)
 
 
 def kv_heads_of_a_device(checkpoint: Checkpoint, tensor_parallel_size: int) -> int:

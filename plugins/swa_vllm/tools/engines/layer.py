@@ -100,11 +100,13 @@ class Layer:
         window: int,
         sink_tokens: int,
         phase: Phase = Phase.BOTH,
+        request: int = -1,
     ) -> float:
-        """Compare the outputs of the last request, every 97th query's, with plain torch.
+        """Compare the outputs of a request, every 97th query's from its last on, with plain torch.
 
         Args:
             phase: whose queries have the window; the batch then has the lengths of prompts.
+            request: its row in the batch; the last one, unless said otherwise.
 
         Returns:
             The largest error, relative to the largest output.
@@ -112,20 +114,22 @@ class Layer:
         Raises:
             RuntimeError: it is more than 0.02.
         """
-        length, num_queries = int(batch.seq_lens[-1]), int(batch.query_start_loc.diff()[-1])
+        length = int(batch.seq_lens[request])
+        num_queries = int(batch.query_start_loc.diff()[request])
         positions = torch.arange(length)
         asked = torch.arange(-1, -num_queries - 1, -97)
-        pages = batch.block_table_tensor[-1, positions // BLOCK_SIZE].long()
+        stop = int(batch.query_start_loc[1:][request])
+        pages = batch.block_table_tensor[request, positions // BLOCK_SIZE].long()
         key, value = self.builder.page_layout.read_tokens(
             self.attention.kv_cache, pages * BLOCK_SIZE + positions % BLOCK_SIZE
         )
-        prompt_len = 0 if batch.rswa_prefix_lens is None else int(batch.rswa_prefix_lens[-1])
+        prompt_len = 0 if batch.rswa_prefix_lens is None else int(batch.rswa_prefix_lens[request])
         mask = reference.reference_mask(
             positions[asked], positions, window, sink_tokens, phase, prompt_len
         )
-        query, key, value = (x.float().transpose(0, 1) for x in (qkv[0][asked], key, value))
+        query, key, value = (x.float().transpose(0, 1) for x in (qkv[0][stop + asked], key, value))
         expected = reference.attention(query, key, value, mask).transpose(0, 1)
-        error = (output[asked].float() - expected).abs().max() / expected.abs().max()
+        error = (output[stop + asked].float() - expected).abs().max() / expected.abs().max()
         if not error <= 0.02:
             raise RuntimeError(f"output differs from plain torch's by {100 * error:.1f} %")
         return float(error)

@@ -11,7 +11,10 @@ from vllm.engine.arg_utils import EngineArgs
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheSpec, SlidingWindowSpec
 
 from swa_backend.options import PrefillPages
+from swa_backend.window import Phase
 from swa_vllm.config.storage import StoragePolicy
+from swa_vllm.kv_cache.prompt_cache import PromptCacheSpec
+from swa_vllm.kv_cache.prompt_window import PromptWindowSpec
 from swa_vllm.kv_cache.spec import SWASpec
 from swa_vllm.tools.common.arms import Arm
 
@@ -42,6 +45,7 @@ class Engine:
         spare_tokens: slots behind the newest token, as this plugin's CPU backend needs for sinks.
         num_sliding_groups: KV groups of sliding layers.
         num_full_groups: KV groups of full layers beside them.
+        phase: whose tokens have this plugin's window: both, or the generated ones alone.
     """
 
     window: int
@@ -58,6 +62,7 @@ class Engine:
     spare_tokens: int = 0
     num_sliding_groups: int = 1
     num_full_groups: int = 0
+    phase: Phase = Phase.BOTH
 
 
 def simulated_config(engine: Engine) -> VllmConfig:
@@ -102,6 +107,16 @@ def simulated_specs(arm: Arm, engine: Engine, config: VllmConfig) -> list[KVCach
     sliding: KVCacheSpec = SlidingWindowSpec(**common, sliding_window=engine.window)
     if arm is Arm.FULL:
         sliding = full
+    elif arm is Arm.SWA and engine.phase is Phase.DECODE:
+        sliding = PromptWindowSpec.from_stock(
+            full,
+            None,
+            window=engine.window,
+            sink_tokens=engine.sink_tokens,
+            spare_tokens=engine.spare_tokens,
+            max_in_flight_tokens=config.max_in_flight_tokens,
+        )
+        full = PromptCacheSpec.from_stock(full, None)
     elif arm is Arm.SWA:
         storage = StoragePolicy(engine.sink_tokens, engine.spare_tokens, engine.prefill_pages)
         sliding = SWASpec.from_stock(sliding, config, storage)

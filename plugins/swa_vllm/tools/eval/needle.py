@@ -28,6 +28,7 @@ from swa_vllm.tools.common.arguments import (
     check_number_argument,
     is_flag_number,
     options_of_phase,
+    refuse_phase_decode,
 )
 from swa_vllm.tools.common.progress import say
 from swa_vllm.tools.engines.scoring import ScoringEngine
@@ -87,6 +88,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Print recall by depth and by distance; returns the figures."""
     plots.check_plot_path(args.plot)
+    refuse_phase_decode(
+        args,
+        "hides nothing from a question at the end of a prompt, which sees all of it",
+        "measure swa eval ppl --prompt-tokens N or swa eval stream, or leave --phase out",
+    )
     hf_config = scoring_text_config(args.model)
     options: dict[str, Any] = {"window": args.window, "sink_tokens": args.sinks}
     options |= options_of_phase(args)

@@ -7,8 +7,8 @@ computed. "full" is full attention in every layer; --full-attention-layers keeps
 other rows.
 
 With --prompt-tokens N, the first N tokens of a piece are a prompt, and the others are forced as
-generated tokens; they alone are scored. --phase prefill needs it: scored as a prompt, every token
-would have the window.
+generated tokens; they alone are scored. --phase prefill and decode need it: scored as a prompt,
+every token would have the window, or none.
 """
 
 import argparse
@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from swa_backend.table import format_table
-from swa_backend.window import Phase
+from swa_backend.window import Phase, num_pinned
 from swa_vllm.tools.common import plots
 from swa_vllm.tools.common.arguments import (
     add_phase_argument,
@@ -156,10 +156,12 @@ def ppl_window_arms(args: argparse.Namespace, hf_config: Any) -> list[WindowArm]
     for window in windows:
         for count in sinks if window else [0]:
             options = _ppl_options(args, window, count)
-            if window and window + count >= slid:
+            kept = num_pinned(count, Phase(args.phase), args.prompt_tokens or 0)
+            if window and window + kept >= slid:
                 longer = "longer pieces" if flag == "--length" else "a longer prompt"
+                beside = "sinks" if kept == count else "tokens of the prompt"
                 raise ValueError(
-                    f"a window of {window} with {count} sinks is not below {flag} {slid}: "
+                    f"a window of {window} with {kept} {beside} is not below {flag} {slid}: "
                     f"nothing would slide. Give {longer}, or a smaller window"
                 )
             resolve_scoring_options(hf_config, options)

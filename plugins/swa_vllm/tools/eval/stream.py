@@ -6,6 +6,7 @@ request held in it. The stream ends as it began, so one passage is scored twice:
 length behind the start, and at the very end.
 
 With --phase prefill the decoded half has no window: it sees the whole stream and keeps its pages.
+With --phase decode it alone has one, and sees the whole prompt beside it.
 
 Arms: "shifted" has sinks just before the window, wherever it is (position_shift), "sinks" has them
 where they are, "window" has none, "full" is full attention.
@@ -138,6 +139,11 @@ def stream_arms_of(args: argparse.Namespace, hf_config: Any) -> dict[str, dict[s
         raise ValueError(
             f"--phase {args.phase} says whose tokens have the window, and --arms {args.arms} has "
             f"none: give an arm with a window, or leave --phase out"
+        )
+    if "shifted" in names and args.phase == Phase.DECODE:
+        raise ValueError(
+            f"--arms {args.arms}: shifted moves sinks, and with --phase {args.phase} generated "
+            "tokens see the whole prompt, where it is; give --arms window, or leave --phase out"
         )
     for name in names:
         if name in ("shifted", "sinks") and args.sinks < 1:

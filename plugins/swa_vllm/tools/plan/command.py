@@ -16,6 +16,7 @@ from swa_backend.can_slide import check_can_slide
 from swa_backend.checkpoint import Checkpoint, read_checkpoint
 from swa_backend.layers import resolve_layers
 from swa_backend.options import SWAConfigError, SWAOptions
+from swa_backend.pages import max_partial_tokens
 from swa_backend.table import format_table
 from swa_backend.window import Phase
 from swa_vllm.compat.architectures import check_architectures, phase_refused
@@ -118,7 +119,7 @@ def _run_plan(args: argparse.Namespace) -> dict[str, Any]:
         refusal = phase_refused(f"--phase {options.phase}", checkpoint.architectures)
         if refusal is not None:
             raise ValueError(refusal)
-    _check_cache_of_sinks(args, checkpoint)
+    _check_cache_of_copies(args, checkpoint, options)
     model = Model(
         windows=layers.windows,
         sink_tokens=options.sink_tokens,
@@ -132,7 +133,9 @@ def _run_plan(args: argparse.Namespace) -> dict[str, Any]:
     if memory is not None and not all(pool.num_pages for pool in pools.values()):
         raise ValueError(f"--kv-memory {args.kv_memory} does not hold a single page; give more")
     workloads = [Workload(prompt, args.output) for prompt in _prompts_to_plan(args, limits)]
-    needs = {w: {arm: need_in_pool(pools[arm], limits, w) for arm in Arm} for w in workloads}
+    needs = {
+        w: {arm: need_in_pool(arm, model, pools[arm], limits, w) for arm in Arm} for w in workloads
+    }
     print(describe_plan(args, model, limits))
     print(format_table(("", *Arm), pool_rows(pools)))
     print(f"\none request, and how many run at once; answers of {args.output} tokens")
@@ -144,15 +147,20 @@ def _run_plan(args: argparse.Namespace) -> dict[str, Any]:
     return plan_figures(args, model, limits, pools, needs)
 
 
-def _check_cache_of_sinks(args: argparse.Namespace, checkpoint: Checkpoint) -> None:
-    """Refuse what engines refuse on CPUs, in their words."""
+def _check_cache_of_copies(
+    args: argparse.Namespace, checkpoint: Checkpoint, options: SWAOptions
+) -> None:
+    """Refuse what engines refuse on CPUs, where sinks and ends of prompts are copied."""
     asked = size_cache_dtype(checkpoint.quantization)
     by_checkpoint = args.kv_cache_dtype == "auto"
     dtype = asked if by_checkpoint else args.kv_cache_dtype
-    if args.device == Device.CPU and args.sink_tokens and dtype not in UNQUANTIZED:
+    copies = "--sink-tokens" if options.sink_tokens else None
+    if copies is None and options.phase is Phase.DECODE:
+        copies = f"--phase {options.phase}"
+    if args.device == Device.CPU and copies is not None and dtype not in UNQUANTIZED:
         named = f"--kv-cache-dtype {dtype}{' (the checkpoint asks for it)' * by_checkpoint}"
         other = f"--kv-cache-dtype {'auto' if asked == 'auto' else 'bfloat16'}"
-        raise ValueError(sinks_refused_on_cpus(named, "--sink-tokens", other))
+        raise ValueError(sinks_refused_on_cpus(named, copies, other))
 
 
 def parse_planned_memory(text: str) -> int:
@@ -186,15 +194,19 @@ def _planned_limits(
             f"--max-num-batched-tokens {args.max_num_batched_tokens} is below --max-num-seqs "
             f"{args.max_num_seqs}, which vLLM refuses; raise the one or lower the other"
         )
-    # On CPUs copies of the sinks lie there; with every page kept there are none.
-    has_copies = device is Device.CPU and options.phase is not Phase.PREFILL
+    # Copies on CPUs lie there; with every page kept there are none.
+    spare_tokens = {
+        Phase.BOTH: options.sink_tokens,
+        Phase.PREFILL: 0,
+        Phase.DECODE: max_partial_tokens(args.block_size),
+    }[options.phase]
     return Limits(
         block_size=args.block_size,
         max_model_len=max_model_len,
         max_num_batched_tokens=args.max_num_batched_tokens,
         max_num_seqs=args.max_num_seqs,
         num_steps_in_flight=device.num_steps_in_flight,
-        spare_tokens=options.sink_tokens if has_copies else 0,
+        spare_tokens=spare_tokens if device is Device.CPU else 0,
     )
 
 

@@ -15,11 +15,18 @@ Pools = Mapping[Arm, Pool]
 Needs = Mapping[Workload, Mapping[Arm, Need]]
 
 
+_IN_PHASE = {
+    Phase.BOTH: "",
+    Phase.PREFILL: ", in the prompt only",
+    Phase.DECODE: ", in generated tokens only",
+}
+
+
 def describe_plan(args: argparse.Namespace, model: Model, limits: Limits) -> str:
     """Describe the model and the engine in three lines."""
     sliding = [window for window in model.windows if window is not None]
     sinks = f", {model.sink_tokens} sink tokens" if model.sink_tokens else ""
-    phase = ", in the prompt only" if model.phase is Phase.PREFILL else ""
+    phase = _IN_PHASE[model.phase]
     page = model.layer_page_bytes(limits.block_size)
     a_token = len(model.windows) * page / limits.block_size / 1024
     memory = "" if args.kv_memory is None else f", {args.kv_memory} for the KV cache"
@@ -98,6 +105,14 @@ def plan_notes(model: Model, limits: Limits, pools: Pools, needs: Needs) -> list
             "you gain is time to first token, and answers that recall the whole prompt"
         )
         notes.append("stock vLLM has no phases; in its column answers have the window too")
+    if model.phase is Phase.DECODE:
+        notes.append(
+            "with a window in generated tokens only a prompt's pages stay, because generated "
+            "tokens see all of them: start-up of this plugin is full attention's, for a long text "
+            "may be one long prompt. What you gain is pages while a request answers, the more the "
+            "longer its answer: see --output"
+        )
+        notes.append("stock vLLM has no phases; in its column prompts have the window too")
     if any(_pages_mislead(need[Arm.STOCK], need[Arm.SWA]) for need in needs.values()):
         notes.append(
             "pages are the most that a request holds, which is while its prompt is computed; how "
