@@ -232,6 +232,7 @@ def test_no_page_of_an_answer_is_cached() -> None:
     kv.free(request)
     request.num_computed_tokens = 0
     assert serve(kv, request) == 0  # and the request itself looks nothing up
+    assert cached_pages(kv, request, 0) == {0, 1}  # after a step across the end of its prompt
 
 
 def test_pages_of_a_prompt_that_others_hit_stay_cached() -> None:
