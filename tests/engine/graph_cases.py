@@ -67,6 +67,7 @@ CASES = {
     "shifted sinks": Case({**SINKS, "position_shift": True}, (1, 39, 80)),
     "mixed layers": Case(MIXED, (1, 24, 60)),
     "prompt only": Case({**MIXED, "phase": "prefill"}, (1, 24, 60)),
+    "answer only": Case({**MIXED, "window": 2, "phase": "decode"}, (1, 24, 60)),
     "fp8 cache": Case(
         {"window": 20},
         (5, 39, 60),
@@ -87,6 +88,17 @@ CASES = {
         {"window": 20, "phase": "prefill"},
         (29, 30, 31),
         num_tokens=40,
+        arguments={
+            "num_gpu_blocks_override": 7,
+            "max_model_len": 96,
+            "async_scheduling": False,
+        },
+        is_preempted=True,
+    ),
+    "answer only, preempted": Case(
+        {"window": 20, "phase": "decode"},
+        (29, 30, 31),
+        num_tokens=60,  # until a page has left the window
         arguments={
             "num_gpu_blocks_override": 7,
             "max_model_len": 96,

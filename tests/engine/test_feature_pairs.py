@@ -66,7 +66,7 @@ FEATURES: dict[str, dict[str, dict[str, Any]]] = {
         "4": {"swa": {"sink_tokens": 4}},
         "shifted": {"swa": {"sink_tokens": 4, "position_shift": True}},
     },
-    "phase": {name: {"swa": {"phase": name}} for name in ("both", "prefill")},
+    "phase": {name: {"swa": {"phase": name}} for name in ("both", "prefill", "decode")},
     "pages": {name: {"swa": {"prefill_pages": name}} for name in ("auto", "survivors", "all")},
     "pp": {"1": {}, "2": {"pipeline_parallel_size": 2}},
     "tp": {"1": {}, "2": {"tensor_parallel_size": 2}},
@@ -92,7 +92,12 @@ REFUSED: list[tuple[set[str], str]] = [
     ({"sinks=shifted", "hybrid=off"}, f"sink_tokens cannot be had with --{NO_HYBRID}"),
     ({"phase=prefill", "drafts=eagle3"}, 'phase="prefill" was not tested with speculative'),
     ({"phase=prefill", "pages=survivors"}, 'phase="prefill" keeps every page'),
+    ({"phase=decode", "drafts=eagle3"}, 'phase="decode" was not tested with speculative'),
+    ({"phase=decode", "pages=survivors"}, 'phase="decode" keeps every page'),
+    ({"phase=decode", "sinks=shifted"}, 'position_shift moves sink tokens, and with swa.phase="de'),
     ({"pages=survivors", "hybrid=off"}, f'"survivors" cannot be had: --{NO_HYBRID}'),
+    ({"phase=decode", "kv=fp8"}, 'phase="decode" cannot be had with kv_cache_dtype=fp8'),
+    ({"phase=decode", "hybrid=off"}, f'phase="decode" frees pages, and --{NO_HYBRID}'),
     # By vLLM itself, whose newer runner has both.
     *([({"drafts=ngram", "async=on"}, "(?i)async scheduling is .*support")] if IS_V1 else []),
 ]

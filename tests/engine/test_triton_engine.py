@@ -50,11 +50,13 @@ CASES = (
     Case(20, {"sink_tokens": 4, "full_attention_layers": "every:2"}, 64, (100, 1)),
     Case(20, SHIFTED, 64, (24, 100)),
     Case(20, {"phase": "prefill", "full_attention_layers": "0"}, 48, (39, 100)),
+    Case(2, {"phase": "decode", "full_attention_layers": "0"}, 48, (39, 100)),
 )
 MORE = (
     Case(5, {"sink_tokens": 33, "position_shift": True}, 512, (37, 38, 39, 150)),
     Case(96, {**SHIFTED, "prefill_pages": "survivors"}, 64, (1, 99, 101, 260)),
     Case(40, {**SHIFTED, "phase": "prefill"}, 48, (1, 41, 100)),
+    Case(1, {"sink_tokens": 33, "phase": "decode"}, 48, (1, 31, 32, 100)),
     Case(40, {"prefill_pages": "all", "full_attention_layers": "0"}, 48, (40, 41, 300)),
 )
 

@@ -35,7 +35,7 @@ def count_keys(tiny_model: ModelFactory) -> Any:
 def test_serving_compiles_nothing(count_keys: Any) -> None:
     """Nor is anything compiled for nothing: each kernel is launched by one of these batches."""
     found = count_keys(400)
-    assert len(found) == 8
+    assert len(found) == 9
     assert {name: counts["late"] for name, counts in found.items() if counts["late"]} == {}
     assert {name: counts["unused"] for name, counts in found.items() if counts["unused"]} == {}
     assert all(counts["before"] >= 3 for counts in found.values())

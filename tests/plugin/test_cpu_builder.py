@@ -11,7 +11,8 @@ from vllm.v1.attention.backend import CommonAttentionMetadata
 
 from swa_backend import reference
 from swa_backend.pages import WindowPages
-from swa_backend.window import last_unshifted
+from swa_backend.window import Phase, last_unshifted, num_pinned
+from swa_vllm.attention.cpu.answer_table import num_spare_tokens
 from swa_vllm.attention.cpu.builder import SWACPUMetadata
 from swa_vllm.attention.cpu.position_shift import ShiftedScratch
 from swa_vllm.tools.engines.batches import BLOCK_SIZE, make_batch
@@ -44,8 +45,11 @@ class CPULayer:
         *,
         is_shifted: bool,
         dtype: str = "float32",
+        phase: Phase = Phase.BOTH,
     ) -> None:
         options = {"window": WINDOW, "sink_tokens": sink_tokens, "position_shift": is_shifted}
+        if phase is not Phase.BOTH:
+            options["phase"] = phase.value
         self.config = EngineArgs(
             str(model),
             skip_tokenizer_init=True,
@@ -69,7 +73,7 @@ class CPULayer:
         self.layer.kv_cache = torch.zeros(shape, dtype=self.config.model_config.dtype)
         with set_current_vllm_config(self.config):
             self.group.create_metadata_builders(self.config, CPU, kernel_block_size=BLOCK_SIZE)
-        self.sink_tokens = sink_tokens
+        self.sink_tokens, self.phase = sink_tokens, phase
         self._fill_pages()
 
     def _fill_pages(self) -> None:
@@ -98,14 +102,22 @@ class CPULayer:
         ]
         return reference.rotate_back(query, torch.cat(distances), self.rotary.cos_sin_cache)
 
-    def check(self, requests: tuple[tuple[int, int], ...], *, has_holes: bool) -> SWACPUMetadata:
+    def check(
+        self,
+        requests: tuple[tuple[int, int], ...],
+        *,
+        has_holes: bool = False,
+        prompts: list[int] | None = None,
+    ) -> SWACPUMetadata:
         """Assert that a step gives the oracle's output."""
         contexts, queries = map(list, zip(*requests, strict=True))
-        rules = WindowPages(WINDOW, BLOCK_SIZE, self.sink_tokens)
-        batch = make_batch(contexts, queries, rules if has_holes else None, self.sink_tokens)
-        for row, context in zip(batch.block_table_tensor, contexts, strict=True):
-            dead = rules.dead(context)
-            row[dead.start : dead.stop] = 10**6  # nobody looks at it
+        holes = WindowPages(WINDOW, BLOCK_SIZE, self.sink_tokens) if has_holes else None
+        spare = num_spare_tokens(BLOCK_SIZE) if prompts else self.sink_tokens
+        batch = make_batch(contexts, queries, holes, spare, prompts)
+        for row, (context, _) in enumerate(requests):
+            pinned = num_pinned(self.sink_tokens, self.phase, prompts[row] if prompts else 0)
+            dead = WindowPages(WINDOW, BLOCK_SIZE, pinned).dead(context)
+            batch.block_table_tensor[row, dead.start : dead.stop] = 10**6  # nobody looks at it
         generator = torch.Generator().manual_seed(1)
         query, key, value = (
             torch.randn(sum(queries), n, SIZE, generator=generator)
@@ -122,6 +134,8 @@ class CPULayer:
             window=WINDOW,
             sink_tokens=self.sink_tokens,
             sink_query=self.shifted(query.double(), batch),
+            phase=self.phase,
+            prompt_lens=batch.rswa_prefix_lens,
         )
         metadata = self.build(batch)
         output = torch.full_like(query, float("nan"))
@@ -146,6 +160,32 @@ def test_layer_equals_the_oracle(
 ) -> None:
     layer = CPULayer(tiny_model(**FULL), monkeypatch, sinks, is_shifted=is_shifted)
     layer.check(BATCHES[name], has_holes=has_holes)
+
+
+# Of each request: tokens before, queries, and the length of its prompt.
+ANSWERS = {
+    "decodes": ((70, 1, 5), (72, 1, 33), (300, 1, 100), (64, 1, 24), (90, 1, 96), (103, 1, 64)),
+    "drafts": ((70, 3, 5), (300, 4, 100), (71, 1, 33), (64, 3, 25)),
+    "mixed": (
+        (70, 1, 5),
+        (0, 300, 300),
+        (130, 200, 200),
+        (33, 30, 20),
+        (299, 1, 300),
+        (20, 100, 40),
+        (201, 1, 9),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ANSWERS)
+@pytest.mark.parametrize("sinks", [0, 5, 33])
+def test_layer_of_a_window_in_the_answer_only_equals_the_oracle(
+    sinks: int, name: str, tiny_model: ModelFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layer = CPULayer(tiny_model(**FULL), monkeypatch, sinks, is_shifted=False, phase=Phase.DECODE)
+    *_, prompts = map(list, zip(*ANSWERS[name], strict=True))
+    layer.check(tuple(row[:2] for row in ANSWERS[name]), prompts=prompts)
 
 
 def test_scores_of_shifted_sinks_are_kept_in_two_parts(

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -9,6 +10,8 @@ from hypothesis import strategies as st
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
 from swa_backend import pages, reference
+from swa_backend.window import Phase, is_visible
+from swa_vllm.attention.cpu.answer_table import answer_tables, num_spare_tokens
 from swa_vllm.attention.cpu.batches import (
     rows_with_holes,
     select_rows,
@@ -207,3 +210,54 @@ def test_chunks_are_divided_where_prompts_end(
 def test_a_batch_without_lengths_of_prompts_counts_as_prompts() -> None:
     batch = _batch([3, 0], [1, 5], torch.zeros(2, 1, dtype=torch.int32))
     assert split_at_prompt_ends(batch) == (batch, [False, False])
+
+
+@pytest.mark.parametrize("page_size", [1, 2, 4])
+@pytest.mark.parametrize("window", [1, 2, 3, 4, 5, 9])
+def test_a_row_of_an_answer_names_the_keys_that_it_sees_and_no_others(
+    window: int, page_size: int
+) -> None:
+    """Every place of the prompt's end and of the newest token in their pages.
+
+    Each slot holds its token's position, or -1 where it was freed or never written.
+    """
+    prompts = range(1, 2 * page_size + 2)
+    texts = [(p, p + window + n) for p in prompts for n in range(1, 2 * page_size + 2)]
+    spare = num_spare_tokens(page_size)
+    width = pages.ceil_div(max(end for _, end in texts) + spare, page_size)
+    generator = torch.Generator().manual_seed(window)
+    # Every second row is one of full attention, to be left as it is.
+    names = torch.randperm(2 * len(texts) * width, generator=generator) + 1
+    table = names.view(-1, width).int()
+    slots = np.full((len(names) + 1, page_size), -1)
+    for row, (prompt_len, end) in enumerate(texts):
+        own = np.arange(width * page_size)
+        own[end:] = -1
+        freed = pages.WindowPages(window, page_size, prompt_len).dead(end - 1)
+        own[freed.start * page_size : freed.stop * page_size] = -1
+        slots[table[2 * row]] = own.reshape(width, page_size)
+    ends = [end for text in texts for end in (text[1], 1)]
+    batch = _batch([end - 1 for end in ends], [1] * len(ends), table)
+    before = batch.block_table_tensor.clone()
+    rows = 2 * np.arange(len(texts))
+    lens = np.array([prompt_len for prompt_len, _ in texts])
+    found, sources, targets = answer_tables(batch, rows, lens, window, page_size)
+    assert torch.equal(batch.block_table_tensor, before)
+    assert torch.equal(found.block_table_tensor[1::2], before[1::2])
+    assert found.seq_lens[1::2].tolist() == [1] * len(texts)
+    assert found.max_seq_len == int(found.seq_lens.max())
+    may_write = {
+        int(names.view(-1, width)[2 * row, place // page_size]) * page_size + place % page_size
+        for row, (_, end) in enumerate(texts)
+        for place in range(end, end + spare)
+    }
+    assert len(set(targets.tolist())) == len(targets)
+    assert set(targets.tolist()) <= may_write
+    slots.reshape(-1)[targets] = slots.reshape(-1)[sources]
+    for row, (prompt_len, end) in enumerate(texts):
+        keys = slots[found.block_table_tensor[2 * row]].reshape(-1)[: found.seq_lens[2 * row]]
+        assert sorted(keys) == [
+            key
+            for key in range(end)
+            if is_visible(end - 1, key, window, 0, Phase.DECODE, prompt_len)
+        ]

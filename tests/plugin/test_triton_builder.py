@@ -18,6 +18,7 @@ from vllm.v1.worker.gpu.attn_utils import build_attn_metadata
 
 from swa_backend import reference
 from swa_backend.options import SWAConfigError
+from swa_backend.pages import WindowPages
 from swa_backend.window import Phase
 from swa_vllm.attention.layer import PromptCachedAttention, phase_of_layers
 from swa_vllm.attention.triton.backend import SWATritonBackend, SWATritonImpl
@@ -41,6 +42,7 @@ from tests.helpers.tiny_models import FULL
 # Of each request: tokens before, and queries.
 DECODES = ((70, 1), (5, 1), (31, 1))
 MIXED = ((70, 1), (5, 1), (40, 30), (0, 50))
+ANSWERS = ((100, 1), (5, 1), (60, 1))  # of the first a page can be freed
 
 
 @pytest.fixture
@@ -129,6 +131,10 @@ def check_layer(
     batch = setup.batch(requests, pad_to, pad_to - len(requests), prompt_lens)
     generator = torch.Generator().manual_seed(0)
     cache = torch.randn(1 + 4 * pad_to, PAGE, 1, 2 * SIZE, generator=generator).transpose(1, 2)
+    if setup.phase == "decode" and prompt_lens is not None:
+        for row, (context, _) in enumerate(requests):
+            dead = WindowPages(WINDOW, PAGE, max(SINKS, prompt_lens[row])).dead(context)
+            cache[batch["block_table"][row, dead.start : dead.stop].long()] = float("nan")
     heads = (HEADS, 1, 1)
     query, key, value = (
         torch.randn(batch["num_tokens"], n, SIZE, generator=generator) for n in heads
@@ -154,7 +160,7 @@ def check_layer(
     setup.layer.impl.forward(setup.layer, query, key, value, cache, metadata, output)
     num_tokens = int(batch["query_start_loc"][-1])
     assert float((output - expected)[:num_tokens].abs().max()) < 2.0**-18
-    assert torch.equal(cache, written)
+    assert torch.allclose(cache, written, rtol=0.0, atol=0.0, equal_nan=True)
 
 
 @pytest.mark.parametrize(
@@ -176,15 +182,19 @@ def _padded(lens: torch.Tensor, num_rows: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize(
-    ("requests", "pad_to", "prompt_lens"),
+    ("phase", "requests", "pad_to", "prompt_lens"),
     [
-        (DECODES, 3, [70, 6, 40]),
-        (DECODES, 5, [70, 6, 40]),
-        (MIXED, 4, [20, 6, 55, 60]),
+        ("prefill", DECODES, 3, [70, 6, 40]),
+        ("prefill", DECODES, 5, [70, 6, 40]),
+        ("prefill", MIXED, 4, [20, 6, 55, 60]),
+        ("decode", ANSWERS, 3, [9, 6, 30]),
+        ("decode", ANSWERS, 5, [2, 101, 60]),
+        ("decode", (*ANSWERS, *MIXED[2:], (90, 20)), 6, [9, 5, 61, 55, 60, 20]),
     ],
-    ids=["decodes", "padded", "mixed"],
+    ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_layer_of_a_window_in_the_prompt_only_equals_the_oracle(
+def test_layer_of_a_window_in_one_phase_only_equals_the_oracle(
+    phase: str,
     requests: Any,
     pad_to: int,
     prompt_lens: list[int],
@@ -193,7 +203,7 @@ def test_layer_of_a_window_in_the_prompt_only_equals_the_oracle(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Prompts that have ended, that end with the query or in the chunk, and that go on."""
-    setup = KernelLayer(tiny_model(**FULL), monkeypatch, phase="prefill")
+    setup = KernelLayer(tiny_model(**FULL), monkeypatch, phase=phase)
     check_layer(setup, runner, requests, pad_to, prompt_lens)
     runner(setup, setup.batch(requests))  # as vLLM warms up and captures: without lengths
     check_layer(setup, runner, requests, pad_to, prompt_lens)

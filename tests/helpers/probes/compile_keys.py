@@ -29,6 +29,7 @@ CASES: dict[str, dict[str, Any]] = {
     "shifted": {"rotary": ROTARY},
     "drafts": DRAFTS,
     "prompt only": {"phase": "prefill", **DRAFTS},
+    "answer only": {"phase": "decode", **DRAFTS},
     "fp8": {"kv_cache_dtype": "fp8", "dtype": "bfloat16"},
     "one page": {"window": 8, "sink_tokens": 0, "max_model_len": PAGE},
 }

@@ -80,6 +80,7 @@ def make_kv(
     retention: int | None = None,
     eagle: bool = False,
     events: bool = False,
+    caching: bool = True,
 ) -> KVCacheManager:
     """vLLM's manager of a group a spec; with EAGLE the last group is its."""
     sizes = [spec.block_size for spec in specs]
@@ -99,7 +100,7 @@ def make_kv(
         scheduler_block_size=lcm(*sizes),
         hash_block_size=gcd(*sizes),
         max_in_flight_tokens=8192,
-        enable_caching=True,
+        enable_caching=caching,
         use_eagle=eagle,
         enable_kv_cache_events=events,
     )
