@@ -10,9 +10,8 @@ from vllm.model_executor.layers.rotary_embedding import RotaryEmbedding
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
 from swa_backend import reference
-from swa_backend.pages import WindowPages
+from swa_backend.pages import WindowPages, max_partial_tokens
 from swa_backend.window import Phase, last_unshifted, num_pinned
-from swa_vllm.attention.cpu.answer_table import num_spare_tokens
 from swa_vllm.attention.cpu.builder import SWACPUMetadata
 from swa_vllm.attention.cpu.position_shift import ShiftedScratch
 from swa_vllm.tools.engines.batches import BLOCK_SIZE, make_batch
@@ -112,7 +111,7 @@ class CPULayer:
         """Assert that a step gives the oracle's output."""
         contexts, queries = map(list, zip(*requests, strict=True))
         holes = WindowPages(WINDOW, BLOCK_SIZE, self.sink_tokens) if has_holes else None
-        spare = num_spare_tokens(BLOCK_SIZE) if prompts else self.sink_tokens
+        spare = max_partial_tokens(BLOCK_SIZE) if prompts else self.sink_tokens
         batch = make_batch(contexts, queries, holes, spare, prompts)
         for row, (context, _) in enumerate(requests):
             pinned = num_pinned(self.sink_tokens, self.phase, prompts[row] if prompts else 0)

@@ -11,7 +11,7 @@ from vllm.v1.attention.backend import CommonAttentionMetadata
 
 from swa_backend import pages, reference
 from swa_backend.window import Phase, is_visible
-from swa_vllm.attention.cpu.answer_table import answer_tables, num_spare_tokens
+from swa_vllm.attention.cpu.answer_table import answer_tables
 from swa_vllm.attention.cpu.batches import (
     rows_with_holes,
     select_rows,
@@ -223,7 +223,7 @@ def test_a_row_of_an_answer_names_the_keys_that_it_sees_and_no_others(
     """
     prompts = range(1, 2 * page_size + 2)
     texts = [(p, p + window + n) for p in prompts for n in range(1, 2 * page_size + 2)]
-    spare = num_spare_tokens(page_size)
+    spare = pages.max_partial_tokens(page_size)
     width = pages.ceil_div(max(end for _, end in texts) + spare, page_size)
     generator = torch.Generator().manual_seed(window)
     # Every second row is one of full attention, to be left as it is.
