@@ -6,7 +6,9 @@ pool: it takes --hf-batch requests at a time, padded on the left, with the same 
 anything is timed the arms' greedy tokens are compared in fp32. "Bound" is the time in which an
 engine of the step times measured here could serve the workload with as many requests at once as
 windows fit into the pool. With --phase prefill, in this plugin only prompts have the window: it
-holds every page, and gains time to first token. A trace has a line for each request:
+holds every page, and gains time to first token. With --phase decode only answers have it: a request
+holds its prompt and a window, which long answers to short prompts gain by (--mix reasoning). A
+trace has a line for each request:
 
     {"arrival": 0.5, "prompt_tokens": 300, "output_tokens": 64}
 """
@@ -21,7 +23,7 @@ from swa_backend.pages import ceil_div
 from swa_backend.table import format_table
 from swa_backend.window import Phase
 from swa_vllm.tools.bench.serving.arms import (
-    HERE_PREFILL,
+    HERE_BY_PHASE,
     SERVING_ARMS,
     add_arms_and_rounds_arguments,
     serving_arms_of,
@@ -55,6 +57,11 @@ _ROWS = {
     "preemptions": "preemptions",
     "seconds": "seconds",
 }
+_IN_PHASE = {
+    Phase.BOTH: "",
+    Phase.PREFILL: " (here in the prompt only)",
+    Phase.DECODE: " (here in generated tokens only)",
+}
 _MORE_IS_BETTER = ("output", "prefill", "decode")
 _JUDGED = tuple(_ROWS)[:7]
 
@@ -84,13 +91,15 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             f"--peers {args.peers} --once {args.once}: here, this plugin, is compared with the "
             "others in every round; name it in --peers and not in --once"
         )
-    if args.phase == Phase.PREFILL:
-        arms["here"] = HERE_PREFILL
+    arms["here"] = HERE_BY_PHASE[Phase(args.phase)]
     asks = _requests_to_serve(args)
     longest = max(ask.num_tokens for ask in asks)
-    if args.window >= longest:
+    what, slid = "request", longest
+    if args.phase == Phase.DECODE:
+        what, slid = "answer", max(ask.output_tokens for ask in asks)
+    if args.window >= slid:
         raise ValueError(
-            f"--window {args.window} is not below the longest request, {longest} tokens: nothing "
+            f"--window {args.window} is not below the longest {what}, {slid} tokens: nothing "
             "would slide; give a smaller one"
         )
     num_pages = _benchmark_pool_pages(args, asks)
@@ -181,8 +190,7 @@ def _print_served_arms(figures: Mapping[str, Any]) -> None:
     rows.append(["seconds, least to most", *map(_benchmark_seconds, by_name.values())])
     rows.append(["times as fast as it, here", *(figures["ratios"][name] for name in by_name)])
     window = f"W={figures['window']}"
-    if figures["phase"] == Phase.PREFILL:
-        window += " (here in the prompt only)"
+    window += _IN_PHASE[figures["phase"]]
     print(
         f"\n{figures['workload']}: {figures['num_requests']} requests, "
         f"{figures['prompt_tokens']} + {figures['output_tokens']} tokens, {window}, "

@@ -34,7 +34,12 @@ SERVING_ARMS = {
     "full": ServingArm(Arm.FULL.value, False, "FullAttentionSpec"),
     "hf": ServingArm("Hugging Face", True, None),
 }
-HERE_PREFILL = replace(SERVING_ARMS["here"], spec="PromptCacheSpec", phase=Phase.PREFILL)
+_HERE = SERVING_ARMS["here"]
+HERE_BY_PHASE = {
+    Phase.BOTH: _HERE,
+    Phase.PREFILL: replace(_HERE, spec="PromptCacheSpec", phase=Phase.PREFILL),
+    Phase.DECODE: replace(_HERE, spec="PromptWindowSpec", phase=Phase.DECODE),
+}
 HF_FULL = ServingArm("Hugging Face, full attention", False, None)  # to check only
 
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from swa_backend.pages import WindowPages, ceil_div
+from swa_backend.window import Phase
 from swa_vllm.tools.bench.serving.process import ArmProcess
 from swa_vllm.tools.bench.serving.workload import Ask
 from swa_vllm.tools.common.progress import say
@@ -28,17 +29,21 @@ class EngineSpeed:
 
     @classmethod
     def measure(
-        cls, process: ArmProcess, asks: Sequence[Ask], window: int | None, block_size: int
+        cls, process: ArmProcess, asks: Sequence[Ask], window: int, block_size: int, phase: Phase
     ) -> "EngineSpeed":
         """Time steps of more and more requests, as long as those of ``asks``.
 
         Args:
-            window: whose pages a decoding request holds; None where it holds every page.
+            phase: whose tokens have the window, and so whose pages a decoding request holds.
         """
         longest = max(asks, key=lambda ask: ask.num_tokens)
         pages = ceil_div(longest.num_tokens, block_size)
-        if window is not None:
+        if phase is Phase.BOTH:
             pages = min(pages, WindowPages(window, block_size).max_survivors)
+        elif phase is Phase.DECODE:
+            of_answer = WindowPages(window, block_size, longest.prompt_tokens)
+            held = of_answer.max_held_without_holes(1, process.facts["spare_tokens"])
+            pages = min(pages, held)
         concurrency = max(1, min(len(asks), (process.facts["num_pages"] - 1) // pages))
         num_steps = min(_CURVE_STEPS, longest.num_tokens - 2)
         prompt = max(1, min(longest.prompt_tokens, longest.num_tokens - num_steps - 1))

@@ -57,9 +57,12 @@ def measure_rounds(
             checked = _check_same_answers(launcher, arms, rounds, processes)
         vocab = vocabulary_of_arms(launcher.models[True])
         _warm_up_arms(processes, rounds, vocab)
-        window = None if arms["here"].phase is Phase.PREFILL else rounds.window
         speed = EngineSpeed.measure(
-            processes["here"], rounds.asks, window, launcher.engine["block_size"]
+            processes["here"],
+            rounds.asks,
+            rounds.window,
+            launcher.engine["block_size"],
+            arms["here"].phase,
         )
         served = _serve_in_turns(processes, rounds, vocab)
     figures = {
@@ -129,8 +132,9 @@ def _check_same_answers(
 ) -> dict[str, Any]:
     """Compare greedy tokens of all arms that slide, and of all that do not.
 
-    Where an arm has a window in the prompt only, its answers have other tokens than those of other
-    arms from the second on: then the first ones are compared.
+    Where an arm has a window in one phase only, its answers have other tokens than those of other
+    arms from the second on: then the first ones are compared. These are predicted by the prompt,
+    which with a window in generated tokens only is full attention's.
 
     Raises:
         RuntimeError: they differ.
@@ -149,7 +153,8 @@ def _check_same_answers(
         with ExitStack() as stack:
             process = running.get(name) or stack.enter_context(launcher.start(arm))
             answers = [request.tokens for request in _serve_round(process, asks, vocab, 0).requests]
-        groups[arm.windowed][arm.name] = answers
+        slides = arm.windowed and arm.phase is not Phase.DECODE
+        groups[slides][arm.name] = answers
     for group in groups.values():
         for name, answers in group.items():
             first = next(iter(group))

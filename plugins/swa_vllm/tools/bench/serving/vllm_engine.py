@@ -63,8 +63,10 @@ class SteppedEngine:
     def facts(self) -> dict[str, Any]:
         """Describe the engine: its KV cache specs, the pages and bytes of its pool, its threads."""
         config = self._scheduler.kv_cache_config
+        specs = [group.kv_cache_spec for group in config.kv_cache_groups]
         return {
-            "specs": sorted({type(g.kv_cache_spec).__name__ for g in config.kv_cache_groups}),
+            "specs": sorted({type(spec).__name__ for spec in specs}),
+            "spare_tokens": max(getattr(spec, "spare_tokens", 0) for spec in specs),
             "num_pages": config.num_blocks,
             "pool_bytes": sum(tensor.size for tensor in config.kv_cache_tensors),
             "threads": torch.get_num_threads(),

@@ -50,6 +50,7 @@ MIXES: dict[str, Callable[[int, int], list[Ask]]] = {
     "decode": _workload_of_equal_requests(256, 1024),
     "even": _workload_of_equal_requests(512, 128),
     "prefill": _workload_of_equal_requests(2048, 32),
+    "reasoning": _workload_of_equal_requests(256, 4096),
     "long": _workload_of_equal_requests(8000, 32),
     "chat": _chat_requests,
 }
