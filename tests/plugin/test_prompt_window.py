@@ -78,6 +78,23 @@ def _charge(kv: KVCacheManager, request: Request, num_tokens: int) -> int:
     )
 
 
+def _check_counts(kv: KVCacheManager, num_held: int, num_pinned: int) -> None:
+    """What the manager counts of its only request: pages of the prompt, the window, and beyond."""
+    spec, counts = _manager(kv).kv_cache_spec, _manager(kv).snapshot()
+    num_prompt = min(num_held, ceil_div(num_pinned, spec.block_size))
+    decoding = ceil_div(spec.window - 1, spec.block_size) + 1
+    decoding += ceil_div(spec.lookahead_tokens + spec.spare_tokens, spec.block_size)
+    num_window = min(num_held - num_prompt, decoding)
+    assert (counts.live_prompt, counts.live_window, counts.live) == (
+        num_prompt,
+        num_window,
+        num_held,
+    )
+    assert counts.allocated - counts.freed_by_window == num_held
+    assert (counts.requests_live, counts.live_sink) == (1, 0)
+    assert counts.reserved == spec.charge(num_pinned)
+
+
 def _compute(
     spec: PromptWindowSpec, request: Request, steps: list[int], num_in_flight_steps: int
 ) -> int:
@@ -103,6 +120,7 @@ def _compute(
             if is_visible(query, key, spec.window, spec.sink_tokens, Phase.DECODE, prompt_len)
         }
         assert _stored(kv) == seen
+        _check_counts(kv, len(seen), max(prompt_len, spec.sink_tokens))
         most = max(most, len(seen))
     return most
 
@@ -222,6 +240,7 @@ def test_a_session_without_prefix_caching_goes_on_where_nothing_was_freed() -> N
     request.num_prompt_tokens = request.num_tokens
     _answer(kv, request, 5 * PAGE)
     assert _stored(kv) == {0, 1, 2, 3, 7, 8}
+    _check_counts(kv, 6, request.num_prompt_tokens)
 
 
 def test_no_page_of_an_answer_is_cached() -> None:
