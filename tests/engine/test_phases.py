@@ -11,10 +11,12 @@ from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
 from vllm.v1.request import Request
 
 import swa_vllm
+from swa_backend.pages import WindowPages
 from swa_vllm.attention.cpu import builder
 from swa_vllm.attention.cpu.ghost_tail import SinkCopies
 from swa_vllm.attention.layer import PromptCachedAttention, ReplacedAttention
 from swa_vllm.kv_cache.prompt_cache import PromptCacheManager
+from swa_vllm.kv_cache.prompt_window import PromptWindowSpec
 from tests.helpers.dense_qwen3 import Sight
 from tests.helpers.dense_text import TextOracle
 from tests.helpers.engines import (
@@ -274,3 +276,21 @@ def test_wrong_phases_are_noticed(
     break_it(monkeypatch)
     with pytest.raises(AssertionError, match="is not the oracle's"):
         check(tiny_model(**FULL), engine, phase, layers)
+
+
+def test_freeing_the_prompts_last_page_is_noticed(
+    tiny_model: ModelFactory,
+    engine: EngineFactory,
+    no_engine: Callable[[], None],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """In the manager, as if only whole pages of a prompt were seen: free pages hold NaN."""
+    pages = PromptWindowSpec.pages
+
+    def whole(spec: PromptWindowSpec, num_prompt_tokens: int) -> WindowPages:
+        return pages(spec, num_prompt_tokens // PAGE_SIZE * PAGE_SIZE)
+
+    monkeypatch.setattr(PromptWindowSpec, "pages", whole)
+    with pytest.raises(RuntimeError, match="a page was read that the request does not hold"):
+        _check_long_answers(tiny_model(**FULL), engine, "decode", "sliding")
+    no_engine()  # it holds what it was serving
