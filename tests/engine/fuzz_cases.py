@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 from swa_backend.options import PrefillPages
 from swa_backend.pages import WindowPages, ceil_div
+from swa_vllm.attention.cpu.answer_table import num_spare_tokens
 from tests.helpers.tiny_models import FULL, ROPE, random_prompts
 
 MAX_LENGTH = 256
@@ -88,6 +89,11 @@ class Case:
     def keeps_all(self) -> bool:
         """Whether every page of a request stays until its end."""
         return self.phase == "prefill"
+
+    @property
+    def stores_prompts(self) -> bool:
+        """Whether every page of a prompt is stored, and stays as long as its request."""
+        return self.phase != "both"
 
     @property
     def windows(self) -> tuple[int | None, ...]:
@@ -197,10 +203,13 @@ def _draw(rng: random.Random) -> Case:
         caching=rng.random() < 0.7,
         is_async=rng.random() < 0.5,
         batches=batches,
-        phase=rng.choice(["both", "prefill"]),
+        # Three seeds of four aim at what a window in both phases alone does.
+        phase=rng.choice(["both", "prefill", "prefill", "decode", "decode"]),
     )
-    if case.keeps_all:
+    if case.stores_prompts:
         case = replace(case, prefill_pages="auto")
+    if case.phase == "decode":  # shift is refused; only answers longer than a window free pages
+        case = replace(case, shift=False, window=rng.choice([1, 2, rng.randint(3, 40)]))
     least = _least_pages(case)
     return replace(case, num_pages=least + rng.choice([0, 0, least // 4, least, 5 * least]))
 
@@ -210,6 +219,9 @@ def _least_pages(case: Case) -> int:
     num_full, num_windowed = case.num_groups
     if case.keeps_all:
         return ceil_div(case.max_length, case.page_size) + 1
+    if case.stores_prompts:
+        longest = ceil_div(case.max_length + num_spare_tokens(case.page_size), case.page_size)
+        return (num_full + num_windowed) * longest + 1
     longest = ceil_div(case.max_length + case.sinks, case.page_size)
     in_flight = ceil_div(case.window - 1 + 2 * case.chunk, case.page_size) + 1
     charged = min(longest, in_flight + 2 * case.pages.num_sink_pages)
@@ -242,7 +254,7 @@ def _job(rng: random.Random, max_length: int, starts_at: int) -> Job:
 def _can_skip_pages(case: Case) -> bool:
     """A chunk of a first prompt passes over pages that it need not store."""
     is_kept = (
-        case.keeps_all
+        case.stores_prompts
         or case.prefill_pages == PrefillPages.ALL.value
         or (case.prefill_pages == PrefillPages.AUTO.value and case.caching)
     )
@@ -256,7 +268,7 @@ def _can_hit_across_freed_pages(case: Case) -> bool:
     pages, (jobs, (again, *_)) = case.pages, case.batches
     num_pages = pages.num_sink_pages + pages.num_hit_pages + 1
     # A window of one sees no page that a hit could end with; who scores a prompt reads no cache.
-    may_free = case.window > 1 and not case.keeps_all
+    may_free = case.window > 1 and not case.stores_prompts
     return (case.caching and may_free and not again.scores_prompt) and any(
         job.text == again.text
         and again.num_shared >= job.num_shared > num_pages * case.page_size
@@ -280,7 +292,10 @@ def _num_pages_held(case: Case, jobs: tuple[Job, ...]) -> int:
     for job in running[: case.max_requests]:
         own = job.num_own + job.num_tokens + (0 if case.caching else job.num_shared)
         num_pages = ceil_div(own, case.page_size)
-        held += num_full * num_pages + num_windowed * min(num_pages, most)
+        most_windowed = most
+        if case.stores_prompts:
+            most_windowed += ceil_div(job.num_shared + job.num_own, case.page_size)
+        held += num_full * num_pages + num_windowed * min(num_pages, most_windowed)
     return held
 
 

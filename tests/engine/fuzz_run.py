@@ -16,13 +16,20 @@ from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.request import Request
 
 from swa_vllm.kv_cache.manager import SWAManager
+from swa_vllm.kv_cache.prompt_window import PromptWindowManager
 from tests.engine.fuzz_cases import Case, Job
 from tests.helpers.dense_qwen3 import Sight
 from tests.helpers.dense_text import DenseText
 from tests.helpers.engines import managers, scheduler, to_answer
-from tests.helpers.page_checks import check_counts, check_held, check_nothing_held
+from tests.helpers.page_checks import (
+    check_counts,
+    check_held,
+    check_held_by_answer,
+    check_nothing_held,
+)
 
 MAX_STEPS = 5000  # of a batch
+FREED_BY_ANSWERS = "pages freed behind a prompt"  # and steps of requests that lack some
 
 
 @dataclass
@@ -128,6 +135,15 @@ class Run:
                 check_held(manager, name, settled)
                 if name in admitted:
                     self._count_hit(manager, request, request.num_computed_tokens - num_tokens)
+        for manager in scheduler(self.llm).kv_cache_manager.coordinator.single_type_managers:
+            if not isinstance(manager, PromptWindowManager):
+                continue
+            for name in output.num_scheduled_tokens:
+                request = requests[name]
+                settled = request.num_computed_tokens - request.num_in_flight_tokens
+                check_held_by_answer(manager, request, settled)
+                table = manager.req_to_blocks[name]
+                self.happened[FREED_BY_ANSWERS] += any(block.is_null for block in table)
 
     def _count_hit(self, manager: SWAManager, request: Request, num_tokens: int) -> None:
         """Count a hit of ``num_tokens`` tokens; it may lie across pages that no cache has."""

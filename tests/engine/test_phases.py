@@ -11,10 +11,12 @@ from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
 from vllm.v1.request import Request
 
 import swa_vllm
+from swa_backend.pages import WindowPages
 from swa_vllm.attention.cpu import builder
+from swa_vllm.attention.cpu.ghost_tail import SinkCopies
 from swa_vllm.attention.layer import PromptCachedAttention, ReplacedAttention
 from swa_vllm.kv_cache.prompt_cache import PromptCacheManager
-from swa_vllm.kv_cache.prompt_window import PromptWindowManager
+from swa_vllm.kv_cache.prompt_window import PromptWindowManager, PromptWindowSpec
 from tests.helpers.dense_qwen3 import Sight
 from tests.helpers.dense_text import TextOracle
 from tests.helpers.engines import (
@@ -247,17 +249,33 @@ def _cache_answers_in_full_layers(monkeypatch: pytest.MonkeyPatch) -> None:
     )
 
 
+def _copy_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the worker: neither the prompt's last tokens nor the window's first come along."""
+    monkeypatch.setattr(SinkCopies, "copy", lambda self, kv_cache, pages: None)
+
+
+def _check_long_answers(model: Path, engine: EngineFactory, phase: str, layers: str) -> None:
+    """Until pages have left the window."""
+    llm = engine(model, additional_config=_options(phase, layers))
+    prompts = random_prompts([2 * PAGE_SIZE + 7, 5])
+    answers = generate(llm, prompts, num_tokens=3 * PAGE_SIZE)
+    check_exact(prompts, answers, _oracle(model, phase, layers))
+
+
 @pytest.mark.parametrize(
-    ("break_it", "check", "layers"),
+    ("phase", "break_it", "check", "layers"),
     [
-        (_decide_by_query_length, _check_preempted_answer, "sliding"),
-        (_cache_answers, _check_conversations, "sliding"),
-        (_look_answers_up, _check_preempted_answer, "sliding"),
-        (_cache_answers_in_full_layers, _check_conversations, "mixed"),
+        ("prefill", _decide_by_query_length, _check_preempted_answer, "sliding"),
+        ("prefill", _cache_answers, _check_conversations, "sliding"),
+        ("prefill", _look_answers_up, _check_preempted_answer, "sliding"),
+        ("prefill", _cache_answers_in_full_layers, _check_conversations, "mixed"),
+        ("decode", _decide_by_query_length, _check_preempted_answer, "sliding"),
+        ("decode", _copy_nothing, _check_long_answers, "sliding"),
     ],
-    ids=["by step", "answers cached", "answers looked up", "answers of full layers cached"],
+    ids=lambda value: getattr(value, "__name__", value),
 )
 def test_wrong_phases_are_noticed(
+    phase: str,
     break_it: Callable[[pytest.MonkeyPatch], None],
     check: Callable[[Path, EngineFactory, str, str], None],
     layers: str,
@@ -267,4 +285,22 @@ def test_wrong_phases_are_noticed(
 ) -> None:
     break_it(monkeypatch)
     with pytest.raises(AssertionError, match="is not the oracle's"):
-        check(tiny_model(**FULL), engine, "prefill", layers)
+        check(tiny_model(**FULL), engine, phase, layers)
+
+
+def test_freeing_the_prompts_last_page_is_noticed(
+    tiny_model: ModelFactory,
+    engine: EngineFactory,
+    no_engine: Callable[[], None],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """In the manager, as if only whole pages of a prompt were seen: free pages hold NaN."""
+    pages = PromptWindowSpec.pages
+
+    def whole(spec: PromptWindowSpec, num_prompt_tokens: int) -> WindowPages:
+        return pages(spec, num_prompt_tokens // PAGE_SIZE * PAGE_SIZE)
+
+    monkeypatch.setattr(PromptWindowSpec, "pages", whole)
+    with pytest.raises(RuntimeError, match="a page was read that the request does not hold"):
+        _check_long_answers(tiny_model(**FULL), engine, "decode", "sliding")
+    no_engine()  # it holds what it was serving

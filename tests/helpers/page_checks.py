@@ -7,11 +7,13 @@ from collections.abc import Iterable
 from typing import Any
 
 from vllm.v1.core.block_pool import BlockPool
+from vllm.v1.request import Request
 
 from swa_backend.options import PrefillPages
 from swa_backend.pages import ceil_div
-from swa_backend.window import first_visible
+from swa_backend.window import Phase, first_visible
 from swa_vllm.kv_cache.manager import SWAManager
+from swa_vllm.kv_cache.prompt_window import PromptWindowManager
 
 
 def check_held(manager: SWAManager, request_id: str, num_settled: int) -> None:
@@ -31,6 +33,17 @@ def check_held(manager: SWAManager, request_id: str, num_settled: int) -> None:
     if spec.storage.prefill_pages is not PrefillPages.AUTO or not manager.enable_caching:
         assert manager.max_admission_blocks_per_request is not None
         assert len(held) <= manager.max_admission_blocks_per_request
+
+
+def check_held_by_answer(manager: PromptWindowManager, request: Request, num_settled: int) -> None:
+    """A request that was just scheduled holds what its prompt and its window need, and no more."""
+    spec, blocks = manager.kv_cache_spec, manager.req_to_blocks[request.request_id]
+    prompt_len = request.num_prompt_tokens
+    held = [i for i, block in enumerate(blocks) if not block.is_null]
+    first = first_visible(num_settled, spec.window, Phase.DECODE, prompt_len) // spec.block_size
+    kept = ceil_div(max(spec.sink_tokens, prompt_len), spec.block_size)
+    assert held == [i for i in range(len(blocks)) if i < kept or i >= first]
+    assert len(held) <= spec.charge(prompt_len)
 
 
 def check_counts(manager: SWAManager) -> None:
