@@ -309,6 +309,14 @@ _BENCH = [
         ["--pool-requests", "2"],
         ["--pool-requests", "1", "--peers", "here,full"],
     ),
+    _says(
+        "bench serve",
+        ["--pool-requests", "1", "--peers", "here,full", "--phase", "decode"],
+        "--pool-requests 1 is a pool of 40 pages",
+        "does not start with fewer than 42",
+        "give more",
+        ["--pool-requests", "2", "--peers", "here,full", "--phase", "decode"],
+    ),
     _says("bench serve", ["--trace", "nowhere"], "nowhere", "No such file", "file of JSON lines"),
     _says(
         "bench serve",

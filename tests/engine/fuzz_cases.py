@@ -11,8 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from swa_backend.options import PrefillPages
-from swa_backend.pages import WindowPages, ceil_div
-from swa_vllm.attention.cpu.answer_table import num_spare_tokens
+from swa_backend.pages import WindowPages, ceil_div, max_partial_tokens
 from tests.helpers.tiny_models import FULL, ROPE, random_prompts
 
 MAX_LENGTH = 256
@@ -220,7 +219,7 @@ def _least_pages(case: Case) -> int:
     if case.keeps_all:
         return ceil_div(case.max_length, case.page_size) + 1
     if case.stores_prompts:
-        longest = ceil_div(case.max_length + num_spare_tokens(case.page_size), case.page_size)
+        longest = ceil_div(case.max_length + max_partial_tokens(case.page_size), case.page_size)
         return (num_full + num_windowed) * longest + 1
     longest = ceil_div(case.max_length + case.sinks, case.page_size)
     in_flight = ceil_div(case.window - 1 + 2 * case.chunk, case.page_size) + 1

@@ -19,7 +19,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from swa_backend.pages import ceil_div
+from swa_backend.pages import ceil_div, max_partial_tokens
 from swa_backend.table import format_table
 from swa_backend.window import Phase
 from swa_vllm.tools.bench.serving.arms import (
@@ -110,6 +110,12 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         raise ValueError(
             f"--pool-requests {args.pool_requests} is a pool of {num_pages} pages, and stock vLLM "
             f"charges its longest request {charged}; give more, or leave stock out of --peers"
+        )
+    spare = max_partial_tokens(args.block_size) if args.phase == Phase.DECODE else 0
+    if (least := ceil_div(longest + spare, args.block_size)) > num_pages:
+        raise ValueError(
+            f"--pool-requests {args.pool_requests} is a pool of {num_pages} pages, and with "
+            f"--phase {args.phase} vLLM does not start with fewer than {least}; give more"
         )
     with tempfile.TemporaryDirectory() as directory:
         launcher = Launcher(
