@@ -18,7 +18,7 @@ MEMBERS: dict[str, set[str]] = {
     "vllm.config.model:ModelConfig": {
         *("architecture", "architectures", "code_revision", "config_format", "dtype"),
         *("get_head_size", "hf_config", "hf_config_path", "hf_overrides", "max_model_len", "model"),
-        *("model_arch_config", "revision", "rswa_window", "trust_remote_code"),
+        *("model_arch_config", "revision", "rswa_window", "runner_type", "trust_remote_code"),
     },
     "vllm.config.model_arch:ModelArchitectureConfig": {"rswa_window"},
     "vllm.config.observability:ObservabilityConfig": {"enable_mfu_metrics"},
