@@ -68,6 +68,25 @@ def test_next_token_after_a_digit_first_prompt_is_the_first_digit(tokenizer: Any
         assert needle.tokens[-needle.distance - len(asked) : -needle.distance] == asked
 
 
+def test_what_is_asked_behind_generated_text_stands_in_the_prompt(tokenizer: Any) -> None:
+    needles = make_needles(
+        lambda text: list(tokenizer(text, add_special_tokens=False)["input_ids"]),
+        [400],
+        num_depths=3,
+        num_trials=2,
+        num_generated=250,
+    )
+    for needle in needles:
+        assert needle.num_generated == 250
+        prompt = tokenizer.decode(needle.tokens[:-250])
+        assert prompt.count(f"is {needle.number}.") == 1
+        assert tokenizer.decode(needle.tokens).count(needle.number) == 1
+        assert 250 < needle.distance < len(needle.tokens)
+    at_start, in_the_middle, at_end = (needle.distance for needle in needles[::2])
+    assert at_start > in_the_middle > at_end
+    assert at_end < 250 + 60  # the last sentence that ends in the prompt
+
+
 def test_prompts_are_the_same_each_time(needles: list[Needle], tokenizer: Any) -> None:
     again = make_needles(
         lambda text: list(tokenizer(text, add_special_tokens=False)["input_ids"]), [200, 400], 3, 2
@@ -103,6 +122,14 @@ def test_says_what_the_window_of_a_prompt_forgets() -> None:
     assert mixed.startswith("some layers keep full attention")
 
 
+def test_says_what_the_window_of_an_answer_sees() -> None:
+    text = describe_recall(64, 4, True, _at(65, 300), [True, False], Phase.DECODE)
+    assert text == (
+        "generated tokens see the whole prompt, and the window of 64 tokens; recalled here: 0 of 0 "
+        "within the window, 1 of 2 beyond it"
+    )
+
+
 def test_a_window_in_the_prompt_only_recalls_what_one_in_both_phases_forgets(
     demo_model: dict[str, Path], no_engine: Callable[[], None], tmp_path: Path
 ) -> None:
@@ -116,6 +143,21 @@ def test_a_window_in_the_prompt_only_recalls_what_one_in_both_phases_forgets(
         assert result["options"].get("phase", "both") == phase
         recalled[phase] = [n["window"] for n in result["needles"] if n["distance"] > 64]
     assert recalled == {"both": [False, False], "prefill": [True, True]}
+
+
+def test_a_window_in_the_answer_only_recalls_what_stands_in_the_prompt(
+    demo_model: dict[str, Path], no_engine: Callable[[], None], tmp_path: Path
+) -> None:
+    no_engine()
+    path, recalled = tmp_path / "needle.json", {}
+    common = ["eval", "needle", str(demo_model["full"]), "--window", "64", "--lengths", "250"]
+    common += ["--generated", "150", "--depths", "3", "--quick", "--dtype", "float32"]
+    for phase in ("both", "decode"):
+        assert main([*common, "--phase", phase, "--json", str(path)]) == 0
+        result = json.loads(path.read_text())
+        assert result["generated"] == 150
+        recalled[phase] = [(n["full attention"], n["window"]) for n in result["needles"]]
+    assert recalled == {"both": [(True, False)] * 3, "decode": [(True, True)] * 3}
 
 
 def test_command_asks_with_full_attention_and_with_the_window(

@@ -11,7 +11,7 @@ FORCED_TOKENS = "swa_forced_tokens"  # in a request's extra_args
 
 
 class ForcedTokens(AdapterLogitsProcessor):
-    """Make a request decode the tokens in its ``extra_args``, whatever the model would say.
+    """Make a request decode the tokens in its ``extra_args`` first, whatever the model would say.
 
     vLLM takes log-probabilities of the logits before processors change them (``logprobs_mode``
     ``raw_logprobs``, its default), so those of the forced tokens are the model's own.
@@ -20,10 +20,10 @@ class ForcedTokens(AdapterLogitsProcessor):
     @classmethod
     def validate_params(cls, sampling_params: SamplingParams) -> None:
         tokens = (sampling_params.extra_args or {}).get(FORCED_TOKENS)
-        if tokens is not None and len(tokens) != sampling_params.max_tokens:
+        if tokens is not None and len(tokens) > (sampling_params.max_tokens or 0):
             raise ValueError(
                 f"{FORCED_TOKENS} has {len(tokens)} tokens and max_tokens is "
-                f"{sampling_params.max_tokens}; they must be as many"
+                f"{sampling_params.max_tokens}; it must be as many, or more"
             )
 
     def is_argmax_invariant(self) -> bool:
@@ -37,6 +37,8 @@ class ForcedTokens(AdapterLogitsProcessor):
             return None
 
         def force(output: list[int], logits: torch.Tensor) -> torch.Tensor:
+            if len(output) >= len(tokens):
+                return logits
             forced: Any = torch.full_like(logits, float("-inf"))
             forced[tokens[len(output)]] = 0.0
             return forced

@@ -8,6 +8,10 @@ many tokens before the answer the number stood.
 With --phase prefill, generated tokens see everything, but the first is predicted by the prompt's
 last token, which has the window. That first token is the blank before the number, and is easily
 guessed. With --digit-first the prompt ends in the blank, and the first token is a digit.
+
+With --generated N, the last N tokens of each text, the question among them, are forced as generated
+tokens: so the question is asked after a long answer, and the number stands in the prompt. That is
+what --phase decode is for.
 """
 
 import argparse
@@ -15,7 +19,7 @@ import random
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import chain
+from itertools import accumulate, chain
 from typing import Any
 
 from vllm import SamplingParams
@@ -31,6 +35,7 @@ from swa_vllm.tools.common.arguments import (
     refuse_phase_decode,
 )
 from swa_vllm.tools.common.progress import say
+from swa_vllm.tools.engines.forced import FORCED_TOKENS
 from swa_vllm.tools.engines.scoring import ScoringEngine
 from swa_vllm.tools.engines.setup import (
     FULL_ATTENTION,
@@ -54,12 +59,13 @@ Tokenize = Callable[[str], list[int]]
 
 @dataclass(frozen=True)
 class Needle:
-    """A prompt, the number that it asks for, and where that stands.
+    """A text, the number that it asks for, and where that stands.
 
     Attributes:
-        length: tokens asked for; the prompt has no more.
-        depth: where the sentence stands: 0 at the start, 1 at the end.
-        distance: tokens from the number to the end of the prompt.
+        length: tokens asked for; the text has no more.
+        depth: where the sentence stands: 0 at the start of the prompt, 1 at its end.
+        distance: tokens from the number to the end of the text.
+        num_generated: how many of its last tokens are forced as generated ones, behind the prompt.
     """
 
     tokens: list[int]
@@ -67,6 +73,7 @@ class Needle:
     length: int
     depth: float
     distance: int
+    num_generated: int = 0
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -79,6 +86,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--digit-first", action="store_true", help="the first token of an answer is a digit"
     )
+    parser.add_argument(
+        "--generated",
+        type=int,
+        default=0,
+        metavar="N",
+        help="last tokens of a text that are forced as generated (0)",
+    )
     parser.add_argument("--lengths", default="1024,2048,4096", help="tokens (1024,2048,4096)")
     parser.add_argument("--depths", type=int, default=5, help="from 0 to 1 (5)")
     parser.add_argument("--trials", type=int, default=4, help="of each length and depth (4)")
@@ -88,11 +102,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Print recall by depth and by distance; returns the figures."""
     plots.check_plot_path(args.plot)
-    refuse_phase_decode(
-        args,
-        "hides nothing from a question at the end of a prompt, which sees all of it",
-        "measure swa eval ppl --prompt-tokens N or swa eval stream, or leave --phase out",
-    )
+    if args.generated == 0:
+        refuse_phase_decode(
+            args,
+            "hides nothing from a question at the end of a prompt, which sees all of it",
+            "ask behind generated text with --generated N, or leave --phase out",
+        )
     hf_config = scoring_text_config(args.model)
     options: dict[str, Any] = {"window": args.window, "sink_tokens": args.sinks}
     options |= options_of_phase(args)
@@ -107,8 +122,11 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         args.depths,
         1 if args.quick else args.trials,
         digit_first=args.digit_first,
+        num_generated=args.generated,
     )
-    setup = setup_of(args, hf_config, max(lengths) + _ANSWER_TOKENS)
+    setup = setup_of(
+        args, hf_config, max(lengths) + _ANSWER_TOKENS, forces_tokens=args.generated > 0
+    )
     recalled = {
         name: [
             tokenizer.decode(answer).strip().startswith(needle.number)
@@ -135,6 +153,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         "model": args.model,
         "options": options,
         "digit_first": args.digit_first,
+        "generated": args.generated,
         "needles": figures,
     }
 
@@ -142,6 +161,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 def _needle_lengths(args: argparse.Namespace) -> list[int]:
     check_number_argument("depths", args.depths, least=2)
     check_number_argument("trials", args.trials)
+    check_number_argument("generated", args.generated, least=0)
     lengths = []
     for text in args.lengths.split(","):
         if not is_flag_number(text, _SHORTEST):
@@ -153,6 +173,17 @@ def _needle_lengths(args: argparse.Namespace) -> list[int]:
             f"--lengths, {max(lengths)}: nothing would slide. Give "
             "a longer one, or a smaller window"
         )
+    if args.phase == Phase.DECODE and args.window >= args.generated:
+        raise ValueError(
+            f"--phase {args.phase} with a window of {args.window}, which is not below --generated "
+            f"{args.generated}: nothing would slide. Give more, or a smaller window"
+        )
+    if min(lengths) - args.generated < _SHORTEST:
+        raise ValueError(
+            f"--generated {args.generated} leaves {min(lengths) - args.generated} tokens of "
+            f"--lengths {min(lengths)} for the prompt, and {_SHORTEST} are needed; give fewer, or "
+            "longer ones"
+        )
     return lengths
 
 
@@ -163,11 +194,13 @@ def make_needles(
     num_trials: int,
     *,
     digit_first: bool = False,
+    num_generated: int = 0,
 ) -> list[Needle]:
-    """Make prompts of every length and depth, the same ones each time.
+    """Make texts of every length and depth, the same ones each time.
 
     Args:
         digit_first: the blank before the number ends the question, and does not begin the answer.
+        num_generated: last tokens of each text that are not its prompt's.
     """
     blanks = (" ", "") if digit_first else ("", " ")
     generator, needles = random.Random(0), []  # noqa: S311 (the same numbers every time)
@@ -177,7 +210,9 @@ def make_needles(
                 city, number = generator.choice(_CITIES), str(generator.randint(1000, 9999))
                 seed = generator.randrange(1 << 30)
                 depth = step / (num_depths - 1)
-                needles.append(_make_needle(tokenize, length, depth, city, number, seed, blanks))
+                needles.append(
+                    _make_needle(tokenize, length, depth, city, number, seed, blanks, num_generated)
+                )
     return needles
 
 
@@ -189,6 +224,7 @@ def _make_needle(
     number: str,
     seed: int,
     blanks: tuple[str, str],
+    num_generated: int,
 ) -> Needle:
     asked_with, answered_with = blanks
     question = tokenize(f" The secret number of {city} is{asked_with}")
@@ -199,23 +235,41 @@ def _make_needle(
             break
         left -= len(sentence)
         hay.append(sentence)
-    place = round(depth * len(hay))
+    # As many sentences as may stand before the number for it to stand in the prompt.
+    in_prompt = sum(map(len, hay)) + 2 * len(question) + len(answer) - num_generated
+    ends = accumulate(map(len, hay), initial=len(question) + len(answer))
+    most = len(hay) if num_generated == 0 else sum(end <= in_prompt for end in ends) - 1
+    place = round(depth * most)
     before, behind = (list(chain(*part)) for part in (hay[:place], hay[place:]))
     tokens = [*before, *question, *answer, *behind, *question]
     distance = len(tokens) - len(before) - len(question)
-    return Needle(tokens, number, length, depth, distance)
+    return Needle(tokens, number, length, depth, distance, num_generated)
 
 
 def _answer_needles(
     name: str, setup: Setup, options: Mapping[str, Any], needles: Sequence[Needle]
 ) -> list[list[int]]:
     say(f"{name}: {len(needles)} prompts")
-    params = SamplingParams(temperature=0.0, max_tokens=_ANSWER_TOKENS, detokenize=False)
+    prompts, params = [], []
+    for needle in needles:
+        num_prompt = len(needle.tokens) - needle.num_generated
+        prompts.append({"prompt_token_ids": needle.tokens[:num_prompt]})
+        forced = {FORCED_TOKENS: needle.tokens[num_prompt:]} if needle.num_generated else None
+        params.append(
+            SamplingParams(
+                temperature=0.0,
+                max_tokens=needle.num_generated + _ANSWER_TOKENS,
+                detokenize=False,
+                extra_args=forced,
+            )
+        )
     with ScoringEngine.start(setup, options) as engine:
         assert engine.llm is not None
-        prompts = [{"prompt_token_ids": needle.tokens} for needle in needles]
         outputs = engine.llm.generate(prompts, params)  # its bar is on stderr
-    return [list(output.outputs[0].token_ids) for output in outputs]
+    return [
+        list(output.outputs[0].token_ids)[needle.num_generated :]
+        for needle, output in zip(needles, outputs, strict=True)
+    ]
 
 
 def _recall_by_depth(name: str, needles: Sequence[Needle], hits: Sequence[bool]) -> plots.HeatMap:
@@ -279,6 +333,10 @@ def describe_recall(
         return (
             "generated tokens see the whole text; the prompt's last token, which predicts the "
             f"first of them, sees the window of {window} tokens{kept}; {measured}"
+        )
+    if phase is Phase.DECODE:
+        return (
+            f"generated tokens see the whole prompt, and the window of {window} tokens; {measured}"
         )
     kept = f", but for the {sinks} sinks" if sinks else ""
     return (
