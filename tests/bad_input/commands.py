@@ -76,7 +76,13 @@ _RIGHT: dict[str, dict[str, str]] = {
         "--plot": f"{HERE}/a.png",
         "--json": f"{HERE}/a.json",
     },
-    "eval needle": {"--lengths": "200", "--depths": "2", "--trials": "1", "--sinks": "4"},
+    "eval needle": {
+        "--lengths": "200",
+        "--depths": "2",
+        "--trials": "1",
+        "--sinks": "4",
+        "--generated": "64",
+    },
     "eval stream": {
         "--tokens": "1024",
         "--arms": "shifted,window",
