@@ -134,9 +134,10 @@ def _talk(llm: LLM, num_turns: int, seed: int) -> tuple[list[list[int]], list[An
     prompts, answers = [], []
     (text,) = random_prompts([2 * PAGE_SIZE + 7], seed=seed)
     for turn in range(num_turns):
-        answers += generate(llm, [text], num_tokens=40)
+        # So many that in either phase some are made under another mask than as a prompt.
+        answers += generate(llm, [text], num_tokens=2 * WINDOW)
         prompts.append(text)
-        text = text + answers[-1].tokens + random_prompts([9], seed=100 * seed + turn)[0]
+        text = text + answers[-1].tokens + random_prompts([10], seed=100 * seed + turn)[0]
     return prompts, answers
 
 
@@ -277,6 +278,7 @@ def _check_long_answers(model: Path, engine: EngineFactory, phase: str, layers: 
         ("prefill", _look_answers_up, _check_preempted_answer, "sliding"),
         ("prefill", _cache_answers_in_full_layers, _check_conversations, "mixed"),
         ("decode", _decide_by_query_length, _check_preempted_answer, "sliding"),
+        ("decode", _cache_answers, _check_conversations, "sliding"),
         ("decode", _copy_nothing, _check_long_answers, "sliding"),
     ],
     ids=lambda value: getattr(value, "__name__", value),
