@@ -1,14 +1,14 @@
 """Windowed attention on CPUs: vLLM's C++ operators, over scratch pages where they cannot serve."""
 
 import copy
-from typing import Any
+from typing import Any, Self
 
 import torch
 from vllm.platforms.interface import DeviceCapability
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend, CPUAttentionBackendImpl
 
 from swa_backend.window import Phase
-from swa_vllm.attention.cpu.builder import Part, SWACPUMetadata, SWACPUMetadataBuilder
+from swa_vllm.attention.cpu.builder import NO_WINDOW, Part, SWACPUMetadata, SWACPUMetadataBuilder
 from swa_vllm.attention.cpu.position_shift import PositionShift, ShiftedScratch
 
 
@@ -31,6 +31,7 @@ class SWACPUImpl(CPUAttentionBackendImpl):
             phase: whose queries have the window.
         """
         super().__init__(*args, **kwargs)
+        self._unwindowed = self._copy_with_window(NO_WINDOW)
         self.sliding_window += sink_tokens  # of the operators, which see copies of the sinks in it
         self.shift: PositionShift | None = None
         if shifted_by is not None:
@@ -87,12 +88,18 @@ class SWACPUImpl(CPUAttentionBackendImpl):
         output: torch.Tensor,
     ) -> None:
         impl = self
-        if part.window is not None:
-            impl = copy.copy(self)
-            impl.sliding_window = part.window
+        if part.window == NO_WINDOW:
+            impl = self._unwindowed
+        elif part.window is not None:
+            impl = self._copy_with_window(part.window)
         CPUAttentionBackendImpl.forward(
             impl, layer, query, key, value, pages, part.metadata, output
         )
+
+    def _copy_with_window(self, window: int) -> Self:
+        impl = copy.copy(self)
+        impl.sliding_window = window
+        return impl
 
     def _attend_in_scratch(
         self,

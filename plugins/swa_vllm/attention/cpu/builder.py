@@ -23,6 +23,8 @@ from swa_vllm.attention.layer import phase_of_layers, windowed_layers
 from swa_vllm.attention.layer_table import log_layers
 from swa_vllm.attention.poison import NaNCheck, PoisonWatch
 
+NO_WINDOW = -1  # to vLLM's operators
+
 
 @dataclass(frozen=True)
 class Part:
@@ -31,7 +33,7 @@ class Part:
     Attributes:
         tokens: their tokens in the batch.
         metadata: of these requests alone.
-        window: tokens that a query sees of a run of keys, -1 for all; None for the layer's own.
+        window: tokens that a query sees of a run of keys, or NO_WINDOW; None for the layer's own.
         layout: where their keys lie in scratch pages; None where the KV cache serves them.
         sinks: copies of their sinks in scratch pages, plain or with cache-relative positions.
     """
@@ -130,7 +132,7 @@ class SWACPUMetadataBuilder(CPUAttentionMetadataBuilder):
         else:
             if self._phase is Phase.PREFILL:
                 batch, is_answer = split_at_prompt_ends(batch)
-                windows = [-1 if sees_all else None for sees_all in is_answer]
+                windows = [NO_WINDOW if sees_all else None for sees_all in is_answer]
             needs_scratch = self._rows_for_scratch(batch, windows)
         if self.page_layout is not None and self._phase is Phase.BOTH:
             tail = ghost_tail(batch, self._window, self._sink_tokens, self.block_size)
@@ -158,7 +160,7 @@ class SWACPUMetadataBuilder(CPUAttentionMetadataBuilder):
             serve the others from the KV cache, where nothing is hidden from them.
         """
         batch, is_answer = split_at_prompt_ends(batch)
-        windows: list[int | None] = [-1] * batch.num_reqs
+        windows: list[int | None] = [NO_WINDOW] * batch.num_reqs
         if batch.rswa_prefix_lens is None:
             return batch, [False] * batch.num_reqs, windows, None
         assert self.page_layout is not None
@@ -180,7 +182,7 @@ class SWACPUMetadataBuilder(CPUAttentionMetadataBuilder):
         self, batch: CommonAttentionMetadata, windows: list[int | None]
     ) -> list[bool]:
         """Tell which chunks need scratch: those with holes, and those beyond their sinks."""
-        sees_all = [window == -1 for window in windows]
+        sees_all = [window == NO_WINDOW for window in windows]
         # One query with a window in every phase has its sinks in a ghost tail.
         most_in_pages = 1 if self._phase is Phase.BOTH or not self._sink_tokens else 0
         # No common window: vLLM put layers of different windows into one group, with its own spec.

@@ -108,13 +108,12 @@ def simulated_specs(arm: Arm, engine: Engine, config: VllmConfig) -> list[KVCach
     if arm is Arm.FULL:
         sliding = full
     elif arm is Arm.SWA and engine.phase is Phase.DECODE:
-        sliding = PromptWindowSpec.from_stock(
-            full,
-            None,
-            window=engine.window,
+        sliding = PromptWindowSpec.of_layer(
+            sliding,
+            config,
             sink_tokens=engine.sink_tokens,
             spare_tokens=engine.spare_tokens,
-            max_in_flight_tokens=config.max_in_flight_tokens,
+            poison_key=None,
         )
         full = PromptCacheSpec.from_stock(full, None)
     elif arm is Arm.SWA:

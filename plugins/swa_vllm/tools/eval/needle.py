@@ -238,7 +238,7 @@ def _make_needle(
     # As many sentences as may stand before the number for it to stand in the prompt.
     in_prompt = sum(map(len, hay)) + 2 * len(question) + len(answer) - num_generated
     ends = accumulate(map(len, hay), initial=len(question) + len(answer))
-    most = len(hay) if num_generated == 0 else sum(end <= in_prompt for end in ends) - 1
+    most = sum(end <= in_prompt for end in ends) - 1
     place = round(depth * most)
     before, behind = (list(chain(*part)) for part in (hay[:place], hay[place:]))
     tokens = [*before, *question, *answer, *behind, *question]
