@@ -1,5 +1,6 @@
 """Layers whose generated tokens alone have a window: what they keep, free and charge."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -194,6 +195,14 @@ def test_without_prefix_caching_full_attentions_pages_are_charged() -> None:
     assert _stored(kv) == {0, 1, 2, 6, 7, 8, 9}
     kv.free(request)
     assert _charge(kv, request, 200) == ceil_div(206, PAGE)
+
+
+def test_no_request_is_promised_more_than_the_longest_takes() -> None:
+    spec = _spec(spare_tokens=6, max_in_flight_tokens=1000)
+    assert spec.charge(9) > 200
+    assert replace(spec, max_model_len=40).charge(9) == ceil_div(40 + 6, PAGE)
+    few = replace(spec, max_in_flight_tokens=1)
+    assert replace(few, max_model_len=40).charge(9) == few.charge(9) < 12
 
 
 def test_a_dropped_request_is_forgotten() -> None:

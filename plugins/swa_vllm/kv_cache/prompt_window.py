@@ -35,6 +35,7 @@ class PromptWindowSpec(PromptCacheSpec):
         spare_tokens: slots behind the newest token that the attention backend writes to.
         lookahead_tokens: slots that a step takes beyond its own tokens, for drafts.
         max_in_flight_tokens: most tokens of all steps that are not yet settled.
+        max_model_len: tokens of the longest request; None where nothing limits it.
         instance_id: vLLM's name of the engine; empty if nobody reads the manager's counts.
         engine_index: its data parallel rank.
     """
@@ -44,6 +45,7 @@ class PromptWindowSpec(PromptCacheSpec):
     spare_tokens: int = 0
     lookahead_tokens: int = 0
     max_in_flight_tokens: int = 0
+    max_model_len: int | None = None
     instance_id: str = ""
     engine_index: int = 0
 
@@ -66,6 +68,7 @@ class PromptWindowSpec(PromptCacheSpec):
             spare_tokens=spare_tokens,
             lookahead_tokens=vllm_config.num_lookahead_tokens,
             max_in_flight_tokens=vllm_config.max_in_flight_tokens,
+            max_model_len=vllm_config.model_config.max_model_len,
             instance_id=vllm_config.instance_id,
             engine_index=vllm_config.parallel_config.data_parallel_index,
         )
@@ -82,9 +85,12 @@ class PromptWindowSpec(PromptCacheSpec):
 
     def charge(self, num_prompt_tokens: int) -> int:
         """Most pages that a request holds, however long its answer."""
-        return self.pages(num_prompt_tokens).max_held_without_holes(
+        held = self.pages(num_prompt_tokens).max_held_without_holes(
             self.max_in_flight_tokens, self.num_ahead_tokens
         )
+        if self.max_model_len is None:
+            return held
+        return min(held, ceil_div(self.max_model_len + self.spare_tokens, self.block_size))
 
     def max_memory_usage_bytes(self, vllm_config: VllmConfig) -> int:
         longest = vllm_config.model_config.max_model_len + self.spare_tokens
