@@ -51,6 +51,7 @@ SINKS = {
     "more than a page": (33, False),
     "shifted sinks": (4, True),
 }
+UNSHIFTED = [name for name, (_, shift) in SINKS.items() if not shift]
 Case = tuple[str, str, str, bool]
 DIMENSIONS = (LAYERS, CHUNKS, SINKS, (True, False))
 
@@ -69,64 +70,51 @@ def _options(phase: str, layers: str, sinks: str = "no sinks") -> dict[str, Any]
     return {"swa": options}
 
 
-@pytest.mark.parametrize("case", pairwise(*DIMENSIONS), ids=str)
-def test_prefill_phase_equals_a_dense_model(
-    case: Case, tiny_model: ModelFactory, engine: EngineFactory
-) -> None:
+def _check_answers(
+    case: Case, phase: str, num_tokens: int, model: Path, engine: EngineFactory
+) -> LLM:
+    """Answers are a dense model's, and the same again; gives the engine, which holds no page."""
     layers, chunk, sinks, caching = case
-    model = tiny_model(**FULL)
     llm = engine(
         model,
         max_num_batched_tokens=CHUNKS[chunk],
         enable_prefix_caching=caching,
-        additional_config=_options("prefill", layers, sinks),
+        additional_config=_options(phase, layers, sinks),
     )
     assert {s for layer in attention_layers(llm) if (s := layer.sliding_window)} == {WINDOW}
     num_free = num_free_pages(llm)
     prompts = random_prompts(LENGTHS)
-    answers = generate(llm, prompts)
-    check_exact(prompts, answers, _oracle(model, "prefill", layers, sinks))
+    answers = generate(llm, prompts, num_tokens)
+    check_exact(prompts, answers, _oracle(model, phase, layers, sinks))
     assert num_free_pages(llm) == num_free
-    assert swa_vllm.stats(llm) == {}  # no page leaves a window
-    again = generate(llm, prompts)
+    again = generate(llm, prompts, num_tokens)
     assert [a.tokens for a in again] == [a.tokens for a in answers]
     assert (again[-1].num_cached_tokens > 0) == caching
+    return llm
 
 
-DECODE_SINKS = tuple(set(SINKS) - {"shifted sinks"})
+@pytest.mark.parametrize("case", pairwise(*DIMENSIONS), ids=str)
+def test_prefill_phase_equals_a_dense_model(
+    case: Case, tiny_model: ModelFactory, engine: EngineFactory
+) -> None:
+    llm = _check_answers(case, "prefill", 24, tiny_model(**FULL), engine)
+    assert swa_vllm.stats(llm) == {}  # no page leaves a window
 
 
-@pytest.mark.parametrize(
-    "case", pairwise(LAYERS, CHUNKS, sorted(DECODE_SINKS), (True, False)), ids=str
-)
+@pytest.mark.parametrize("case", pairwise(LAYERS, CHUNKS, UNSHIFTED, (True, False)), ids=str)
 def test_decode_phase_equals_a_dense_model(
     case: Case, tiny_model: ModelFactory, engine: EngineFactory
 ) -> None:
-    layers, chunk, sinks, caching = case
-    model = tiny_model(**FULL)
-    llm = engine(
-        model,
-        max_num_batched_tokens=CHUNKS[chunk],
-        enable_prefix_caching=caching,
-        additional_config=_options("decode", layers, sinks),
-    )
-    num_free = num_free_pages(llm)
-    prompts = random_prompts(LENGTHS)
-    answers = generate(llm, prompts, num_tokens=3 * WINDOW)
-    check_exact(prompts, answers, _oracle(model, "decode", layers, sinks))
-    assert num_free_pages(llm) == num_free
+    llm = _check_answers(case, "decode", 3 * WINDOW, tiny_model(**FULL), engine)
     managers = scheduler(llm).kv_cache_manager.coordinator.single_type_managers
     windowed = [m for m in managers if isinstance(m, PromptWindowManager)]
-    assert len(windowed) == (1 if layers == "sliding" else 3)
+    assert len(windowed) == (1 if case[0] == "sliding" else 3)
     for manager in windowed:
         counts = manager.snapshot()
         assert counts.freed_by_window > 0
         assert counts.live == counts.requests_live == counts.reserved == 0
         assert counts.peak_live_per_request <= manager.kv_cache_spec.charge(max(LENGTHS))
     assert len(swa_vllm.stats(llm)) == len(windowed)
-    again = generate(llm, prompts, num_tokens=3 * WINDOW)
-    assert [a.tokens for a in again] == [a.tokens for a in answers]
-    assert (again[-1].num_cached_tokens > 0) == caching
 
 
 def _talk(llm: LLM, num_turns: int, seed: int) -> tuple[list[list[int]], list[Answer]]:
