@@ -63,6 +63,20 @@ def check_counts(manager: SWAManager) -> None:
     assert counts.reserved == len(held) * manager.max_admission_blocks_per_request
 
 
+def check_counts_of_answers(manager: PromptWindowManager, requests: Iterable[Request]) -> None:
+    """What a manager counts as held now is what the tables of its ``requests`` hold."""
+    spec, pinned, live, reserved = manager.kv_cache_spec, 0, 0, 0
+    for request in requests:
+        held = sum(not block.is_null for block in manager.req_to_blocks[request.request_id])
+        num_pinned = max(spec.sink_tokens, request.num_prompt_tokens)
+        pinned += min(held, ceil_div(num_pinned, spec.block_size))
+        live += held
+        reserved += spec.charge(request.num_prompt_tokens)
+    counts = manager.snapshot()
+    assert (counts.live_prompt, counts.live, counts.live_sink) == (pinned, live, 0)
+    assert counts.reserved == reserved
+
+
 def held_pages(pool: BlockPool) -> list[int]:
     """Pages of a pool that someone holds."""
     return [b.block_id for b in pool.blocks if b.ref_cnt and not b.is_null]
@@ -74,7 +88,7 @@ def check_nothing_held(pool: BlockPool, managers: Iterable[Any]) -> None:
     assert pool.get_num_free_blocks() == len(pool.blocks) - 1  # all but the null page
     for manager in managers:
         assert not manager.req_to_blocks
-        if isinstance(manager, SWAManager):
+        if isinstance(manager, SWAManager | PromptWindowManager):
             counts = manager.snapshot()
             assert counts.live == counts.requests_live == counts.reserved == 0
             assert len(manager._held) == 0

@@ -121,6 +121,7 @@ MEMBERS: dict[str, set[str]] = {
     f"{_MANAGER}:SingleTypeKVCacheManager": {
         *("_get_num_evictable_blocks", "_null_block", "_remove_blocks_in_range", "block_pool"),
         *("block_size", "cache_hit_alignment_tokens", "enable_caching", "kv_cache_group_id"),
+        "scheduler_block_size",
         *("kv_cache_spec", "max_admission_blocks_per_request", "req_to_blocks", "use_eagle"),
     },
     "vllm.v1.kv_cache_interface:AttentionSpec": {

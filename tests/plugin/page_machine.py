@@ -21,11 +21,19 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCache
 from vllm.v1.request import Request, RequestStatus
 
 from swa_backend.options import PrefillPages
-from swa_backend.window import first_visible
+from swa_backend.window import Phase, first_visible, num_pinned
 from swa_vllm.config.storage import StoragePolicy
 from swa_vllm.kv_cache.manager import SWAManager
+from swa_vllm.kv_cache.prompt_cache import PromptCacheSpec
+from swa_vllm.kv_cache.prompt_window import PromptWindowManager, PromptWindowSpec
 from swa_vllm.kv_cache.spec import SWASpec
-from tests.helpers.page_checks import check_counts, check_held, check_nothing_held
+from tests.helpers.page_checks import (
+    check_counts,
+    check_counts_of_answers,
+    check_held,
+    check_held_by_answer,
+    check_nothing_held,
+)
 
 MAX_MODEL_LEN = 400
 # What PageMachine.happened counts, by the rule or the part of the manager that it needs.
@@ -55,6 +63,8 @@ EVENTS = (
     "pages freed by a window",
     "tokens that skipped pages kept out of the prefix cache",
     "spare slots on a page of their own",
+    "pages freed between a prompt and its window",
+    "preemptions of answers whose prompts alone are cached",
 )
 
 
@@ -76,6 +86,7 @@ class Setup:
     retention_interval: int | None = None
     num_lookahead: int = 0
     drops_last_hit: bool = False
+    phase: Phase = Phase.BOTH
 
 
 @dataclass
@@ -124,6 +135,32 @@ class _Evictions(KVCacheMetricsCollector):
         pass
 
 
+def _make_spec(setup: Setup, kind: str, common: dict[str, Any]) -> FullAttentionSpec | SWASpec:
+    """Make the spec of a layer, full or sliding, as its class makes it."""
+    if setup.phase is Phase.DECODE and kind == "sliding":
+        return PromptWindowSpec(
+            **common,
+            window=setup.window,
+            sink_tokens=setup.sink_tokens,
+            spare_tokens=setup.spare_tokens,
+            lookahead_tokens=setup.num_lookahead,
+            max_in_flight_tokens=setup.num_steps_in_flight * setup.max_step_tokens,
+        )
+    if setup.phase is not Phase.BOTH:
+        return PromptCacheSpec(**common)
+    if kind == "full":
+        return FullAttentionSpec(**common)
+    return SWASpec(
+        **common,
+        sliding_window=setup.window,
+        storage=StoragePolicy(setup.sink_tokens, setup.spare_tokens, setup.prefill_pages),
+        num_steps_in_flight=setup.num_steps_in_flight,
+        rollback_tokens=setup.num_steps_in_flight * setup.num_drafts,
+        lookahead_tokens=setup.num_lookahead,
+        drops_last_hit=setup.drops_last_hit,
+    )
+
+
 class PageMachine:
     """See the module.
 
@@ -141,16 +178,7 @@ class PageMachine:
             "head_size": 8,
             "dtype": torch.float32,
         }
-        sliding = SWASpec(
-            **common,
-            sliding_window=setup.window,
-            storage=StoragePolicy(setup.sink_tokens, setup.spare_tokens, setup.prefill_pages),
-            num_steps_in_flight=setup.num_steps_in_flight,
-            rollback_tokens=setup.num_steps_in_flight * setup.num_drafts,
-            lookahead_tokens=setup.num_lookahead,
-            drops_last_hit=setup.drops_last_hit,
-        )
-        specs = [sliding if k == "sliding" else FullAttentionSpec(**common) for k in setup.kinds]
+        specs = [_make_spec(setup, kind, common) for kind in setup.kinds]
         self.kv = KVCacheManager(
             KVCacheConfig(
                 num_blocks=setup.num_pages,
@@ -188,7 +216,10 @@ class PageMachine:
             block_hasher=self.hasher if self.setup.caching else None,
             resumable=rest_at is not None,
         )
-        tags = list(accumulate(text, lambda tag, token: hash((tag, token)), initial=0))[1:]
+        # With a window in one phase an answer's keys differ from those of a prompt of its text.
+        ends = 0 if self.setup.phase is Phase.BOTH else num_prompt
+        kinds = [(token, 0 < ends <= position) for position, token in enumerate(text)]
+        tags = list(accumulate(kinds, lambda tag, token: hash((tag, token)), initial=0))[1:]
         self.waiting.append(Sequence(request, text, tags, rest_at))
 
     def schedule(self, chunk: int) -> None:
@@ -278,6 +309,10 @@ class PageMachine:
             self._end(sequence)
         assert self.pool.get_num_free_blocks() == self.num_free_at_start
         check_nothing_held(self.pool, self.managers)
+        for manager in self.managers:
+            if isinstance(manager, PromptWindowManager):
+                freed = manager.snapshot().freed_by_window
+                self.happened["pages freed between a prompt and its window"] += freed
         for counts in (m.snapshot() for m in self.managers if isinstance(m, SWAManager)):
             self.happened["skipped pages"] += counts.skipped
             self.happened["pages freed by a window"] += counts.freed_by_window
@@ -318,6 +353,9 @@ class PageMachine:
     def _preempt(self) -> Sequence:
         victim = self.running.pop()
         self.happened["preemptions with a step in flight"] += self._is_in_flight(victim)
+        self.happened["preemptions of answers whose prompts alone are cached"] += (
+            self.setup.phase is not Phase.BOTH and victim.request.num_output_tokens > 0
+        )
         self.kv.free(victim.request)
         victim.request.num_computed_tokens = 0
         victim.request.status = RequestStatus.PREEMPTED
@@ -391,16 +429,20 @@ class PageMachine:
             assert len(blocks) == len(row)
             held = [i for i, block in enumerate(blocks) if not block.is_null]
             assert [row[i] for i in held] == [blocks[i].block_id for i in held]
-            if not isinstance(manager, SWAManager):
+            if isinstance(manager, SWAManager):
+                check_held(manager, request.request_id, settled)
+            elif isinstance(manager, PromptWindowManager):
+                check_held_by_answer(manager, request, settled)
+            else:
                 assert len(held) == len(blocks)
-                continue
-            check_held(manager, request.request_id, settled)
 
     def check_counts(self) -> None:
         """What a manager counts as held now is what its tables hold."""
         for manager in self.managers:
             if isinstance(manager, SWAManager):
                 check_counts(manager)
+            elif isinstance(manager, PromptWindowManager):
+                check_counts_of_answers(manager, [s.request for s in self.running])
 
     # --- the worker's side -----------------------------------------------------------------------
 
@@ -426,8 +468,8 @@ class PageMachine:
     def _write_spare(self, share: Scheduled, start: int) -> None:
         """Windowed layers may write anything behind the step's newest token."""
         end = min(start + share.num_tokens, len(share.sequence.text))
-        for kind, content, row in zip(self.setup.kinds, self.content, share.rows, strict=True):
-            if kind == "sliding":
+        for manager, content, row in zip(self.managers, self.content, share.rows, strict=True):
+            if isinstance(manager, SWAManager | PromptWindowManager):
                 for position in range(end, end + self.setup.spare_tokens):
                     page, slot = divmod(position, self.setup.page_size)
                     assert any(row[page : page + 1]), "no page for a spare slot"
@@ -437,11 +479,14 @@ class PageMachine:
     def _check_reads(self, share: Scheduled) -> None:
         """Every key before the chunk that its first query sees is where its row says."""
         sequence = share.sequence
-        start = sequence.settled
-        for kind, content, row in zip(self.setup.kinds, self.content, share.rows, strict=True):
-            first = first_visible(start, self.setup.window if kind == "sliding" else None)
-            sinks = self.setup.sink_tokens if kind == "sliding" else 0
-            for position in (*range(min(sinks, first)), *range(first, start)):
+        start, setup = sequence.settled, self.setup
+        mask = (setup.phase, sequence.request.num_prompt_tokens)
+        for kind, content, row in zip(setup.kinds, self.content, share.rows, strict=True):
+            # A chunk that crosses the end of the prompt has queries that see more than its first.
+            is_whole = kind == "full" or setup.phase is Phase.PREFILL
+            first = first_visible(start, None if is_whole else setup.window, *mask)
+            pinned = num_pinned(setup.sink_tokens, *mask)
+            for position in (*range(min(pinned, first)), *range(first, start)):
                 page, slot = divmod(position, self.setup.page_size)
                 assert row[page], f"page {page} of {kind} layer is a hole but visible from {start}"
                 assert content.get(row[page], {}).get(slot) == sequence.tags[position]

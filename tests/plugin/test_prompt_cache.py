@@ -8,6 +8,7 @@ from vllm.v1.request import Request
 
 import swa_vllm
 from swa_vllm.kv_cache.prompt_cache import PromptCacheSpec
+from swa_vllm.kv_cache.prompt_window import PromptWindowSpec
 from tests.plugin.upstream.pages import (
     cached_pages,
     full_spec,
@@ -55,10 +56,10 @@ def test_other_layers_do_not_join_their_group(other: PromptCacheSpec) -> None:
 def test_pages_inside_the_prompt_are_cached_and_no_others() -> None:
     kv = make_kv(SPEC)
     request = make_request("a", range(2 * PAGE + 1), PAGE)
-    serve(kv, request, 2 * PAGE)  # a chunk, at whose end a page ends
+    serve(kv, request, PAGE)  # a chunk, at whose end a page ends
     assert not request.skip_reading_prefix_cache
-    request.num_computed_tokens = 2 * PAGE
-    assert kv.allocate_slots(request, 1) is not None
+    request.num_computed_tokens = PAGE
+    assert kv.allocate_slots(request, PAGE + 1) is not None
     assert request.skip_reading_prefix_cache  # its next token is an answer
     _answer(kv, request, 3 * PAGE)
     assert cached_pages(kv, request, 0) == {0, 1}
@@ -76,6 +77,20 @@ def test_a_request_that_starts_over_inside_its_answer_looks_nothing_up() -> None
     kv.free(request)
     request.num_computed_tokens = 0
     assert serve(kv, request) == 0
+
+
+def test_accepted_drafts_of_an_answer_are_not_looked_up_either() -> None:
+    """With groups of two kinds a manager is told of whole pages only, here of none that answers."""
+    spec = PromptWindowSpec.from_stock(full_spec(PAGE), None, window=2)
+    kv = make_kv(SPEC, spec)
+    request = make_request("a", range(2 * PAGE - 2), PAGE)
+    serve(kv, request)
+    request.num_computed_tokens = request.num_tokens
+    request.append_output_token_ids([500, 501, 502, 503])  # three of them drafts
+    serve(kv, make_request("b", [*request.all_token_ids, 7], PAGE))
+    kv.free(request)
+    request.num_computed_tokens = 0
+    assert serve(kv, request) <= PAGE
 
 
 def test_the_next_turn_of_a_session_caches_no_answer() -> None:

@@ -2,8 +2,8 @@
 
 With a window in one phase only, a key of a generated token is made under another mask than a
 prompt's of the same text. So no page that is not wholly inside its request's prompt is cached, by
-any layer of such a model, and a request that has begun to answer looks nothing up: after preemption
-it would find another request's prompt in the place of its own answer.
+any layer of such a model, and a request that may have begun to answer looks nothing up: after
+preemption it would find another request's prompt in the place of its own answer.
 """
 
 import copy
@@ -79,10 +79,12 @@ class PromptCacheManager(FullAttentionManager):
             retention_interval,
             replay_boundaries=replay_boundaries,
         )
-        if num_tokens >= num_prompt_tokens:
-            self._answering.add(request.request_id)
+        # Beside groups of another kind vLLM rounds the tokens down, by less than this.
+        if num_tokens + self.scheduler_block_size > num_prompt_tokens:
             # vLLM's lookup knows no request: this is its way to have none.
             request.skip_reading_prefix_cache = True
+        if num_tokens >= num_prompt_tokens:
+            self._answering.add(request.request_id)
 
     def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
         self._answering.discard(request_id)
