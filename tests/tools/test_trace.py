@@ -41,6 +41,29 @@ def test_rows_end_with_the_window_and_the_sinks(trace: dict[str, Any]) -> None:
     assert max(trace["rows"][0]["prefill"]) > 0
 
 
+def test_with_a_window_in_the_answer_the_prompt_stays(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "trace.json"
+    sizes = [*SIZES[:6], "--output", "300", "--prompt", "900,100,50"]
+    assert main(["trace", *sizes, "--phase", "decode", "--json", str(path)]) == 0
+    rows = json.loads(path.read_text())["rows"]
+    for row in rows:
+        last = max(step for step, held in enumerate(row["window"]) if held)
+        assert row["prompt"][last] == ceil_div(row["num_prompt"], 16)
+        assert (max(row["sink"]), row["prefill"][last]) == (0, 0)
+        held = row["prompt"][last] + row["window"][last]
+        assert held + row["gone"][last] == ceil_div(row["num_prompt"] + 299, 16)
+        assert row["gone"][last] > 0
+    legend = capsys.readouterr().out.splitlines()[2]
+    assert legend.endswith("prefill, window, prompt")
+
+
+def test_a_phase_that_frees_nothing_has_no_map(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["trace", *SIZES, "--phase", "prefill"]) == 1
+    assert "frees no page, so there is nothing to map" in capsys.readouterr().err
+
+
 def test_text_has_no_colour_in_a_pipe(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["trace", *SIZES]) == 0
     printed = capsys.readouterr().out

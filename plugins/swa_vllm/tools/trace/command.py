@@ -2,15 +2,17 @@
 
 Each prompt is a request; all are there at the start. Of the pages of a sliding layer some hold sink
 tokens, some the window, and some, beyond both, a prefill chunk or steps in flight. All others were
-freed, or never stored. Full attention holds every page: its line is what it would need for the
-same requests at the same time.
+freed, or never stored. With --phase decode the whole prompt stays, in the place of sinks. Full
+attention holds every page: its line is what it would need for the same requests at the same time.
 """
 
 import argparse
 from typing import Any
 
+from swa_backend.window import Phase
 from swa_vllm.tools.common import plots
 from swa_vllm.tools.common.arguments import (
+    add_phase_argument,
     check_number_argument,
     check_number_arguments,
     numbers_of_tokens,
@@ -38,6 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             flag, type=int, default=default, metavar="N", help=f"default: {default}"
         )
     parser.add_argument("--sink-tokens", type=int, default=0, metavar="N")
+    add_phase_argument(parser)
     parser.add_argument(
         "--prompt", default="12000,3000,6000,1000", metavar="N,N,...", help="default: %(default)s"
     )
@@ -54,12 +57,18 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             f"--pool-tokens {args.pool_tokens} is less than two pages of --block-size "
             f"{args.block_size}; give more, or smaller pages"
         )
+    if args.phase == Phase.PREFILL:
+        raise ValueError(
+            "--phase prefill frees no page, so there is nothing to map: a request holds all that "
+            "full attention would; give decode, or leave --phase out"
+        )
     prompts = numbers_of_tokens("--prompt", args.prompt)
     trace = record_trace(args, prompts)
+    whose = " in the answer only" if args.phase == Phase.DECODE else ""
     title = (
-        f"W={args.window}, {args.sink_tokens} sink tokens, pages of {args.block_size}, chunks of "
-        f"{args.max_num_batched_tokens}, answers of {args.output}, {args.steps_in_flight} step(s) "
-        "in flight"
+        f"W={args.window}{whose}, {args.sink_tokens} sink tokens, pages of {args.block_size}, "
+        f"chunks of {args.max_num_batched_tokens}, answers of {args.output}, "
+        f"{args.steps_in_flight} step(s) in flight"
     )
     print_trace(title, trace)
     if args.plot is not None:

@@ -5,10 +5,14 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from swa_backend.pages import WindowPages, ceil_div
+from swa_backend.window import Phase, num_pinned
 from swa_vllm.tools.common.arms import Arm
 
 if TYPE_CHECKING:
     from swa_vllm.tools.engines.simulated import Engine
+
+# What pages are for; a trace has those of sinks or of prompts.
+KINDS = ("window", "sink", "prompt", "prefill")
 
 
 @dataclass
@@ -16,33 +20,37 @@ class Row:
     """One request, step by step; a step in which it does not run has zeros.
 
     Attributes:
-        window, sink, prefill: pages that it holds.
+        window, sink, prompt, prefill: pages that it holds.
         gone: pages that full attention would hold beside them.
     """
 
     num_prompt: int
     window: list[int] = field(default_factory=list)
     sink: list[int] = field(default_factory=list)
+    prompt: list[int] = field(default_factory=list)
     prefill: list[int] = field(default_factory=list)
     gone: list[int] = field(default_factory=list)
 
     @property
     def held(self) -> list[int]:
         """Pages that the request holds in each step."""
-        parts = zip(self.window, self.sink, self.prefill, strict=True)
-        return [sum(kinds) for kinds in parts]
+        return [sum(kinds) for kinds in zip(*(getattr(self, kind) for kind in KINDS), strict=True)]
 
     @property
     def full(self) -> list[int]:
         """Pages that full attention would hold in each step."""
         return [held + gone for held, gone in zip(self.held, self.gone, strict=True)]
 
-    def add_step(self, pages: WindowPages, held: int, num_computed: int) -> None:
-        """Add a step in which the request holds ``held`` pages of ``num_computed`` tokens."""
-        window, sink, prefill = pages.kinds(held)
-        self.window.append(window)
-        self.sink.append(sink)
-        self.prefill.append(prefill)
+    def add_step(self, pages: WindowPages, pinned: str, held: int, num_computed: int) -> None:
+        """Add a step in which the request holds ``held`` pages of ``num_computed`` tokens.
+
+        Args:
+            pinned: the kind of the pages that every query sees: ``"sink"`` or ``"prompt"``.
+        """
+        counts = dict.fromkeys(KINDS, 0)
+        counts["window"], counts[pinned], counts["prefill"] = pages.kinds(held)
+        for kind, count in counts.items():
+            getattr(self, kind).append(count)
         self.gone.append(ceil_div(num_computed, pages.page_size) - held if held else 0)
 
 
@@ -55,12 +63,20 @@ class Trace:
         used: pages of the pool that are held in each step.
         full: those that full attention would hold.
         num_pages: pages of the pool that requests can have.
+        phase: whose tokens have the window.
     """
 
     rows: tuple[Row, ...]
     used: tuple[int, ...]
     full: tuple[int, ...]
     num_pages: int
+    phase: Phase
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """Kinds of pages that requests of this phase have."""
+        other = "sink" if self.phase is Phase.DECODE else "prompt"
+        return tuple(kind for kind in KINDS if kind != other)
 
     def to_json(self) -> dict[str, Any]:
         return {**vars(self), "rows": [vars(row) for row in self.rows]}
@@ -74,13 +90,16 @@ def record_trace(args: argparse.Namespace, prompts: list[int]) -> Trace:
     """
     from swa_vllm.tools.engines.scheduler import Simulation  # which imports vLLM
 
-    pages = WindowPages(args.window, args.block_size, args.sink_tokens)
+    phase = Phase(args.phase)
+    kind = "prompt" if phase is Phase.DECODE else "sink"
     rows = {str(index): Row(num_prompt) for index, num_prompt in enumerate(prompts)}
 
     class Recorder(Simulation):
         def record_step(self, output: Any) -> None:
             for name, row in rows.items():
-                row.add_step(pages, self.num_pages_of(name), self.num_computed_of(name))
+                pinned = num_pinned(args.sink_tokens, phase, row.num_prompt)
+                pages = WindowPages(args.window, args.block_size, pinned)
+                row.add_step(pages, kind, self.num_pages_of(name), self.num_computed_of(name))
 
     simulation = Recorder(Arm.SWA, _traced_engine(args, max(prompts)))
     num_pages = simulation.engine.num_pages
@@ -98,6 +117,7 @@ def record_trace(args: argparse.Namespace, prompts: list[int]) -> Trace:
         used=tuple(map(sum, zip(*(row.held for row in rows.values()), strict=True))),
         full=tuple(map(sum, zip(*(row.full for row in rows.values()), strict=True))),
         num_pages=num_pages - 1,
+        phase=phase,
     )
 
 
@@ -113,4 +133,5 @@ def _traced_engine(args: argparse.Namespace, longest_prompt: int) -> "Engine":
         max_num_seqs=min(256, args.max_num_batched_tokens),
         num_steps_in_flight=args.steps_in_flight,
         sink_tokens=args.sink_tokens,
+        phase=Phase(args.phase),
     )

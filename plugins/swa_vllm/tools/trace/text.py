@@ -2,7 +2,7 @@
 
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 
 from swa_backend.pages import ceil_div
@@ -12,8 +12,7 @@ from swa_vllm.tools.trace.recording import Row, Trace
 
 _LEVELS, _PLAIN_LEVELS = " ▁▂▃▄▅▆▇█", " .:-=+*%#"
 # The kind that most of a request's pages are of.
-_COLOURS = {"prefill": YELLOW, "window": BLUE, "sink": GREEN}
-_HEADER = ("request", "prompt", "window", "sink", "prefill", "held", "freed", "full attention")
+_COLOURS = {"prefill": YELLOW, "window": BLUE, "sink": GREEN, "prompt": GREEN}
 
 
 def print_trace(title: str, trace: Trace) -> None:
@@ -21,12 +20,13 @@ def print_trace(title: str, trace: Trace) -> None:
     num_steps = len(trace.used)
     width = min(num_steps, max(20, shutil.get_terminal_size((100, 24)).columns - 20))
     most = max(max(row.held) for row in trace.rows)
-    legend = ", ".join(paint(kind, colour) for kind, colour in _COLOURS.items())
+    colours = {kind: colour for kind, colour in _COLOURS.items() if kind in trace.kinds}
+    legend = ", ".join(paint(kind, colour) for kind, colour in colours.items())
     print(
         f"{title}\n\npages held over {num_steps} steps ({most} at the height of a line): {legend}"
     )
     for index, row in enumerate(trace.rows):
-        print(f"{f'request {index}':14}  {_draw_traced_request(row, width, most)}")
+        print(f"{f'request {index}':14}  {_draw_traced_request(row, colours, width, most)}")
     print(f"\npages of the pool ({trace.num_pages} at the height of a line)")
     for name, levels, colour in (
         ("full attention", trace.full, GREY),
@@ -36,26 +36,27 @@ def print_trace(title: str, trace: Trace) -> None:
     beyond = sum(full > trace.num_pages for full in trace.full)
     print(f"at most {max(trace.used)} pages; full attention would hold {max(trace.full)}", end="")
     print(f", more than there are in {beyond} steps\n" if beyond else "\n")
+    header = ("request", "prompt tokens", *trace.kinds, "held", "freed", "full attention")
     print(
-        format_table(_HEADER, [_trace_peak_row(index, row) for index, row in enumerate(trace.rows)])
+        format_table(header, [_peaks(*numbered, trace.kinds) for numbered in enumerate(trace.rows)])
     )
 
 
-def _trace_peak_row(index: int, row: Row) -> list[object]:
+def _peaks(index: int, row: Row, kinds: Sequence[str]) -> list[object]:
     """Make a row of the table: the most that the request has of each kind in a step."""
-    kinds = (row.window, row.sink, row.prefill, row.held, row.gone, row.full)
-    return [index, row.num_prompt, *map(max, kinds)]
+    steps = (*(getattr(row, kind) for kind in kinds), row.held, row.gone, row.full)
+    return [index, row.num_prompt, *map(max, steps)]
 
 
-def _draw_traced_request(row: Row, width: int, most: int) -> str:
+def _draw_traced_request(row: Row, colours: Mapping[str, int], width: int, most: int) -> str:
     """Draw the pages of a request over time, in the colour of the most frequent kind."""
     cells = zip(
         _draw_trace_levels(row.held, width, most),
-        *(_peaks_over_time(getattr(row, kind), width) for kind in _COLOURS),
+        *(_peaks_over_time(getattr(row, kind), width) for kind in colours),
         strict=True,
     )
-    colours = list(_COLOURS.values())
-    return "".join(paint(level, colours[kinds.index(max(kinds))]) for level, *kinds in cells)
+    paints = list(colours.values())
+    return "".join(paint(level, paints[kinds.index(max(kinds))]) for level, *kinds in cells)
 
 
 def _draw_trace_levels(values: Sequence[int], width: int, most: int) -> str:
