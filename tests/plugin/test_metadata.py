@@ -169,15 +169,63 @@ def test_page_layout_refuses_what_is_not_a_place() -> None:
     def rounds(key: torch.Tensor, value: torch.Tensor, page: torch.Tensor, slots: Any) -> None:
         page[0] = torch.cat((key, value), dim=-1).transpose(0, 1) * 0
 
-    with pytest.raises(RuntimeError, match=r"sink tokens cannot follow .* serve without"):
+    with pytest.raises(
+        RuntimeError, match=r"does not know on this processor; serve without sink_tokens"
+    ):
         PageLayout((1, 2, 4), torch.float32, rounds)
 
     def mixes_heads(key: torch.Tensor, value: torch.Tensor, page: torch.Tensor, slots: Any) -> None:
         page[0] = torch.cat((key, value), dim=-1).transpose(0, 1)
         page[0, 1] = page[0, 1].flip(0)
 
-    with pytest.raises(RuntimeError, match="sink tokens cannot follow"):
+    with pytest.raises(RuntimeError, match="does not know on this processor"):
         PageLayout((2, 2, 4), torch.float32, mixes_heads)
+
+    def stores_elements_unevenly(
+        key: torch.Tensor, value: torch.Tensor, page: torch.Tensor, slots: Any
+    ) -> None:
+        mixed = torch.cat((key, value), dim=-1)[:, :, [0, 1, 3, 2, 4, 5, 7, 6]]
+        page[0] = mixed.transpose(0, 1)
+
+    with pytest.raises(RuntimeError, match="does not know on this processor"):
+        PageLayout((1, 2, 8), torch.float32, stores_elements_unevenly)
+
+
+@pytest.mark.parametrize(
+    "loops",
+    # Orders of (outer and inner token, outer and inner element), as vLLM's operators for vector
+    # units, for AMX and for Neon's matrix unit have them; and token by token.
+    [(2, 3, 0, 1), (2, 0, 1, 3), (0, 2, 3, 1), (0, 2, 1, 3), (0, 1, 2, 3)],
+)
+@pytest.mark.parametrize("inner", [1, 2, 4])
+def test_page_layout_knows_two_loops_of_tokens_and_of_elements(
+    loops: tuple[int, ...], inner: int
+) -> None:
+    heads, block_size, head_size = 2, 8, 16
+
+    def write(
+        key: torch.Tensor, value: torch.Tensor, pages: torch.Tensor, slots: torch.Tensor
+    ) -> None:
+        sizes = (block_size // inner, inner, head_size // inner, inner)
+        halves = pages.view(*pages.shape[:2], 2, -1)
+        for half, states in enumerate((key, value)):
+            order = loops if half == 0 else loops[::-1]
+            stored = halves[:, :, half].view(*halves.shape[:2], *(sizes[i] for i in order))
+            view = stored.permute(0, 1, *(2 + order.index(i) for i in range(4)))
+            tokens = slots % block_size
+            view[slots // block_size, :, tokens // inner, tokens % inner] = states.view(
+                *states.shape[:2], *sizes[2:]
+            )
+
+    layout = PageLayout((heads, block_size, 2 * head_size), torch.float32, write)
+    pages = torch.zeros(3, heads, block_size, 2 * head_size)
+    slots = torch.tensor([23, 0, 9, 10])
+    key, value = torch.randn(2, len(slots), heads, head_size)
+    write(key, value, pages, slots)
+    assert [x.tolist() for x in layout.read_tokens(pages, slots)] == [key.tolist(), value.tolist()]
+    copy = torch.zeros_like(pages)
+    layout.write_tokens(copy, slots, key, value)
+    assert torch.equal(copy, pages)
 
 
 @given(rows, st.data())

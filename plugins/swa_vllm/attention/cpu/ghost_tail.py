@@ -23,10 +23,12 @@ class SinkCopies:
     """Copies of sink tokens that every layer makes in a step.
 
     Attributes:
-        sources: int64 ``[n, num_kv_heads, 2 * head_size]``, elements of the flat KV cache.
-        targets: of the same shape, elements of the flat pages that are copied to.
+        layout: of the KV cache and of the pages that are copied to.
+        sources: int64 ``[n]``, slots of the KV cache.
+        targets: int64 ``[n]``, slots of the pages that are copied to.
     """
 
+    layout: PageLayout
     sources: torch.Tensor
     targets: torch.Tensor
 
@@ -37,11 +39,13 @@ class SinkCopies:
         """Copies from slots to slots, int64 ``[n]``; None for none."""
         if len(sources) == 0:
             return None
-        return cls(layout.elements(sources), layout.elements(targets))
+        return cls(layout, sources, targets)
 
     def copy(self, kv_cache: torch.Tensor, pages: torch.Tensor) -> None:
         """Copy from the KV cache to ``pages``, which may be the cache itself."""
-        pages.view(-1)[self.targets] = kv_cache.view(-1)[self.sources]
+        self.layout.write_tokens(
+            pages, self.targets, *self.layout.read_tokens(kv_cache, self.sources)
+        )
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ operator reads a page back. What we need to know is asked of the operator that w
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 
@@ -24,7 +25,7 @@ class PageLayout:
         """Learn the layout by writing tokens that spell the index of each of their elements.
 
         Raises:
-            RuntimeError: the operator does not just move what it is given.
+            RuntimeError: the operator does not just move what it is given, or not evenly.
         """
         self.page_shape = page_shape
         num_heads, block_size, token_size = page_shape
@@ -43,30 +44,114 @@ class PageLayout:
             found += heads[0].long() << bit
         if not torch.equal(found.sort().values, indices.flatten()):
             raise RuntimeError(_UNKNOWN)
-        self._offsets = found.argsort().view(block_size, token_size)
-
-    def elements(self, slots: torch.Tensor) -> torch.Tensor:
-        """Indices of the elements of some tokens in the flat pages.
-
-        Args:
-            slots: int64 ``[n]``.
-
-        Returns:
-            int64 ``[n, num_kv_heads, 2 * head_size]``: each token's key, then its value.
-        """
-        num_heads, block_size, token_size = self.page_shape
-        heads = torch.arange(num_heads)[:, None] + (slots // block_size * num_heads)[:, None, None]
-        return heads * (block_size * token_size) + self._offsets[slots % block_size][:, None]
+        keys, values = found.argsort().view(block_size, token_size).chunk(2, dim=1)
+        self._keys, self._values = _Places.of_offsets(keys), _Places.of_offsets(values)
 
     def read_tokens(
         self, pages: torch.Tensor, slots: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Key and value ``[n, num_kv_heads, head_size]`` of the tokens at ``slots``."""
-        key, value = pages.view(-1)[self.elements(slots)].chunk(2, dim=-1)
-        return key, value
+        """Key and value ``[n, num_kv_heads, head_size]`` of the tokens at ``slots``.
+
+        Args:
+            pages: ``[num_pages, num_kv_heads, block_size, 2 * head_size]``.
+            slots: int64 ``[n]``.
+        """
+        return self._keys.read(pages, slots), self._values.read(pages, slots)
+
+    def write_tokens(
+        self, pages: torch.Tensor, slots: torch.Tensor, key: torch.Tensor, value: torch.Tensor
+    ) -> None:
+        """Write what :meth:`read_tokens` reads."""
+        self._keys.write(pages, slots, key)
+        self._values.write(pages, slots, value)
+
+
+@dataclass(frozen=True)
+class _Steps:
+    """Places in two nested loops: ``num_outer`` times ``num_inner`` of them.
+
+    Attributes:
+        outer, inner: elements from one place to the next.
+    """
+
+    num_outer: int
+    num_inner: int
+    outer: int
+    inner: int
+
+    @classmethod
+    def of_offsets(cls, offsets: torch.Tensor) -> "_Steps":
+        """Find the loops; places that are in no such order are other places in these."""
+        inner = int(offsets[1] - offsets[0]) if len(offsets) > 1 else 0
+        jumps = (offsets.diff() != inner).nonzero()
+        num_inner = int(jumps[0]) + 1 if len(jumps) else len(offsets)
+        outer = int(offsets[num_inner] - offsets[0]) if len(jumps) else 0
+        return cls(len(offsets) // num_inner, num_inner, outer, inner)
+
+    def places(self) -> torch.Tensor:
+        """Offsets of all places from the first, int64."""
+        outer, inner = torch.arange(self.num_outer), torch.arange(self.num_inner)
+        return (outer[:, None] * self.outer + inner * self.inner).flatten()
+
+
+@dataclass(frozen=True)
+class _Places:
+    """Where the keys, or the values, of a head's tokens are in its part of a page.
+
+    Attributes:
+        first: of the first token's first element.
+        tokens: from token to token.
+        elements: from element to element of a token.
+    """
+
+    first: int
+    tokens: _Steps
+    elements: _Steps
+
+    @classmethod
+    def of_offsets(cls, offsets: torch.Tensor) -> "_Places":
+        """Find the order of int64 ``[block_size, head_size]``.
+
+        Raises:
+            RuntimeError: there is none, or none of two nested loops.
+        """
+        places = cls(
+            int(offsets[0, 0]), _Steps.of_offsets(offsets[:, 0]), _Steps.of_offsets(offsets[0])
+        )
+        of_tokens, of_elements = places.tokens.places(), places.elements.places()
+        if not torch.equal(places.first + of_tokens[:, None] + of_elements, offsets):
+            raise RuntimeError(_UNKNOWN)
+        return places
+
+    def read(self, pages: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
+        """``[n, num_kv_heads, head_size]``, of the tokens at ``slots``."""
+        return self._view(pages)[self._index(slots)].flatten(2)
+
+    def write(self, pages: torch.Tensor, slots: torch.Tensor, states: torch.Tensor) -> None:
+        elements = self.elements
+        self._view(pages)[self._index(slots)] = states.view(
+            *states.shape[:2], elements.num_outer, elements.num_inner
+        )
+
+    def _view(self, pages: torch.Tensor) -> torch.Tensor:
+        """See pages as ``[num_pages, num_kv_heads, *tokens, *elements]``, both in two loops."""
+        loops = self.tokens, self.elements
+        sizes = [size for steps in loops for size in (steps.num_outer, steps.num_inner)]
+        strides = [stride for steps in loops for stride in (steps.outer, steps.inner)]
+        return pages.as_strided(
+            (*pages.shape[:2], *sizes),
+            (*pages.stride()[:2], *strides),
+            pages.storage_offset() + self.first,
+        )
+
+    def _index(self, slots: torch.Tensor) -> tuple[torch.Tensor | slice, ...]:
+        tokens = self.tokens
+        token = slots % (tokens.num_outer * tokens.num_inner)
+        page = slots // (tokens.num_outer * tokens.num_inner)
+        return page, slice(None), token // tokens.num_inner, token % tokens.num_inner
 
 
 _UNKNOWN = (
-    "vLLM's CPU operators store keys and values in a way that sink tokens cannot follow on this "
-    "processor; serve without sink_tokens"
+    "vLLM's CPU operators store keys and values in a way that this plugin does not know on this "
+    'processor; serve without sink_tokens and without swa.phase="decode"'
 )

@@ -84,9 +84,8 @@ class PositionShift:
         self, kv_cache: torch.Tensor, ghosts: SinkCopies, distances: torch.Tensor
     ) -> None:
         """Write ghost tails, each key ``distances`` positions further on."""
-        flat = kv_cache.view(-1)
-        key, value = flat[ghosts.sources].chunk(2, dim=-1)
-        flat[ghosts.targets] = torch.cat((self.rotate(key, distances), value), dim=-1)
+        key, value = ghosts.layout.read_tokens(kv_cache, ghosts.sources)
+        ghosts.layout.write_tokens(kv_cache, ghosts.targets, self.rotate(key, distances), value)
 
     def widen_query(
         self, query: torch.Tensor, sinks: ShiftedScratch, kv_cache: torch.Tensor
