@@ -1,5 +1,7 @@
 """What the CPU builder makes of a batch: the same attention from other places."""
 
+import random
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -289,7 +291,7 @@ def test_a_row_of_an_answer_names_the_keys_that_it_sees_and_no_others(
     before = batch.block_table_tensor.clone()
     rows = 2 * np.arange(len(texts))
     lens = np.array([prompt_len for prompt_len, _ in texts])
-    found, sources, targets = answer_tables(batch, rows, lens, window, page_size)
+    found, sources, targets, _ = answer_tables(batch, rows, lens, window, page_size, {})
     assert torch.equal(batch.block_table_tensor, before)
     assert torch.equal(found.block_table_tensor[1::2], before[1::2])
     assert found.seq_lens[1::2].tolist() == [1] * len(texts)
@@ -309,3 +311,101 @@ def test_a_row_of_an_answer_names_the_keys_that_it_sees_and_no_others(
             for key in range(end)
             if is_visible(end - 1, key, window, 0, Phase.DECODE, prompt_len)
         ]
+
+
+class _Answering:
+    """A request whose answer grows, on pages of a pool that others use too.
+
+    A slot holds the number of the request and the position of the token that it stores, or -1.
+    """
+
+    def __init__(self, number: int, prompt_len: int, slots: np.ndarray, free: list[int]) -> None:
+        self.number, self.prompt_len, self.end = number, prompt_len, prompt_len
+        self.slots, self.free, self.table = slots, free, list[int]()
+
+    def write(self, start: int, spare: int) -> None:
+        """Store all tokens from ``start`` on, with slots behind them."""
+        page_size = self.slots.shape[1]
+        while len(self.table) * page_size < self.end + spare:
+            self.table.append(self.free.pop())
+        for position in range(start, self.end):
+            page = self.table[position // page_size]
+            self.slots[page, position % page_size] = 10_000 * self.number + position
+
+    def give_back(self, indices: Iterable[int]) -> None:
+        for index in indices:
+            if index < len(self.table) and self.table[index]:
+                self.slots[self.table[index]] = -1
+                self.free.append(self.table[index])
+                self.table[index] = 0
+
+    def start_over(self, spare: int) -> None:
+        self.give_back(range(len(self.table)))
+        self.table.clear()
+        self.write(0, spare)
+
+
+@pytest.mark.parametrize("page_size", [2, 4, 8])
+@pytest.mark.parametrize("window", [1, 3, 4, 8, 9, 20])
+def test_what_is_copied_in_one_step_serves_the_next(window: int, page_size: int) -> None:
+    """Whatever comes between: several tokens, rejected ones, a rest, or another's pages."""
+    pick, spare = random.Random(window), pages.max_partial_tokens(page_size)
+    slots, free = np.full((400, page_size), -1), list(range(1, 400))
+    num_copied = num_rows = 0
+    requests = [_Answering(i, pick.randint(1, 3 * page_size), slots, free) for i in range(5)]
+    for request in requests:
+        request.write(0, spare)
+    ends: dict[int, int] = {}
+    for _ in range(300):
+        rows, rejected = [], []
+        for request in requests:
+            request.give_back(
+                pages.WindowPages(window, page_size, request.prompt_len).dead(request.end)
+            )
+            action = pick.choice(["one"] * 12 + ["several", "rest", "preempted"])
+            if action == "preempted":
+                request.start_over(spare)
+            elif action != "rest":
+                before, num_tokens = request.end, 1 if action == "one" else pick.randint(2, 4)
+                request.end += num_tokens
+                request.write(before, spare)
+                if action == "several":
+                    rejected.append((request, pick.randrange(num_tokens)))
+                elif request.end - window > request.prompt_len:
+                    rows.append(request)
+            if request.end > 200:
+                request.give_back(range(len(request.table)))
+                request.table.clear()
+                request.prompt_len = request.end = pick.randint(1, 3 * page_size)
+                request.write(0, spare)
+                rows = [row for row in rows if row is not request]
+                rejected = [item for item in rejected if item[0] is not request]
+        if not rows:
+            ends = {}
+        else:
+            width = max(len(request.table) for request in rows)
+            tables = [request.table + [0] * (width - len(request.table)) for request in rows]
+            batch = _batch(
+                [request.end - 1 for request in rows],
+                [1] * len(rows),
+                torch.tensor(tables, dtype=torch.int32),
+            )
+            lens = np.array([request.prompt_len for request in rows])
+            found, sources, targets, ends = answer_tables(
+                batch, np.arange(len(rows)), lens, window, page_size, ends
+            )
+            flat = slots.reshape(-1)
+            flat[targets] = flat[sources]
+            num_copied, num_rows = num_copied + len(sources), num_rows + len(rows)
+            for row, request in enumerate(rows):
+                keys = slots[found.block_table_tensor[row]].reshape(-1)[: found.seq_lens[row]]
+                assert sorted(keys - 10_000 * request.number) == [
+                    key
+                    for key in range(request.end)
+                    if is_visible(request.end - 1, key, window, 0, Phase.DECODE, request.prompt_len)
+                ]
+        for request, num_rejected in rejected:
+            request.end -= num_rejected
+    # A page of the window and the prompt's end once a page, and where something came between.
+    if window > page_size:
+        assert num_copied < 4 * num_rows

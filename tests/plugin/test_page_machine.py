@@ -90,9 +90,6 @@ phased_setups = st.builds(
     num_lookahead=st.sampled_from([0, 3]),
     phase=st.sampled_from([Phase.PREFILL, Phase.DECODE, Phase.DECODE]),
 )
-setups = st.sampled_from([any_setups, any_setups, any_setups, short_setups, phased_setups]).flatmap(
-    lambda s: s
-)
 
 
 def walk(setup: Setup, choices: bytes, *, to_the_end: bool = False) -> PageMachine:

@@ -21,6 +21,7 @@ from tests.plugin.upstream.pages import (
 
 PAGE = 4
 SPEC = PromptCacheSpec.from_stock(full_spec(PAGE), None)
+WINDOWED = PromptWindowSpec.from_stock(full_spec(PAGE), None, window=2)
 
 
 @pytest.fixture(autouse=True)
@@ -81,8 +82,7 @@ def test_a_request_that_starts_over_inside_its_answer_looks_nothing_up() -> None
 
 def test_accepted_drafts_of_an_answer_are_not_looked_up_either() -> None:
     """With groups of two kinds a manager is told of whole pages only, here of none that answers."""
-    spec = PromptWindowSpec.from_stock(full_spec(PAGE), None, window=2)
-    kv = make_kv(SPEC, spec)
+    kv = make_kv(SPEC, WINDOWED)
     request = make_request("a", range(2 * PAGE - 2), PAGE)
     serve(kv, request)
     request.num_computed_tokens = request.num_tokens
@@ -90,18 +90,29 @@ def test_accepted_drafts_of_an_answer_are_not_looked_up_either() -> None:
     serve(kv, make_request("b", [*request.all_token_ids, 7], PAGE))
     kv.free(request)
     request.num_computed_tokens = 0
-    assert serve(kv, request) <= PAGE
+    assert serve(kv, request) == 0
 
 
-def test_the_next_turn_of_a_session_caches_no_answer() -> None:
-    """It moves the end of the prompt beyond tokens whose keys are made."""
-    kv = make_kv(SPEC)
-    request = make_request("a", range(2 * PAGE), PAGE)
+@pytest.mark.parametrize("others", [(), (WINDOWED,)], ids=["alone", "beside other groups"])
+@pytest.mark.parametrize("left", [0, 2])
+def test_the_next_turn_of_a_session_caches_no_answer(
+    others: tuple[PromptCacheSpec, ...], left: int
+) -> None:
+    """It moves the end of the prompt beyond tokens whose keys are made.
+
+    Of a prompt that leaves two slots of a page the answer is so short that it ends no page.
+    """
+    kv = make_kv(SPEC, *others)
+    request = make_request("a", range(2 * PAGE - left), PAGE)
+    request.resumable = True
     serve(kv, request)
-    _answer(kv, request, 2 * PAGE)
+    _answer(kv, request, 1 if left else 2 * PAGE - 1)
+    num_turn = 4 * PAGE - request.num_tokens
+    request.append_output_token_ids([600 + token for token in range(num_turn)])
     request.num_prompt_tokens = request.num_tokens
-    _answer(kv, request, 1)
-    assert cached_pages(kv, request, 0) == {0, 1}
+    request.num_computed_tokens = request.num_tokens - num_turn
+    assert kv.allocate_slots(request, num_turn) is not None
+    assert cached_pages(kv, request, 0) == {0} if left else {0, 1}
     kv.free(request)  # all is computed anew, as the prompt that it is now
     request.num_computed_tokens = 0
     serve(kv, request)

@@ -57,8 +57,8 @@ class PromptCacheManager(FullAttentionManager):
 
     def __init__(self, kv_cache_spec: PromptCacheSpec, **kwargs: object) -> None:
         super().__init__(kv_cache_spec, **kwargs)
-        # Beyond the prompt that they came with: a session's next turn does not move it.
-        self._answering = set[str]()
+        # By request, of the prompt that it came with: a session's next turn does not move it.
+        self._prompt_ends: dict[str, int] = {}
         if kv_cache_spec.poison_key is not None:
             live_managers.add_manager(kv_cache_spec.poison_key, self)
 
@@ -70,22 +70,15 @@ class PromptCacheManager(FullAttentionManager):
         *,
         replay_boundaries: Sequence[int],
     ) -> None:
-        if request.request_id in self._answering:
-            return
-        num_prompt_tokens = request.num_prompt_tokens
+        end = self._prompt_ends.setdefault(request.request_id, request.num_prompt_tokens)
         super().cache_blocks(
-            request,
-            min(num_tokens, num_prompt_tokens),
-            retention_interval,
-            replay_boundaries=replay_boundaries,
+            request, min(num_tokens, end), retention_interval, replay_boundaries=replay_boundaries
         )
         # Beside groups of another kind vLLM rounds the tokens down, by less than this.
-        if num_tokens + self.scheduler_block_size > num_prompt_tokens:
+        if num_tokens + self.scheduler_block_size > end:
             # vLLM's lookup knows no request: this is its way to have none.
             request.skip_reading_prefix_cache = True
-        if num_tokens >= num_prompt_tokens:
-            self._answering.add(request.request_id)
 
     def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
-        self._answering.discard(request_id)
+        self._prompt_ends.pop(request_id, None)
         return super().pop_blocks_for_free(request_id)

@@ -90,6 +90,8 @@ class SWACPUMetadataBuilder(CPUAttentionMetadataBuilder):
         self._window = self.window_size - self._sink_tokens
         self._wide_builder = self._make_wide_builder(device)
         self._phase = phase_of_layers(layer_names, vllm_config)
+        # Of the step before, by page: see answer_tables.
+        self._answer_ends: dict[int, int] = {}
         self._plain_builder = self._make_plain_builder(device)
         copies = self._sink_tokens or self._phase is Phase.DECODE
         self.page_layout = self._learn_page_layout(kv_cache_spec) if copies else None
@@ -162,6 +164,7 @@ class SWACPUMetadataBuilder(CPUAttentionMetadataBuilder):
         batch, is_answer = split_at_prompt_ends(batch)
         windows: list[int | None] = [NO_WINDOW] * batch.num_reqs
         if batch.rswa_prefix_lens is None:
+            self._answer_ends = {}
             return batch, [False] * batch.num_reqs, windows, None
         assert self.page_layout is not None
         prompt_lens = batch.rswa_prefix_lens[: batch.num_reqs].numpy()
@@ -171,9 +174,11 @@ class SWACPUMetadataBuilder(CPUAttentionMetadataBuilder):
         for row in (hides & ~is_single).nonzero()[0]:
             windows[row] = self._window + int(pinned[row])
         ghosts, rows = None, (hides & is_single).nonzero()[0]
-        if len(rows):
-            batch, sources, targets = answer_tables(
-                batch, rows, pinned[rows], self._window, self.block_size
+        if not len(rows):
+            self._answer_ends = {}
+        else:
+            batch, sources, targets, self._answer_ends = answer_tables(
+                batch, rows, pinned[rows], self._window, self.block_size, self._answer_ends
             )
             ghosts = SinkCopies.between(self.page_layout, sources, targets)
         return batch, (hides & ~is_single).tolist(), windows, ghosts

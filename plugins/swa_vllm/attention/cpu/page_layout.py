@@ -119,7 +119,9 @@ class _Places:
             int(offsets[0, 0]), _Steps.of_offsets(offsets[:, 0]), _Steps.of_offsets(offsets[0])
         )
         of_tokens, of_elements = places.tokens.places(), places.elements.places()
-        if not torch.equal(places.first + of_tokens[:, None] + of_elements, offsets):
+        loops = places.tokens, places.elements
+        goes_back = any(step < 0 for steps in loops for step in (steps.outer, steps.inner))
+        if goes_back or not torch.equal(places.first + of_tokens[:, None] + of_elements, offsets):
             raise RuntimeError(_UNKNOWN)
         return places
 
@@ -135,6 +137,7 @@ class _Places:
 
     def _view(self, pages: torch.Tensor) -> torch.Tensor:
         """See pages as ``[num_pages, num_kv_heads, *tokens, *elements]``, both in two loops."""
+        assert pages.stride()[2:] == (pages.shape[3], 1)
         loops = self.tokens, self.elements
         sizes = [size for steps in loops for size in (steps.num_outer, steps.num_inner)]
         strides = [stride for steps in loops for stride in (steps.outer, steps.inner)]
