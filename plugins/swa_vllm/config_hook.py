@@ -11,7 +11,7 @@ from swa_vllm.config.swa_config import SWAConfig
 from swa_vllm.distributed.prepare import prepare_ray
 from swa_vllm.metrics.mfu import wrong_flops
 from swa_vllm.metrics.scrape import serve_counts
-from swa_vllm.refusals import check_servable, refuse_wrong_weights
+from swa_vllm.refusals import check_servable, refuse_stages_on_cpus, refuse_wrong_weights
 
 logger = init_logger(f"vllm.{__name__}")
 
@@ -44,6 +44,7 @@ class ConfigHook(VerifyAndUpdateConfig):
         if not swa.slides:
             return
         check_servable(vllm_config, swa)
+        refuse_stages_on_cpus(vllm_config)
         refuse_wrong_weights(vllm_config)
         if swa.options.phase is not Phase.BOTH and not vllm_config.use_v2_model_runner:
             send_prompt_lens(vllm_config.model_config)

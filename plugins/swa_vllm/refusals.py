@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 from vllm.config import VllmConfig
+from vllm.distributed.utils import get_pp_indices
 from vllm.platforms import current_platform
 
 from swa_backend.can_slide import check_can_slide
@@ -41,6 +42,10 @@ def check_servable(vllm_config: VllmConfig, swa: SWAConfig) -> None:
     check_backend_slot()
     check_can_slide(vllm_text_config(vllm_config))
     _refuse_engine(vllm_config)
+    if vllm_config.parallel_config.pipeline_parallel_size > 1:
+        _refuse_stages(vllm_config, len(swa.layers.windows))
+    if swa.frees_pages and swa.options.phase is Phase.BOTH:
+        _refuse_events(vllm_config)
     if swa.has_own_backend:
         _refuse_cache_dtype(vllm_config, swa)
     if swa.uses_kernels:
@@ -60,6 +65,20 @@ def refuse_wrong_weights(vllm_config: VllmConfig) -> None:
     directory = Path(vllm_config.model_config.model)
     if directory.is_dir() and vllm_config.load_config.load_format in ("auto", "safetensors"):
         check_weights(directory, vllm_text_config(vllm_config))
+
+
+def refuse_stages_on_cpus(vllm_config: VllmConfig) -> None:
+    """Refuse pipeline stages where vLLM fails with them, with a window and without.
+
+    Of the whole engine's config, and so not asked again by the model in a worker.
+    """
+    size = vllm_config.parallel_config.pipeline_parallel_size
+    if size > 1 and current_platform.is_cpu():
+        raise SWAConfigError(
+            f"pipeline_parallel_size={size} fails in vLLM's CPU build, with a window and without: "
+            "it makes no buffer for what a stage gets from the one before it. Leave it at 1 (use "
+            "tensor parallelism), or serve on GPUs"
+        )
 
 
 def refuse_windows_in_part(vllm_config: VllmConfig, prefix: str) -> None:
@@ -230,6 +249,36 @@ def _refuse_device() -> None:
         target_of(torch.device(current_platform.device_type))
 
 
+def _refuse_events(vllm_config: VllmConfig) -> None:
+    events = vllm_config.kv_events_config
+    if (
+        events is not None
+        and events.enable_kv_cache_events
+        and vllm_config.cache_config.enable_prefix_caching
+    ):
+        raise SWAConfigError(
+            "--kv-events-config would mislead a router: of sliding layers vLLM announces pages "
+            "that are not in the prefix cache, and pages after others that never were. Remove it, "
+            "or the window"
+        )
+
+
+def _refuse_stages(vllm_config: VllmConfig, num_layers: int) -> None:
+    size = vllm_config.parallel_config.pipeline_parallel_size
+    stages = [range(*get_pp_indices(num_layers, rank, size)) for rank in range(size)]
+    if idle := [rank for rank, stage in enumerate(stages) if not stage]:
+        raise SWAConfigError(
+            f"pipeline_parallel_size={size} leaves stage {idle[0]} without any of this model's "
+            f"{num_layers} layers; give fewer stages, or unset VLLM_PP_LAYER_PARTITION"
+        )
+    speculation = vllm_config.speculative_config
+    if speculation is not None:
+        raise SWAConfigError(
+            f"pipeline_parallel_size={size} was not tested with windows and speculative decoding "
+            f"by {speculation.method}; leave it at 1, or remove either"
+        )
+
+
 def _has_positions_of_several_kinds(config: object) -> bool:
     return "mrope_section" in (getattr(config, "rope_parameters", None) or {})
 
@@ -248,7 +297,6 @@ def _refuse_engine(vllm_config: VllmConfig) -> None:
         )
     parallel = vllm_config.parallel_config
     sizes = {
-        "pipeline_parallel_size": parallel.pipeline_parallel_size,
         "decode_context_parallel_size": parallel.decode_context_parallel_size,
         "prefill_context_parallel_size": parallel.prefill_context_parallel_size,
     }
@@ -256,7 +304,7 @@ def _refuse_engine(vllm_config: VllmConfig) -> None:
         if size > 1:
             raise SWAConfigError(
                 f"{name}={size} was not tested with windows; leave it at 1 (use "
-                "tensor parallelism), or remove the window"
+                "tensor parallelism or pipeline stages), or remove the window"
             )
     if parallel.use_ubatching:
         raise SWAConfigError(

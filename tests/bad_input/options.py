@@ -386,11 +386,32 @@ ENGINES = [
         "remove them, or serve full attention",
     ),
     _engine(
+        "KV events",
+        {"kv_events_config": {"enable_kv_cache_events": True}},
+        "--kv-events-config",
+        "pages that are not in the prefix cache",
+        "Remove it",
+        remedies=(
+            {},
+            {
+                "kv_events_config": {"enable_kv_cache_events": True},
+                "additional_config": {"swa": {"phase": "decode"}},
+            },
+        ),
+    ),
+    _engine(
         "pipeline",
         {"pipeline_parallel_size": 2},
         "pipeline_parallel_size=2",
-        "use tensor parallelism",
-        "leave it at 1",
+        "fails in vLLM's CPU build, with a window and without",
+        "Leave it at 1 (use tensor parallelism)",
+    ),
+    _engine(
+        "more stages than layers",
+        {"pipeline_parallel_size": 5},
+        "pipeline_parallel_size=5",
+        "leaves stage 4 without any of this model's 4 layers",
+        "give fewer stages",
     ),
     _engine(
         "survivors without their manager",

@@ -187,8 +187,8 @@ SURROUNDINGS = [
         "pipeline over Ray",
         _ray({}, tensor_parallel_size=1, pipeline_parallel_size=2),
         "pipeline_parallel_size=2",
-        "was not tested with windows",
-        "leave it at 1",
+        "fails in vLLM's CPU build",
+        "Leave it at 1",
         _ray({}, tensor_parallel_size=2, pipeline_parallel_size=1),
         _ray(
             {},

@@ -83,7 +83,8 @@ NO_HYBRID = "disable-hybrid-kv-cache-manager"
 IS_V1 = RUNNER.endswith("V1")
 # Values that are refused, alone or together, and by which name.
 REFUSED: list[tuple[set[str], str]] = [
-    ({"pp=2"}, "pipeline_parallel_size=2 was not tested with windows"),
+    ({"pp=2"}, "pipeline_parallel_size=2 fails in vLLM's CPU build"),
+    *(({"pp=2", f"drafts={d}"}, "not tested with windows and spec") for d in ("eagle3", "ngram")),
     ({"connector=connector"}, "KV connectors and KV cache offloading .* know nothing"),
     ({"connector=offloading"}, "KV connectors and KV cache offloading .* know nothing"),
     ({"sinks=4", "kv=fp8"}, "sink_tokens cannot be had with kv_cache_dtype=fp8"),

@@ -10,10 +10,13 @@ _MANAGER = "vllm.v1.core.single_type_kv_cache_manager"
 MEMBERS: dict[str, set[str]] = {
     # Configuration.
     "vllm.config.attention:AttentionConfig": {"backend", "backend_per_kind"},
-    "vllm.config.cache:CacheConfig": {"cache_dtype", "num_gpu_blocks", "sliding_window"},
+    "vllm.config.cache:CacheConfig": {
+        *("cache_dtype", "enable_prefix_caching", "num_gpu_blocks", "sliding_window"),
+    },
     "vllm.config.compilation:CompilationConfig": {
         *("max_cudagraph_capture_size", "static_forward_context"),
     },
+    "vllm.config.kv_events:KVEventsConfig": {"enable_kv_cache_events"},
     "vllm.config.load:LoadConfig": {"load_format"},
     "vllm.config.model:ModelConfig": {
         *("architecture", "architectures", "code_revision", "config_format", "dtype"),
@@ -36,10 +39,14 @@ MEMBERS: dict[str, set[str]] = {
     "vllm.config.vllm:VllmConfig": {
         *("additional_config", "attention_config", "cache_config", "compilation_config"),
         "get_quantization_config",
-        *("instance_id", "kv_transfer_config", "load_config", "max_concurrent_batches"),
+        *("instance_id", "kv_events_config", "kv_transfer_config", "load_config"),
+        "max_concurrent_batches",
         *("model_config", "num_lookahead_tokens", "num_speculative_tokens"),
         *("observability_config", "parallel_config", "quant_config", "scheduler_config"),
         *("speculative_config", "use_v2_model_runner"),
+    },
+    "vllm.distributed.parallel_state:GroupCoordinator": {
+        *("cpu_group", "is_first_rank", "world_size"),
     },
     "vllm.engine.arg_utils:EngineArgs": {"create_engine_config"},
     "vllm.envs": {"VLLM_BATCH_INVARIANT"},

@@ -46,6 +46,7 @@ COMMON: tuple[Any, ...] = (
     *(argparse.ArgumentParser, argparse.ArgumentParser().add_subparsers(), logging.Logger),
     *(io.TextIOWrapper, os.path, matplotlib.axes.Axes, random.Random, re.Match, re.Pattern),
     *(subprocess.CompletedProcess((), 0), subprocess.Popen, torch.Tensor, torch.cuda),
+    torch.distributed,
     tqdm.tqdm(disable=True),
 )
 

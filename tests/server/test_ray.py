@@ -90,8 +90,29 @@ def on_ray(cluster: LocalRayCluster, tiny_model: ModelFactory) -> dict[str, Any]
         name: (tiny_model(**checkpoint), {**TP2, **CHUNKED, **arguments})
         for name, (checkpoint, arguments) in SERVED.items()
     }
-    too_large = (tiny_model(**MIXED), {"tensor_parallel_size": 4})
-    return probe(cluster, {**cases, "too few devices": too_large}, LENGTHS)
+    stages = {"pipeline_parallel_size": 2, "tensor_parallel_size": 1}
+    others = {
+        "stages": (tiny_model(**FULL), {**stages, **CHUNKED, **SERVED["mixed with sinks"][1]}),
+        "too few devices": (tiny_model(**MIXED), {"tensor_parallel_size": 4}),
+    }
+    return probe(cluster, {**cases, **others}, LENGTHS)
+
+
+def test_pipeline_stages_on_two_nodes_have_the_tokens_of_tensor_parallel_workers(
+    on_ray: dict[str, Any],
+) -> None:
+    answers = _served(on_ray, "stages")
+    assert [tokens for tokens, _ in answers] == [
+        tokens for tokens, _ in _served(on_ray, "mixed with sinks")
+    ]
+    assert on_ray["stages"]["again"] == [tokens for tokens, _ in answers]
+    assert len(on_ray["stages"]["nodes"]) == 2
+    # Each has its own half of the layers, of which the first has full ones only.
+    first, second = on_ray["stages"]["specs"]
+    assert len(first) == len(second) == NUM_LAYERS // 2
+    assert not any(spec.startswith("SWASpec") for spec in first.values())
+    assert all(spec.startswith("SWASpec") for spec in second.values())
+    assert on_ray["stages"]["leaked_pages"] == 0
 
 
 @pytest.mark.parametrize("name", SERVED)

@@ -7,6 +7,7 @@ import pytest
 import torch
 from vllm import ModelRegistry
 from vllm.config import VllmConfig
+from vllm.distributed.utils import get_pp_indices
 from vllm.v1.core.kv_cache_utils import get_kv_cache_capacity
 from vllm.v1.kv_cache_interface import (
     FullAttentionSpec,
@@ -25,7 +26,7 @@ from swa_vllm.kv_cache.spec import SWASpec
 from swa_vllm.tools.common.arms import Arm
 from swa_vllm.tools.common.pools import Model, plan_pool
 from swa_vllm.tools.common.queueing import Queue, Workload
-from swa_vllm.tools.common.sizing import KVGroups, Limits, kv_groups_of
+from swa_vllm.tools.common.sizing import KVGroups, Limits, kv_groups_of, stages_of
 from swa_vllm.tools.engines.scheduler import Simulation
 from swa_vllm.tools.engines.simulated import Engine
 from tests.helpers.start_up import plan_kv_caches
@@ -217,6 +218,35 @@ def test_pools_are_what_vllm_makes_of_the_layers(
             len(g.layer_names) * g.kv_cache_spec.page_size_bytes for g in real
         )
         assert pool.estimate == get_kv_cache_capacity(vllm_config, config)[1]
+
+
+@pytest.mark.parametrize("num_stages", [2, 3, 5])
+def test_pools_of_pipeline_stages_are_what_vllm_makes_of_them(
+    num_stages: int, vllm_config: VllmConfig
+) -> None:
+    """The stage with the fewest pages decides for all."""
+    pick = random.Random(num_stages)
+    for _ in range(30):
+        num_layers = pick.randint(num_stages, 14)
+        windows = tuple(pick.choice([None, 64, 64]) for _ in range(num_layers))
+        stages = stages_of(num_layers, num_stages)
+        assert stages == tuple(
+            range(*get_pp_indices(num_layers, rank, num_stages)) for rank in range(num_stages)
+        )
+        specs = [
+            {f"layer.{i}": _spec(Arm.SWA, windows[i], 0, vllm_config, Phase.BOTH) for i in stage}
+            for stage in stages
+        ]
+        memory = 64 << 20
+        configs = plan_kv_caches(vllm_config, specs, [memory] * num_stages)
+        model = Model(windows, 0, 2, 64, 2, stages=stages)
+        pool = plan_pool(Arm.SWA, model, Limits(16, 1000, 100, 16, 2), memory)
+        assert {config.num_blocks for config in configs} == {pool.num_pages}
+
+
+def test_more_stages_than_layers_are_refused() -> None:
+    with pytest.raises(ValueError, match="5 is more than this model's 4 layers; give fewer"):
+        stages_of(4, 5)
 
 
 def test_a_request_whose_prompt_stays_is_charged_what_its_manager_charges(

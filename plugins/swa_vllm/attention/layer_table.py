@@ -2,9 +2,11 @@
 
 from collections.abc import Iterable, Sequence
 from itertools import groupby
+from typing import Any
 
+import torch
 from vllm.config import VllmConfig, get_layers_from_vllm_config
-from vllm.distributed import get_tensor_model_parallel_rank
+from vllm.distributed import get_pp_group, get_tensor_model_parallel_rank
 from vllm.logger import init_logger
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.models.utils import extract_layer_index
@@ -27,8 +29,12 @@ def log_layers(vllm_config: VllmConfig, group: Sequence[str] = ()) -> None:
     """Note that the windowed layers named by ``group`` share a KV group, and log the table.
 
     The table waits for the call that gives the last windowed layer of this worker its group; a
-    call without ``group`` logs what is known.
+    call without ``group`` logs what is known. With pipeline stages only that is logged, by the
+    first stage for all, and all have to call: a stage may have no windowed layer, and so no group.
     """
+    has_stages = vllm_config.parallel_config.pipeline_parallel_size > 1
+    if has_stages and group:
+        return
     layers = get_layers_from_vllm_config(vllm_config, Attention)
     windowed = [layer for layer in layers.values() if isinstance(layer, WindowedAttention)]
     was_open = _table_waits_for_groups(windowed)
@@ -36,18 +42,37 @@ def log_layers(vllm_config: VllmConfig, group: Sequence[str] = ()) -> None:
         if layer.layer_name in group:
             layer.kv_group_layers = len(group)
     complete = was_open and not _table_waits_for_groups(windowed)
-    if (complete or not group) and get_tensor_model_parallel_rank() == 0:
-        logger.info(_layer_table(vllm_config, layers))
+    if complete or not group:
+        described = _described_layers(vllm_config, layers)
+        is_first = get_tensor_model_parallel_rank() == 0
+        if has_stages:
+            described = _gather_stages(described)
+            is_first = is_first and get_pp_group().is_first_rank
+        if is_first:
+            lines = lines_of_layers(_HEADER, described)
+            logger.info("\n".join(f"SWA {line}" for line in lines))
 
 
 def _table_waits_for_groups(windowed: Sequence[WindowedAttention]) -> bool:
     return any(layer.kv_group_layers is None for layer in windowed)
 
 
-def _layer_table(vllm_config: VllmConfig, layers: dict[str, Attention]) -> str:
+def _described_layers(
+    vllm_config: VllmConfig, layers: dict[str, Attention]
+) -> list[tuple[int, tuple[str, ...]]]:
+    """This worker's layers by their numbers, each with its row of the table."""
     ordered = sorted(layers.items(), key=lambda item: extract_layer_index(item[0]))
-    described = [(extract_layer_index(n), _describe_layer(vllm_config, a)) for n, a in ordered]
-    return "\n".join(f"SWA {line}" for line in lines_of_layers(_HEADER, described))
+    return [(extract_layer_index(n), _describe_layer(vllm_config, a)) for n, a in ordered]
+
+
+def _gather_stages(
+    described: list[tuple[int, tuple[str, ...]]],
+) -> list[tuple[int, tuple[str, ...]]]:
+    """Give every pipeline stage the rows of all."""
+    stages = get_pp_group()
+    found: list[Any] = [None] * stages.world_size
+    torch.distributed.all_gather_object(found, described, group=stages.cpu_group)
+    return [row for stage in found for row in stage]
 
 
 def lines_of_layers(

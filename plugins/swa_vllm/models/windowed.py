@@ -73,7 +73,7 @@ def _set_windows(layers: object, config: VllmConfig, swa: SWAConfig) -> None:
             )
         elif swa.options.phase is not Phase.BOTH:
             attention.attn = PromptCachedAttention.replacing(attention.attn, config, swa)
-    if backend is None:
+    if backend is None or config.parallel_config.pipeline_parallel_size > 1:
         log_layers(config)  # no builder of ours will, once the KV groups are known
 
 

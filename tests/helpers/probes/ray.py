@@ -14,6 +14,7 @@ from vllm import LLM
 from vllm.v1.executor import ray_utils
 
 from tests.helpers.engines import generate, managers, num_free_pages, start_engine, stop_engine
+from tests.helpers.stages import make_stage_buffers, stages_allowed
 from tests.helpers.tiny_models import PAGE_SIZE, random_prompts
 
 NO_POISON = {"debug_poison": False}  # it needs the engine's page managers in the worker's process
@@ -28,12 +29,15 @@ def main() -> None:
     for name, (model, kwargs) in cases.items():
         options = kwargs.pop("additional_config", {}).get("swa", {})
         try:
-            llm = start_engine(
-                model,
-                distributed_executor_backend="ray",
-                additional_config={"swa": {**options, **NO_POISON}},
-                **kwargs,
-            )
+            with stages_allowed():
+                llm = start_engine(
+                    model,
+                    distributed_executor_backend="ray",
+                    additional_config={"swa": {**options, **NO_POISON}},
+                    **kwargs,
+                )
+            if kwargs.get("pipeline_parallel_size", 1) > 1:
+                make_stage_buffers(llm)
             results[name] = _describe(llm, random_prompts(lengths))
             llm.llm_engine.model_executor.shutdown()
             del llm

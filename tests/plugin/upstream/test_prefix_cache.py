@@ -179,6 +179,32 @@ def test_events_tell_of_the_pages_that_are_cached_and_their_window(policy: Prefi
     )
 
 
+@pytest.mark.parametrize("sliding", [stock_spec(8, 4), windowed_spec(8, 4, AUTO)])
+def test_vllm_announces_pages_of_sliding_groups_that_are_not_there(sliding: Any) -> None:
+    """Why ``--kv-events-config`` is refused: once vLLM tells the truth, it can be served."""
+    kv = make_kv(sliding, retention=0, events=True)
+    first, again = (make_request(name, range(41), 4) for name in ("first", "again"))
+    serve(kv, first)
+    kv.free(first)
+    kv.take_events()
+    again.kv_cache_report_mode = "full"
+    assert serve(kv, again) == 40
+    hashes = [maybe_convert_block_hash(page_hash) for page_hash in again.block_hashes]
+    cached = {hashes[i] for i in cached_pages(kv, first, 0)}
+    assert set(kv.take_events()[0].block_hashes) > cached
+
+
+@pytest.mark.parametrize("sliding", [stock_spec(8, 4), windowed_spec(8, 4, AUTO)])
+def test_vllm_names_parents_that_were_never_announced(sliding: Any) -> None:
+    kv = make_kv(sliding, retention=0, events=True)
+    request = make_request("r", range(41), 4)
+    serve(kv, request, 20)
+    request.num_computed_tokens = 20
+    assert kv.allocate_slots(request, 21) is not None
+    first, second = kv.take_events()
+    assert second.parent_block_hash not in {None, *first.block_hashes}
+
+
 def _mask(spec: SWASpec, start: int, end: int, alignment: int, **kwargs: Any) -> set[int] | None:
     mask = SWAManager.reachable_block_mask(
         start_block=start,

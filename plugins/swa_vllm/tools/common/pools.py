@@ -24,6 +24,7 @@ class Model:
         kv_heads: KV heads of one device.
         number_bytes: bytes of an element of the cache.
         phase: whose tokens have the window in this plugin; stock vLLM has no phases.
+        stages: layers of each pipeline stage; empty if one device, or group of them, has all.
     """
 
     windows: tuple[int | None, ...]
@@ -32,6 +33,12 @@ class Model:
     head_dim: int
     number_bytes: int
     phase: Phase = Phase.BOTH
+    stages: tuple[range, ...] = ()
+
+    @property
+    def most_layers(self) -> int:
+        """Layers of the fullest stage."""
+        return max(map(len, self.stages), default=len(self.windows))
 
     def layer_page_bytes(self, page_size: int) -> int:
         """Count the bytes of one layer's keys and values in a page."""
@@ -43,7 +50,8 @@ class Pool:
     """The pool of one arm's engine.
 
     Attributes:
-        page_bytes: bytes of a page in all layers of a group, padding included.
+        page_bytes: bytes of a page in all layers of a group, padding included, on a device of the
+            stage that has the most of them.
         token_bytes: bytes that a token of a prompt adds to a long text, on average.
         promised_pages: pages that admission reserves for a request of ``max_model_len``.
         num_pages: pages of the pool; None where its memory is not known.
@@ -97,7 +105,9 @@ class Need:
 def plan_pool(arm: Arm, model: Model, limits: Limits, memory: int | None) -> Pool:
     """Plan the pool of an arm in ``memory`` bytes of each device; None leaves its size open."""
     groups = kv_groups_of(arm, model.windows, model.sink_tokens, limits, model.phase)
-    group_layers = max(ceil_div(group.num_layers, group.num_groups) for group in groups)
+    # The stage with the fewest pages decides for all.
+    stages = model.stages or (range(len(model.windows)),)
+    group_layers = max(group.most_layers(stage) for group in groups for stage in stages)
     page_bytes = group_layers * model.layer_page_bytes(limits.block_size)
     num_growing = sum(
         group.num_groups

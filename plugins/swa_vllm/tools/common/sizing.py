@@ -5,9 +5,10 @@ vLLM 0.32 and 0.33: ``v1/core/kv_cache_utils.py``; for the dtype of the KV cache
 own functions and against engines that were started.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from itertools import accumulate
 from typing import Any
 
 from swa_backend.checkpoint import Checkpoint
@@ -46,10 +47,12 @@ class Device(StrEnum):
         """Tokens of a page by vLLM's default."""
         return 16 if self is Device.GPU else 128
 
-    @property
-    def num_steps_in_flight(self) -> int:
-        """Steps in flight: two with asynchronous scheduling, vLLM's default on GPUs."""
-        return 2 if self is Device.GPU else 1
+    def num_steps_in_flight(self, num_stages: int = 1) -> int:
+        """Count steps in flight: one a stage, and one by asynchronous scheduling on GPUs.
+
+        With stages that is Model Runner V2's; V1 turns asynchronous scheduling off there.
+        """
+        return num_stages + (self is Device.GPU)
 
 
 @dataclass(frozen=True)
@@ -80,14 +83,24 @@ class KVGroups:
 
     Attributes:
         num_groups: groups, each with a block table of its own.
-        num_layers: layers of all groups together.
+        layers: numbers of the layers of all groups together, which take turns.
         num_padding: layers that vLLM adds so that all groups have one size.
     """
 
     policy: PagePolicy
     num_groups: int
-    num_layers: int
+    layers: tuple[int, ...]
     num_padding: int
+
+    @property
+    def num_layers(self) -> int:
+        """Layers of all groups together."""
+        return len(self.layers)
+
+    def most_layers(self, stage: Sequence[int]) -> int:
+        """Count the layers of a group in a pipeline stage, of the group that has the most there."""
+        groups = (self.layers[first :: self.num_groups] for first in range(self.num_groups))
+        return max(len(set(group).intersection(stage)) for group in groups)
 
 
 def split_into_kv_groups(num_full: int, num_sliding: int) -> tuple[int, int, int]:
@@ -101,6 +114,24 @@ def split_into_kv_groups(num_full: int, num_sliding: int) -> tuple[int, int, int
         return most, int(num_full > 0), int(num_sliding > 0)
     size = most if most < 1.5 * fewest else fewest
     return size, ceil_div(num_full, size), ceil_div(num_sliding, size)
+
+
+def stages_of(num_layers: int, num_stages: int) -> tuple[range, ...]:
+    """Divide layers among pipeline stages, as vLLM does without ``VLLM_PP_LAYER_PARTITION``.
+
+    Raises:
+        ValueError: a stage would have no layer.
+    """
+    if num_stages > num_layers:
+        raise ValueError(
+            f"--pipeline-parallel-size {num_stages} is more than this model's {num_layers} layers; "
+            "give fewer"
+        )
+    each, left = divmod(num_layers, num_stages)
+    # The last stage has the output embedding, and the first the input's: others come before them.
+    sizes = [each + (num_stages - 1 - left <= rank < num_stages - 1) for rank in range(num_stages)]
+    ends = list(accumulate(sizes))
+    return tuple(range(end - size, end) for size, end in zip(sizes, ends, strict=True))
 
 
 def kv_groups_of(
@@ -125,22 +156,24 @@ def kv_groups_of(
             only; None for the longest one, which start-up reckons with.
     """
     keeps_all = arm is Arm.FULL or (arm is Arm.SWA and phase is Phase.PREFILL)
-    sliding = [] if keeps_all else [window for window in windows if window is not None]
-    num_full = len(windows) - len(sliding)
+    sliding = [i for i, window in enumerate(windows) if window is not None and not keeps_all]
+    others = tuple(i for i in range(len(windows)) if i not in sliding)
+    num_full = len(others)
     size, full_groups, sliding_groups = split_into_kv_groups(num_full, len(sliding))
     groups = []
     if num_full:
         full = PagePolicy(limits.block_size)
-        groups.append(KVGroups(full, full_groups, num_full, full_groups * size - num_full))
+        groups.append(KVGroups(full, full_groups, others, full_groups * size - num_full))
     if sliding:
-        window, num_layers = sliding[0], len(sliding)
+        window = windows[sliding[0]]
+        assert window is not None
         if arm is Arm.SWA and phase is Phase.DECODE:
             longest = limits.max_model_len if num_prompt is None else num_prompt
             policy = _prompt_window_policy(window, num_pinned(sinks, phase, longest), limits)
         else:
             policy = _sliding_page_policy(arm, window, sinks, limits)
-        num_padding = sliding_groups * size - num_layers
-        groups.append(KVGroups(policy, sliding_groups, num_layers, num_padding))
+        num_padding = sliding_groups * size - len(sliding)
+        groups.append(KVGroups(policy, sliding_groups, tuple(sliding), num_padding))
     return groups
 
 

@@ -41,6 +41,7 @@ from swa_vllm.tools.common.sizing import (
     kv_heads_of_a_device,
     longest_text_in_limits,
     size_cache_dtype,
+    stages_of,
 )
 from swa_vllm.tools.plan.pictures import plot_plan
 from swa_vllm.tools.plan.report import describe_plan, plan_figures, plan_notes, plan_rows, pool_rows
@@ -54,6 +55,7 @@ _UNITS = {"KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30, "KB": 10**3, "MB": 10*
 _NUMBERS = (
     "block_size",
     "tensor_parallel_size",
+    "pipeline_parallel_size",
     "max_num_batched_tokens",
     "max_num_seqs",
     "output",
@@ -68,6 +70,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", choices=MODEL_DTYPES, default="auto", help="of the weights")
     parser.add_argument("--kv-cache-dtype", choices=CACHE_DTYPES, default="auto")
     parser.add_argument("--tensor-parallel-size", type=int, default=1, metavar="N")
+    parser.add_argument(
+        "--pipeline-parallel-size",
+        type=int,
+        default=1,
+        metavar="N",
+        help="stages, with as many layers each as vLLM gives them without VLLM_PP_LAYER_PARTITION",
+    )
     parser.add_argument(
         "--max-num-batched-tokens", type=int, default=8192, metavar="N", help="default: 8192"
     )
@@ -127,6 +136,7 @@ def _run_plan(args: argparse.Namespace) -> dict[str, Any]:
         head_dim=checkpoint.head_dim,
         number_bytes=bytes_of_an_element(checkpoint, args.dtype, args.kv_cache_dtype),
         phase=options.phase,
+        stages=_planned_stages(args, len(layers.windows)),
     )
     memory = None if args.kv_memory is None else parse_planned_memory(args.kv_memory)
     pools = {arm: plan_pool(arm, model, limits, memory) for arm in Arm}
@@ -161,6 +171,17 @@ def _check_cache_of_copies(
         named = f"--kv-cache-dtype {dtype}{' (the checkpoint asks for it)' * by_checkpoint}"
         other = f"--kv-cache-dtype {'auto' if asked == 'auto' else 'bfloat16'}"
         raise ValueError(sinks_refused_on_cpus(named, copies, other))
+
+
+def _planned_stages(args: argparse.Namespace, num_layers: int) -> tuple[range, ...]:
+    if args.pipeline_parallel_size == 1:
+        return ()
+    if args.device == Device.CPU:
+        raise ValueError(
+            f"--pipeline-parallel-size {args.pipeline_parallel_size} fails in vLLM's CPU build; "
+            "leave it out, or plan for --device gpu"
+        )
+    return stages_of(num_layers, args.pipeline_parallel_size)
 
 
 def parse_planned_memory(text: str) -> int:
@@ -205,7 +226,7 @@ def _planned_limits(
         max_model_len=max_model_len,
         max_num_batched_tokens=args.max_num_batched_tokens,
         max_num_seqs=args.max_num_seqs,
-        num_steps_in_flight=device.num_steps_in_flight,
+        num_steps_in_flight=device.num_steps_in_flight(args.pipeline_parallel_size),
         spare_tokens=spare_tokens if device is Device.CPU else 0,
     )
 

@@ -4,7 +4,6 @@ import argparse
 from collections.abc import Mapping
 from typing import Any
 
-from swa_backend.pages import ceil_div
 from swa_backend.window import Phase
 from swa_vllm.tools.common.arms import Arm
 from swa_vllm.tools.common.pools import Model, Need, Pool
@@ -28,15 +27,15 @@ def describe_plan(args: argparse.Namespace, model: Model, limits: Limits) -> str
     sinks = f", {model.sink_tokens} sink tokens" if model.sink_tokens else ""
     phase = _IN_PHASE[model.phase]
     page = model.layer_page_bytes(limits.block_size)
-    a_token = len(model.windows) * page / limits.block_size / 1024
+    a_token = model.most_layers * page / limits.block_size / 1024
     memory = "" if args.kv_memory is None else f", {args.kv_memory} for the KV cache"
-    devices = (
-        f"; each of {args.tensor_parallel_size} devices" if args.tensor_parallel_size > 1 else ""
-    )
+    tensor, stages = args.tensor_parallel_size, args.pipeline_parallel_size
+    devices = f"; each of {tensor * stages} devices" if tensor * stages > 1 else ""
+    layers = "all layers" if stages == 1 else f"the {model.most_layers} layers of a stage"
     return (
         f"{args.model}: {len(model.windows)} layers, {len(sliding)} of them sliding (W={sliding[0]}"
         f"{sinks}{phase})\n"
-        f"a token takes {a_token:g} KiB in all layers ({model.kv_heads} KV heads of "
+        f"a token takes {a_token:g} KiB in {layers} ({model.kv_heads} KV heads of "
         f"{model.head_dim}, {model.number_bytes} bytes an element){devices}{memory}\n"
         f"pages of {limits.block_size} tokens, chunks of {limits.max_num_batched_tokens}, "
         f"{limits.num_steps_in_flight} step(s) in flight, at most {limits.max_num_seqs} requests "
@@ -48,7 +47,7 @@ def pool_rows(pools: Pools) -> list[list[object]]:
     """Make a row for each figure of a pool, with a column for each arm."""
     columns = []
     for pool in pools.values():
-        size = max(ceil_div(group.num_layers, group.num_groups) for group in pool.groups)
+        size = max(group.most_layers(group.layers) for group in pool.groups)
         columns.append(
             {
                 "KV groups x layers": f"{sum(g.num_groups for g in pool.groups)} x {size}",
@@ -151,6 +150,7 @@ def plan_figures(
     return {
         "model": args.model,
         **vars(model),
+        "stages": [len(stage) for stage in model.stages],
         **vars(limits),
         "pools": {
             arm.value: {
