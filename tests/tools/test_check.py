@@ -235,7 +235,7 @@ main(Phase.PREFILL)
     [
         "",
         "builder.split_at_prompt_ends = lambda batch: (batch, [False] * batch.num_reqs)",
-        "builder.answer_tables = lambda batch, *_: (batch, *(torch.empty(0).long(),) * 2)",
+        "builder.answer_tables = lambda batch, *_: (batch, *(torch.empty(0).long(),) * 2, {})",
     ],
     ids=["right", "all prompts", "answers see all"],
 )
