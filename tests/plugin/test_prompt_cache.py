@@ -112,7 +112,7 @@ def test_the_next_turn_of_a_session_caches_no_answer(
     request.num_prompt_tokens = request.num_tokens
     request.num_computed_tokens = request.num_tokens - num_turn
     assert kv.allocate_slots(request, num_turn) is not None
-    assert cached_pages(kv, request, 0) == {0} if left else {0, 1}
+    assert cached_pages(kv, request, 0) == ({0} if left else {0, 1})
     kv.free(request)  # all is computed anew, as the prompt that it is now
     request.num_computed_tokens = 0
     serve(kv, request)
