@@ -154,8 +154,8 @@ def test_a_request_holds_its_window_and_its_sinks(
 
 def _reserve_but_do_not_attend(monkeypatch: pytest.MonkeyPatch) -> None:
     def look_elsewhere(self: SinkCopies, kv_cache: torch.Tensor, pages: torch.Tensor) -> None:
-        key, value = self.layout.read_tokens(kv_cache, self.sources)
-        self.layout.write_tokens(pages, self.targets, 0 * key, 0 * value)
+        key, value = self.layout.read(kv_cache, self.sources)
+        self.layout.write(pages, self.targets, 0 * key, 0 * value)
 
     monkeypatch.setattr(SinkCopies, "copy", look_elsewhere)
 

@@ -226,7 +226,7 @@ def test_page_layout_knows_two_loops_of_tokens_and_of_elements(
     write(key, value, pages, slots)
     assert [x.tolist() for x in layout.read_tokens(pages, slots)] == [key.tolist(), value.tolist()]
     copy = torch.zeros_like(pages)
-    layout.write_tokens(copy, slots, key, value)
+    layout.write(copy, layout.locate(slots), key, value)
     assert torch.equal(copy, pages)
 
 

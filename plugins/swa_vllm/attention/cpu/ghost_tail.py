@@ -15,7 +15,7 @@ from vllm.v1.attention.backend import CommonAttentionMetadata
 
 from swa_backend.window import last_unshifted
 from swa_vllm.attention.cpu.batches import copy_batch
-from swa_vllm.attention.cpu.page_layout import PageLayout
+from swa_vllm.attention.cpu.page_layout import Located, PageLayout
 
 
 @dataclass(frozen=True)
@@ -24,13 +24,13 @@ class SinkCopies:
 
     Attributes:
         layout: of the KV cache and of the pages that are copied to.
-        sources: int64 ``[n]``, slots of the KV cache.
-        targets: int64 ``[n]``, slots of the pages that are copied to.
+        sources: tokens of the KV cache.
+        targets: places for them in the pages that are copied to.
     """
 
     layout: PageLayout
-    sources: torch.Tensor
-    targets: torch.Tensor
+    sources: Located
+    targets: Located
 
     @classmethod
     def between(
@@ -39,13 +39,11 @@ class SinkCopies:
         """Copies from slots to slots, int64 ``[n]``; None for none."""
         if len(sources) == 0:
             return None
-        return cls(layout, sources, targets)
+        return cls(layout, layout.locate(sources), layout.locate(targets))
 
     def copy(self, kv_cache: torch.Tensor, pages: torch.Tensor) -> None:
         """Copy from the KV cache to ``pages``, which may be the cache itself."""
-        self.layout.write_tokens(
-            pages, self.targets, *self.layout.read_tokens(kv_cache, self.sources)
-        )
+        self.layout.write(pages, self.targets, *self.layout.read(kv_cache, self.sources))
 
 
 @dataclass(frozen=True)

@@ -6,12 +6,16 @@ operator reads a page back. What we need to know is asked of the operator that w
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
 # Stores keys and values ``[n, num_kv_heads, head_size]`` in pages ``[num_pages, num_kv_heads,
 # block_size, 2 * head_size]`` at slots int64 ``[n]``.
 WriteTokens = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], None]
+Index = tuple[torch.Tensor | slice, ...]
+# Where the keys of some tokens are, and their values.
+Located = tuple[Index, Index]
 
 
 class PageLayout:
@@ -47,23 +51,32 @@ class PageLayout:
         keys, values = found.argsort().view(block_size, token_size).chunk(2, dim=1)
         self._keys, self._values = _Places.of_offsets(keys), _Places.of_offsets(values)
 
-    def read_tokens(
-        self, pages: torch.Tensor, slots: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Key and value ``[n, num_kv_heads, head_size]`` of the tokens at ``slots``.
+    def locate(self, slots: torch.Tensor) -> Located:
+        """Find the tokens at ``slots``, int64 ``[n]``, in pages of any layer: once for a step."""
+        return self._keys.index(slots), self._values.index(slots)
+
+    def read(self, pages: torch.Tensor, tokens: Located) -> tuple[torch.Tensor, torch.Tensor]:
+        """Key and value ``[n, num_kv_heads, head_size]`` of some tokens.
 
         Args:
             pages: ``[num_pages, num_kv_heads, block_size, 2 * head_size]``.
-            slots: int64 ``[n]``.
         """
-        return self._keys.read(pages, slots), self._values.read(pages, slots)
+        keys, values = tokens
+        return self._keys.read(pages, keys), self._values.read(pages, values)
 
-    def write_tokens(
-        self, pages: torch.Tensor, slots: torch.Tensor, key: torch.Tensor, value: torch.Tensor
+    def write(
+        self, pages: torch.Tensor, tokens: Located, key: torch.Tensor, value: torch.Tensor
     ) -> None:
-        """Write what :meth:`read_tokens` reads."""
-        self._keys.write(pages, slots, key)
-        self._values.write(pages, slots, value)
+        """Write what :meth:`read` reads."""
+        keys, values = tokens
+        self._keys.write(pages, keys, key)
+        self._values.write(pages, values, value)
+
+    def read_tokens(
+        self, pages: torch.Tensor, slots: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """As :meth:`read`, of the tokens at ``slots``, int64 ``[n]``."""
+        return self.read(pages, self.locate(slots))
 
 
 @dataclass(frozen=True)
@@ -125,33 +138,45 @@ class _Places:
             raise RuntimeError(_UNKNOWN)
         return places
 
-    def read(self, pages: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
-        """``[n, num_kv_heads, head_size]``, of the tokens at ``slots``."""
-        return self._view(pages)[self._index(slots)].flatten(2)
-
-    def write(self, pages: torch.Tensor, slots: torch.Tensor, states: torch.Tensor) -> None:
-        elements = self.elements
-        self._view(pages)[self._index(slots)] = states.view(
-            *states.shape[:2], elements.num_outer, elements.num_inner
-        )
-
-    def _view(self, pages: torch.Tensor) -> torch.Tensor:
-        """See pages as ``[num_pages, num_kv_heads, *tokens, *elements]``, both in two loops."""
-        assert pages.stride()[2:] == (pages.shape[3], 1)
-        loops = self.tokens, self.elements
-        sizes = [size for steps in loops for size in (steps.num_outer, steps.num_inner)]
-        strides = [stride for steps in loops for stride in (steps.outer, steps.inner)]
-        return pages.as_strided(
-            (*pages.shape[:2], *sizes),
-            (*pages.stride()[:2], *strides),
-            pages.storage_offset() + self.first,
-        )
-
-    def _index(self, slots: torch.Tensor) -> tuple[torch.Tensor | slice, ...]:
+    def index(self, slots: torch.Tensor) -> Index:
+        """Index of the tokens at ``slots`` in the view of any pages."""
         tokens = self.tokens
         token = slots % (tokens.num_outer * tokens.num_inner)
         page = slots // (tokens.num_outer * tokens.num_inner)
-        return page, slice(None), token // tokens.num_inner, token % tokens.num_inner
+        loops = [(tokens.num_outer, token // tokens.num_inner)]
+        loops += [(tokens.num_inner, token % tokens.num_inner)]
+        return page, slice(None), *(place for size, place in loops if size > 1)
+
+    def read(self, pages: torch.Tensor, index: Index) -> torch.Tensor:
+        """``[n, num_kv_heads, head_size]``, of the tokens at ``index``."""
+        return self._view(pages)[index].flatten(2)
+
+    def write(self, pages: torch.Tensor, index: Index, states: torch.Tensor) -> None:
+        """Write what :meth:`read` reads."""
+        view = self._view(pages)
+        view[index] = states.view(*states.shape[:2], *view.shape[-2:])
+
+    def _view(self, pages: torch.Tensor) -> torch.Tensor:
+        """See pages as ``[num_pages, num_kv_heads, *tokens, *elements]``, both in their loops."""
+        num_pages, num_heads, _, token_size = pages.shape
+        of_page, of_head, *inside = pages.stride()
+        assert inside == [token_size, 1]
+        sizes, strides = self._loops
+        return pages.as_strided(
+            (num_pages, num_heads, *sizes),
+            (of_page, of_head, *strides),
+            pages.storage_offset() + self.first,
+        )
+
+    @cached_property
+    def _loops(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Sizes and strides. A loop of one token is left out: each dimension costs in an index."""
+        tokens, elements = self.tokens, self.elements
+        loops = [(tokens.num_outer, tokens.outer), (tokens.num_inner, tokens.inner)]
+        loops = [(size, stride) for size, stride in loops if size > 1]
+        loops += [(elements.num_outer, elements.outer), (elements.num_inner, elements.inner)]
+        sizes, strides = zip(*loops, strict=True)
+        return sizes, strides
 
 
 _UNKNOWN = (

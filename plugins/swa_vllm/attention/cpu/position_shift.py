@@ -84,8 +84,8 @@ class PositionShift:
         self, kv_cache: torch.Tensor, ghosts: SinkCopies, distances: torch.Tensor
     ) -> None:
         """Write ghost tails, each key ``distances`` positions further on."""
-        key, value = ghosts.layout.read_tokens(kv_cache, ghosts.sources)
-        ghosts.layout.write_tokens(kv_cache, ghosts.targets, self.rotate(key, distances), value)
+        key, value = ghosts.layout.read(kv_cache, ghosts.sources)
+        ghosts.layout.write(kv_cache, ghosts.targets, self.rotate(key, distances), value)
 
     def widen_query(
         self, query: torch.Tensor, sinks: ShiftedScratch, kv_cache: torch.Tensor
