@@ -24,6 +24,7 @@ _RIGHT: dict[str, dict[str, str]] = {
         "--max-num-seqs": "256",
         "--max-num-batched-tokens": "8192",
         "--tensor-parallel-size": "1",
+        "--pipeline-parallel-size": "2",
         "--kv-memory": "16GiB",
         "--prompt": "100,448",
         "--plot": f"{HERE}/a.png",
@@ -32,6 +33,7 @@ _RIGHT: dict[str, dict[str, str]] = {
     "trace": {
         "--window": "64",
         "--sink-tokens": "4",
+        "--phase": "decode",
         "--block-size": "16",
         "--max-num-batched-tokens": "64",
         "--output": "4",
@@ -197,6 +199,17 @@ _PLAN = [
     _says("plan", ["--prompt", "0"], "--prompt 0", "at least 1", "--max-model-len is 512"),
     _says("plan", ["--prompt", "449"], "--prompt 449", "at most 448", "--max-model-len is 512"),
     _says("plan", ["--output", "512"], "--output 512", "len is 512", "lower the one or raise"),
+    _range("plan", "--pipeline-parallel-size", "0"),
+    _says("plan", ["--pipeline-parallel-size", "5"], "size 5 is", "model's 4 layers", "give fewer"),
+    _says(
+        "plan",
+        ["--device", "cpu", "--pipeline-parallel-size", "2"],
+        "--pipeline-parallel-size 2",
+        "fails in vLLM's CPU build",
+        "leave it out, or plan for --device gpu",
+        ["--device", "cpu"],
+        ["--device", "gpu", "--pipeline-parallel-size", "2"],
+    ),
     _says("plan", ["--tensor-parallel-size", "3"], "size 3 does", "divide this", "give one that"),
     _says(
         "plan", ["--max-num-batched-tokens", "100"], "100 is", "below --max-num-seqs", "raise the"
@@ -220,6 +233,7 @@ _TRACE = [
         _says("trace", ["--prompt", text], f"--prompt {text!r}", "write numbers", "commas between")
         for text in ("10,x", "0", "", "-4", "1e3", "9" * 30)
     ),
+    _says("trace", ["--phase", "prefill"], "--phase prefill", "nothing to map", "give decode"),
     _says("trace", ["--pool-tokens", "31"], "--pool-tokens 31", "less than two pages", "give more"),
     _says("trace", ["--block-size", str(10**9)], "--block-size 1000", "two pages", "smaller pages"),
     _says(

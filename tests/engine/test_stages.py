@@ -5,6 +5,7 @@ vLLM's CPU build lacks a buffer, which :mod:`tests.helpers.stages` makes. Over R
 """
 
 import re
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -37,7 +38,7 @@ def test_stages_have_the_tokens_of_one_process(
     name: str,
     tiny_model: ModelFactory,
     engine: EngineFactory,
-    no_engine: Any,
+    no_engine: Callable[[], None],
     capfd: pytest.CaptureFixture[str],
 ) -> None:
     num_stages, options, full = CASES[name]

@@ -19,9 +19,10 @@ def staged_engine(model: Path, **kwargs: Any) -> Iterator[LLM]:
     with stages_allowed():
         llm = start_engine(
             model,
-            **{"distributed_executor_backend": "mp", **kwargs},
+            distributed_executor_backend="mp",
             # Poison needs the workers in this process.
             additional_config={"swa": {**options, "debug_poison": False}},
+            **kwargs,
         )
     try:
         make_stage_buffers(llm)

@@ -310,15 +310,16 @@ class PageMachine:
         assert self.pool.get_num_free_blocks() == self.num_free_at_start
         check_nothing_held(self.pool, self.managers)
         for manager in self.managers:
-            if isinstance(manager, PromptWindowManager):
+            if isinstance(manager, SWAManager):
+                counts = manager.snapshot()
+                self.happened["skipped pages"] += counts.skipped
+                self.happened["pages freed by a window"] += counts.freed_by_window
+                self.happened["tokens that skipped pages kept out of the prefix cache"] += (
+                    counts.prefix_lost_tokens
+                )
+            elif isinstance(manager, PromptWindowManager):
                 freed = manager.snapshot().freed_by_window
                 self.happened["pages freed between a prompt and its window"] += freed
-        for counts in (m.snapshot() for m in self.managers if isinstance(m, SWAManager)):
-            self.happened["skipped pages"] += counts.skipped
-            self.happened["pages freed by a window"] += counts.freed_by_window
-            self.happened["tokens that skipped pages kept out of the prefix cache"] += (
-                counts.prefix_lost_tokens
-            )
 
     # --- the scheduler's side --------------------------------------------------------------------
 

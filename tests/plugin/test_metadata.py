@@ -192,6 +192,14 @@ def test_page_layout_refuses_what_is_not_a_place() -> None:
     with pytest.raises(RuntimeError, match="does not know on this processor"):
         PageLayout((1, 2, 8), torch.float32, stores_elements_unevenly)
 
+    def stores_elements_backwards(
+        key: torch.Tensor, value: torch.Tensor, page: torch.Tensor, slots: Any
+    ) -> None:
+        page[0] = torch.cat((key.flip(2), value), dim=-1).transpose(0, 1)
+
+    with pytest.raises(RuntimeError, match="does not know on this processor"):
+        PageLayout((1, 2, 8), torch.float32, stores_elements_backwards)
+
 
 @pytest.mark.parametrize(
     "loops",
@@ -374,10 +382,8 @@ def test_what_is_copied_in_one_step_serves_the_next(window: int, page_size: int)
                 elif request.end - window > request.prompt_len:
                     rows.append(request)
             if request.end > 200:
-                request.give_back(range(len(request.table)))
-                request.table.clear()
                 request.prompt_len = request.end = pick.randint(1, 3 * page_size)
-                request.write(0, spare)
+                request.start_over(spare)
                 rows = [row for row in rows if row is not request]
                 rejected = [item for item in rejected if item[0] is not request]
         if not rows:

@@ -229,17 +229,16 @@ def test_pools_of_pipeline_stages_are_what_vllm_makes_of_them(
     for _ in range(30):
         num_layers = pick.randint(num_stages, 14)
         windows = tuple(pick.choice([None, 64, 64]) for _ in range(num_layers))
-        stages = stages_of(num_layers, num_stages)
-        assert stages == tuple(
+        model = Model(windows, 0, 2, 64, 2, num_stages=num_stages)
+        assert model.stages == tuple(
             range(*get_pp_indices(num_layers, rank, num_stages)) for rank in range(num_stages)
         )
         specs = [
             {f"layer.{i}": _spec(Arm.SWA, windows[i], 0, vllm_config, Phase.BOTH) for i in stage}
-            for stage in stages
+            for stage in model.stages
         ]
         memory = 64 << 20
         configs = plan_kv_caches(vllm_config, specs, [memory] * num_stages)
-        model = Model(windows, 0, 2, 64, 2, stages=stages)
         pool = plan_pool(Arm.SWA, model, Limits(16, 1000, 100, 16, 2), memory)
         assert {config.num_blocks for config in configs} == {pool.num_pages}
 

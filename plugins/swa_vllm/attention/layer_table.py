@@ -17,6 +17,9 @@ from swa_vllm.attention.layer import WindowedAttention
 
 logger = init_logger(f"vllm.{__name__}")
 
+# Layers by their numbers, each with its row of the table.
+Described = list[tuple[int, tuple[str, ...]]]
+
 _SLIDING = {
     Phase.BOTH: "sliding",
     Phase.PREFILL: "sliding in prompts",
@@ -57,17 +60,13 @@ def _table_waits_for_groups(windowed: Sequence[WindowedAttention]) -> bool:
     return any(layer.kv_group_layers is None for layer in windowed)
 
 
-def _described_layers(
-    vllm_config: VllmConfig, layers: dict[str, Attention]
-) -> list[tuple[int, tuple[str, ...]]]:
+def _described_layers(vllm_config: VllmConfig, layers: dict[str, Attention]) -> Described:
     """This worker's layers by their numbers, each with its row of the table."""
     ordered = sorted(layers.items(), key=lambda item: extract_layer_index(item[0]))
     return [(extract_layer_index(n), _describe_layer(vllm_config, a)) for n, a in ordered]
 
 
-def _gather_stages(
-    described: list[tuple[int, tuple[str, ...]]],
-) -> list[tuple[int, tuple[str, ...]]]:
+def _gather_stages(described: Described) -> Described:
     """Give every pipeline stage the rows of all."""
     stages = get_pp_group()
     found: list[Any] = [None] * stages.world_size

@@ -161,10 +161,10 @@ class SWACPUMetadataBuilder(CPUAttentionMetadataBuilder):
             The batch; for each row whether it needs scratch, and its window there; and copies that
             serve the others from the KV cache, where nothing is hidden from them.
         """
+        ends_before, self._answer_ends = self._answer_ends, {}
         batch, is_answer = split_at_prompt_ends(batch)
         windows: list[int | None] = [NO_WINDOW] * batch.num_reqs
         if batch.rswa_prefix_lens is None:
-            self._answer_ends = {}
             return batch, [False] * batch.num_reqs, windows, None
         assert self.page_layout is not None
         prompt_lens = batch.rswa_prefix_lens[: batch.num_reqs].numpy()
@@ -174,11 +174,9 @@ class SWACPUMetadataBuilder(CPUAttentionMetadataBuilder):
         for row in (hides & ~is_single).nonzero()[0]:
             windows[row] = self._window + int(pinned[row])
         ghosts, rows = None, (hides & is_single).nonzero()[0]
-        if not len(rows):
-            self._answer_ends = {}
-        else:
+        if len(rows):
             batch, sources, targets, self._answer_ends = answer_tables(
-                batch, rows, pinned[rows], self._window, self.block_size, self._answer_ends
+                batch, rows, pinned[rows], self._window, self.block_size, ends_before
             )
             ghosts = SinkCopies.between(self.page_layout, sources, targets)
         return batch, (hides & ~is_single).tolist(), windows, ghosts

@@ -12,7 +12,7 @@ from swa_backend.pages import ceil_div
 from swa_backend.window import Phase
 from swa_vllm.tools.common.arms import Arm
 from swa_vllm.tools.common.queueing import Workload, queue_pages_of_one_request, running_at_once
-from swa_vllm.tools.common.sizing import KVGroups, Limits, kv_groups_of
+from swa_vllm.tools.common.sizing import KVGroups, Limits, kv_groups_of, stages_of
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Model:
         kv_heads: KV heads of one device.
         number_bytes: bytes of an element of the cache.
         phase: whose tokens have the window in this plugin; stock vLLM has no phases.
-        stages: layers of each pipeline stage; empty if one device, or group of them, has all.
+        num_stages: pipeline stages that the layers are divided among.
     """
 
     windows: tuple[int | None, ...]
@@ -33,12 +33,12 @@ class Model:
     head_dim: int
     number_bytes: int
     phase: Phase = Phase.BOTH
-    stages: tuple[range, ...] = ()
+    num_stages: int = 1
 
     @property
-    def most_layers(self) -> int:
-        """Layers of the fullest stage."""
-        return max(map(len, self.stages), default=len(self.windows))
+    def stages(self) -> tuple[range, ...]:
+        """Layers of each pipeline stage."""
+        return stages_of(len(self.windows), self.num_stages)
 
     def layer_page_bytes(self, page_size: int) -> int:
         """Count the bytes of one layer's keys and values in a page."""
@@ -106,8 +106,7 @@ def plan_pool(arm: Arm, model: Model, limits: Limits, memory: int | None) -> Poo
     """Plan the pool of an arm in ``memory`` bytes of each device; None leaves its size open."""
     groups = kv_groups_of(arm, model.windows, model.sink_tokens, limits, model.phase)
     # The stage with the fewest pages decides for all.
-    stages = model.stages or (range(len(model.windows)),)
-    group_layers = max(group.most_layers(stage) for group in groups for stage in stages)
+    group_layers = max(group.most_layers(stage) for group in groups for stage in model.stages)
     page_bytes = group_layers * model.layer_page_bytes(limits.block_size)
     num_growing = sum(
         group.num_groups

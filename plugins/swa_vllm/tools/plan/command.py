@@ -41,7 +41,6 @@ from swa_vllm.tools.common.sizing import (
     kv_heads_of_a_device,
     longest_text_in_limits,
     size_cache_dtype,
-    stages_of,
 )
 from swa_vllm.tools.plan.pictures import plot_plan
 from swa_vllm.tools.plan.report import describe_plan, plan_figures, plan_notes, plan_rows, pool_rows
@@ -129,6 +128,7 @@ def _run_plan(args: argparse.Namespace) -> dict[str, Any]:
         if refusal is not None:
             raise ValueError(refusal)
     _check_cache_of_copies(args, checkpoint, options)
+    _refuse_stages_on_cpus(args)
     model = Model(
         windows=layers.windows,
         sink_tokens=options.sink_tokens,
@@ -136,7 +136,7 @@ def _run_plan(args: argparse.Namespace) -> dict[str, Any]:
         head_dim=checkpoint.head_dim,
         number_bytes=bytes_of_an_element(checkpoint, args.dtype, args.kv_cache_dtype),
         phase=options.phase,
-        stages=_planned_stages(args, len(layers.windows)),
+        num_stages=args.pipeline_parallel_size,
     )
     memory = None if args.kv_memory is None else parse_planned_memory(args.kv_memory)
     pools = {arm: plan_pool(arm, model, limits, memory) for arm in Arm}
@@ -173,15 +173,12 @@ def _check_cache_of_copies(
         raise ValueError(sinks_refused_on_cpus(named, copies, other))
 
 
-def _planned_stages(args: argparse.Namespace, num_layers: int) -> tuple[range, ...]:
-    if args.pipeline_parallel_size == 1:
-        return ()
-    if args.device == Device.CPU:
+def _refuse_stages_on_cpus(args: argparse.Namespace) -> None:
+    if args.pipeline_parallel_size > 1 and args.device == Device.CPU:
         raise ValueError(
             f"--pipeline-parallel-size {args.pipeline_parallel_size} fails in vLLM's CPU build; "
             "leave it out, or plan for --device gpu"
         )
-    return stages_of(num_layers, args.pipeline_parallel_size)
 
 
 def parse_planned_memory(text: str) -> int:

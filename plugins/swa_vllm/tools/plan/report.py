@@ -27,11 +27,12 @@ def describe_plan(args: argparse.Namespace, model: Model, limits: Limits) -> str
     sinks = f", {model.sink_tokens} sink tokens" if model.sink_tokens else ""
     phase = _IN_PHASE[model.phase]
     page = model.layer_page_bytes(limits.block_size)
-    a_token = model.most_layers * page / limits.block_size / 1024
+    most_layers = max(map(len, model.stages))
+    a_token = most_layers * page / limits.block_size / 1024
     memory = "" if args.kv_memory is None else f", {args.kv_memory} for the KV cache"
-    tensor, stages = args.tensor_parallel_size, args.pipeline_parallel_size
-    devices = f"; each of {tensor * stages} devices" if tensor * stages > 1 else ""
-    layers = "all layers" if stages == 1 else f"the {model.most_layers} layers of a stage"
+    num_devices = args.tensor_parallel_size * model.num_stages
+    devices = f"; each of {num_devices} devices" if num_devices > 1 else ""
+    layers = "all layers" if model.num_stages == 1 else f"the {most_layers} layers of a stage"
     return (
         f"{args.model}: {len(model.windows)} layers, {len(sliding)} of them sliding (W={sliding[0]}"
         f"{sinks}{phase})\n"
@@ -150,7 +151,6 @@ def plan_figures(
     return {
         "model": args.model,
         **vars(model),
-        "stages": [len(stage) for stage in model.stages],
         **vars(limits),
         "pools": {
             arm.value: {

@@ -15,6 +15,11 @@ if TYPE_CHECKING:
 KINDS = ("window", "sink", "prompt", "prefill")
 
 
+def pinned_kind(phase: Phase) -> str:
+    """Kind of the pages that every later query sees."""
+    return "prompt" if phase is Phase.DECODE else "sink"
+
+
 @dataclass
 class Row:
     """One request, step by step; a step in which it does not run has zeros.
@@ -45,7 +50,7 @@ class Row:
         """Add a step in which the request holds ``held`` pages of ``num_computed`` tokens.
 
         Args:
-            pinned: the kind of the pages that every query sees: ``"sink"`` or ``"prompt"``.
+            pinned: see :func:`pinned_kind`.
         """
         counts = dict.fromkeys(KINDS, 0)
         counts["window"], counts[pinned], counts["prefill"] = pages.kinds(held)
@@ -75,8 +80,7 @@ class Trace:
     @property
     def kinds(self) -> tuple[str, ...]:
         """Kinds of pages that requests of this phase have."""
-        other = "sink" if self.phase is Phase.DECODE else "prompt"
-        return tuple(kind for kind in KINDS if kind != other)
+        return "window", pinned_kind(self.phase), "prefill"
 
     def to_json(self) -> dict[str, Any]:
         return {**vars(self), "rows": [vars(row) for row in self.rows]}
@@ -91,15 +95,21 @@ def record_trace(args: argparse.Namespace, prompts: list[int]) -> Trace:
     from swa_vllm.tools.engines.scheduler import Simulation  # which imports vLLM
 
     phase = Phase(args.phase)
-    kind = "prompt" if phase is Phase.DECODE else "sink"
     rows = {str(index): Row(num_prompt) for index, num_prompt in enumerate(prompts)}
+    pages = {
+        name: WindowPages(
+            args.window,
+            args.block_size,
+            num_pinned(args.sink_tokens, phase, row.num_prompt),
+        )
+        for name, row in rows.items()
+    }
 
     class Recorder(Simulation):
         def record_step(self, output: Any) -> None:
             for name, row in rows.items():
-                pinned = num_pinned(args.sink_tokens, phase, row.num_prompt)
-                pages = WindowPages(args.window, args.block_size, pinned)
-                row.add_step(pages, kind, self.num_pages_of(name), self.num_computed_of(name))
+                held, num_computed = self.num_pages_of(name), self.num_computed_of(name)
+                row.add_step(pages[name], pinned_kind(phase), held, num_computed)
 
     simulation = Recorder(Arm.SWA, _traced_engine(args, max(prompts)))
     num_pages = simulation.engine.num_pages
