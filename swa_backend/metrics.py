@@ -51,7 +51,9 @@ class PageCounts:
 
 @dataclass(frozen=True)
 class Metric:
-    """A Prometheus metric, or one kind of it; all have the labels ``engine`` and ``group`` too.
+    """A Prometheus metric, or one kind of it.
+
+    All have the label ``engine``, and all but :data:`ENGINE_SCRAPED` the label ``group`` too.
 
     Attributes:
         name: the metric's name; samples of a counter add ``_total``.
@@ -118,3 +120,10 @@ METRICS = {
         "swa_sink_tokens", "gauge", "First tokens of a text that every query of this group sees."
     ),
 }
+# Of each engine of a server, whether a scrape has the metrics above.
+ENGINE_SCRAPED = Metric(
+    "swa_engine_scraped",
+    "gauge",
+    "1 if this scrape has the counts of this engine; 0 if not, because it runs on another machine, "
+    "has not started yet, or has ended.",
+)

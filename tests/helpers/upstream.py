@@ -26,8 +26,9 @@ MEMBERS: dict[str, set[str]] = {
     "vllm.config.model_arch:ModelArchitectureConfig": {"rswa_window"},
     "vllm.config.observability:ObservabilityConfig": {"enable_mfu_metrics"},
     "vllm.config.parallel:ParallelConfig": {
-        *("data_parallel_backend", "data_parallel_index", "data_parallel_size"),
-        *("decode_context_parallel_size", "distributed_executor_backend"),
+        *("data_parallel_backend", "data_parallel_index", "data_parallel_rank"),
+        *("data_parallel_rank_local", "data_parallel_size", "data_parallel_size_local"),
+        *("decode_context_parallel_size", "distributed_executor_backend", "local_engines_only"),
         *("pipeline_parallel_size", "placement_group", "prefill_context_parallel_size"),
         *("ray_runtime_env", "use_ray", "use_ubatching"),
     },

@@ -236,6 +236,8 @@ def test_data_parallel_engines_give_the_same_tokens(
     assert all(float(line.split()[-1]) > 0 for line in served)
     pages = [samples(metrics, engine)["swa_pages_allocated_total"] for engine in (0, 1)]
     assert all(num_pages > 0 for num_pages in pages)
+    # Ray's nodes of these tests are one machine.
+    assert [samples(metrics, engine)["swa_engine_scraped"] for engine in (0, 1)] == [1, 1]
 
 
 def test_killed_worker_is_an_error_and_an_end(

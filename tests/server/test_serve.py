@@ -20,7 +20,7 @@ import torch
 from transformers import AutoTokenizer
 
 from quickstart import PAGE_SIZE, SERVE_ARGS, Server
-from swa_backend.metrics import METRICS
+from swa_backend.metrics import ENGINE_SCRAPED, METRICS
 from tests.bad_input.requests import EMBEDS, REQUESTS
 from tests.bad_input.row import Bad
 from tests.helpers.engines import ModelFactory
@@ -228,7 +228,7 @@ def test_metrics_of_a_request_that_runs_and_of_one_that_is_aborted(url: str) -> 
 
 def test_metrics_are_documented_in_the_scrape_and_private_on_the_way(server: Server) -> None:
     text = httpx.get(f"{server.url}/metrics", timeout=30).text
-    for metric in METRICS.values():
+    for metric in (*METRICS.values(), ENGINE_SCRAPED):
         assert f"# HELP {metric.sample} {metric.help}" in text
         assert f"# TYPE {metric.sample} {metric.type}" in text
     files = _engine_files(server)
@@ -346,6 +346,15 @@ def test_server_is_unhurt_by_all_of_them(server: Server, before: tuple[Any, int]
     assert not [line for line in log.splitlines() if " ERROR " in line or "Traceback" in line]
 
 
+# Two data parallel engines, and as many API servers.
+TWO_ENGINES = [
+    *("--served-model-name", "demo", "--max-model-len", "512", "--enforce-eager"),
+    *("--dtype", "float32", "--skip-tokenizer-init", "--block-size", str(PAGE_SIZE)),
+    *("--num-gpu-blocks-override", "256", "--data-parallel-size", "2"),
+    "--no-enable-prefix-caching",
+]
+
+
 def test_metrics_of_several_api_servers_and_engines_beside_another_server(
     url: str, tiny_model: ModelFactory, tmp_path: Path
 ) -> None:
@@ -354,14 +363,8 @@ def test_metrics_of_several_api_servers_and_engines_beside_another_server(
     Prompts of 300 tokens and answers of 40 store 339, in 11 pages of 32. A window of 40 keeps the
     last 3 pages of the chunk, 7 to 9, and frees those before page 9, the first that token 338 sees.
     """
-    arguments = [
-        *("--served-model-name", "demo", "--max-model-len", "512", "--enforce-eager"),
-        *("--dtype", "float32", "--skip-tokenizer-init", "--block-size", str(PAGE_SIZE)),
-        *("--num-gpu-blocks-override", "256", "--data-parallel-size", "2"),
-        "--no-enable-prefix-caching",
-    ]
     beside = _scrape(url)
-    server = Server(tiny_model(**MIXED), tmp_path / "log", arguments)
+    server = Server(tiny_model(**MIXED), tmp_path / "log", TWO_ENGINES)
     try:
         server.wait()
         (prompt,) = random_prompts([300])
@@ -376,6 +379,7 @@ def test_metrics_of_several_api_servers_and_engines_beside_another_server(
                     "swa_pages_freed_total": num_requests * 2,
                     "swa_pages_peak_per_request": 3,
                     "swa_window_tokens": 40,
+                    "swa_engine_scraped": 1,
                 }
         assert _scrape(url) == beside
         family = psutil.Process(server.process.pid).children(recursive=True)
@@ -387,6 +391,32 @@ def test_metrics_of_several_api_servers_and_engines_beside_another_server(
     finally:
         server.stop()
     assert _scrape(url) == beside
+
+
+def test_an_engine_on_another_machine_is_named_in_the_scrape(
+    tiny_model: ModelFactory, tmp_path: Path
+) -> None:
+    """A headless process stands for that machine: its engine counts in a directory of its own."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    arguments = [
+        *(*TWO_ENGINES, "--data-parallel-size-local", "1"),
+        *("--data-parallel-address", "127.0.0.1", "--data-parallel-rpc-port", str(port)),
+    ]
+    model, headless = tiny_model(**MIXED), ["--headless", "--data-parallel-start-rank", "1"]
+    elsewhere = Server(model, tmp_path / "elsewhere", [*arguments, *headless])
+    server = Server(model, tmp_path / "log", arguments)
+    try:
+        server.wait()
+        _complete(server.url, [1, 2, 3], 4, **{"X-data-parallel-rank": "1"})
+        for _ in range(10):
+            here, there = (_scrape(server.url, engine) for engine in (0, 1))
+            assert (here["swa_engine_scraped"], here["swa_window_tokens"]) == (1, 40)
+            assert there == {"swa_engine_scraped": 0}
+    finally:
+        server.stop()
+        elsewhere.stop()
 
 
 def test_sigterm_in_prefill_ends_all_once_clients_let_go(server: Server, temporary: Path) -> None:

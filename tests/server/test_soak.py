@@ -232,7 +232,11 @@ def test_successor_of_a_killed_engine_counts_from_zero(successor: Server) -> Non
         "swa_pages_freed_total": 2 + 2,
         "swa_prefix_hit_tokens_total": 96,
     }
-    constants = {"swa_window_tokens": WINDOW, "swa_sink_tokens": SINKS}
+    constants = {
+        "swa_window_tokens": WINDOW,
+        "swa_sink_tokens": SINKS,
+        "swa_engine_scraped": 1,
+    }
     assert counted == [constants, {**constants, **served}, {**constants, **again}]
 
 

@@ -18,13 +18,15 @@ from prometheus_client.mmap_dict import MmapedDict, mmap_key
 from prometheus_client.multiprocess import MultiProcessCollector
 from vllm.logger import init_logger
 
-from swa_backend.metrics import METRICS, Metric, PageCounts
+from swa_backend.metrics import ENGINE_SCRAPED, METRICS, Metric, PageCounts
 from swa_vllm.compat import envs
 
 logger = init_logger(f"vllm.{__name__}")
 
-# Part of a file's name: of several files with the same labels the newest is right.
+# Parts of files' names: of several files with the same labels the newest is right ...
 _GAUGE = "gauge_livemostrecent"
+# ... or the greatest: an engine is scraped with one board, however many processes expect it.
+_ENGINES = "gauge_livemax"
 _FIELDS = tuple(field.name for field in fields(PageCounts))
 _FIELD_OF = {(metric.sample, metric.kind): field for field, metric in METRICS.items()}
 
@@ -45,9 +47,8 @@ class Owner:
 
     @property
     def identifier(self) -> str:
-        """Name of the board's files; prometheus_client takes an underscore for a separator."""
-        instance = self.instance_id.replace("_", "-")
-        return f"swa-{instance}-{self.engine}-{self.group}-{os.getpid()}"
+        """Name of the board's files."""
+        return _file_identifier(self.instance_id, self.engine, self.group)
 
     def key(self, metric: Metric) -> str:
         """prometheus_client's key of a metric with this owner's labels."""
@@ -80,6 +81,8 @@ class PageBoard:
             path = Path(directory, f"{prefix}_{owner.identifier}.db")
             of_type = {f: m for f, m in METRICS.items() if m.type == prefix.partition("_")[0]}
             self._cells |= _make_board_file(path, {f: owner.key(m) for f, m in of_type.items()})
+        path = Path(directory, f"{_ENGINES}_{owner.identifier}.db")
+        _make_board_file(path, {"scraped": _key_of_engine(owner.engine)}, 1.0)
 
     def add(self, field: str, amount: int) -> None:
         """Count ``amount`` more, or fewer."""
@@ -97,10 +100,33 @@ class PageBoard:
         return PageCounts(**{f: int(values[i]) for f, (values, i) in self._cells.items()})
 
 
+def expect_engines(directory: str, instance_id: str, engines: Iterable[int]) -> None:
+    """Have scrapes say of engines that they lack their counts, until a board of theirs is there.
+
+    Args:
+        directory: where the server of the engines reads.
+        instance_id: vLLM's name of the server in this process.
+        engines: data parallel ranks.
+    """
+    path = Path(directory, f"{_ENGINES}_{_file_identifier(instance_id)}.db")
+    _make_board_file(path, {str(engine): _key_of_engine(engine) for engine in engines})
+
+
+def _file_identifier(instance_id: str, *numbers: int) -> str:
+    """Name files of this process; prometheus_client takes an underscore for a separator."""
+    instance = instance_id.replace("_", "-")
+    return "-".join(["swa", instance, *map(str, numbers), str(os.getpid())])
+
+
+def _key_of_engine(engine: int) -> str:
+    name, help_text = ENGINE_SCRAPED.name, ENGINE_SCRAPED.help
+    return str(mmap_key(name, ENGINE_SCRAPED.sample, ["engine"], [str(engine)], help_text))
+
+
 def _make_board_file(
-    path: Path, keys: dict[str, str]
+    path: Path, keys: dict[str, str], value: float = 0.0
 ) -> "dict[str, tuple[memoryview[float], int]]":
-    """Make prometheus_client's file with zeros; returns where each field's value lies.
+    """Make prometheus_client's file with a value for all fields; returns where each field's lies.
 
     It appears at ``path`` once it is whole, readable by its owner alone.
     """
@@ -109,7 +135,7 @@ def _make_board_file(
     values = MmapedDict(str(new))
     now = time.time()
     for key in keys.values():
-        values.write_value(key, 0.0, now)
+        values.write_value(key, value, now)
     values.close()
     position = {key: pos for key, _, _, pos in MmapedDict.read_all_values_from_file(str(new))}
     with new.open("r+b") as file:
@@ -133,6 +159,8 @@ def read_counts(files: Iterable[str]) -> dict[tuple[int, int], PageCounts]:
     """Counts by engine and KV group."""
     counts = defaultdict[tuple[int, int], dict[str, int]](dict)
     for metric in MultiProcessCollector.merge(files):
+        if metric.name == ENGINE_SCRAPED.name:
+            continue
         for sample in metric.samples:
             labels = sample.labels
             owner = int(labels["engine"]), int(labels["group"])

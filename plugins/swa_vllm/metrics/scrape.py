@@ -15,17 +15,17 @@ from prometheus_client import REGISTRY
 from prometheus_client.metrics_core import Metric
 from prometheus_client.multiprocess import MultiProcessCollector
 from prometheus_client.registry import Collector
-from vllm.config import VllmConfig
+from vllm.config import ParallelConfig, VllmConfig
 
-from swa_backend.metrics import METRICS, PageCounts
+from swa_backend.metrics import ENGINE_SCRAPED, METRICS, PageCounts
 from swa_vllm.compat import envs
 from swa_vllm.compat.architectures import PLAIN, WINDOWED
 from swa_vllm.config.swa_config import vllm_config_frees_pages
-from swa_vllm.metrics.board import board_files, read_counts
+from swa_vllm.metrics.board import board_files, expect_engines, read_counts
 
 
 class EngineCounts(Collector):
-    """Metrics of the engines that this process started and that still run."""
+    """Metrics of the engines that this process started and that still run on this machine."""
 
     def __init__(self) -> None:
         # For this process's user alone; removed when the process ends.
@@ -34,7 +34,7 @@ class EngineCounts(Collector):
 
     def describe(self) -> Iterator[Metric]:
         """The metrics without samples, as the registry wants to know their names."""
-        named = {metric.name: metric for metric in METRICS.values()}
+        named = {metric.name: metric for metric in (*METRICS.values(), ENGINE_SCRAPED)}
         for metric in named.values():
             yield Metric(metric.name, metric.help, metric.type)
 
@@ -45,9 +45,24 @@ class EngineCounts(Collector):
 
 def serve_counts(vllm_config: VllmConfig) -> None:
     """Have the metrics served of an engine that is about to start and whose model slides."""
-    envs.set_metrics_dir(envs.read_variable(envs.SHARED_METRICS_DIR) or _counts_collector().path)
-    if vllm_config.parallel_config.data_parallel_backend == "ray":  # engines are actors then
+    directory = envs.read_variable(envs.SHARED_METRICS_DIR) or _counts_collector().path
+    envs.set_metrics_dir(directory)
+    parallel = vllm_config.parallel_config
+    has_managers = not vllm_config.scheduler_config.disable_hybrid_kv_cache_manager
+    if has_managers and os.path.isdir(directory):
+        expect_engines(directory, vllm_config.instance_id, _engines_of_server(parallel))
+    if parallel.data_parallel_backend == "ray":  # engines are actors then
         envs.copy_variable_to_ray(envs.METRICS_DIR)
+
+
+def _engines_of_server(parallel: ParallelConfig) -> range:
+    """Data parallel ranks of the engines that this process's server sends requests to."""
+    first = parallel.data_parallel_rank
+    if parallel.data_parallel_rank_local is not None:  # offline, an engine in each process
+        return range(first, first + 1)
+    if parallel.local_engines_only:  # other servers have the others
+        return range(first, first + parallel.data_parallel_size_local)
+    return range(parallel.data_parallel_size)
 
 
 @cache
