@@ -78,11 +78,15 @@ def test_platform_refuses_a_backend_of_other_devices() -> None:
         RayCpuPlatform.get_attn_backend_cls(AttentionBackendEnum.FLASH_ATTN, PLAIN_ATTENTION)
 
 
+@pytest.mark.parametrize("checkpoint", [MIXED, FULL], ids=["mixed", "full"])
 def test_our_backend_serves_full_layers_as_vllms_does(
-    tiny_model: ModelFactory, engine: EngineFactory, monkeypatch: pytest.MonkeyPatch
+    checkpoint: dict[str, Any],
+    tiny_model: ModelFactory,
+    engine: EngineFactory,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """``--attention-backend CUSTOM`` gives it all layers."""
-    model, prompts = tiny_model(**MIXED), random_prompts([1, 100])
+    """``--attention-backend CUSTOM`` gives it all layers, also of a model without a window."""
+    model, prompts = tiny_model(**checkpoint), random_prompts([1, 100])
     expected = [answer.tokens for answer in generate(engine(model), prompts)]
     monkeypatch.setattr(platforms, "_current_platform", RayCpuPlatform())
     llm = engine(model, attention_config={"backend": "CUSTOM"})

@@ -375,6 +375,34 @@ sys.exit(main(sys.argv[1:]))
     assert "pip install 'swa-backend[plot]'" in result.stderr
 
 
+def test_a_plan_obeys_vllms_partition_of_layers_and_names_it(
+    qwen3_8b: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """36 layers, a token takes 4 KiB in each: half of them in a stage, or 26."""
+    path = tmp_path / "plan.json"
+    flags = ["plan", str(qwen3_8b), "--window", "4096", "--pipeline-parallel-size", "2"]
+
+    def planned() -> tuple[str, int]:
+        assert main([*flags, "--json", str(path)]) == 0
+        pools = json.loads(path.read_text())["pools"]
+        return capsys.readouterr().out, pools["this plugin"]["page_bytes"]
+
+    text, page_bytes = planned()
+    assert "takes 72 KiB in the 18 layers of a stage (" in text
+    assert page_bytes == 18 * 16 * 4096
+    monkeypatch.setenv("VLLM_PP_LAYER_PARTITION", "10,26")
+    text, page_bytes = planned()
+    assert "takes 104 KiB in the 26 layers of a stage by VLLM_PP_LAYER_PARTITION=10,26 (" in text
+    assert page_bytes == 26 * 16 * 4096
+    monkeypatch.setenv("VLLM_PP_LAYER_PARTITION", "10,25")
+    assert main(flags) == 1
+    error = capsys.readouterr().err
+    assert "VLLM_PP_LAYER_PARTITION=10,25 does not divide this model's 36 layers among" in error
+
+
 def test_a_reader_that_has_enough_is_no_error(qwen3_8b: Path) -> None:
     pipe = f"{sys.executable} -m swa_vllm.tools.cli plan {qwen3_8b} --window 64 | true"
     result = subprocess.run(["bash", "-c", pipe], capture_output=True, text=True, check=False)

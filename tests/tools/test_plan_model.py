@@ -243,6 +243,34 @@ def test_pools_of_pipeline_stages_are_what_vllm_makes_of_them(
         assert {config.num_blocks for config in configs} == {pool.num_pages}
 
 
+@pytest.mark.parametrize("partition", ["3,1", "1,3", " 2,02", "4"])
+def test_stages_are_divided_by_vllms_variable(
+    partition: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("VLLM_PP_LAYER_PARTITION", partition)
+    size = len(partition.split(","))
+    expected = tuple(range(*get_pp_indices(4, rank, size)) for rank in range(size))
+    assert stages_of(4, size, partition) == expected
+
+
+@pytest.mark.parametrize("partition", ["", "2", "2,1", "2,1,1", "2,two", "2;2"])
+def test_a_partition_that_vllm_refuses_is_refused(
+    partition: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("VLLM_PP_LAYER_PARTITION", partition)
+    with pytest.raises(ValueError, match="partition"):
+        get_pp_indices(4, 0, 2)
+    with pytest.raises(ValueError, match=rf"VLLM_PP_LAYER_PARTITION={partition} does not divide"):
+        stages_of(4, 2, partition)
+
+
+@pytest.mark.parametrize("partition", ["4,0", "0,4", "5,-1"])
+def test_a_partition_with_a_stage_without_layers_is_refused(partition: str) -> None:
+    """As engines with a window refuse it."""
+    with pytest.raises(ValueError, match=rf"VLLM_PP_LAYER_PARTITION={partition} .* unset it"):
+        stages_of(4, 2, partition)
+
+
 def test_more_stages_than_layers_are_refused() -> None:
     with pytest.raises(ValueError, match="5 is more than this model's 4 layers; give fewer"):
         stages_of(4, 5)

@@ -11,6 +11,8 @@ RAY_ON_CPU = "SWA_RAY_ON_CPU"
 METRICS_DIR = "SWA_METRICS_DIR"
 # prometheus_client's directory for the metrics of several processes.
 SHARED_METRICS_DIR = "PROMETHEUS_MULTIPROC_DIR"
+# Layers of each pipeline stage, with commas between them; vLLM reads it.
+LAYER_PARTITION = "VLLM_PP_LAYER_PARTITION"
 # Names of variables that vLLM copies to Ray's actors.
 _RAY_COPIES = "VLLM_RAY_EXTRA_ENV_VARS_TO_COPY"
 # Read by a worker process before vLLM hands it the driver's environment.

@@ -82,7 +82,6 @@ class SWACPUMetadataBuilder(CPUAttentionMetadataBuilder):
         device: torch.device,
     ) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
-        windowed = windowed_layers(vllm_config)
         # A full layer, where --attention-backend CUSTOM asks for them too.
         self._layer = get_layers_from_vllm_config(vllm_config, Attention)[layer_names[0]]
         self._sink_tokens = getattr(self._layer, "sink_tokens", 0)
@@ -95,8 +94,9 @@ class SWACPUMetadataBuilder(CPUAttentionMetadataBuilder):
         self._plain_builder = self._make_plain_builder(device)
         copies = self._sink_tokens or self._phase is Phase.DECODE
         self.page_layout = self._learn_page_layout(kv_cache_spec) if copies else None
-        # Layers take their turns, so those of all groups share scratch pages.
-        self._scratch = next(iter(windowed.values())).scratch_pages
+        # Layers take their turns, so those of all groups share scratch pages; full ones need none.
+        windowed = windowed_layers(vllm_config).values()
+        self._scratch = next((layer.scratch_pages for layer in windowed), {})
         self._poison = PoisonWatch(kv_cache_spec, layer_names, vllm_config)
         log_layers(vllm_config, layer_names)
 

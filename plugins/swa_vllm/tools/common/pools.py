@@ -25,6 +25,8 @@ class Model:
         number_bytes: bytes of an element of the cache.
         phase: whose tokens have the window in this plugin; stock vLLM has no phases.
         num_stages: pipeline stages that the layers are divided among.
+        layer_partition: the value of ``VLLM_PP_LAYER_PARTITION``, by which they are; None where it
+            is unset.
     """
 
     windows: tuple[int | None, ...]
@@ -34,11 +36,12 @@ class Model:
     number_bytes: int
     phase: Phase = Phase.BOTH
     num_stages: int = 1
+    layer_partition: str | None = None
 
     @property
     def stages(self) -> tuple[range, ...]:
         """Layers of each pipeline stage."""
-        return stages_of(len(self.windows), self.num_stages)
+        return stages_of(len(self.windows), self.num_stages, self.layer_partition)
 
     def layer_page_bytes(self, page_size: int) -> int:
         """Count the bytes of one layer's keys and values in a page."""

@@ -116,22 +116,43 @@ def split_into_kv_groups(num_full: int, num_sliding: int) -> tuple[int, int, int
     return size, ceil_div(num_full, size), ceil_div(num_sliding, size)
 
 
-def stages_of(num_layers: int, num_stages: int) -> tuple[range, ...]:
-    """Divide layers among pipeline stages, as vLLM does without ``VLLM_PP_LAYER_PARTITION``.
+def stages_of(num_layers: int, num_stages: int, partition: str | None = None) -> tuple[range, ...]:
+    """Divide layers among pipeline stages, as vLLM does.
+
+    Args:
+        partition: the value of ``VLLM_PP_LAYER_PARTITION``; None where it is unset.
 
     Raises:
-        ValueError: a stage would have no layer.
+        ValueError: a stage would have no layer, or the partition is of other layers or stages.
     """
     if num_stages > num_layers:
         raise ValueError(
             f"--pipeline-parallel-size {num_stages} is more than this model's {num_layers} layers; "
             "give fewer"
         )
-    each, left = divmod(num_layers, num_stages)
-    # The last stage has the output embedding, and the first the input's: others come before them.
-    sizes = [each + (num_stages - 1 - left <= rank < num_stages - 1) for rank in range(num_stages)]
+    if partition is None:
+        each, left = divmod(num_layers, num_stages)
+        # The last stage has the output embedding, and the first the input's: others come first.
+        first = num_stages - 1 - left
+        sizes = [each + (first <= rank < num_stages - 1) for rank in range(num_stages)]
+    else:
+        sizes = _sizes_of_partition(partition, num_layers, num_stages)
     ends = list(accumulate(sizes))
     return tuple(range(end - size, end) for size, end in zip(sizes, ends, strict=True))
+
+
+def _sizes_of_partition(partition: str, num_layers: int, num_stages: int) -> list[int]:
+    try:
+        sizes = [int(size) for size in partition.split(",")]
+    except ValueError:
+        sizes = []
+    if len(sizes) != num_stages or sum(sizes) != num_layers or min(sizes) < 1:
+        raise ValueError(
+            f"VLLM_PP_LAYER_PARTITION={partition} does not divide this model's {num_layers} layers "
+            f"among --pipeline-parallel-size {num_stages}: give a number of layers for each stage, "
+            "at least 1, with commas between them, or unset it"
+        )
+    return sizes
 
 
 def kv_groups_of(

@@ -19,6 +19,7 @@ from swa_backend.options import SWAConfigError, SWAOptions
 from swa_backend.pages import max_partial_tokens
 from swa_backend.table import format_table
 from swa_backend.window import Phase
+from swa_vllm.compat import envs
 from swa_vllm.compat.architectures import check_architectures, phase_refused
 from swa_vllm.compat.cache_dtypes import UNQUANTIZED, sinks_refused_on_cpus
 from swa_vllm.tools.common import plots
@@ -74,7 +75,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=1,
         metavar="N",
-        help="stages, with as many layers each as vLLM gives them without VLLM_PP_LAYER_PARTITION",
+        help="stages, with the layers that vLLM or VLLM_PP_LAYER_PARTITION gives them",
     )
     parser.add_argument(
         "--max-num-batched-tokens", type=int, default=8192, metavar="N", help="default: 8192"
@@ -137,6 +138,7 @@ def _run_plan(args: argparse.Namespace) -> dict[str, Any]:
         number_bytes=bytes_of_an_element(checkpoint, args.dtype, args.kv_cache_dtype),
         phase=options.phase,
         num_stages=args.pipeline_parallel_size,
+        layer_partition=envs.read_variable(envs.LAYER_PARTITION),
     )
     memory = None if args.kv_memory is None else parse_planned_memory(args.kv_memory)
     pools = {arm: plan_pool(arm, model, limits, memory) for arm in Arm}

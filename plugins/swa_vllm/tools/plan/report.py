@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from swa_backend.window import Phase
+from swa_vllm.compat import envs
 from swa_vllm.tools.common.arms import Arm
 from swa_vllm.tools.common.pools import Model, Need, Pool
 from swa_vllm.tools.common.queueing import Workload
@@ -33,6 +34,8 @@ def describe_plan(args: argparse.Namespace, model: Model, limits: Limits) -> str
     num_devices = args.tensor_parallel_size * model.num_stages
     devices = f"; each of {num_devices} devices" if num_devices > 1 else ""
     layers = "all layers" if model.num_stages == 1 else f"the {most_layers} layers of a stage"
+    if model.layer_partition is not None:
+        layers += f" by {envs.LAYER_PARTITION}={model.layer_partition}"
     return (
         f"{args.model}: {len(model.windows)} layers, {len(sliding)} of them sliding (W={sliding[0]}"
         f"{sinks}{phase})\n"
