@@ -19,6 +19,7 @@ import click
 import pytest
 import yaml
 from jsonschema.validators import validator_for
+from packaging.version import Version
 from ray.scripts.scripts import cli as ray_command
 from vllm.entrypoints.cli.serve import ServeSubcommand
 from vllm.utils.argparse_utils import FlexibleArgumentParser
@@ -315,3 +316,9 @@ def test_every_node_has_the_image_of_the_dockerfile() -> None:
         assert (ROOT / file).samefile(RECIPES / "Dockerfile")
         assert built in (tag, f"REGISTRY/{tag}")
     assert set(re.findall(r"image: (?:&\w+ )?(\w\S*)", KUBERAY)) == {f"REGISTRY/{tag}"}
+
+
+def test_image_has_the_agent_that_kuberay_probes_and_a_ray_with_tokens() -> None:
+    assert '"ray[default]"' in (RECIPES / "Dockerfile").read_text()
+    spec = next(iter(yaml.safe_load_all(KUBERAY)))["spec"]
+    assert Version(spec["rayVersion"]) >= Version("2.53")  # KubeRay's validation.go and pod.go
