@@ -24,7 +24,8 @@ def check_held(manager: SWAManager, request_id: str, num_settled: int) -> None:
     """
     spec, blocks = manager.kv_cache_spec, manager.req_to_blocks[request_id]
     held = [i for i, block in enumerate(blocks) if not block.is_null]
-    first = first_visible(max(0, num_settled), spec.sliding_window) // spec.block_size
+    kept = spec.sliding_window + spec.replayed_tokens
+    first = first_visible(max(0, num_settled), kept) // spec.block_size
     sinks = range(ceil_div(spec.storage.sink_tokens, spec.block_size))
     assert all(i in sinks or i >= first for i in held)
     assert held[: len(sinks)] == list(sinks)[: len(blocks)]

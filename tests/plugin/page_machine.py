@@ -21,6 +21,7 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCache
 from vllm.v1.request import Request, RequestStatus
 
 from swa_backend.options import PrefillPages
+from swa_backend.pages import ceil_div
 from swa_backend.window import Phase, first_visible, num_pinned
 from swa_vllm.config.storage import StoragePolicy
 from swa_vllm.kv_cache.manager import SWAManager
@@ -65,6 +66,11 @@ EVENTS = (
     "spare slots on a page of their own",
     "pages freed between a prompt and its window",
     "preemptions of answers whose prompts alone are cached",
+    "loads",
+    "loads behind a prefix hit",
+    "loads that fail",
+    "aborts of requests that load",
+    "tables given to another server",
 )
 
 
@@ -87,13 +93,16 @@ class Setup:
     num_lookahead: int = 0
     drops_last_hit: bool = False
     phase: Phase = Phase.BOTH
+    transfers: bool = False
+    must_fit: bool = True  # vLLM admits only whom it can serve to the end
 
 
 @dataclass
 class Sequence:
     """A request: its whole text, what has been computed for good, and its worker's rows.
 
-    At ``rest_at`` it is the user's turn: the request waits with its pages, as a session does.
+    At ``rest_at`` it is the user's turn: the request waits with its pages, as a session does. Of
+    one that ``loads``, another server has computed the prompt; it waits for its pages to be filled.
     """
 
     request: Request
@@ -103,6 +112,8 @@ class Sequence:
     settled: int = 0
     rows: list[list[int]] = field(default_factory=list)
     is_done: bool = False
+    loads: bool = False
+    is_loading: bool = False
 
 
 @dataclass(frozen=True)
@@ -158,6 +169,7 @@ def _make_spec(setup: Setup, kind: str, common: dict[str, Any]) -> FullAttention
         rollback_tokens=setup.num_steps_in_flight * setup.num_drafts,
         lookahead_tokens=setup.num_lookahead,
         drops_last_hit=setup.drops_last_hit,
+        replayed_tokens=int(setup.transfers),
     )
 
 
@@ -205,7 +217,9 @@ class PageMachine:
 
     # --- what may happen -------------------------------------------------------------------------
 
-    def add(self, text: list[int], num_prompt: int, rest_at: int | None = None) -> None:
+    def add(
+        self, text: list[int], num_prompt: int, rest_at: int | None = None, *, loads: bool = False
+    ) -> None:
         self.happened["requests"] += 1
         self.happened["sessions"] += rest_at is not None
         request = Request(
@@ -220,7 +234,7 @@ class PageMachine:
         ends = 0 if self.setup.phase is Phase.BOTH else num_prompt
         kinds = [(token, 0 < ends <= position) for position, token in enumerate(text)]
         tags = list(accumulate(kinds, lambda tag, token: hash((tag, token)), initial=0))[1:]
-        self.waiting.append(Sequence(request, text, tags, rest_at))
+        self.waiting.append(Sequence(request, text, tags, rest_at, loads=loads))
 
     def schedule(self, chunk: int) -> None:
         """Schedule a step in which no request gets more than ``chunk`` tokens."""
@@ -228,6 +242,7 @@ class PageMachine:
             self.settle(0)
         step: list[Scheduled] = []
         budget = self.setup.max_step_tokens
+        num_preemptions = self.happened["preemptions for want of pages"]
         index = 0
         while index < len(self.running):
             sequence = self.running[index]
@@ -239,13 +254,21 @@ class PageMachine:
                 break  # itself preempted
             step.append(share)
             budget -= share.num_tokens
-        while self.waiting and budget and len(self.running) < 8:
+        loading = deque[Sequence]()
+        has_pages = self.happened["preemptions for want of pages"] == num_preemptions
+        while has_pages and self.waiting and budget and len(self.running) < 8:
+            if self.waiting[0].loads and not self._begin_load(self.waiting[0]):
+                break
+            if self.waiting[0].is_loading:
+                loading.append(self.waiting.popleft())
+                continue
             share_or_none = self._admit(self.waiting[0], min(chunk, budget))
             if share_or_none is None:
                 break
             self.running.append(self.waiting.popleft())
             step.append(share_or_none)
             budget -= share_or_none.num_tokens
+        self.waiting.extendleft(reversed(loading))
         for share in step:
             share.sequence.request.num_computed_tokens += share.num_tokens
             share.sequence.request.num_in_flight_tokens += share.num_tokens
@@ -271,12 +294,36 @@ class PageMachine:
                 self._check_reads(share)
                 self._take_result(share, min(rejects, share.num_drafts))
 
+    def load(self, *, fails: bool) -> None:
+        """Let another server fill the pages of all who wait for it, or find that it cannot."""
+        for sequence in [s for s in self.waiting if s.is_loading]:
+            sequence.is_loading = False
+            request = sequence.request
+            if fails:
+                self.happened["loads that fail"] += 1
+                self.kv.free(request)
+                request.num_computed_tokens = 0
+                continue
+            self._clear_free_pages()
+            num_loaded = request.num_computed_tokens
+            sequence.rows = [list(row) for row in self.kv.get_block_ids(request.request_id)]
+            for content, row in zip(self.content, sequence.rows, strict=True):
+                for position in range(sequence.settled, num_loaded):
+                    page, slot = divmod(position, self.setup.page_size)
+                    if row[page]:
+                        content.setdefault(row[page], {})[slot] = sequence.tags[position]
+            self.kv.cache_blocks(request, num_loaded)
+            # The last token of a prompt is computed again, for the first of the answer.
+            request.num_computed_tokens = min(num_loaded, request.num_tokens - 1)
+            sequence.settled = request.num_computed_tokens
+
     def abort(self, index: int) -> None:
         candidates = [*self.waiting, *self.running]  # a session at rest comes first
         if candidates:
             sequence = candidates[index % len(candidates)]
             is_running, is_in_flight = sequence in self.running, self._is_in_flight(sequence)
             rests = not is_running and bool(sequence.rows)
+            self.happened["aborts of requests that load"] += sequence.is_loading
             self.happened["aborts of running requests"] += is_running
             self.happened["aborts of waiting requests"] += not is_running and not rests
             self.happened["aborts of sessions at rest"] += rests
@@ -287,7 +334,7 @@ class PageMachine:
         """Forget all cached pages, as after a change of weights; who runs is preempted for it."""
         while self.running:
             self._preempt()
-        may_reset = not any(sequence.rows for sequence in self.waiting)
+        may_reset = not any(s.rows or s.is_loading for s in self.waiting)
         assert self.kv.reset_prefix_cache() is may_reset
         self.happened["resets of the prefix cache"] += may_reset
         self.happened["resets that a session at rest forbids"] += not may_reset
@@ -298,6 +345,7 @@ class PageMachine:
             if not self.running and not self.waiting:
                 return
             self.schedule(300)
+            self.load(fails=False)
             self.settle(0)
         raise AssertionError("stuck")
 
@@ -381,7 +429,7 @@ class PageMachine:
             num_new_computed_tokens=num_hit,
             new_computed_blocks=blocks,
             num_lookahead_tokens=self.setup.num_lookahead,
-            full_sequence_must_fit=True,
+            full_sequence_must_fit=self.setup.must_fit,
             has_scheduled_reqs=bool(self.running),
         )
         if new is None:
@@ -396,6 +444,37 @@ class PageMachine:
             sequence.rows = [list(row[:num_pages]) for row in ids]
         self._extend(sequence, new.get_block_ids(), start + num_tokens)
         return Scheduled(sequence, sequence.rows, start, num_tokens, 0)
+
+    def _begin_load(self, sequence: Sequence) -> bool:
+        """Take pages for a prompt that another server has computed, but for what hits have."""
+        request = sequence.request
+        blocks, num_hit, request.shared_prefix_boundary = self.kv.get_computed_blocks(request)
+        num_loaded = request.num_prompt_tokens - num_hit
+        new = self.kv.allocate_slots(
+            request,
+            0,
+            num_new_computed_tokens=num_hit,
+            new_computed_blocks=blocks,
+            num_external_computed_tokens=num_loaded,
+            delay_cache_blocks=True,
+            full_sequence_must_fit=self.setup.must_fit,
+            has_scheduled_reqs=bool(self.running),
+        )
+        if new is None:
+            self.happened["admissions refused for want of pages"] += 1
+            return False
+        sequence.loads, sequence.is_loading = False, True
+        sequence.settled = num_hit
+        request.num_computed_tokens = request.num_prompt_tokens
+        self._count_hit(request.request_id, num_hit)
+        self.happened["loads"] += 1
+        self.happened["loads behind a prefix hit"] += num_hit > 0
+        for manager in self.managers:
+            blocks_of = manager.req_to_blocks[request.request_id]
+            assert len(blocks_of) == ceil_div(request.num_prompt_tokens, self.setup.page_size)
+            if isinstance(manager, SWAManager):
+                check_held(manager, request.request_id, request.num_prompt_tokens)
+        return True
 
     def _extend(self, sequence: Sequence, new: tuple[list[int], ...], end: int) -> None:
         """Add new pages to the rows; ``end`` is the position behind the step's tokens."""
@@ -479,10 +558,13 @@ class PageMachine:
 
     def _check_reads(self, share: Scheduled) -> None:
         """Every key before the chunk that its first query sees is where its row says."""
-        sequence = share.sequence
-        start, setup = sequence.settled, self.setup
+        self._check_visible(share.sequence, share.sequence.settled, share.rows)
+
+    def _check_visible(self, sequence: Sequence, start: int, rows: list[list[int]]) -> None:
+        """What the query at ``start`` sees of the keys before it is where the rows say."""
+        setup = self.setup
         mask = (setup.phase, sequence.request.num_prompt_tokens)
-        for kind, content, row in zip(setup.kinds, self.content, share.rows, strict=True):
+        for kind, content, row in zip(setup.kinds, self.content, rows, strict=True):
             # A chunk that crosses the end of the prompt has queries that see more than its first.
             is_whole = kind == "full" or setup.phase is Phase.PREFILL
             first = first_visible(start, None if is_whole else setup.window, *mask)
@@ -501,9 +583,22 @@ class PageMachine:
         if outputs:
             request.append_output_token_ids(outputs)
         if sequence.settled >= len(sequence.text):
+            if self.setup.transfers:
+                self._check_handover(sequence)
             self._end(sequence)
         elif sequence.rest_at is not None and sequence.settled >= sequence.rest_at:
             self._rest(sequence)
+
+    def _check_handover(self, sequence: Sequence) -> None:
+        """As vLLM does: who gets these pages may compute the last token again."""
+        request = sequence.request
+        num_settled = request.num_computed_tokens - request.num_in_flight_tokens
+        self.kv.remove_skipped_blocks(
+            request.request_id, num_settled, num_prompt_tokens=request.num_prompt_tokens
+        )
+        rows = self.kv.get_block_ids_for_computed_tokens(request.request_id, num_settled)
+        self._check_visible(sequence, sequence.settled - 1, [list(row) for row in rows])
+        self.happened["tables given to another server"] += 1
 
     def _rest(self, sequence: Sequence) -> None:
         """The answer is complete; once nothing is in flight the user goes on, before the others.

@@ -20,6 +20,7 @@ from swa_backend.window import Phase
 from swa_vllm.kv_cache.manager import SWAManager
 from swa_vllm.kv_cache.prompt_cache import PromptCacheManager
 from swa_vllm.kv_cache.prompt_window import PromptWindowSpec
+from swa_vllm.kv_cache.spec import SWASpec
 from tests.plugin.page_machine import EVENTS, PageMachine, Setup
 
 Record = Callable[[str, object], None]
@@ -90,6 +91,21 @@ phased_setups = st.builds(
     num_lookahead=st.sampled_from([0, 3]),
     phase=st.sampled_from([Phase.PREFILL, Phase.DECODE, Phase.DECODE]),
 )
+# Pages come from other servers and go to them; sinks and drafts are refused with these.
+transferred_setups = st.builds(
+    _setup,
+    room=st.sampled_from([0.7, 1, 1, 1.5, 4]),
+    window=st.sampled_from([1, 2, 5, 8, 9, 17, 33]),
+    page_size=st.sampled_from([2, 4, 8]),
+    kinds=st.sampled_from([("sliding",), ("full", "sliding"), ("sliding", "full")]),
+    max_step_tokens=st.sampled_from([8, 48, 300]),
+    num_steps_in_flight=st.sampled_from([1, 1, 2, 3]),
+    caching=st.sampled_from([True, True, True, False]),
+    prefill_pages=st.sampled_from(PrefillPages),
+    retention_interval=st.sampled_from([None, 0]),
+    transfers=st.just(True),
+    must_fit=st.sampled_from([True, True, False]),
+)
 
 
 def walk(setup: Setup, choices: bytes, *, to_the_end: bool = False) -> PageMachine:
@@ -100,16 +116,18 @@ def walk(setup: Setup, choices: bytes, *, to_the_end: bool = False) -> PageMachi
     would move the end of its prompt, which tests of that manager try.
     """
     machine = PageMachine(setup)
-    rests = not to_the_end and setup.phase is Phase.BOTH
+    rests = not to_the_end and setup.phase is Phase.BOTH and not setup.transfers
     for action, first, second in zip(choices[::3], choices[1::3], choices[2::3], strict=True):
         match action % 10:
             case 0 | 1 | 2:
                 text = TEXTS[first % 3][: 12 + second]
                 num_prompt = 1 + first * (len(text) - 2) // 255
-                machine.add(text, num_prompt, num_prompt + 9 if rests and first % 5 == 0 else None)
+                rest_at = num_prompt + 9 if rests and first % 5 == 0 else None
+                machine.add(text, num_prompt, rest_at, loads=setup.transfers and second % 2 == 0)
             case 3 | 4 | 5 | 6:
                 machine.schedule(1 + second if first % 2 else 300)
             case 7 | 8:
+                machine.load(fails=second % 4 == 0)
                 machine.settle(first % 5)
             case 9:
                 if first % 3 == 0:
@@ -133,7 +151,7 @@ actions = st.binary(min_size=3 * STEPS, max_size=3 * STEPS)
 
 
 def _check_walks(num_walks: int, record: Record) -> Counter[str]:
-    """Check random walks, and a quarter as many with a window in one phase.
+    """Check random walks, and a quarter as many each with a window in one phase and with transfers.
 
     Returns:
         In how many of them each event happened.
@@ -145,7 +163,12 @@ def _check_walks(num_walks: int, record: Record) -> Counter[str]:
         happened.update(walks=1, steps=events["steps"])
         seen_in.update(event for event in EVENTS if events[event])
 
-    for strategy, num_examples in ((setups, num_walks), (phased_setups, num_walks // 4)):
+    strategies = (
+        (setups, num_walks),
+        (phased_setups, num_walks // 4),
+        (transferred_setups, num_walks // 4),
+    )
+    for strategy, num_examples in strategies:
         tries = settings(
             max_examples=num_examples,
             deadline=None,
@@ -276,6 +299,35 @@ def _free_windows_one_token_early(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(WindowPages, "dead", lambda s, n: dead(s, n + 1))
 
 
+def _recompute_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        SWASpec, "pages", property(lambda s: WindowPages(s.sliding_window, s.block_size))
+    )
+
+
+def _count_loads_as_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    needed = SWAManager.get_num_blocks_to_allocate
+
+    def needed_without_holes_of_loads(
+        self: Any, request_id: str, num: int, hits: Any, *args: Any, **kw: Any
+    ) -> int:
+        blocks = needed(self, request_id, num, hits, *args, **kw)
+        loads = request_id not in self._held and args[0] > len(hits) * self.block_size
+        is_counted = loads and not kw.get("apply_admission_cap")
+        return blocks - len(self._holes(len(hits), num)) * is_counted
+
+    monkeypatch.setattr(SWAManager, "get_num_blocks_to_allocate", needed_without_holes_of_loads)
+
+
+def _leave_loads_out_of_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        SWAManager,
+        "allocate_external_computed_blocks",
+        SlidingWindowManager.allocate_external_computed_blocks,
+    )
+
+
+TRANSFERS = Setup(prefill_pages=PrefillPages.SURVIVORS, num_pages=70, transfers=True)
 SINKS = Setup(sink_tokens=5, spare_tokens=5, num_pages=80)
 
 
@@ -297,6 +349,9 @@ SINKS = Setup(sink_tokens=5, spare_tokens=5, num_pages=80)
         (_look_answers_up, Setup(num_pages=40, phase=Phase.PREFILL, kinds=("sliding",))),
         (_free_the_end_of_prompts, Setup(num_pages=90, phase=Phase.DECODE)),
         (_free_windows_one_token_early, Setup(num_pages=90, phase=Phase.DECODE)),
+        (_recompute_nothing, TRANSFERS),
+        (_count_loads_as_missing, replace(TRANSFERS, num_pages=24, must_fit=False)),
+        (_leave_loads_out_of_counts, TRANSFERS),
     ],
 )
 def test_mistakes_are_caught(
@@ -344,6 +399,7 @@ def test_grants_leave_half_of_the_pool_free() -> None:
         ),
         Setup(num_pages=115, num_steps_in_flight=2, num_drafts=2, max_step_tokens=100),
         Setup(num_pages=140, spare_tokens=6, phase=Phase.DECODE),
+        Setup(num_pages=90, num_steps_in_flight=2, transfers=True),
     ],
 )
 def test_every_request_gets_done_in_a_pool_for_one(setup: Setup) -> None:

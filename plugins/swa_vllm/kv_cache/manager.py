@@ -19,6 +19,7 @@ from swa_backend.lost_prefix import SkippedPages
 from swa_backend.metrics import PageCounts
 from swa_backend.options import PrefillPages
 from swa_backend.pages import ceil_div
+from swa_backend.window import first_visible
 from swa_vllm.kv_cache import live_managers
 from swa_vllm.kv_cache.ledger import Held, PageLedger
 from swa_vllm.kv_cache.prefix_hits import SinkPrefixHits
@@ -68,7 +69,11 @@ class SWAManager(SinkPrefixHits):
             return self._admission_charge(
                 request_id, num_tokens, new_computed_blocks, total_computed_tokens
             )
-        num_pages = max(len(self.req_to_blocks.get(request_id, ())), len(new_computed_blocks))
+        num_pages = max(
+            len(self.req_to_blocks.get(request_id, ())),
+            # Hits, and behind them tokens that a connector loads.
+            ceil_div(total_computed_tokens, self.block_size),
+        )
         if request_id in self._held:  # running: no new hits, and mostly no new page either
             num_blocks = ceil_div(num_tokens, self.block_size) - num_pages
             if num_blocks <= 0:
@@ -148,6 +153,21 @@ class SWAManager(SinkPrefixHits):
         self._admit(request_id).num_hit_blocks = len(blocks)
         num_real = sum(not block.is_null for block in blocks)
         self._held.count_hit(request_id, num_real, num_local_computed_tokens)
+
+    def allocate_external_computed_blocks(
+        self,
+        request_id: str,
+        num_local_computed_tokens: int,
+        num_external_computed_tokens: int,
+        record_for_zeroing: bool = True,
+    ) -> None:
+        num_pages = len(self.req_to_blocks[request_id])
+        super().allocate_external_computed_blocks(
+            request_id, num_local_computed_tokens, num_external_computed_tokens, record_for_zeroing
+        )
+        held = self._held[request_id]
+        held.num_hit_blocks = len(self.req_to_blocks[request_id])
+        self._held.count_taken(held, held.num_hit_blocks - num_pages)
 
     def allocate_new_blocks(
         self, request_id: str, num_tokens: int, num_tokens_main_model: int
@@ -229,6 +249,9 @@ class SWAManager(SinkPrefixHits):
                 'swa.prefill_pages="auto" they do so when memory is short, with "all" never.'
             )
         self._held.count_lost_prefix(num_lost * self.block_size)
+
+    def get_num_skipped_tokens(self, num_computed_tokens: int) -> int:
+        return first_visible(num_computed_tokens, self._pages.window)
 
     def _remove_blocks_in_range(self, request_id: str, first_block: int, last_block: int) -> None:
         # The base class walks back from last_block to the first null block, which a hole would be.

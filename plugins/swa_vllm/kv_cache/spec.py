@@ -20,6 +20,7 @@ class SWASpec(SlidingWindowSpec):
         rollback_tokens: speculative tokens of all of them that may be rejected.
         lookahead_tokens: slots that a step takes beyond its own tokens.
         drops_last_hit: whether prefix cache hits give back their last page, as EAGLE's do.
+        replayed_tokens: the last of the computed tokens that may be computed again.
         poison_key: names the engine whose free pages are to be poisoned; None for no poison.
         instance_id: vLLM's name of the engine; empty if nobody reads the manager's counts.
         engine_index: its data parallel rank.
@@ -30,6 +31,7 @@ class SWASpec(SlidingWindowSpec):
     rollback_tokens: int = 0
     lookahead_tokens: int = 0
     drops_last_hit: bool = False
+    replayed_tokens: int = 0
     poison_key: str | None = None
     instance_id: str = ""
     engine_index: int = 0
@@ -53,6 +55,8 @@ class SWASpec(SlidingWindowSpec):
             rollback_tokens=num_steps * vllm_config.num_speculative_tokens,
             lookahead_tokens=vllm_config.num_lookahead_tokens,
             drops_last_hit=speculation is not None and speculation.use_eagle(),
+            # A server that gets a whole prompt computes its last token again.
+            replayed_tokens=int(vllm_config.kv_transfer_config is not None),
             poison_key=poison_key,
             instance_id=vllm_config.instance_id,
             engine_index=vllm_config.parallel_config.data_parallel_index,
@@ -62,7 +66,7 @@ class SWASpec(SlidingWindowSpec):
     def pages(self) -> WindowPages:
         """Page arithmetic of this window."""
         return WindowPages(
-            window=self.sliding_window + self.extra_retained_tokens,
+            window=self.sliding_window + self.extra_retained_tokens + self.replayed_tokens,
             page_size=self.block_size,
             sink_tokens=self.storage.sink_tokens,
             rollback_tokens=self.rollback_tokens,
@@ -97,7 +101,8 @@ class SWASpec(SlidingWindowSpec):
         if self.storage.prefill_pages is not PrefillPages.ALL:
             return pages.charge(self.num_steps_in_flight, max_in_flight_tokens, num_ahead, longest)
         stock = super().max_admission_blocks_per_request(max_in_flight_tokens, max_model_len)
-        held = stock + pages.num_sink_pages + ceil_div(num_ahead, self.block_size)
+        unknown_to_vllm = num_ahead + self.replayed_tokens
+        held = stock + pages.num_sink_pages + ceil_div(unknown_to_vllm, self.block_size)
         return int(min(held, ceil_div(longest, self.block_size)))
 
     def is_uniform_with_collection(self, kv_cache_specs: dict[str, KVCacheSpec]) -> bool:
