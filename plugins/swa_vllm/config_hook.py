@@ -8,7 +8,7 @@ from swa_backend.window import Phase
 from swa_vllm.compat.prompt_lens import send_prompt_lens
 from swa_vllm.config.rope import lost_rope_theta
 from swa_vllm.config.swa_config import SWAConfig
-from swa_vllm.distributed.prepare import prepare_ray
+from swa_vllm.distributed.prepare import prepare_ray, prepare_transfer
 from swa_vllm.metrics.mfu import wrong_flops
 from swa_vllm.metrics.scrape import serve_counts
 from swa_vllm.refusals import check_servable, refuse_stages_on_cpus, refuse_wrong_weights
@@ -21,7 +21,8 @@ class ConfigHook(VerifyAndUpdateConfig):
 
     @staticmethod
     def verify_and_update_config(vllm_config: VllmConfig) -> None:
-        """Refuse what cannot be served, have metrics served, and have Ray's nodes checked.
+        """Refuse what cannot be served, have metrics served, and have Ray's nodes checked, and
+        servers that exchange pages.
 
         With a window in one phase only, Model Runner V1 is made to tell builders the lengths of
         prompts; with V2 the model does that itself.
@@ -49,5 +50,6 @@ class ConfigHook(VerifyAndUpdateConfig):
         if swa.options.phase is not Phase.BOTH and not vllm_config.use_v2_model_runner:
             send_prompt_lens(vllm_config.model_config)
         prepare_ray(vllm_config)
+        prepare_transfer(vllm_config)
         if swa.frees_pages:
             serve_counts(vllm_config)

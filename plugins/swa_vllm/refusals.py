@@ -2,10 +2,11 @@
 
 import multiprocessing
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
-from vllm.config import VllmConfig
+from vllm.config import KVTransferConfig, VllmConfig
 from vllm.distributed.utils import get_pp_indices
 from vllm.platforms import current_platform
 
@@ -19,6 +20,7 @@ from swa_vllm.compat import envs
 from swa_vllm.compat.architectures import phase_refused
 from swa_vllm.compat.backend_slot import check_backend_slot
 from swa_vllm.compat.cache_dtypes import FP8, UNQUANTIZED, sinks_refused_on_cpus
+from swa_vllm.compat.connectors import NIXL, NIXL_PATH, why_refused
 from swa_vllm.compat.prompt_lens import RSWA_BACKENDS
 from swa_vllm.config.cache_dtype import checkpoints_cache_dtype, resolved_cache_dtype
 from swa_vllm.config.implementation import obstacle_to_survivors
@@ -42,6 +44,8 @@ def check_servable(vllm_config: VllmConfig, swa: SWAConfig) -> None:
     check_backend_slot()
     check_can_slide(vllm_text_config(vllm_config))
     _refuse_engine(vllm_config)
+    if vllm_config.kv_transfer_config is not None:
+        _refuse_transfer(vllm_config, swa, vllm_config.kv_transfer_config)
     if vllm_config.parallel_config.pipeline_parallel_size > 1:
         _refuse_stages(vllm_config, len(swa.layers.windows))
     if swa.frees_pages and swa.options.phase is Phase.BOTH:
@@ -263,6 +267,53 @@ def _refuse_events(vllm_config: VllmConfig) -> None:
         )
 
 
+def _refuse_transfer(vllm_config: VllmConfig, swa: SWAConfig, transfer: KVTransferConfig) -> None:
+    name = transfer.kv_connector
+    if name != NIXL:
+        raise SWAConfigError(
+            f"the KV connector {name} (--kv-transfer-config) {why_refused(name)}; use {NIXL}, or "
+            "remove it or the window"
+        )
+    if transfer.kv_connector_module_path not in (None, NIXL_PATH):
+        raise SWAConfigError(
+            f"kv_connector_module_path={transfer.kv_connector_module_path}: with windows {NIXL} is "
+            "this plugin's; leave it out"
+        )
+    speculation = vllm_config.speculative_config
+    options = swa.options
+    obstacles = {
+        f"swa.sink_tokens={options.sink_tokens}, which vLLM would not send": options.sink_tokens,
+        f'swa.phase="{options.phase}", which was not tried': options.phase is not Phase.BOTH,
+        "--disable-hybrid-kv-cache-manager, which leaves pages to vLLM": (
+            vllm_config.scheduler_config.disable_hybrid_kv_cache_manager
+        ),
+        "pipeline stages, which vLLM does not serve with it": (
+            vllm_config.parallel_config.pipeline_parallel_size > 1
+        ),
+        "speculative decoding, which was not tried": speculation is not None,
+        "bidirectional_kv_xfer, which was not tried": (
+            transfer.get_from_extra_config("bidirectional_kv_xfer", False)
+        ),
+        f"kv_buffer_device={transfer.kv_buffer_device} on this platform, which was not tried": (
+            transfer.kv_buffer_device != current_platform.device_type
+        ),
+        "swa.debug_poison, which would overwrite the pages that arrive": (
+            options.debug_poison and transfer.is_kv_consumer
+        ),
+        "enforce_handshake_compat=false, by which it would take pages of another window": (
+            not transfer.get_from_extra_config("enforce_handshake_compat", True)
+        ),
+    }
+    if found := [what for what, is_there in obstacles.items() if is_there]:
+        raise SWAConfigError(f"{NIXL} cannot be had with {found[0]}; remove either")
+    package = "nixl_rocm" if current_platform.is_rocm() else "nixl"
+    if find_spec(package) is None:
+        raise SWAConfigError(
+            f"{NIXL} needs the package {package}, which is not installed; pip install {package} "
+            "here and where workers run, or remove --kv-transfer-config"
+        )
+
+
 def _refuse_stages(vllm_config: VllmConfig, num_layers: int) -> None:
     size = vllm_config.parallel_config.pipeline_parallel_size
     stages = [range(*get_pp_indices(num_layers, rank, size)) for rank in range(size)]
@@ -290,10 +341,10 @@ def _refuse_engine(vllm_config: VllmConfig) -> None:
             "invariant: how a window is divided depends on how many requests decode; unset "
             "VLLM_BATCH_INVARIANT, or remove the window"
         )
-    if vllm_config.kv_transfer_config is not None:
+    if vllm_config.cache_config.kv_offloading_size is not None:
         raise SWAConfigError(
-            "KV connectors and KV cache offloading (--kv-transfer-config, --kv-offloading-size) "
-            "know nothing of the pages that a window frees; remove them, or serve full attention"
+            "KV cache offloading (--kv-offloading-size) does not start without a GPU and was not "
+            "tried with windows; remove it, or the window"
         )
     parallel = vllm_config.parallel_config
     sizes = {

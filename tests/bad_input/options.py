@@ -306,7 +306,18 @@ def _engine(
 
 
 _OVERRIDE = {"use_sliding_window": True, "sliding_window": 40, "max_window_layers": 0}
-_CONNECTOR = {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}
+
+
+def _connector(name: str = "NixlConnector", **extra: Any) -> dict[str, Any]:
+    return {
+        "kv_connector": name,
+        "kv_role": "kv_consumer",
+        "kv_connector_extra_config": extra,
+    }
+
+
+_NIXL = _connector()
+_NGRAM = {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 2}
 _BFLOAT16 = {"dtype": "bfloat16", "kv_cache_dtype": "bfloat16"}
 _SINKS = {"additional_config": {"swa": {"sink_tokens": 4}}}
 _ALL_SLIDE = ["sliding_attention"] * 4
@@ -379,11 +390,131 @@ ENGINES = [
         MIXED,
     ),
     _engine(
-        "KV connector",
-        {"kv_transfer_config": _CONNECTOR},
-        "--kv-transfer-config",
-        "know nothing of the pages that a window frees",
-        "remove them, or serve full attention",
+        "KV connector of one table",
+        {"kv_transfer_config": _connector("ExampleConnector")},
+        "the KV connector ExampleConnector",
+        "knows one table of pages for all layers",
+        "use NixlConnector, or remove it",
+        remedies=({}, {"kv_transfer_config": _NIXL}),
+    ),
+    _engine(
+        "KV connector that makes pages up",
+        {"kv_transfer_config": _connector("DecodeBenchConnector")},
+        "the KV connector DecodeBenchConnector",
+        "fills pages with what no model computed",
+        "use NixlConnector, or remove it",
+    ),
+    _engine(
+        "KV connector that nobody tried",
+        {"kv_transfer_config": _connector("MooncakeConnector")},
+        "the KV connector MooncakeConnector",
+        "was not tried with windows",
+        "use NixlConnector, or remove it",
+    ),
+    Bad(  # by vLLM
+        "KV connector without a role",
+        (SLIDING, {"kv_transfer_config": {"kv_connector": "NixlConnector"}}),
+        "kv_connector",
+        "supported roles are",
+        "Please specify kv_role",
+        ValidationError,
+        ValueError,
+        ((SLIDING, {"kv_transfer_config": _NIXL}),),
+    ),
+    _engine(
+        "KV connector of another package",
+        {"kv_transfer_config": {**_NIXL, "kv_connector_module_path": "elsewhere.nixl"}},
+        "kv_connector_module_path=elsewhere.nixl",
+        "with windows NixlConnector is this plugin's",
+        "leave it out",
+        remedies=({"kv_transfer_config": _NIXL},),
+    ),
+    _engine(
+        "KV connector with sinks",
+        {"kv_transfer_config": _NIXL, **_SINKS},
+        "NixlConnector cannot be had with swa.sink_tokens=4",
+        "which vLLM would not send",
+        "remove either",
+        remedies=({"kv_transfer_config": _NIXL}, _SINKS),
+    ),
+    _engine(
+        "KV connector with a window in the answer only",
+        {"kv_transfer_config": _NIXL, "additional_config": {"swa": {"phase": "decode"}}},
+        'NixlConnector cannot be had with swa.phase="decode"',
+        "which was not tried",
+        "remove either",
+    ),
+    _engine(
+        "KV connector without the manager of several groups",
+        {"kv_transfer_config": _NIXL, "disable_hybrid_kv_cache_manager": True},
+        "NixlConnector cannot be had with --disable-hybrid-kv-cache-manager",
+        "which leaves pages to vLLM",
+        "remove either",
+        remedies=({"kv_transfer_config": _NIXL},),
+    ),
+    _engine(
+        "KV connector with stages",
+        {"kv_transfer_config": _NIXL, "pipeline_parallel_size": 2},
+        "NixlConnector cannot be had with pipeline stages",
+        "which vLLM does not serve with it",
+        "remove either",
+    ),
+    _engine(
+        "KV connector with drafts",
+        {"kv_transfer_config": _NIXL, "speculative_config": _NGRAM},
+        "NixlConnector cannot be had with speculative decoding",
+        "which was not tried",
+        "remove either",
+        remedies=({"kv_transfer_config": _NIXL}, {"speculative_config": _NGRAM}),
+    ),
+    _engine(
+        "KV connector in both directions",
+        {"kv_transfer_config": _connector(bidirectional_kv_xfer=True)},
+        "NixlConnector cannot be had with bidirectional_kv_xfer",
+        "which was not tried",
+        "remove either",
+        remedies=({"kv_transfer_config": _NIXL},),
+    ),
+    _engine(
+        "KV connector with poison where pages arrive",
+        {
+            "kv_transfer_config": _NIXL,
+            "additional_config": {"swa": {"debug_poison": True}},
+        },
+        "NixlConnector cannot be had with swa.debug_poison",
+        "would overwrite the pages that arrive",
+        "remove either",
+        remedies=(
+            {"kv_transfer_config": _NIXL},
+            {
+                "kv_transfer_config": {**_NIXL, "kv_role": "kv_producer"},
+                "additional_config": {"swa": {"debug_poison": True}},
+            },
+        ),
+    ),
+    _engine(
+        "KV connector with another device's buffers",
+        {"kv_transfer_config": {**_NIXL, "kv_buffer_device": "cuda"}},
+        "NixlConnector cannot be had with kv_buffer_device=cuda",
+        "which was not tried",
+        "remove either",
+        remedies=({"kv_transfer_config": _NIXL},),
+    ),
+    _engine(
+        "KV cache offloading",
+        {"kv_offloading_size": 1, "kv_transfer_config": _NIXL},
+        "--kv-offloading-size",
+        "does not start without a GPU",
+        "remove it, or the window",
+        remedies=({"kv_transfer_config": _NIXL},),
+    ),
+    _engine(
+        "KV connector that asks for no handshake",
+        {"kv_transfer_config": _connector(enforce_handshake_compat=False)},
+        "NixlConnector cannot be had with enforce_handshake_compat=false",
+        "pages of another window",
+        "remove either",
+        remedies=({"kv_transfer_config": _NIXL},),
     ),
     _engine(
         "KV events",

@@ -49,6 +49,7 @@ NGRAM = {
     "prompt_lookup_min": 1,
 }
 CONNECTOR = {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}
+NIXL = {**CONNECTOR, "kv_connector": "NixlConnector"}
 # Of each feature its values, the plain one first: engine arguments, and in "swa" options.
 FEATURES: dict[str, dict[str, dict[str, Any]]] = {
     "chunk": {"512": {"max_num_batched_tokens": 512}, "16": {"max_num_batched_tokens": 16}},
@@ -75,7 +76,8 @@ FEATURES: dict[str, dict[str, dict[str, Any]]] = {
     "hybrid": {"on": {}, "off": {"disable_hybrid_kv_cache_manager": True}},
     "connector": {
         "none": {},
-        "connector": {"kv_transfer_config": CONNECTOR},
+        "nixl": {"kv_transfer_config": NIXL},
+        "other": {"kv_transfer_config": CONNECTOR},
         "offloading": {"kv_offloading_size": 1},
     },
 }
@@ -85,8 +87,21 @@ IS_V1 = RUNNER.endswith("V1")
 REFUSED: list[tuple[set[str], str]] = [
     ({"pp=2"}, "pipeline_parallel_size=2 fails in vLLM's CPU build"),
     *(({"pp=2", f"drafts={d}"}, "not tested with windows and spec") for d in ("eagle3", "ngram")),
-    ({"connector=connector"}, "KV connectors and KV cache offloading .* know nothing"),
-    ({"connector=offloading"}, "KV connectors and KV cache offloading .* know nothing"),
+    ({"connector=other"}, "the KV connector ExampleConnector .* one table of pages"),
+    ({"connector=offloading"}, "KV cache offloading .* does not start without a GPU"),
+    *(
+        ({"connector=nixl", other}, f"NixlConnector cannot be had with {what}")
+        for other, what in {
+            "sinks=4": "swa.sink_tokens=4",
+            "sinks=shifted": "swa.sink_tokens=4",
+            "phase=prefill": 'swa.phase="prefill"',
+            "phase=decode": 'swa.phase="decode"',
+            "hybrid=off": f"--{NO_HYBRID}",
+            "drafts=eagle3": "speculative decoding",
+            "drafts=ngram": "speculative decoding",
+            "pp=2": "pipeline stages",
+        }.items()
+    ),
     ({"sinks=4", "kv=fp8"}, "sink_tokens cannot be had with kv_cache_dtype=fp8"),
     ({"sinks=shifted", "kv=fp8"}, "sink_tokens cannot be had with kv_cache_dtype=fp8"),
     ({"sinks=4", "hybrid=off"}, f"sink_tokens cannot be had with --{NO_HYBRID}"),

@@ -179,12 +179,6 @@ def test_null_page_is_poisoned(engine: EngineFactory, tiny_model: ModelFactory) 
     assert all(layer.kv_cache[0].isnan().all() for layer in attention_layers(llm))
 
 
-def test_offloading_is_refused(engine: EngineFactory, tiny_model: ModelFactory) -> None:
-    """By the model: vLLM makes a connector of it only after the plugin has seen the config."""
-    with pytest.raises(SWAConfigError, match="KV connectors and KV cache offloading"):
-        engine(tiny_model(**SLIDING), kv_offloading_size=1)
-
-
 def test_poison_refuses_an_engine_in_another_process(
     tiny_model: ModelFactory, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -11,16 +11,29 @@ MEMBERS: dict[str, set[str]] = {
     # Configuration.
     "vllm.config.attention:AttentionConfig": {"backend", "backend_per_kind"},
     "vllm.config.cache:CacheConfig": {
-        *("cache_dtype", "enable_prefix_caching", "num_gpu_blocks", "sliding_window"),
+        *("cache_dtype", "enable_prefix_caching", "kv_offloading_size", "num_gpu_blocks"),
+        "sliding_window",
     },
     "vllm.config.compilation:CompilationConfig": {
         *("max_cudagraph_capture_size", "static_forward_context"),
     },
     "vllm.config.kv_events:KVEventsConfig": {"enable_kv_cache_events"},
+    "vllm.config.kv_transfer:KVTransferConfig": {
+        *("get_from_extra_config", "is_kv_consumer", "kv_buffer_device", "kv_connector"),
+        "kv_connector_module_path",
+    },
     "vllm.config.load:LoadConfig": {"load_format"},
     "vllm.config.model:ModelConfig": {
         *("architecture", "architectures", "code_revision", "config_format", "dtype"),
-        *("get_head_size", "hf_config", "hf_config_path", "hf_overrides", "max_model_len", "model"),
+        *(
+            "get_head_size",
+            "hf_config",
+            "hf_config_path",
+            "hf_overrides",
+            "hf_text_config",
+            "max_model_len",
+        ),
+        "model",
         *("model_arch_config", "revision", "rswa_window", "runner_type", "trust_remote_code"),
     },
     "vllm.config.model_arch:ModelArchitectureConfig": {"rswa_window"},
@@ -46,6 +59,15 @@ MEMBERS: dict[str, set[str]] = {
         *("observability_config", "parallel_config", "quant_config", "scheduler_config"),
         *("speculative_config", "use_v2_model_runner"),
     },
+    "vllm.distributed.kv_transfer.kv_connector.v1.nixl.base_worker:NixlBaseConnectorWorker": {
+        *("compat_hash", "xfer_handshake_metadata"),
+    },
+    "vllm.distributed.kv_transfer.kv_connector.v1.nixl.connector:NixlBaseConnector": {
+        *("connector_worker", "kv_cache_config", "on_new_request", "register_kv_caches"),
+    },
+    "vllm.distributed.kv_transfer.kv_connector.v1.nixl.metadata:NixlHandshakePayload": {
+        "compatibility_hash",
+    },
     "vllm.distributed.parallel_state:GroupCoordinator": {
         *("cpu_group", "is_first_rank", "world_size"),
     },
@@ -55,7 +77,7 @@ MEMBERS: dict[str, set[str]] = {
     "vllm.platforms.interface:DeviceCapability": {"to_int"},
     "vllm.platforms.interface:Platform": {
         *("device_type", "get_device_capability", "get_device_name", "is_cpu", "is_cuda"),
-        *("is_cuda_alike", "is_fp8_fnuz", "ray_device_key"),
+        *("is_cuda_alike", "is_fp8_fnuz", "is_rocm", "ray_device_key"),
     },
     # Models.
     "vllm.model_executor.models.interfaces:SupportsMultiModal": {"get_language_model"},
@@ -138,7 +160,7 @@ MEMBERS: dict[str, set[str]] = {
     "vllm.v1.kv_cache_interface:KVCacheConfig": {
         *("kv_cache_groups", "kv_cache_tensors", "num_blocks", "prefix_cache_retention_interval"),
     },
-    "vllm.v1.kv_cache_interface:KVCacheGroupSpec": {"kv_cache_spec"},
+    "vllm.v1.kv_cache_interface:KVCacheGroupSpec": {"kv_cache_spec", "layer_names"},
     "vllm.v1.kv_cache_interface:KVCacheSpec": {"block_size", "max_memory_usage_bytes"},
     "vllm.v1.kv_cache_interface:KVCacheTensor": {"size"},
     "vllm.v1.kv_cache_interface:KVQuantMode": {"FP8_PER_TENSOR", "NONE"},
@@ -174,7 +196,8 @@ MEMBERS: dict[str, set[str]] = {
     "vllm.v1.executor.uniproc_executor:UniProcExecutor": {"driver_worker"},
     "vllm.v1.outputs:ModelRunnerOutput": {"req_id_to_index", "req_ids", "sampled_token_ids"},
     "vllm.v1.request:Request": {
-        *("block_hashes", "is_prefill_chunk", "num_computed_tokens", "num_output_tokens"),
+        *("block_hashes", "is_prefill_chunk", "kv_transfer_params", "max_tokens"),
+        *("num_computed_tokens", "num_output_tokens"),
         *("num_prompt_tokens", "num_tokens", "request_id", "resumable"),
         *("shared_prefix_boundary", "skip_reading_prefix_cache"),
     },
@@ -201,6 +224,7 @@ MEMBERS: dict[str, set[str]] = {
     "ray.runtime_env": {"RuntimeEnv"},
     "ray.util": {"placement_group_table"},
     "ray.util.scheduling_strategies": {"NodeAffinitySchedulingStrategy"},
+    "torch.cpu": {"_init_amx"},
     "triton.backends.compiler": {"GPUTarget"},
     "triton.compiler": {"ASTSource"},
     "triton.compiler.compiler:CompiledKernel": {"__getitem__", "asm", "metadata"},

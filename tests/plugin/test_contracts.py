@@ -35,6 +35,7 @@ from swa_vllm.compat import architectures
 from swa_vllm.config_hook import ConfigHook
 from swa_vllm.distributed.cpu_platform import RayCpuPlatform
 from swa_vllm.distributed.executor import NodeCheckingRayExecutor
+from swa_vllm.distributed.nixl import NixlConnector
 from swa_vllm.kv_cache.manager import SWAManager
 from swa_vllm.kv_cache.prefix_hits import SinkPrefixHits
 from swa_vllm.kv_cache.prompt_cache import PromptCacheManager, PromptCacheSpec
@@ -59,6 +60,7 @@ CPU = "v1/attention/backends/cpu_attn.py"
 LOGITS = "v1/sample/logits_processor/__init__.py"
 LOGITS_INTERFACE = "v1/sample/logits_processor/interface.py"
 MANAGER = "v1/core/single_type_kv_cache_manager.py"
+NIXL = "distributed/kv_transfer/kv_connector/v1/nixl/connector.py"
 MODEL_REGISTRY = "model_executor/models/registry.py"
 MODEL_STATE = "v1/worker/gpu/model_states/default.py"
 MODEL_CONFIG = "model_executor/models/config.py"
@@ -99,6 +101,11 @@ OVERRIDES: dict[Callable[..., Any], tuple[str, str]] = {
         MANAGER,
         "SingleTypeKVCacheManager.add_local_computed_blocks",
     ),
+    SWAManager.allocate_external_computed_blocks: (
+        MANAGER,
+        "SingleTypeKVCacheManager.allocate_external_computed_blocks",
+    ),
+    SWAManager.get_num_skipped_tokens: (MANAGER, "SlidingWindowManager.get_num_skipped_tokens"),
     SWAManager.cache_blocks: (MANAGER, "SingleTypeKVCacheManager.cache_blocks"),
     SinkPrefixHits.find_longest_cache_hit.__func__: (
         MANAGER,
@@ -183,11 +190,9 @@ OVERRIDES: dict[Callable[..., Any], tuple[str, str]] = {
         BACKEND,
         "AttentionBackend.supports_sliding_window",
     ),
-    SWATritonBackend.supports_kv_connector.__func__: (
-        BACKEND,
-        "AttentionBackend.supports_kv_connector",
-    ),
     WindowedModel.__init__: (QWEN3, "Qwen3ForCausalLM.__init__"),
+    NixlConnector.on_new_request: (NIXL, "NixlBaseConnector.on_new_request"),
+    NixlConnector.register_kv_caches: (NIXL, "NixlBaseConnector.register_kv_caches"),
     NodeCheckingRayExecutor._build_runtime_env: (RAY, "RayExecutorV2._build_runtime_env"),
     ConfigHook.verify_and_update_config: (
         MODEL_CONFIG,

@@ -1,1 +1,1 @@
-"""What Ray needs: nodes checked before workers start on them, and logical devices for CPUs."""
+"""Several machines: Ray's nodes, checked before workers start, and servers that exchange pages."""

@@ -1,8 +1,9 @@
-"""What an engine on Ray needs where its model slides."""
+"""What an engine of several machines needs where its model slides."""
 
 from vllm.config import VllmConfig
 
 from swa_backend.options import SWAConfigError
+from swa_vllm.compat.connectors import NIXL_PATH
 
 
 def prepare_ray(vllm_config: VllmConfig) -> None:
@@ -32,3 +33,9 @@ def prepare_ray(vllm_config: VllmConfig) -> None:
             "VLLM_USE_RAY_V2_EXECUTOR_BACKEND, which selects it"
         )
     parallel.distributed_executor_backend = NodeCheckingRayExecutor
+
+
+def prepare_transfer(vllm_config: VllmConfig) -> None:
+    """Have servers compare their windows before they exchange pages over NIXL."""
+    if vllm_config.kv_transfer_config is not None:
+        vllm_config.kv_transfer_config.kv_connector_module_path = NIXL_PATH

@@ -195,7 +195,3 @@ class SWATritonBackend(AttentionBackend):
     @classmethod
     def supports_sliding_window(cls) -> bool:
         return True
-
-    @classmethod
-    def supports_kv_connector(cls) -> bool:
-        return False

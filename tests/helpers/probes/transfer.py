@@ -1,0 +1,134 @@
+"""One of two servers that exchange pages over NIXL: an engine in this process that is asked."""
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from vllm import LLM, SamplingParams
+from vllm.v1.metrics.reader import Histogram
+
+from tests.helpers.engines import (
+    attention_layers,
+    managers,
+    num_held_pages,
+    scheduler,
+    start_engine,
+    to_answer,
+)
+from tests.helpers.processes import answer_questions
+
+SETTLE_S = 60
+_engines: list[LLM] = []
+
+
+def _start(model: str, arguments: dict[str, Any]) -> None:
+    llm = start_engine(Path(model), disable_log_stats=False, **arguments)
+    _engines.append(llm)
+    if not scheduler(llm).vllm_config.kv_transfer_config.is_kv_consumer:
+        return
+    # Where pages arrive free pages are not poisoned, and what nobody sees is this page only.
+    for layer in attention_layers(llm):
+        layer.kv_cache[0].fill_(torch.nan)
+
+
+def _serve(
+    prompts: list[list[int]], num_tokens: int, transfers: list[dict[str, Any] | None]
+) -> list[dict[str, Any]]:
+    """Answer prompts; ``transfers`` says of each what another server has or shall get."""
+    sampling = [
+        SamplingParams(
+            temperature=0.0,
+            max_tokens=num_tokens,
+            ignore_eos=True,
+            logprobs=1,
+            detokenize=False,
+            extra_args={"kv_transfer_params": transfer} if transfer else None,
+        )
+        for transfer in transfers
+    ]
+    inputs = [{"prompt_token_ids": prompt} for prompt in prompts]
+    outputs = _engines[0].generate(inputs, sampling, use_tqdm=False)
+    served = []
+    for output in outputs:
+        (completion,) = output.outputs
+        answer = to_answer(completion, output.num_cached_tokens or 0)
+        served.append(
+            {
+                "tokens": answer.tokens,
+                "logprobs": answer.logprobs,
+                "num_cached_tokens": answer.num_cached_tokens,
+                "transfer": output.kv_transfer_params,
+                "reason": completion.finish_reason,
+            }
+        )
+    return served
+
+
+def _abandon(prompt: list[int], transfer: dict[str, Any]) -> None:
+    """Take a request and abort it before a step is scheduled."""
+    engine = _engines[0].llm_engine
+    params = SamplingParams(max_tokens=4, extra_args={"kv_transfer_params": transfer})
+    request_id = engine.add_request(str(10**9), {"prompt_token_ids": prompt}, params)
+    engine.abort_request([request_id])
+    while engine.has_unfinished_requests():
+        engine.step()
+
+
+def _settle() -> dict[str, int]:
+    """Step until no request is left, not even one whose pages another server has yet to read.
+
+    Returns:
+        Pages that are held then, and what the managers of windowed layers counted.
+    """
+    core = _engines[0].llm_engine.engine_core.engine_core
+    deadline = time.monotonic() + SETTLE_S
+    while scheduler(_engines[0]).requests and time.monotonic() < deadline:
+        core.step_fn()
+        time.sleep(0.005)
+    counts = [manager.snapshot() for manager in managers(_engines[0])]
+    return {
+        "held": num_held_pages(_engines[0]),
+        "requests": len(scheduler(_engines[0]).requests),
+        **{
+            name: sum(getattr(count, name) for count in counts)
+            for name in (
+                "allocated",
+                "live",
+                "requests_live",
+                "freed_by_window",
+                "prefix_hit_tokens",
+            )
+        },
+        "peak": max(count.peak_live_per_request for count in counts),
+    }
+
+
+def _bytes_read() -> int:
+    """Bytes that this server read from others since it started."""
+    (histogram,) = (
+        metric
+        for metric in _engines[0].get_metrics()
+        if metric.name == "vllm:nixl_bytes_transferred"
+    )
+    assert isinstance(histogram, Histogram)
+    return int(histogram.sum)
+
+
+QUESTIONS: dict[str, Callable[..., Any]] = {
+    "start": _start,
+    "serve": _serve,
+    "abandon": _abandon,
+    "settle": _settle,
+    "bytes read": _bytes_read,
+}
+
+
+def answer(question: str, *given: Any) -> Any:
+    """Do what is asked by name."""
+    return QUESTIONS[question](*given)
+
+
+if __name__ == "__main__":
+    answer_questions(answer)

@@ -1,0 +1,118 @@
+"""Two servers that exchange pages over NIXL at loopback: one fills prompts' pages, one answers."""
+
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tests.helpers.engines import Answer
+from tests.helpers.processes import Probe, probe_environment
+
+# What a server that fills pages is asked for; vLLM documents it for the proxy.
+FOR_ANOTHER = {
+    "do_remote_decode": True,
+    "do_remote_prefill": False,
+    "remote_engine_id": None,
+    "remote_block_ids": None,
+    "remote_host": None,
+    "remote_port": None,
+}
+PRODUCER, CONSUMER = "kv_producer", "kv_consumer"
+
+
+def transfer_config(role: str, **extra: Any) -> dict[str, Any]:
+    """An engine's ``kv_transfer_config`` for NIXL; ``extra`` goes to the connector."""
+    return {
+        "kv_connector": "NixlConnector",
+        "kv_role": role,
+        "kv_connector_extra_config": extra,
+    }
+
+
+def free_port() -> int:
+    """A port that nobody listens at."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+def transfer_environment() -> dict[str, str]:
+    """Variables that keep transfers on this machine, and send what a server says to its log."""
+    return {
+        "VLLM_LOGGING_STREAM": "ext://sys.stderr",
+        "UCX_TLS": "tcp,self,sm",
+        "UCX_NET_DEVICES": "lo",
+        "VLLM_NIXL_SIDE_CHANNEL_HOST": "127.0.0.1",
+        "VLLM_NIXL_SIDE_CHANNEL_PORT": str(free_port()),
+    }
+
+
+@dataclass
+class Served:
+    """One answer of a server, and what another needs to take over."""
+
+    answer: Answer
+    transfer: dict[str, Any] | None
+    reason: str
+
+
+class Server:
+    """An engine in a process of its own."""
+
+    def __init__(self, model: Path, role: str, log: Path, **arguments: Any) -> None:
+        """Start it; ``arguments`` are those of ``LLM``."""
+        self._probe = Probe("transfer", {**probe_environment(), **transfer_environment()}, log)
+        self.log = log
+        arguments.setdefault("kv_transfer_config", transfer_config(role))
+        if role == CONSUMER:
+            swa = arguments["additional_config"]["swa"]
+            arguments["additional_config"] = {"swa": {**swa, "debug_poison": False}}
+        self._probe.ask("start", str(model), arguments)
+
+    def serve(
+        self, prompts: list[list[int]], num_tokens: int, transfers: list[dict[str, Any] | None]
+    ) -> list[Served]:
+        """Answer prompts; ``transfers`` says of each what another server has or shall get."""
+        return [
+            Served(
+                Answer(served["tokens"], served["logprobs"], served["num_cached_tokens"]),
+                served["transfer"],
+                served["reason"],
+            )
+            for served in self._probe.ask("serve", prompts, num_tokens, transfers)
+        ]
+
+    def fill(self, prompts: list[list[int]]) -> list[dict[str, Any] | None]:
+        """Compute prompts for another server; say what it needs to get their pages."""
+        filled = self.serve(prompts, 1, [FOR_ANOTHER] * len(prompts))
+        assert all(served.transfer for served in filled)
+        return [served.transfer for served in filled]
+
+    def abandon(self, prompt: list[int], transfer: dict[str, Any] | None) -> None:
+        """Take a request and abort it before anything is read."""
+        self._probe.ask("abandon", prompt, transfer)
+
+    def settle(self) -> dict[str, int]:
+        """Go on until all is done: pages held then, and counts of windowed layers' managers."""
+        settled: dict[str, int] = self._probe.ask("settle")
+        return settled
+
+    def bytes_read(self) -> int:
+        """Bytes that it read from others since it started."""
+        return int(self._probe.ask("bytes read"))
+
+    def stop(self) -> None:
+        """End the process at once."""
+        self._probe.stop()
+
+
+@contextmanager
+def server(model: Path, role: str, log: Path, **arguments: Any) -> Iterator[Server]:
+    """A server, and its end."""
+    running = Server(model, role, log, **arguments)
+    try:
+        yield running
+    finally:
+        running.stop()
