@@ -222,12 +222,11 @@ def test_serve_script_refuses_another_model() -> None:
     assert "got 'llama'; allowed are qwen3-8b and demo" in result.stderr
 
 
-def test_ray_cluster_answers_over_two_nodes_and_leaves_nothing(tmp_path: Path) -> None:
-    log = tmp_path / "log"
+def _demonstrate(module: str, log: Path) -> str:
+    """What a demonstration in several processes printed; it ended well, and they are gone."""
     family: set[psutil.Process] = set()
     path = os.pathsep.join(filter(None, [str(ROOT / "examples"), os.environ.get("PYTHONPATH")]))
-    command = [sys.executable, "-m", "ray_cluster.run_local"]
-    with running(command, log, PYTHONPATH=path) as process:
+    with running([sys.executable, "-m", module], log, PYTHONPATH=path) as process:
 
         def ended() -> bool:
             family.update(children(process))
@@ -238,4 +237,16 @@ def test_ray_cluster_answers_over_two_nodes_and_leaves_nothing(tmp_path: Path) -
         assert all(map(is_gone, family))
     text = log.read_text()
     assert re.search(r"^ +-> .*\bParis\b", text, re.MULTILINE)
+    return text
+
+
+def test_ray_cluster_answers_over_two_nodes_and_leaves_nothing(tmp_path: Path) -> None:
+    text = _demonstrate("ray_cluster.run_local", tmp_path / "log")
     assert re.search(r"SWA 15-29 +sliding +128 ", text)
+
+
+def test_servers_for_prompts_and_answers_move_pages_and_leave_nothing(tmp_path: Path) -> None:
+    """The script itself compares their answers with those of a single server."""
+    text = _demonstrate("prefill_decode.run_local", tmp_path / "log")
+    short, long = map(int, re.findall(r"bytes moved: (\d+)", text))
+    assert 0 < short < long
