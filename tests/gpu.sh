@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# One command for a machine with a GPU: what only a GPU shows, in ten minutes, recorded step by step
+# One command for a machine with a GPU: what only a GPU shows, in eleven minutes, recorded step by step
 # in OUT/results.jsonl. It installs nothing. README.md beside this script says how to read it.
 #
 #     bash tests/gpu.sh [--again] [--dry-run] [OUT]

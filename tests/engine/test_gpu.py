@@ -11,6 +11,7 @@ import torch
 from transformers import Qwen3Config
 
 from consistency import engine_arguments, perplexity
+from swa_vllm import refusals
 from swa_vllm.attention.triton.backend import SWATritonBackend
 from tests.engine.graph_cases import CASES, GRAPHS, LONG, OPTIONS, SINKS, Case, run
 from tests.helpers.eagle3 import eagle3_config
@@ -21,7 +22,8 @@ from tests.helpers.engines import (
     generate,
     resolve_here,
 )
-from tests.helpers.tiny_models import FULL, random_prompts
+from tests.helpers.gpu.lines import record
+from tests.helpers.tiny_models import FULL, WINDOW, random_prompts
 from tests.helpers.trained_models import LENGTH, MIXED, held_out, hugging_face
 
 pytestmark = [
@@ -116,3 +118,22 @@ def test_mixed_model_keeps_its_perplexity(dtype: str, mode: str, engine: EngineF
     assert backends[0] is not SWATritonBackend
     found = perplexity(llm, [held_out(MIXED)])
     assert math.isclose(found, hugging_face(MIXED, "own"), rel_tol=5e-3)
+
+
+def test_offloading_changes_no_token(
+    engine: EngineFactory, tiny_model: ModelFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is refused until this has passed: pages that left a small pool come back from the host."""
+    monkeypatch.setattr(refusals, "_refuse_transfer", lambda *args: None)
+    llm = engine(
+        tiny_model(**FULL),
+        num_gpu_blocks_override=80,
+        kv_offloading_size=1,
+        additional_config={"swa": {"window": WINDOW, "full_attention_layers": "0-1"}},
+    )
+    prompts = random_prompts([300, 310, 320, 330, 340, 350])
+    first = [generate(llm, [prompt])[0] for prompt in prompts]
+    again = [generate(llm, [prompt])[0] for prompt in prompts]
+    record(offloading="tokens found again", cached=[a.num_cached_tokens for a in again])
+    assert [a.tokens for a in again] == [a.tokens for a in first]
+    assert again[0].num_cached_tokens > 0

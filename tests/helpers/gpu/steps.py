@@ -74,6 +74,7 @@ STEPS = (
     _tests("drafts in graphs", 35, "drafts and graphs", _GPU),
     _tests("fp8 cache", 30, "fp8_cache", _TRITON, dry=()),
     _tests("compiled", 60, "dense_model and compiled and V2", _GPU),
+    _tests("offloading", 40, "offloading", _GPU),
     _part("serve", 115, "triton", "vllm"),
     Step(
         "sanitizer",
