@@ -27,7 +27,7 @@ from tests.helpers.tiny_models import SLIDING, random_prompts, save_tiny_model
 pytestmark = pytest.mark.long
 
 FIRST_SEED = int(os.environ.get("SWA_TEST_SEED", "0"))
-SEEDS = [range(FIRST_SEED + first, FIRST_SEED + first + 20) for first in (0, 20)]
+SEEDS = [range(FIRST_SEED + first, FIRST_SEED + first + 10) for first in range(0, 40, 10)]
 MANY_SEEDS = [range(FIRST_SEED + first, FIRST_SEED + first + 50) for first in range(40, 2040, 50)]
 EVENTS = (*AIMS, "aborts", "preemptions", "prefix hits", "pages freed by a window")
 NUM_OTHERS = 32  # models that tell the noise where one does not

@@ -25,11 +25,13 @@ from tests.helpers.tiny_models import FULL, NUM_LAYERS, WINDOW, random_prompts
 pytestmark = pytest.mark.alone
 
 SINKS = {"sink_tokens": 4}
-# Stages, options and layers that are full. Of three stages of four layers the second has two.
-CASES: dict[str, tuple[int, dict[str, Any], set[int]]] = {
-    "a stage of each kind, shifted sinks": (2, {**SINKS, "position_shift": True}, {0, 1}),
-    "three stages, the last without a window": (3, SINKS, {1, 3}),
-    "a window in the answer only": (2, {"phase": "decode"}, {2}),
+# Stages, workers of each, options and layers that are full. Of three stages of four layers the
+# second has two.
+CASES: dict[str, tuple[int, int, dict[str, Any], set[int]]] = {
+    "a stage of each kind, shifted sinks": (2, 1, {**SINKS, "position_shift": True}, {0, 1}),
+    "three stages, the last without a window": (3, 1, SINKS, {1, 3}),
+    "a window in the answer only": (2, 1, {"phase": "decode"}, {2}),
+    "two workers a stage, a window in the prompt only": (2, 2, {"phase": "prefill"}, {1}),
 }
 
 
@@ -41,7 +43,7 @@ def test_stages_have_the_tokens_of_one_process(
     no_engine: Callable[[], None],
     capfd: pytest.CaptureFixture[str],
 ) -> None:
-    num_stages, options, full = CASES[name]
+    num_stages, num_workers, options, full = CASES[name]
     model = tiny_model(**FULL)
     layers = {"window": WINDOW, "full_attention_layers": ",".join(map(str, sorted(full)))}
     kwargs: dict[str, Any] = {
@@ -52,7 +54,8 @@ def test_stages_have_the_tokens_of_one_process(
     alone = generate(engine(model, **kwargs), prompts)
     no_engine()
     capfd.readouterr()
-    with staged_engine(model, pipeline_parallel_size=num_stages, **kwargs) as llm:
+    sizes = {"pipeline_parallel_size": num_stages, "tensor_parallel_size": num_workers}
+    with staged_engine(model, **sizes, **kwargs) as llm:
         num_free = num_free_pages(llm)
         answers, again = generate(llm, prompts), generate(llm, prompts)
         assert num_free_pages(llm) == num_free
