@@ -24,11 +24,15 @@ NUM_TOKENS = 12
 # The last one starts a page with what its last token sees first: vLLM's own sliding layers lack it.
 LENGTHS = (1, PAGE_SIZE, WINDOW, WINDOW + 1, 270, 430, 8 * PAGE_SIZE + WINDOW - 1)
 PAGE_BYTES = 2 * 2 * PAGE_SIZE * 32 * 4  # keys and values of two heads, in fp32
-# Options, and layers that are full.
-CASES: dict[str, tuple[dict[str, Any], set[int]]] = {
-    "all slide": ({}, set()),
-    "every other layer slides, all pages stored": ({"prefill_pages": "all"}, {1, 3}),
-    "survivors alone": ({"prefill_pages": "survivors"}, set()),
+# Options, layers that are full, and arguments of both engines.
+CASES: dict[str, tuple[dict[str, Any], set[int], dict[str, Any]]] = {
+    "all slide": ({}, set(), {}),
+    "every other layer slides, all pages stored, two workers": (
+        {"prefill_pages": "all", "debug_poison": False},
+        {1, 3},
+        {"tensor_parallel_size": 2, "distributed_executor_backend": "mp"},
+    ),
+    "survivors alone": ({"prefill_pages": "survivors"}, set(), {}),
 }
 
 
@@ -57,13 +61,13 @@ def _num_bytes(length: int, full: set[int]) -> int:
 def test_two_servers_have_the_tokens_of_one(
     name: str, tiny_model: ModelFactory, tmp_path: Path
 ) -> None:
-    swa, full = CASES[name]
+    swa, full, arguments = CASES[name]
     model = tiny_model(**FULL)
     swa = {**swa, "full_attention_layers": ",".join(map(str, sorted(full)))} if full else swa
     prompts = random_prompts(LENGTHS)
     windows = tuple(None if i in full else WINDOW for i in range(NUM_LAYERS))
     dense = DenseQwen3(model, Sight(windows))
-    with _pair(model, tmp_path, swa, max_num_batched_tokens=96) as (fills, answers):
+    with _pair(model, tmp_path, swa, max_num_batched_tokens=96, **arguments) as (fills, answers):
         served = answers.serve(prompts, NUM_TOKENS, fills.fill(prompts))
         check_exact(prompts, [s.answer for s in served], dense)
         assert answers.bytes_read() == sum(_num_bytes(length, full) for length in LENGTHS)

@@ -28,9 +28,10 @@ def _start(model: str, arguments: dict[str, Any]) -> None:
     _engines.append(llm)
     if not scheduler(llm).vllm_config.kv_transfer_config.is_kv_consumer:
         return
-    # Where pages arrive free pages are not poisoned, and what nobody sees is this page only.
-    for layer in attention_layers(llm):
-        layer.kv_cache[0].fill_(torch.nan)
+    if arguments.get("tensor_parallel_size", 1) == 1:
+        # Where pages arrive free pages are not poisoned, and what nobody sees is this page only.
+        for layer in attention_layers(llm):
+            layer.kv_cache[0].fill_(torch.nan)
 
 
 def _serve(
