@@ -35,8 +35,8 @@ def _ask(asked: Any) -> httpx.Response:
         ({"prompt": "a", "use_beam_search": True}, 400, "beams are not divided among servers"),
         (["a"], 400, "the body is a JSON list; an object is allowed"),
         (b"{", 400, "the body is no JSON"),
-        ({"prompt": [1, 2]}, 502, f"{NOBODY} does not answer"),
-        ({"prompt": ["a"], "n": None}, 502, f"{NOBODY} does not answer"),
+        ({"prompt": [1, 2]}, 502, " does not answer"),
+        ({"prompt": ["a"], "n": None}, 502, " does not answer"),
     ],
 )
 def test_proxy_says_what_it_cannot_do(asked: Any, status: int, message: str) -> None:
