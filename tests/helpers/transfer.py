@@ -2,6 +2,7 @@
 
 import socket
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,15 +62,23 @@ class Served:
 class Server:
     """An engine in a process of its own."""
 
-    def __init__(self, model: Path, role: str, log: Path, **arguments: Any) -> None:
-        """Start it; ``arguments`` are those of ``LLM``."""
+    def __init__(self, role: str, log: Path) -> None:
+        """Take what it does, and the file for its log."""
         self._probe = Probe("transfer", {**probe_environment(), **transfer_environment()}, log)
+        self._role = role
         self.log = log
-        arguments.setdefault("kv_transfer_config", transfer_config(role))
-        if role == CONSUMER:
-            swa = arguments["additional_config"]["swa"]
-            arguments["additional_config"] = {"swa": {**swa, "debug_poison": False}}
-        self._probe.ask("start", str(model), arguments)
+
+    def start(self, model: Path, extra: dict[str, Any], arguments: dict[str, Any]) -> None:
+        """Start it; ``extra`` goes to the connector, ``arguments`` are those of ``LLM``."""
+        swa = arguments["additional_config"]["swa"]
+        if self._role == CONSUMER:
+            swa = {**swa, "debug_poison": False}
+        given = {
+            **arguments,
+            "additional_config": {"swa": swa},
+            "kv_transfer_config": transfer_config(self._role, **extra),
+        }
+        self._probe.ask("start", str(model), given)
 
     def serve(
         self, prompts: list[list[int]], num_tokens: int, transfers: list[dict[str, Any] | None]
@@ -109,10 +118,26 @@ class Server:
 
 
 @contextmanager
-def server(model: Path, role: str, log: Path, **arguments: Any) -> Iterator[Server]:
-    """A server, and its end."""
-    running = Server(model, role, log, **arguments)
+def servers(
+    logs: Path, *asked: tuple[Path, str, dict[str, Any], dict[str, Any]]
+) -> Iterator[list[Server]]:
+    """Servers that start at once, and their end.
+
+    Args:
+        asked: of each the checkpoint, its role, what its connector gets, and arguments of ``LLM``.
+    """
+    running = [
+        Server(role, logs / f"{number}-{role}") for number, (_, role, _, _) in enumerate(asked)
+    ]
     try:
+        with ThreadPoolExecutor() as threads:
+            starts = [
+                threads.submit(started.start, model, extra, arguments)
+                for started, (model, _, extra, arguments) in zip(running, asked, strict=True)
+            ]
+        for start in starts:
+            start.result()
         yield running
     finally:
-        running.stop()
+        for started in running:
+            started.stop()
