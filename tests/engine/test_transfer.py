@@ -105,7 +105,7 @@ def test_two_workers_each_and_full_layers(tiny_model: ModelFactory, tmp_path: Pa
 def test_what_ends_early_leaves_nothing(
     pair: tuple[Server, Server], tiny_model: ModelFactory
 ) -> None:
-    """Aborted before its pages are read, or asked for more tokens than others get pages of."""
+    """Aborted before its pages are read, preempted, or asked for too many tokens."""
     fills, answers = pair
     prompts = random_prompts([270, 300, 280, 290])
     dense = DenseQwen3(tiny_model(**FULL), Sight((WINDOW,) * NUM_LAYERS))
@@ -113,6 +113,9 @@ def test_what_ends_early_leaves_nothing(
     answers.abandon(prompts[0], abandoned)
     served = answers.serve(prompts[1:], NUM_TOKENS, others)
     check_exact(prompts[1:], [s.answer for s in served], dense)
+    preempted, num_preempted = answers.serve_preempted(prompts, NUM_TOKENS, fills.fill(prompts))
+    assert num_preempted == len(prompts)
+    check_exact(prompts, [s.answer for s in preempted], dense)
     assert answers.settle()["held"] == fills.settle()["held"] == 0
     # Tokens behind the prompt would move the window; it ends after one, whatever is asked for.
     (longer,) = fills.serve(prompts[:1], 40, [FOR_ANOTHER])

@@ -59,6 +59,14 @@ class Served:
     reason: str
 
 
+def _served(answer: dict[str, Any]) -> Served:
+    return Served(
+        Answer(answer["tokens"], answer["logprobs"], answer["num_cached_tokens"]),
+        answer["transfer"],
+        answer["reason"],
+    )
+
+
 class Server:
     """An engine in a process of its own."""
 
@@ -84,14 +92,14 @@ class Server:
         self, prompts: list[list[int]], num_tokens: int, transfers: list[dict[str, Any] | None]
     ) -> list[Served]:
         """Answer prompts; ``transfers`` says of each what another server has or shall get."""
-        return [
-            Served(
-                Answer(served["tokens"], served["logprobs"], served["num_cached_tokens"]),
-                served["transfer"],
-                served["reason"],
-            )
-            for served in self._probe.ask("serve", prompts, num_tokens, transfers)
-        ]
+        return list(map(_served, self._probe.ask("serve", prompts, num_tokens, transfers)))
+
+    def serve_preempted(
+        self, prompts: list[list[int]], num_tokens: int, transfers: list[dict[str, Any] | None]
+    ) -> tuple[list[Served], int]:
+        """As :meth:`serve`, but all start over inside their answers; how many did."""
+        served, num = self._probe.ask("serve preempted", prompts, num_tokens, transfers)
+        return list(map(_served, served)), num
 
     def fill(self, prompts: list[list[int]]) -> list[dict[str, Any] | None]:
         """Compute prompts for another server; say what it needs to get their pages."""

@@ -11,6 +11,7 @@ from vllm.v1.metrics.reader import Histogram
 
 from tests.helpers.engines import (
     attention_layers,
+    counting_preemptions,
     managers,
     num_held_pages,
     scheduler,
@@ -67,6 +68,32 @@ def _serve(
     return served
 
 
+def _serve_preempted(*given: Any) -> tuple[list[dict[str, Any]], int]:
+    """As ``serve``; once every answer has begun, all start over.
+
+    Returns:
+        What was served, and how many requests started over.
+    """
+    client, is_due = _engines[0].llm_engine.engine_core, True
+    get_output = client.get_output
+
+    def preempting() -> Any:
+        nonlocal is_due
+        outputs = get_output()
+        requests = scheduler(_engines[0]).requests.values()
+        if is_due and requests and all(request.num_output_tokens > 1 for request in requests):
+            is_due = False
+            scheduler(_engines[0]).reset_prefix_cache(reset_running_requests=True)
+        return outputs
+
+    with counting_preemptions(_engines[0]) as preempted:
+        client.get_output = preempting
+        try:
+            return _serve(*given), len(preempted)
+        finally:
+            del client.get_output
+
+
 def _abandon(prompt: list[int], transfer: dict[str, Any]) -> None:
     """Take a request and abort it before a step is scheduled."""
     engine = _engines[0].llm_engine
@@ -120,6 +147,7 @@ def _bytes_read() -> int:
 QUESTIONS: dict[str, Callable[..., Any]] = {
     "start": _start,
     "serve": _serve,
+    "serve preempted": _serve_preempted,
     "abandon": _abandon,
     "settle": _settle,
     "bytes read": _bytes_read,
