@@ -31,7 +31,7 @@ CASES: dict[str, tuple[int, int, dict[str, Any], set[int]]] = {
     "a stage of each kind, shifted sinks": (2, 1, {**SINKS, "position_shift": True}, {0, 1}),
     "three stages, the last without a window": (3, 1, SINKS, {1, 3}),
     "a window in the answer only": (2, 1, {"phase": "decode"}, {2}),
-    "two workers a stage, a window in the prompt only": (2, 2, {"phase": "prefill"}, {1}),
+    "two workers a stage": (2, 2, {}, {1}),
 }
 
 

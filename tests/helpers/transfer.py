@@ -23,11 +23,12 @@ FOR_ANOTHER = {
 PRODUCER, CONSUMER = "kv_producer", "kv_consumer"
 
 
-def transfer_config(role: str, **extra: Any) -> dict[str, Any]:
+def transfer_config(role: str, *, recomputes: bool = False, **extra: Any) -> dict[str, Any]:
     """An engine's ``kv_transfer_config`` for NIXL; ``extra`` goes to the connector."""
     return {
         "kv_connector": "NixlConnector",
         "kv_role": role,
+        "kv_load_failure_policy": "recompute" if recomputes else "fail",
         "kv_connector_extra_config": extra,
     }
 
@@ -77,7 +78,7 @@ class Server:
         self.log = log
 
     def start(self, model: Path, extra: dict[str, Any], arguments: dict[str, Any]) -> None:
-        """Start it; ``extra`` goes to the connector, ``arguments`` are those of ``LLM``."""
+        """Start it; ``extra`` goes to ``transfer_config``, ``arguments`` to ``LLM``."""
         swa = arguments["additional_config"]["swa"]
         if self._role == CONSUMER:
             swa = {**swa, "debug_poison": False}
@@ -132,7 +133,7 @@ def servers(
     """Servers that start at once, and their end.
 
     Args:
-        asked: of each the checkpoint, its role, what its connector gets, and arguments of ``LLM``.
+        asked: of each the checkpoint, its role, and arguments of ``transfer_config`` and ``LLM``.
     """
     running = [
         Server(role, logs / f"{number}-{role}") for number, (_, role, _, _) in enumerate(asked)
