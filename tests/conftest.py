@@ -32,7 +32,7 @@ if not torch.cuda.is_available():
 import pytest
 from filelock import FileLock
 from hypothesis import HealthCheck, settings
-from vllm import LLM, ModelRegistry
+from vllm import LLM, ModelRegistry, envs
 from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 
 import swa_vllm
@@ -262,6 +262,13 @@ def _write_what_ran(stats: dict[str, list[Any]], file: Path) -> None:
 def no_engine(engine: EngineFactory) -> Callable[[], None]:
     """Stops the engine that :func:`engine` has alive, for code that starts its own."""
     return engine.stop  # type: ignore[attr-defined,no-any-return]
+
+
+@pytest.fixture
+def vllm_variables(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """For variables that vLLM reads, which it keeps once an engine has started in this process."""
+    envs.disable_envs_cache()
+    return monkeypatch
 
 
 @pytest.fixture

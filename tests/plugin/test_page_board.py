@@ -221,11 +221,12 @@ def test_a_scrape_names_the_engines_that_it_lacks(
     num_api_servers: int,
     tiny_moe: Path,  # other models have no external load balancing in vLLM
     monkeypatch: pytest.MonkeyPatch,
+    vllm_variables: pytest.MonkeyPatch,
     tmp_path: Path,
 ) -> None:
     deployment, registry = DEPLOYMENTS[name], CollectorRegistry()
     for variable, value in deployment.environment.items():
-        monkeypatch.setenv(variable, value)
+        vllm_variables.setenv(variable, value)
     if num_api_servers == 1:
         collector = scrape.EngineCounts()
         registry.register(collector)

@@ -393,6 +393,7 @@ def test_metrics_of_several_api_servers_and_engines_beside_another_server(
     assert _scrape(url) == beside
 
 
+@pytest.mark.full
 def test_an_engine_on_another_machine_is_named_in_the_scrape(
     tiny_model: ModelFactory, tmp_path: Path
 ) -> None:

@@ -245,9 +245,9 @@ def test_pools_of_pipeline_stages_are_what_vllm_makes_of_them(
 
 @pytest.mark.parametrize("partition", ["3,1", "1,3", " 2,02", "4"])
 def test_stages_are_divided_by_vllms_variable(
-    partition: str, monkeypatch: pytest.MonkeyPatch
+    partition: str, vllm_variables: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("VLLM_PP_LAYER_PARTITION", partition)
+    vllm_variables.setenv("VLLM_PP_LAYER_PARTITION", partition)
     size = len(partition.split(","))
     expected = tuple(range(*get_pp_indices(4, rank, size)) for rank in range(size))
     assert stages_of(4, size, partition) == expected
@@ -255,9 +255,9 @@ def test_stages_are_divided_by_vllms_variable(
 
 @pytest.mark.parametrize("partition", ["", "2", "2,1", "2,1,1", "2,two", "2;2"])
 def test_a_partition_that_vllm_refuses_is_refused(
-    partition: str, monkeypatch: pytest.MonkeyPatch
+    partition: str, vllm_variables: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("VLLM_PP_LAYER_PARTITION", partition)
+    vllm_variables.setenv("VLLM_PP_LAYER_PARTITION", partition)
     with pytest.raises(ValueError, match="partition"):
         get_pp_indices(4, 0, 2)
     with pytest.raises(ValueError, match=rf"VLLM_PP_LAYER_PARTITION={partition} does not divide"):
