@@ -45,9 +45,7 @@ class Server:
         environment: Mapping[str, str] | None = None,
     ) -> None:
         """Start the server; ``environment`` is what it needs beside :func:`server_environment`."""
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
+        port = free_port()
         self.url = f"http://127.0.0.1:{port}"
         self.log_path = log_path
         log_path.parent.mkdir(parents=True, exist_ok=True)
@@ -100,6 +98,13 @@ class Server:
 
     def _log_tail(self, num_lines: int) -> str:
         return "\n".join(self.log_path.read_text(errors="replace").splitlines()[-num_lines:])
+
+
+def free_port() -> int:
+    """A loopback port that nobody listens at."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 def server_environment() -> dict[str, str]:

@@ -6,7 +6,6 @@ python -m prefill_decode.run_local, in the directory examples
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -18,18 +17,19 @@ import httpx
 import torch
 
 from make_demo_model import ensure_demo_model
-from quickstart import SERVE_ARGS, QuickstartError, Server, ask, exit_on_signal, long_prompt
+from quickstart import (
+    SERVE_ARGS,
+    QuickstartError,
+    Server,
+    ask,
+    exit_on_signal,
+    free_port,
+    long_prompt,
+)
 
 ROLES = ("kv_producer", "kv_consumer")
 QUESTIONS = ("What is the capital of France?", long_prompt())
 PROXY_TIMEOUT_S = 60
-
-
-def free_port() -> int:
-    """A port of this machine that nobody listens at."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
 
 
 def role_args(role: str) -> list[str]:
@@ -38,14 +38,13 @@ def role_args(role: str) -> list[str]:
     return [*SERVE_ARGS, "--dtype", "float32", "--kv-transfer-config", json.dumps(config)]
 
 
-def role_environment() -> dict[str, str]:
+def transfer_environment() -> dict[str, str]:
     """Variables that keep a server's transfers on this machine, at a port of its own."""
     return {
         "UCX_TLS": "tcp,self,sm",
         "UCX_NET_DEVICES": "lo",
         "VLLM_NIXL_SIDE_CHANNEL_HOST": "127.0.0.1",
         "VLLM_NIXL_SIDE_CHANNEL_PORT": str(free_port()),
-        "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // len(ROLES))),
     }
 
 
@@ -85,12 +84,13 @@ def demonstrate(model: Path) -> None:
     Raises:
         QuickstartError: something did not start, or the answers differ from one server's.
     """
+    threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // len(ROLES)))}
     with ExitStack() as stack:
         servers = []
         for role in ROLES:
             log = Path(f".cache/prefill_decode_{role}.log")
             print(f"Starting vllm serve as {role}; its log is {log}", flush=True)
-            server = Server(model, log, role_args(role), role_environment())
+            server = Server(model, log, role_args(role), {**transfer_environment(), **threads})
             stack.callback(server.stop)
             servers.append(server)
         for server in servers:

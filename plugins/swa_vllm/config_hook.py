@@ -21,8 +21,9 @@ class ConfigHook(VerifyAndUpdateConfig):
 
     @staticmethod
     def verify_and_update_config(vllm_config: VllmConfig) -> None:
-        """Refuse what cannot be served, have metrics served, and have Ray's nodes checked, and
-        servers that exchange pages.
+        """Refuse what cannot be served, have metrics served, and have others compared with us.
+
+        These are Ray's nodes, and servers that exchange pages.
 
         With a window in one phase only, Model Runner V1 is made to tell builders the lengths of
         prompts; with V2 the model does that itself.

@@ -10,7 +10,7 @@ import httpx
 import pytest
 
 from prefill_decode.proxy import FOR_ANOTHER, Proxy, for_prefill
-from prefill_decode.run_local import free_port
+from quickstart import free_port
 
 NOBODY = f"http://127.0.0.1:{free_port()}"
 

@@ -1,6 +1,5 @@
 """Two servers that exchange pages over NIXL at loopback: one fills prompts' pages, one answers."""
 
-import socket
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -8,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from prefill_decode.run_local import transfer_environment
 from tests.helpers.engines import Answer
 from tests.helpers.processes import Probe, probe_environment
 
@@ -33,24 +33,6 @@ def transfer_config(role: str, *, recomputes: bool = False, **extra: Any) -> dic
     }
 
 
-def free_port() -> int:
-    """A port that nobody listens at."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
-
-
-def transfer_environment() -> dict[str, str]:
-    """Variables that keep transfers on this machine, and send what a server says to its log."""
-    return {
-        "VLLM_LOGGING_STREAM": "ext://sys.stderr",
-        "UCX_TLS": "tcp,self,sm",
-        "UCX_NET_DEVICES": "lo",
-        "VLLM_NIXL_SIDE_CHANNEL_HOST": "127.0.0.1",
-        "VLLM_NIXL_SIDE_CHANNEL_PORT": str(free_port()),
-    }
-
-
 @dataclass
 class Served:
     """One answer of a server, and what another needs to take over."""
@@ -73,7 +55,9 @@ class Server:
 
     def __init__(self, role: str, log: Path) -> None:
         """Take what it does, and the file for its log."""
-        self._probe = Probe("transfer", {**probe_environment(), **transfer_environment()}, log)
+        says = {"VLLM_LOGGING_STREAM": "ext://sys.stderr"}  # which goes to the log
+        env = {**probe_environment(), **transfer_environment(), **says}
+        self._probe = Probe("transfer", env, log)
         self._role = role
         self.log = log
 

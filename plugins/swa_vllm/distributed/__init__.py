@@ -1,1 +1,1 @@
-"""Several machines: Ray's nodes, checked before workers start, and servers that exchange pages."""
+"""Several machines: Ray's nodes, logical devices for CPUs, and servers that exchange pages."""
