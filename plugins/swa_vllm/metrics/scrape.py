@@ -48,8 +48,7 @@ def serve_counts(vllm_config: VllmConfig) -> None:
     directory = envs.read_variable(envs.SHARED_METRICS_DIR) or _counts_collector().path
     envs.set_metrics_dir(directory)
     parallel = vllm_config.parallel_config
-    has_managers = not vllm_config.scheduler_config.disable_hybrid_kv_cache_manager
-    if has_managers and os.path.isdir(directory):
+    if _keeps_groups(vllm_config) and os.path.isdir(directory):
         expect_engines(directory, vllm_config.instance_id, _engines_of_server(parallel))
     if parallel.data_parallel_backend == "ray":  # engines are actors then
         envs.copy_variable_to_ray(envs.METRICS_DIR)
@@ -75,8 +74,11 @@ def _counts_collector() -> EngineCounts:
 
 def _has_page_managers(vllm_config: VllmConfig) -> bool:
     is_ours = vllm_config.model_config.architecture in {*PLAIN, *WINDOWED}
-    keeps_groups = not vllm_config.scheduler_config.disable_hybrid_kv_cache_manager
-    return is_ours and keeps_groups and vllm_config_frees_pages(vllm_config)
+    return is_ours and _keeps_groups(vllm_config) and vllm_config_frees_pages(vllm_config)
+
+
+def _keeps_groups(vllm_config: VllmConfig) -> bool:
+    return not vllm_config.scheduler_config.disable_hybrid_kv_cache_manager
 
 
 def _is_engine_alive(pid: int) -> bool:
