@@ -26,6 +26,7 @@ from make_demo_model import WINDOW, ensure_demo_model
 
 PAGE_SIZE = 32  # tokens of one layer
 START_TIMEOUT_S = 600
+CAUSE_LINE = re.compile(r"\bERROR\b.*\] +[\w.]*(Error|Exception)\b")
 TABLE_LINE = re.compile(r"\bSWA .*")
 SERVE_ARGS = ("--served-model-name", "demo", "--max-model-len", "4096", "--enforce-eager")
 
@@ -65,13 +66,13 @@ class Server:
         """Block until the server answers.
 
         Raises:
-            QuickstartError: it ended or took too long; the message has the end of its log.
+            QuickstartError: it ended or took too long; the message has what its log says of it.
         """
         start = time.monotonic()
         for second in range(START_TIMEOUT_S):
             if self.process.poll() is not None:
                 raise QuickstartError(
-                    f"vllm serve ended with status {self.process.returncode}:\n{self._log_tail(15)}"
+                    f"vllm serve ended with status {self.process.returncode}:\n{self._cause()}"
                 )
             with contextlib.suppress(httpx.TransportError):
                 if httpx.get(f"{self.url}/health", timeout=5).is_success:
@@ -95,6 +96,14 @@ class Server:
         """The lines of the plugin's start-up table."""
         matches = map(TABLE_LINE.search, self.log_path.read_text(errors="replace").splitlines())
         return [match.group() for match in matches if match]
+
+    def _cause(self) -> str:
+        """The end of the log's first traceback, for the later ones only follow from it."""
+        lines = self.log_path.read_text(errors="replace").splitlines()
+        for number, line in enumerate(lines):
+            if CAUSE_LINE.search(line):
+                return "\n".join(lines[max(0, number - 14) : number + 5])
+        return self._log_tail(15)
 
     def _log_tail(self, num_lines: int) -> str:
         return "\n".join(self.log_path.read_text(errors="replace").splitlines()[-num_lines:])

@@ -84,13 +84,18 @@ def demonstrate(model: Path) -> None:
     Raises:
         QuickstartError: something did not start, or the answers differ from one server's.
     """
-    threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // len(ROLES)))}
+    shared = {
+        "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // len(ROLES))),
+        # A worker in a process of its own waits on a core, and each server has NIXL's thread that
+        # does: on two cores they take a handshake's time from one another.
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    }
     with ExitStack() as stack:
         servers = []
         for role in ROLES:
             log = Path(f".cache/prefill_decode_{role}.log")
             print(f"Starting vllm serve as {role}; its log is {log}", flush=True)
-            server = Server(model, log, role_args(role), {**transfer_environment(), **threads})
+            server = Server(model, log, role_args(role), {**transfer_environment(), **shared})
             stack.callback(server.stop)
             servers.append(server)
         for server in servers:
