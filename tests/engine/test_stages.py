@@ -25,11 +25,13 @@ from tests.helpers.tiny_models import FULL, NUM_LAYERS, WINDOW, random_prompts
 pytestmark = pytest.mark.alone
 
 SINKS = {"sink_tokens": 4}
+SURVIVORS = {"prefill_pages": "survivors"}
 # Stages, workers of each, options and layers that are full. Of three stages of four layers the
 # second has two.
 CASES: dict[str, tuple[int, int, dict[str, Any], set[int]]] = {
     "a stage of each kind, shifted sinks": (2, 1, {**SINKS, "position_shift": True}, {0, 1}),
-    "three stages, the last without a window": (3, 1, SINKS, {1, 3}),
+    "three stages, the last without a window": (3, 1, {**SINKS, **SURVIVORS}, {1, 3}),
+    "a window in the prompt only": (2, 1, {"phase": "prefill"}, {2}),
     "a window in the answer only": (2, 1, {"phase": "decode"}, {2}),
     "two workers a stage": (2, 2, {}, {1}),
 }

@@ -1,6 +1,6 @@
 """Pipeline stages on CPUs, where vLLM fails for want of a single buffer: tests make it."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ def staged_engine(model: Path, **kwargs: Any) -> Iterator[LLM]:
             **kwargs,
         )
     try:
-        make_stage_buffers(llm)
+        make_stage_buffers(llm.collective_rpc)
         yield llm
     finally:
         llm.llm_engine.model_executor.shutdown()
@@ -41,8 +41,13 @@ def stages_allowed() -> Iterator[None]:
         yield
 
 
-def make_stage_buffers(llm: LLM) -> None:
-    """Make what vLLM's GPU runner makes while it warms up, for each stage but the first."""
+def make_stage_buffers(collective_rpc: Callable[..., Any]) -> Any:
+    """Make what vLLM's GPU runner makes while it warms up, for each stage but the first.
+
+    Args:
+        collective_rpc: an engine's, whose result is returned; that of an asynchronous engine has to
+            be awaited.
+    """
 
     # A function inside a function: its code is sent to the workers.
     def make(worker: Any) -> None:
@@ -54,4 +59,4 @@ def make_stage_buffers(llm: LLM) -> None:
                 device=runner.device,
             )
 
-    llm.collective_rpc(make)
+    return collective_rpc(make)

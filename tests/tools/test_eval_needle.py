@@ -168,7 +168,8 @@ def test_command_asks_with_full_attention_and_with_the_window(
     command = ["eval", "needle", str(SLIDING), "--window", "64", "--sinks", "0", "--quick"]
     sizes = ["--lengths", "200", "--depths", "2", "--dtype", "float32", "--json", str(path)]
     assert main([*command, *sizes]) == 0
-    first, last = json.loads(path.read_text())["needles"]
+    figures = json.loads(path.read_text())
+    first, last = figures["needles"]
     assert (first["depth"], last["depth"]) == (0.0, 1.0)
     assert first["distance"] > 64 > last["distance"]
     assert not first["window"]
@@ -176,6 +177,9 @@ def test_command_asks_with_full_attention_and_with_the_window(
     assert "full attention: recall; across: depth" in printed
     assert "by distance: recall; across: tokens before the answer" in printed
     assert "every layer slides: nothing further back than the window of 64" in printed
+    seconds = figures["first_token_s"]
+    ratio = seconds["window"]["200"] / seconds["full attention"]["200"]
+    assert f" s behind 200 tokens ({ratio:.2f} of full attention's)" in printed
 
 
 @pytest.mark.parametrize("name", ["ppl", "needle", "stream", "layers"])

@@ -37,7 +37,7 @@ def main() -> None:
                     **kwargs,
                 )
             if kwargs.get("pipeline_parallel_size", 1) > 1:
-                make_stage_buffers(llm)
+                make_stage_buffers(llm.collective_rpc)
             results[name] = _describe(llm, random_prompts(lengths))
             llm.llm_engine.model_executor.shutdown()
             del llm

@@ -12,17 +12,22 @@ guessed. With --digit-first the prompt ends in the blank, and the first token is
 With --generated N, the last N tokens of each text, the question among them, are forced as generated
 tokens: so the question is asked after a long answer, and the number stands in the prompt. That is
 what --phase decode is for.
+
+What the window gains is printed beside what it forgets: the time to the first token of a prompt of
+each length, which nothing else runs beside.
 """
 
 import argparse
 import random
+import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, chain
+from statistics import median
 from typing import Any
 
-from vllm import SamplingParams
+from vllm import LLM, SamplingParams
 
 from swa_backend.table import format_table
 from swa_backend.window import Phase
@@ -39,7 +44,6 @@ from swa_vllm.tools.engines.forced import FORCED_TOKENS
 from swa_vllm.tools.engines.scoring import ScoringEngine
 from swa_vllm.tools.engines.setup import (
     FULL_ATTENTION,
-    Setup,
     add_setup_arguments,
     resolve_scoring_options,
     scoring_text_config,
@@ -52,6 +56,7 @@ EXAMPLE = "Qwen/Qwen3-0.6B --window 1024 --sinks 4 --lengths 1024,4096,8192"
 FULL, WINDOW = "full attention", "window"
 _CITIES = ("Lisbon", "Oslo", "Cairo", "Lima", "Rome", "Paris", "Boston", "Tokyo", "Berlin", "Delhi")
 _ANSWER_TOKENS = 8
+_TIMED_PROMPTS = 3  # of each length
 _SHORTEST = 64
 
 Tokenize = Callable[[str], list[int]]
@@ -74,6 +79,11 @@ class Needle:
     depth: float
     distance: int
     num_generated: int = 0
+
+    @property
+    def prompt(self) -> list[int]:
+        """Its tokens that are not forced as generated ones."""
+        return self.tokens[: len(self.tokens) - self.num_generated]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -127,15 +137,17 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     setup = setup_of(
         args, hf_config, max(lengths) + _ANSWER_TOKENS, forces_tokens=args.generated > 0
     )
-    recalled = {
-        name: [
+    recalled, first_token_s = dict[str, list[bool]](), dict[str, dict[int, float]]()
+    for name, own in {FULL: FULL_ATTENTION, WINDOW: options}.items():
+        say(f"{name}: {len(needles)} prompts")
+        with ScoringEngine.start(setup, own) as engine:
+            assert engine.llm is not None
+            answers = _answer_needles(engine.llm, needles)
+            first_token_s[name] = _time_first_tokens(engine.llm, needles)
+        recalled[name] = [
             tokenizer.decode(answer).strip().startswith(needle.number)
-            for needle, answer in zip(
-                needles, _answer_needles(name, setup, own, needles), strict=True
-            )
+            for needle, answer in zip(needles, answers, strict=True)
         ]
-        for name, own in {FULL: FULL_ATTENTION, WINDOW: options}.items()
-    }
     maps = [_recall_by_depth(name, needles, hits) for name, hits in recalled.items()]
     maps.append(_recall_by_distance(needles, recalled))
     _print_heat_maps(maps)
@@ -143,6 +155,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         args.window, args.sinks, every_layer_slides, needles, recalled[WINDOW], Phase(args.phase)
     )
     print(says)
+    print(_describe_first_tokens(first_token_s))
     if args.plot:
         plots.draw_heat_maps(args.plot, maps)
     figures = [
@@ -154,6 +167,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         "options": options,
         "digit_first": args.digit_first,
         "generated": args.generated,
+        "first_token_s": first_token_s,
         "needles": figures,
     }
 
@@ -246,14 +260,11 @@ def _make_needle(
     return Needle(tokens, number, length, depth, distance, num_generated)
 
 
-def _answer_needles(
-    name: str, setup: Setup, options: Mapping[str, Any], needles: Sequence[Needle]
-) -> list[list[int]]:
-    say(f"{name}: {len(needles)} prompts")
+def _answer_needles(llm: LLM, needles: Sequence[Needle]) -> list[list[int]]:
     prompts, params = [], []
     for needle in needles:
-        num_prompt = len(needle.tokens) - needle.num_generated
-        prompts.append({"prompt_token_ids": needle.tokens[:num_prompt]})
+        prompts.append({"prompt_token_ids": needle.prompt})
+        num_prompt = len(needle.prompt)
         forced = {FORCED_TOKENS: needle.tokens[num_prompt:]} if needle.num_generated else None
         params.append(
             SamplingParams(
@@ -263,13 +274,32 @@ def _answer_needles(
                 extra_args=forced,
             )
         )
-    with ScoringEngine.start(setup, options) as engine:
-        assert engine.llm is not None
-        outputs = engine.llm.generate(prompts, params)  # its bar is on stderr
+    outputs = llm.generate(prompts, params)  # its bar is on stderr
     return [
         list(output.outputs[0].token_ids)[needle.num_generated :]
         for needle, output in zip(needles, outputs, strict=True)
     ]
+
+
+def _time_first_tokens(llm: LLM, needles: Sequence[Needle]) -> dict[int, float]:
+    """Seconds to the first token of one prompt at a time, by length: the median of a few."""
+    params = SamplingParams(temperature=0.0, max_tokens=1, detokenize=False)
+    by_length = defaultdict[int, list[float]](list)
+    for needle in needles:
+        if len(seconds := by_length[needle.length]) < _TIMED_PROMPTS:
+            start = time.perf_counter()
+            llm.generate([{"prompt_token_ids": needle.prompt}], params, use_tqdm=False)
+            seconds.append(time.perf_counter() - start)
+    return {length: median(seconds) for length, seconds in by_length.items()}
+
+
+def _describe_first_tokens(first_token_s: Mapping[str, Mapping[int, float]]) -> str:
+    says = [
+        f"{seconds:.2f} s behind {length:,} tokens ({seconds / first_token_s[FULL][length]:.2f} of "
+        "full attention's)"
+        for length, seconds in first_token_s[WINDOW].items()
+    ]
+    return f"first token: {', '.join(says)}"
 
 
 def _recall_by_depth(name: str, needles: Sequence[Needle], hits: Sequence[bool]) -> plots.HeatMap:
