@@ -451,3 +451,86 @@ def test_a_phase_says_what_stays_and_what_stock_vllm_has_not(
         peaks[phase] = json.loads(printed.out)["requests"][0]["arms"]["this plugin"]["peak_pages"]
     # Two steps are in flight, so two tokens beside the 1023 that the next one sees.
     assert peaks == {"prefill": 40960 // 16, "decode": 32768 // 16 + 1024 // 16 + 1}
+
+
+PHASES = ("both", "prefill", "decode")
+SMALL = ["--max-model-len", "2048", "--max-num-batched-tokens", "256", "--kv-memory", "1GiB"]
+
+
+@pytest.mark.parametrize("device", ["gpu", "cpu"])
+@pytest.mark.parametrize("asked", PHASES)
+def test_every_plan_has_the_three_phases_as_each_would_be_planned(
+    asked: str, device: str, qwen3_8b: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sizes = ["--window", "128", "--sink-tokens", "4", "--full-attention-layers", "every:4", *SMALL]
+    sizes += ["--prompt", "300,500", "--output", "600", "--block-size", "16"]
+
+    def planned(phase: str) -> tuple[dict[str, Any], str]:
+        flags = [*sizes, "--phase", phase, "--device", device, "--json", "-"]
+        assert main(["plan", str(qwen3_8b), *flags]) == 0
+        printed = capsys.readouterr()
+        return json.loads(printed.out), printed.err
+
+    compared, text = planned(asked)
+    assert list(compared["phases"]) == list(PHASES)
+    for phase, figures in compared["phases"].items():
+        alone, _ = planned(phase)
+        assert figures["pool"] == alone["pools"]["this plugin"]
+        for request, own in zip(figures["requests"], alone["requests"], strict=True):
+            sizes_of = {name: own[name] for name in ("prompt", "output")}
+            assert request == {**sizes_of, **own["arms"]["this plugin"]}
+    running = [
+        [request["running"] for request in figures["requests"]]
+        for figures in compared["phases"].values()
+    ]
+    assert running[0] > running[2] > running[1]
+    lines = text.splitlines()
+    (start,) = (i for i, line in enumerate(lines) if "this plugin by --phase" in line)
+    named = [f"{phase}*" if phase == asked else phase for phase in PHASES]
+    header = f"prompt pages: {' '.join(named)} MiB: {' '.join(named)} at once: {' '.join(named)}"
+    assert lines[start + 1].split() == header.split()
+    for index, line in enumerate(lines[start + 2 : start + 4]):
+        requests = [figures["requests"][index] for figures in compared["phases"].values()]
+        assert line.split() == [
+            str(requests[0]["prompt"]),
+            *(str(r["peak_pages"]) for r in requests),
+            *(f"{r['peak_bytes'] / 2**20:.1f}" for r in requests),
+            *(f"{r['running']:.1f}" for r in requests),
+        ]
+
+
+def test_a_phase_that_would_not_start_says_from_which_length_it_does(
+    qwen3_8b: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["plan", str(qwen3_8b), "--window", "4096", "--kv-memory", "3GiB"]) == 0
+    printed = capsys.readouterr().out
+    for phase in ("prefill", "decode"):
+        note = f"--phase {phase} does not start with --max-model-len 40960 (at most 21824)"
+        assert note in printed
+    assert "--phase both does" not in printed
+
+
+def test_a_phase_that_is_refused_is_left_out_with_its_reason(
+    qwen3_8b: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["--window", "1024", "--device", "cpu", "--kv-cache-dtype", "fp8", "--json", "-"]
+    assert main(["plan", str(qwen3_8b), *flags]) == 0
+    printed = capsys.readouterr()
+    figures = json.loads(printed.out)
+    assert list(figures["phases"]) == ["both", "prefill"]
+    assert list(figures["refused_phases"]) == ["decode"]
+    reason = "--phase decode cannot be had with --kv-cache-dtype fp8: not tested on CPUs"
+    assert f"note: --phase decode is left out: {reason}\n" in printed.err
+    assert main(["plan", str(qwen3_8b), *flags, "--phase", "decode"]) == 1
+    assert figures["refused_phases"]["decode"] in capsys.readouterr().err
+
+
+def test_a_model_of_one_phase_has_no_table_of_phases(
+    qwen3_8b: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    qwen3_8b.write_text(json.dumps(QWEN3_8B | {"architectures": ["Qwen3Model"]}))
+    assert main(["plan", str(qwen3_8b), "--window", "1024"]) == 0
+    printed = capsys.readouterr().out
+    assert "this plugin by --phase" not in printed
+    for phase in ("prefill", "decode"):
+        assert f"--phase {phase} is left out: --phase {phase} was not tested with" in printed

@@ -1,14 +1,15 @@
 """KV cache of a model, planned from its config.json: pages, bytes, requests that run at once.
 
-Full attention, stock vLLM's sliding window and this plugin side by side, without weights, GPU or
-vLLM. "Estimate" is the "maximum concurrency" of vLLM's start-up line, which assumes requests of
---max-model-len; "at once" is what runs while more requests wait, all of one size and none with a
-prefix in the cache. Pages that prefix caching keeps beyond these while memory is plentiful are not
-counted, and speculative decoding is not planned.
+Full attention, stock vLLM's sliding window and this plugin side by side, and this plugin in each
+phase, without weights, GPU or vLLM. "Estimate" is the "maximum concurrency" of vLLM's start-up
+line, which assumes requests of --max-model-len; "at once" is what runs while more requests wait,
+all of one size and none with a prefix in the cache. Pages that prefix caching keeps beyond these
+while memory is plentiful are not counted, and speculative decoding is not planned.
 """
 
 import argparse
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,16 @@ from swa_vllm.tools.common.sizing import (
     size_cache_dtype,
 )
 from swa_vllm.tools.plan.pictures import plot_plan
-from swa_vllm.tools.plan.report import describe_plan, plan_figures, plan_notes, plan_rows, pool_rows
+from swa_vllm.tools.plan.report import (
+    ARM_NAMES,
+    Plan,
+    describe_plan,
+    needs_by_phase,
+    plan_figures,
+    plan_notes,
+    plan_rows,
+    pool_rows,
+)
 
 EXAMPLE = (
     "Qwen3-8B/config.json --window 4096 --sink-tokens 4 --full-attention-layers every:4 "
@@ -116,6 +126,51 @@ def _run_plan(args: argparse.Namespace) -> dict[str, Any]:
     plots.check_plot_path(args.plot)
     checkpoint = read_checkpoint(Path(args.model))
     check_architectures(checkpoint.architectures)
+    plan = _plan_phase(args, checkpoint, tuple(Arm))
+    by_phase, refused = _plan_phases(args, checkpoint, plan)
+    with_pool = args.kv_memory is not None
+    print(describe_plan(args, plan.model, plan.limits))
+    print(format_table(("", *Arm), pool_rows(plan.pools)))
+    print(f"\none request, and how many run at once; answers of {args.output} tokens")
+    print(format_table(*plan_rows(plan.needs, ARM_NAMES, with_pool=with_pool)))
+    if len(by_phase) > 1:
+        print("\nthe same with this plugin by --phase; * is what was planned above")
+        names = {phase: f"{phase}{'*' * (phase is plan.model.phase)}" for phase in by_phase}
+        print(format_table(*plan_rows(needs_by_phase(by_phase), names, with_pool=with_pool)))
+    for note in (*map(options_as_flags, plan.warnings), *plan_notes(plan, by_phase, refused)):
+        print(f"note: {note}")
+    if args.plot is not None:
+        plot_plan(args.plot, Path(args.model).name, plan.needs)
+    return plan_figures(args, plan, by_phase, refused)
+
+
+def _plan_phases(
+    args: argparse.Namespace, checkpoint: Checkpoint, asked: Plan
+) -> tuple[dict[Phase, Plan], dict[Phase, str]]:
+    """Plan every phase for this plugin; returns the plans, and why others are refused."""
+    plans, refused = {}, {}
+    for phase in Phase:
+        try:
+            plans[phase] = (
+                asked
+                if phase is asked.model.phase
+                else _plan_phase(
+                    argparse.Namespace(**{**vars(args), "phase": phase.value}),
+                    checkpoint,
+                    (Arm.SWA,),
+                )
+            )
+        except ValueError as error:
+            refused[phase] = options_as_flags(str(error))
+    return plans, refused
+
+
+def _plan_phase(args: argparse.Namespace, checkpoint: Checkpoint, arms: Sequence[Arm]) -> Plan:
+    """Plan the phase that is asked for.
+
+    Raises:
+        ValueError: it cannot be served.
+    """
     options = SWAOptions.from_dict(options_of_window_arguments(args))
     limits = _planned_limits(args, checkpoint, options)
     layers = resolve_layers(checkpoint.config, options, max_model_len=limits.max_model_len)
@@ -141,22 +196,14 @@ def _run_plan(args: argparse.Namespace) -> dict[str, Any]:
         layer_partition=envs.read_variable(envs.LAYER_PARTITION),
     )
     memory = None if args.kv_memory is None else parse_planned_memory(args.kv_memory)
-    pools = {arm: plan_pool(arm, model, limits, memory) for arm in Arm}
+    pools = {arm: plan_pool(arm, model, limits, memory) for arm in arms}
     if memory is not None and not all(pool.num_pages for pool in pools.values()):
         raise ValueError(f"--kv-memory {args.kv_memory} does not hold a single page; give more")
     workloads = [Workload(prompt, args.output) for prompt in _prompts_to_plan(args, limits)]
     needs = {
-        w: {arm: need_in_pool(arm, model, pools[arm], limits, w) for arm in Arm} for w in workloads
+        w: {arm: need_in_pool(arm, model, pools[arm], limits, w) for arm in arms} for w in workloads
     }
-    print(describe_plan(args, model, limits))
-    print(format_table(("", *Arm), pool_rows(pools)))
-    print(f"\none request, and how many run at once; answers of {args.output} tokens")
-    print(format_table(*plan_rows(needs, with_pool=memory is not None)))
-    for note in (*map(options_as_flags, layers.warnings), *plan_notes(model, limits, pools, needs)):
-        print(f"note: {note}")
-    if args.plot is not None:
-        plot_plan(args.plot, Path(args.model).name, needs)
-    return plan_figures(args, model, limits, pools, needs)
+    return Plan(model, limits, pools, needs, layers.warnings)
 
 
 def _check_cache_of_copies(

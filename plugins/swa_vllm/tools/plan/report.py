@@ -2,7 +2,8 @@
 
 import argparse
 from collections.abc import Mapping
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
 from swa_backend.window import Phase
 from swa_vllm.compat import envs
@@ -13,7 +14,28 @@ from swa_vllm.tools.common.sizing import Limits
 
 Pools = Mapping[Arm, Pool]
 Needs = Mapping[Workload, Mapping[Arm, Need]]
+Column = TypeVar("Column")
 
+
+@dataclass(frozen=True)
+class Plan:
+    """The pools and requests of one phase.
+
+    Attributes:
+        pools: of each arm that is planned.
+        needs: what requests of each size take of them.
+        warnings: of what was asked, for the user.
+    """
+
+    model: Model
+    limits: Limits
+    pools: Pools
+    needs: Needs
+    warnings: tuple[str, ...]
+
+
+Plans = Mapping[Phase, Plan]
+ARM_NAMES = {Arm.FULL: "full", Arm.STOCK: "stock", Arm.SWA: "here"}
 
 _IN_PHASE = {
     Phase.BOTH: "",
@@ -67,19 +89,30 @@ def pool_rows(pools: Pools) -> list[list[object]]:
     return [row for row in rows if row[1] is not None]
 
 
-def plan_rows(needs: Needs, *, with_pool: bool) -> tuple[list[str], list[list[object]]]:
-    """Make the header, and a row for each prompt length."""
-    short = dict(zip(Arm, ("full", "stock", "here"), strict=True))
+def needs_by_phase(plans: Plans) -> dict[Workload, dict[Phase, Need]]:
+    """Put what requests take with this plugin side by side, by phase."""
+    (workloads, *_) = (plan.needs for plan in plans.values())
+    return {w: {phase: p.needs[w][Arm.SWA] for phase, p in plans.items()} for w in workloads}
+
+
+def plan_rows(
+    needs: Mapping[Workload, Mapping[Column, Need]],
+    names: Mapping[Column, str],
+    *,
+    with_pool: bool,
+) -> tuple[list[str], list[list[object]]]:
+    """Make the header, and a row for each prompt length; ``names`` are those of the columns."""
+    first, *others = names.values()
     header = ["prompt"]
     for what in ("pages", "MiB", *(["at once"] if with_pool else [])):
-        header += [f"{what}: {short[Arm.FULL]}", short[Arm.STOCK], short[Arm.SWA]]
+        header += [f"{what}: {first}", *others]
     rows = []
-    for workload, by_arm in needs.items():
+    for workload, by_column in needs.items():
         row: list[object] = [workload.num_prompt]
-        row += [need.peak_pages for need in by_arm.values()]
-        row += [f"{need.peak_bytes / 2**20:.1f}" for need in by_arm.values()]
+        row += [need.peak_pages for need in by_column.values()]
+        row += [f"{need.peak_bytes / 2**20:.1f}" for need in by_column.values()]
         if with_pool:
-            row += [None if n.running is None else f"{n.running:.1f}" for n in by_arm.values()]
+            row += [None if n.running is None else f"{n.running:.1f}" for n in by_column.values()]
         rows.append(row)
     return header, rows
 
@@ -88,12 +121,13 @@ def plan_rows(needs: Needs, *, with_pool: bool) -> tuple[list[str], list[list[ob
 _FEWER, _MORE = 0.9, 1.05
 
 
-def plan_notes(model: Model, limits: Limits, pools: Pools, needs: Needs) -> list[str]:
+def plan_notes(plan: Plan, by_phase: Plans, refused: Mapping[Phase, str]) -> list[str]:
     """List what the tables leave unsaid.
 
     What stock vLLM refuses, what does not start, and why fewer pages may serve no more requests.
     """
     notes = []
+    model = plan.model
     if None in model.windows:
         notes.append(
             "stock vLLM refuses this mix of full and sliding layers, or serves it as full "
@@ -116,20 +150,26 @@ def plan_notes(model: Model, limits: Limits, pools: Pools, needs: Needs) -> list
             "longer its answer: see --output"
         )
         notes.append("stock vLLM has no phases; in its column prompts have the window too")
-    if any(_pages_mislead(need[Arm.STOCK], need[Arm.SWA]) for need in needs.values()):
+    if any(_pages_mislead(need[Arm.STOCK], need[Arm.SWA]) for need in plan.needs.values()):
         notes.append(
             "pages are the most that a request holds, which is while its prompt is computed; how "
             "many run at once depends on what they hold on average, most of the time while they "
             "decode. So fewer pages need not mean more requests"
         )
-    for arm, pool in pools.items():
-        if pool.num_pages is not None and not pool.starts(limits):
+    engines = {str(arm): pool for arm, pool in plan.pools.items()}
+    for phase, other in by_phase.items():
+        if other is not plan:
+            engines[f"--phase {phase}"] = other.pools[Arm.SWA]
+    for name, pool in engines.items():
+        if pool.num_pages is not None and not pool.starts(plan.limits):
             remedy = (
                 f"at most {pool.longest}" if pool.longest else "no length does: give more memory"
             )
             notes.append(
-                f"{arm} does not start with --max-model-len {limits.max_model_len} ({remedy})"
+                f"{name} does not start with --max-model-len {plan.limits.max_model_len} ({remedy})"
             )
+    for phase, reason in refused.items():
+        notes.append(f"--phase {phase} is left out: {reason.partition(';')[0]}")
     return notes
 
 
@@ -144,30 +184,39 @@ def _pages_mislead(stock: Need, here: Need) -> bool:
 
 
 def plan_figures(
-    args: argparse.Namespace,
-    model: Model,
-    limits: Limits,
-    pools: Pools,
-    needs: Needs,
+    args: argparse.Namespace, plan: Plan, by_phase: Plans, refused: Mapping[Phase, str]
 ) -> dict[str, Any]:
     """Collect the whole plan for JSON."""
     return {
         "model": args.model,
-        **vars(model),
-        **vars(limits),
-        "pools": {
-            arm.value: {
-                **pool.to_json(),
-                "starts": None if pool.num_pages is None else pool.starts(limits),
-            }
-            for arm, pool in pools.items()
-        },
+        **vars(plan.model),
+        **vars(plan.limits),
+        "pools": {arm.value: _pool_figures(pool, plan) for arm, pool in plan.pools.items()},
         "requests": [
             {
-                "prompt": workload.num_prompt,
-                "output": workload.num_output,
+                **_request_sizes(workload),
                 "arms": {arm.value: vars(need) for arm, need in by_arm.items()},
             }
-            for workload, by_arm in needs.items()
+            for workload, by_arm in plan.needs.items()
         ],
+        "phases": {
+            phase.value: {
+                "pool": _pool_figures(other.pools[Arm.SWA], other),
+                "requests": [
+                    {**_request_sizes(workload), **vars(by_arm[Arm.SWA])}
+                    for workload, by_arm in other.needs.items()
+                ],
+            }
+            for phase, other in by_phase.items()
+        },
+        "refused_phases": {phase.value: reason for phase, reason in refused.items()},
     }
+
+
+def _pool_figures(pool: Pool, plan: Plan) -> dict[str, Any]:
+    starts = None if pool.num_pages is None else pool.starts(plan.limits)
+    return {**pool.to_json(), "starts": starts}
+
+
+def _request_sizes(workload: Workload) -> dict[str, int]:
+    return {"prompt": workload.num_prompt, "output": workload.num_output}
