@@ -21,7 +21,7 @@ from tests.helpers.dense_qwen3 import DenseQwen3, Sight
 from tests.helpers.eagle3 import save_eagle3
 from tests.helpers.engines import Answer, ModelFactory, to_answer
 from tests.helpers.exactness import LENGTHS, check_exact
-from tests.helpers.metrics import samples
+from tests.helpers.metrics import total
 from tests.helpers.stages import make_stage_buffers, stages_allowed
 from tests.helpers.tiny_models import (
     FULL,
@@ -31,13 +31,18 @@ from tests.helpers.tiny_models import (
     WINDOW,
     random_prompts,
 )
-from tests.helpers.transfer import FOR_ANOTHER, transfer_config, transfer_environment
+from tests.helpers.transfer import (
+    FOR_ANOTHER,
+    num_prompt_bytes,
+    transfer_config,
+    transfer_environment,
+)
 
 pytestmark = [pytest.mark.alone, pytest.mark.full]
 
 NUM_ENGINES = 2
 NUM_TOKENS = 24
-FULL_LAYER = 1
+NUM_FULL = 2  # the first layers; the others are one KV group
 DRAFTS = {"num_speculative_tokens": 3}
 SHIFTED = {"sink_tokens": 4, "position_shift": True}
 # Options of windows, and arguments of the engines.
@@ -126,7 +131,7 @@ def _answers(outputs: list[RequestOutput]) -> list[Answer]:
 
 def _sight(options: dict[str, Any]) -> Sight:
     return Sight(
-        tuple(None if i == FULL_LAYER else WINDOW for i in range(NUM_LAYERS)),
+        tuple(None if i < NUM_FULL else WINDOW for i in range(NUM_LAYERS)),
         options.get("sink_tokens", 0),
         shift=options.get("position_shift", False),
         phase=options.get("phase", "both"),
@@ -134,7 +139,7 @@ def _sight(options: dict[str, Any]) -> Sight:
 
 
 def _swa(options: dict[str, Any]) -> dict[str, Any]:
-    return {"swa": {"window": WINDOW, "full_attention_layers": str(FULL_LAYER), **options}}
+    return {"swa": {"window": WINDOW, "full_attention_layers": f"0-{NUM_FULL - 1}", **options}}
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -168,9 +173,10 @@ def test_both_engines_have_the_tokens_of_one(
     ]
     assert [answer[-1].num_cached_tokens > 0 for answer in answers] == [False, False, True]
     for rank in range(NUM_ENGINES):
-        counts = samples(metrics, rank)
-        assert counts["swa_pages_allocated_total"] > 0
-        assert counts["swa_requests_live"] == 0
+        # A window in the prompt only frees no page, and nothing is counted.
+        freed = total(metrics, "swa_pages_freed_total", rank)
+        assert (freed > 0) == (options.get("phase") != "prefill")
+        assert total(metrics, "swa_requests_live", rank) == 0
 
 
 def test_pages_go_from_one_engine_to_the_other_over_nixl(
@@ -182,15 +188,16 @@ def test_pages_go_from_one_engine_to_the_other_over_nixl(
         monkeypatch.setenv(name, value)
     model, prompts = tiny_model(**FULL), random_prompts(LENGTHS)
 
-    async def ask(engines: Engines) -> list[RequestOutput]:
+    async def ask(engines: Engines) -> tuple[list[RequestOutput], str]:
         filled = await engines.answer(prompts, 0, 1, [FOR_ANOTHER] * len(prompts))
         transfers = [output.kv_transfer_params for output in filled]
         assert all(transfers)
-        return await engines.answer(prompts, 1, NUM_TOKENS, transfers)
+        answered = await engines.answer(prompts, 1, NUM_TOKENS, transfers)
+        return answered, generate_latest().decode()
 
     asked = {"additional_config": _swa({}), "kv_transfer_config": transfer_config("kv_both")}
-    outputs = _run(model, asked, ask)
+    outputs, metrics = _run(model, asked, ask)
     check_exact(prompts, _answers(outputs), DenseQwen3(model, _sight({})))
-    # All of a prompt but its last token came from elsewhere.
-    for prompt, output in zip(prompts, outputs, strict=True):
-        assert output.num_cached_tokens == len(prompt) - 1
+    moved = sum(num_prompt_bytes(length, set(range(NUM_FULL))) for length in LENGTHS)
+    read = [total(metrics, "vllm:nixl_bytes_transferred_sum", rank) for rank in range(NUM_ENGINES)]
+    assert read == [0, moved]

@@ -16,7 +16,14 @@ from tests.helpers.dense_qwen3 import DenseQwen3, Sight
 from tests.helpers.engines import ModelFactory
 from tests.helpers.exactness import check_exact
 from tests.helpers.tiny_models import FULL, NUM_LAYERS, PAGE_SIZE, WINDOW, random_prompts
-from tests.helpers.transfer import CONSUMER, FOR_ANOTHER, PRODUCER, Server, servers
+from tests.helpers.transfer import (
+    CONSUMER,
+    FOR_ANOTHER,
+    PRODUCER,
+    Server,
+    num_prompt_bytes,
+    servers,
+)
 
 pytestmark = pytest.mark.alone
 
@@ -24,7 +31,6 @@ NUM_TOKENS = 12
 LEASE_S = 10
 # The last one starts a page with what its last token sees first: vLLM's own sliding layers lack it.
 LENGTHS = (1, PAGE_SIZE, WINDOW, WINDOW + 1, 270, 430, 8 * PAGE_SIZE + WINDOW - 1)
-PAGE_BYTES = 2 * 2 * PAGE_SIZE * 32 * 4  # keys and values of two heads, in fp32
 # A chunk and a window of one request; three of them, or fewer, run at once.
 NUM_PAGES = 3 * (ceil_div(WINDOW + 96, PAGE_SIZE) + 3)
 
@@ -56,13 +62,6 @@ def pair(
         yield both
 
 
-def _num_bytes(length: int, full: set[int]) -> int:
-    """Bytes of the pages that the last token of a prompt sees."""
-    num_pages = ceil_div(length, PAGE_SIZE)
-    in_window = num_pages - max(0, length - WINDOW) // PAGE_SIZE
-    return PAGE_BYTES * sum(num_pages if i in full else in_window for i in range(NUM_LAYERS))
-
-
 def _check_served(
     both: tuple[Server, Server], model: Path, full: set[int], lengths: tuple[int, ...]
 ) -> None:
@@ -74,7 +73,7 @@ def _check_served(
     )
     served = answers.serve(prompts, NUM_TOKENS, fills.fill(prompts))
     check_exact(prompts, [s.answer for s in served], dense)
-    assert answers.bytes_read() == sum(_num_bytes(length, full) for length in lengths)
+    assert answers.bytes_read() == sum(num_prompt_bytes(length, full) for length in lengths)
     # The next turn finds the last one's pages in both prefix caches.
     told = [s.answer.tokens + [7] * PAGE_SIZE for s in served]
     longer = [prompt + more for prompt, more in zip(prompts, told, strict=True)]

@@ -1,6 +1,7 @@
 """Metrics as a Prometheus server reads them."""
 
 from prometheus_client.parser import text_string_to_metric_families
+from prometheus_client.samples import Sample
 
 
 def samples(text: str, engine: int = 0) -> dict[str, float]:
@@ -26,6 +27,15 @@ def gained(before: dict[str, float], after: dict[str, float]) -> dict[str, float
 
 def value(text: str, name: str) -> float:
     """The only sample of that name."""
-    families = text_string_to_metric_families(text)
-    (found,) = (s.value for family in families for s in family.samples if s.name == name)
+    (found,) = (s.value for s in _named(text, name))
     return float(found)
+
+
+def total(text: str, name: str, engine: int) -> float:
+    """The sum of an engine's samples of that name."""
+    return float(sum(s.value for s in _named(text, name) if s.labels["engine"] == str(engine)))
+
+
+def _named(text: str, name: str) -> list[Sample]:
+    families = text_string_to_metric_families(text)
+    return [sample for family in families for sample in family.samples if sample.name == name]

@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from prefill_decode.run_local import transfer_environment
+from swa_backend.pages import ceil_div
 from tests.helpers.engines import Answer
 from tests.helpers.processes import Probe, probe_environment
+from tests.helpers.tiny_models import NUM_LAYERS, PAGE_SIZE, WINDOW
 
 # What a server that fills pages is asked for; vLLM documents it for the proxy.
 FOR_ANOTHER = {
@@ -21,6 +23,18 @@ FOR_ANOTHER = {
     "remote_port": None,
 }
 PRODUCER, CONSUMER = "kv_producer", "kv_consumer"
+_PAGE_BYTES = 2 * 2 * PAGE_SIZE * 32 * 4  # keys and values of two heads, in fp32
+
+
+def num_prompt_bytes(length: int, full: set[int]) -> int:
+    """Bytes of a tiny model's pages that the last token of a prompt sees.
+
+    Args:
+        full: the layers without a window.
+    """
+    num_pages = ceil_div(length, PAGE_SIZE)
+    in_window = num_pages - max(0, length - WINDOW) // PAGE_SIZE
+    return _PAGE_BYTES * sum(num_pages if i in full else in_window for i in range(NUM_LAYERS))
 
 
 def transfer_config(role: str, *, recomputes: bool = False, **extra: Any) -> dict[str, Any]:
