@@ -204,6 +204,21 @@ CONFIGS = [
         "only",
         ({**SLIDING, "layer_types": ["sliding_attention"] * 4}, {}),
     ),
+    *(
+        _refused(
+            f"a key of another model's, {key}",
+            {**SLIDING, key: value},
+            f"config has {key}={value}",
+            "which nothing reads for qwen3",
+            f"by the options {options}",
+            (SLIDING, {}),
+        )
+        for key, value, options in (
+            ("sliding_window_pattern", 4, "window and full_attention_layers"),
+            ("swaa_config", {"sliding_window_size": 40}, "window and full_attention_layers"),
+            ("attention_sinks", 4, "sink_tokens"),
+        )
+    ),
     _refused(
         "layer types without use_sliding_window",
         {**BY_LAYER_TYPES, "use_sliding_window": False},
