@@ -19,6 +19,10 @@ from swa_backend.options import (
 from swa_backend.window import Phase
 
 FULL, SLIDING = "full_attention", "sliding_attention"
+# Keys that are read here, and one that the engine sets for a purpose of its own.
+_KNOWN_KEYS = ("sliding_window", "use_sliding_window", "max_window_layers", "rswa_window")
+_WORDS_OF_WINDOWS = frozenset({"sliding", "window", "windows", "swa", "swaa"})
+_WORDS_OF_SINKS = frozenset({"sink", "sinks"})
 
 
 @dataclass(frozen=True)
@@ -81,6 +85,7 @@ def resolve_layers(
                 "swa: enabled=false contradicts window / full_attention_layers; remove either"
             )
         return _full_attention_layers(num_layers, options)
+    _check_unread_keys(hf_config, options)
     layer_types = _checkpoint_layer_types(hf_config, num_layers, options, hf_overrides or {})
     if hf_config.model_type == "qwen3":
         _check_overridden_layers(hf_config, layer_types, options, hf_overrides or {})
@@ -110,6 +115,27 @@ def resolve_layers(
             *_warnings_of_layers(hf_config, window, options, hf_overrides or {}, max_model_len),
         ),
     )
+
+
+def _check_unread_keys(hf_config: Any, options: SWAOptions) -> None:
+    """Refuse keys that speak of windows or sinks and that nobody reads, unless options decide."""
+    for key, value in vars(hf_config).items():
+        words = frozenset(key.lower().split("_"))
+        if not value or key in _KNOWN_KEYS or not words & (_WORDS_OF_WINDOWS | _WORDS_OF_SINKS):
+            continue
+        if words & _WORDS_OF_SINKS:
+            decided = options.sink_tokens > 0
+            meant, example = "sink_tokens", '"sink_tokens": 4'
+        else:
+            decided = options.window is not None and options.full_attention_layers is not None
+            meant, example = "window and full_attention_layers", '"full_attention_layers": "none"'
+        if not decided:
+            write = f"""--additional-config '{{"swa": {{"window": W, {example}}}}}'"""
+            raise SWAConfigError(
+                f"the checkpoint's config has {key}={shown_value(value)}, which nothing reads for "
+                f"{hf_config.model_type}. Say what it means by the options {meant}, as in {write}; "
+                f"or remove it from config.json; or ask for full attention with {SERVE_FULL}"
+            )
 
 
 def _full_attention_layers(num_layers: int, options: SWAOptions) -> LayerPlan:

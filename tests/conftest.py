@@ -33,6 +33,7 @@ import pytest
 from filelock import FileLock
 from hypothesis import HealthCheck, settings
 from vllm import LLM, ModelRegistry, envs
+from vllm.model_executor.models.config import MODELS_CONFIG_MAP
 from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 
 import swa_vllm
@@ -279,8 +280,11 @@ def clean_registries(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyP
     """
     swa_vllm.register()
     models = dict(ModelRegistry.models)
+    hooks = dict(MODELS_CONFIG_MAP)
     custom = AttentionBackendEnum.CUSTOM.get_path()
     yield monkeypatch
+    MODELS_CONFIG_MAP.clear()
+    MODELS_CONFIG_MAP.update(hooks)
     ModelRegistry.models.clear()
     ModelRegistry.models.update(models)
     register_backend(AttentionBackendEnum.CUSTOM, custom)

@@ -1,5 +1,7 @@
 """What happens once vLLM's config is complete, in the process that starts the engine."""
 
+from functools import cache
+
 from vllm.config import VllmConfig
 from vllm.logger import init_logger
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
@@ -11,7 +13,13 @@ from swa_vllm.config.swa_config import SWAConfig
 from swa_vllm.distributed.prepare import prepare_ray, prepare_transfer
 from swa_vllm.metrics.mfu import wrong_flops
 from swa_vllm.metrics.scrape import serve_counts
-from swa_vllm.refusals import check_servable, refuse_stages_on_cpus, refuse_wrong_weights
+from swa_vllm.refusals import (
+    check_servable,
+    refuse_foreign_model,
+    refuse_stages_on_cpus,
+    refuse_unserved,
+    refuse_wrong_weights,
+)
 
 logger = init_logger(f"vllm.{__name__}")
 
@@ -36,8 +44,9 @@ class ConfigHook(VerifyAndUpdateConfig):
         Raises:
             SWAConfigError: contradictory options, or something that windows are not served with.
             ValueError: a local checkpoint whose weights are not what its config says.
-            RuntimeError: another plugin holds the attention backend slot.
+            RuntimeError: another plugin holds the attention backend slot, or the model.
         """
+        refuse_foreign_model(vllm_config)
         swa = SWAConfig.from_vllm(vllm_config)
         if wrong := wrong_flops(vllm_config, swa.layers, swa.options.phase):
             logger.warning("SWA %s", wrong)
@@ -54,3 +63,16 @@ class ConfigHook(VerifyAndUpdateConfig):
         prepare_transfer(vllm_config)
         if swa.frees_pages:
             serve_counts(vllm_config)
+
+
+@cache
+def refusing_windows(hook: type[VerifyAndUpdateConfig]) -> type[VerifyAndUpdateConfig]:
+    """A subclass of ``hook`` that first refuses options of windows, with SWAConfigError."""
+
+    class RefusesWindows(hook):
+        @classmethod
+        def verify_and_update_config(cls, vllm_config: VllmConfig) -> None:
+            refuse_unserved(vllm_config)
+            super().verify_and_update_config(vllm_config)
+
+    return RefusesWindows

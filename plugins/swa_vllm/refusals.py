@@ -2,6 +2,7 @@
 
 import multiprocessing
 import sys
+from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -17,8 +18,15 @@ from swa_backend.options import PrefillPages, SWAConfigError
 from swa_backend.weights import check_weights
 from swa_backend.window import Phase
 from swa_vllm.compat import envs
-from swa_vllm.compat.architectures import phase_refused
-from swa_vllm.compat.backend_slot import check_backend_slot
+from swa_vllm.compat.architectures import (
+    MODELS,
+    PLAIN,
+    WINDOWED,
+    has_windows,
+    phase_refused,
+    registered_class,
+)
+from swa_vllm.compat.backend_slot import LOAD_ONE, check_backend_slot
 from swa_vllm.compat.cache_dtypes import FP8, UNQUANTIZED, sinks_refused_on_cpus
 from swa_vllm.compat.connectors import NIXL, NIXL_PATH, why_refused
 from swa_vllm.compat.prompt_lens import RSWA_BACKENDS
@@ -62,6 +70,49 @@ def check_servable(vllm_config: VllmConfig, swa: SWAConfig) -> None:
         _refuse_phase(vllm_config, swa)
     if swa.options.debug_poison:
         _refuse_poison(vllm_config, swa)
+
+
+def refuse_unserved(vllm_config: VllmConfig) -> None:
+    """Refuse options of windows for a model whose layers this plugin does not window.
+
+    Not for a draft model: the options are those of its target.
+    """
+    additional, model = vllm_config.additional_config, vllm_config.model_config
+    if model.runner_type == "draft" or not isinstance(additional, Mapping):
+        return
+    asked = [key for key in additional if str(key).lower() == "swa" and additional[key] != {}]
+    if not asked:
+        return
+    served = [name for name in model.architectures if has_windows(name)]
+    if served:  # and replaced by --model-impl
+        raise SWAConfigError(
+            f"--additional-config has {asked[0]!r}, and --model-impl {model.model_impl} serves "
+            f"{served[0]} as vLLM's {model.architecture}, which ignores it. Leave --model-impl "
+            f"out, or remove {asked[0]!r}"
+        )
+    raise SWAConfigError(
+        f"--additional-config has {asked[0]!r}, and {model.architecture} is not served with "
+        f"windows, only {', '.join((*PLAIN, *WINDOWED))}. Serve one of these, or remove "
+        f"{asked[0]!r}"
+    )
+
+
+def refuse_foreign_model(vllm_config: VllmConfig) -> None:
+    """Raise RuntimeError for windows in a model that another plugin registered after this one."""
+    architecture = vllm_config.model_config.architecture
+    owner = registered_class(architecture)
+    if owner is None or owner.startswith("swa_vllm."):  # our models, and guards of others'
+        return
+    if wants_windows_decided(vllm_config):
+        raise RuntimeError(why_foreign(architecture, owner))
+
+
+def why_foreign(architecture: str, owner: str) -> str:
+    """Say why a model of another plugin has no windows, and what to do."""
+    return (
+        f"{architecture} is registered by {owner}, and a window needs {MODELS[architecture]}. "
+        f"{LOAD_ONE}"
+    )
 
 
 def refuse_wrong_weights(vllm_config: VllmConfig) -> None:

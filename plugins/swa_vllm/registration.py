@@ -10,7 +10,15 @@ from vllm import ModelRegistry
 from vllm.logger import init_logger
 
 from swa_vllm.compat import versions
-from swa_vllm.compat.architectures import GUARDS, MODELS, UNPROVEN, registered_class
+from swa_vllm.compat.architectures import (
+    GUARDS,
+    MODELS,
+    PLAIN,
+    UNPROVEN,
+    WINDOWED,
+    has_windows,
+    registered_class,
+)
 
 logger = init_logger(f"vllm.{__name__}")
 # How a class that guards another plugin's model is called.
@@ -37,6 +45,8 @@ def register_all() -> None:
                 _register_config_hook(architecture)
         elif architecture not in UNPROVEN:
             _guard_foreign_model(architecture, owner)
+    if allowed:
+        _refuse_windows_of_others()
 
 
 def _register_specs() -> None:
@@ -67,14 +77,32 @@ def _register_config_hook(architecture: str) -> None:
     MODELS_CONFIG_MAP.setdefault(architecture, ConfigHook)
 
 
-def _guard_foreign_model(architecture: str, owner: str) -> None:
-    from swa_vllm.compat.backend_slot import LOAD_ONE
-    from swa_vllm.models.guard import refusing_windows
+def _refuse_windows_of_others() -> None:
+    """Have options of windows refused for every architecture that this plugin does not window.
 
-    reason = (
-        f"{architecture} is registered by {owner}, and a window needs {MODELS[architecture]}. "
-        f"{LOAD_ONE}"
-    )
+    These are the ones that vLLM and the plugins before this one registered.
+    """
+    from vllm.model_executor.models.config import MODELS_CONFIG_MAP, VerifyAndUpdateConfig
+
+    from swa_vllm.config_hook import refusing_windows
+
+    registered = set(ModelRegistry.models)
+    for architecture in registered | set(MODELS_CONFIG_MAP):
+        # What is not registered is served by another ending of its name.
+        if architecture in {*PLAIN, *WINDOWED} or (
+            architecture not in registered and has_windows(architecture)
+        ):
+            continue
+        hook = MODELS_CONFIG_MAP.get(architecture, VerifyAndUpdateConfig)
+        if not hook.__module__.startswith("swa_vllm."):
+            MODELS_CONFIG_MAP[architecture] = refusing_windows(hook)
+
+
+def _guard_foreign_model(architecture: str, owner: str) -> None:
+    from swa_vllm.models.guard import refusing_windows
+    from swa_vllm.refusals import why_foreign
+
+    reason = why_foreign(architecture, owner)
     try:
         foreign = ModelRegistry.models[architecture].load_model_cls()
         ModelRegistry.register_model(architecture, refusing_windows(foreign, reason))

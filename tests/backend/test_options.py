@@ -5,7 +5,13 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import Qwen3MoeConfig
+from transformers import (
+    Qwen3Config,
+    Qwen3MoeConfig,
+    Qwen3OmniMoeConfig,
+    Qwen3VLConfig,
+    Qwen3VLMoeConfig,
+)
 
 from swa_backend.layers import resolve_layers
 from swa_backend.options import SWAConfigError, SWAOptions, parse_layers
@@ -106,6 +112,55 @@ def test_phase_of_a_checkpoint_with_a_window_warns() -> None:
     assert 'trained with a window, and swa.phase="prefill"' in warning
     assert not _resolve(MIXED, {"phase": "both"}).warnings
     assert not _resolve(FULL, {"phase": "prefill", "window": 8}).warnings
+
+
+UNREAD = {
+    "sliding_window_pattern": 4,
+    "_sliding_window_pattern": 6,
+    "swaa_config": {"sliding_window_size": 2048, "non_sliding_layers": [1, 3]},
+    "swa_layers": [0],
+    "attention_window_size": 512,
+    "attention_sinks": 4,
+}
+DECIDED = {"window": 64, "full_attention_layers": "none"}
+
+
+@pytest.mark.parametrize("key", UNREAD)
+@pytest.mark.parametrize("checkpoint", [FULL, SLIDING], ids=["full", "sliding"])
+def test_unread_keys_of_windows_and_sinks_are_refused(checkpoint: dict[str, Any], key: str) -> None:
+    keys = {**checkpoint, key: UNREAD[key]}
+    remedy = {**DECIDED, "sink_tokens": 4} if "sinks" in key else DECIDED
+    for options in ({}, {"window": 64}, {"full_attention_layers": "0"}):
+        with pytest.raises(SWAConfigError, match=rf"config has {key}=.*nothing reads.*remove it"):
+            _resolve(keys, options)
+    assert _resolve(keys, remedy).windows == (64,) * 4
+    assert _resolve(keys, {"enabled": False}).windows == (None,) * 4
+    assert _resolve({**checkpoint, key: None}) == _resolve(checkpoint)
+
+
+# Of config.json files on the Hugging Face hub, as far as they speak of windows.
+PUBLISHED = {
+    "Qwen3-0.6B": {"max_window_layers": 28, "sliding_window": None, "use_sliding_window": False},
+    "Qwen3-4B-2507": {"max_window_layers": 36, "sliding_window": None, "use_sliding_window": False},
+    "no word of it": {},
+}
+
+
+@pytest.mark.parametrize("keys", PUBLISHED.values(), ids=PUBLISHED)
+def test_published_checkpoints_are_served(keys: dict[str, Any]) -> None:
+    assert _resolve(keys).windows == (None,) * 4
+
+
+@pytest.mark.parametrize(
+    "config",
+    [Qwen3Config, Qwen3MoeConfig, Qwen3VLConfig, Qwen3VLMoeConfig, Qwen3OmniMoeConfig],
+    ids=lambda config: config.model_type,
+)
+def test_no_config_of_transformers_has_an_unread_key(config: Any) -> None:
+    """With a window and layers by options nothing else of it matters."""
+    text = config().get_text_config()
+    text.rswa_window = 4096  # as the engine may set it
+    resolve_layers(text, SWAOptions(window=64))
 
 
 def test_override_of_layer_types_takes_effect() -> None:

@@ -1,6 +1,7 @@
 """Options, config files and engines that cannot be served, and what is said before weights."""
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 from pydantic import ValidationError
@@ -204,6 +205,21 @@ CONFIGS = [
         "only",
         ({**SLIDING, "layer_types": ["sliding_attention"] * 4}, {}),
     ),
+    *(
+        _refused(
+            f"a key of another model's, {key}",
+            {**SLIDING, key: value},
+            f"config has {key}={value}",
+            "which nothing reads for qwen3",
+            f"by the options {options}",
+            (SLIDING, {}),
+        )
+        for key, value, options in (
+            ("sliding_window_pattern", 4, "window and full_attention_layers"),
+            ("swaa_config", {"sliding_window_size": 40}, "window and full_attention_layers"),
+            ("attention_sinks", 4, "sink_tokens"),
+        )
+    ),
     _refused(
         "layer types without use_sliding_window",
         {**BY_LAYER_TYPES, "use_sliding_window": False},
@@ -308,6 +324,16 @@ def _engine(
 _OVERRIDE = {"use_sliding_window": True, "sliding_window": 40, "max_window_layers": 0}
 
 
+def _overriding(**keys: Any) -> Callable[[Any], Any]:
+    """A function for ``hf_overrides``, as vLLM's Python interface takes it."""
+
+    def override(config: Any) -> Any:
+        config.update(keys)
+        return config
+
+    return override
+
+
 def _connector(name: str = "NixlConnector", **extra: Any) -> dict[str, Any]:
     return {
         "kv_connector": name,
@@ -325,6 +351,42 @@ _LATE = "transformers derives layer_types before"
 
 # Keys of config.json, and arguments of vLLM's engine.
 ENGINES = [
+    _engine(
+        "options of windows among overrides",
+        {"hf_overrides": {"swa": {"window": 8}}},
+        "--hf-overrides has 'swa'",
+        "nothing reads options of windows",
+        "leave the override out and use --additional-config",
+    ),
+    _engine(
+        "options of windows by a function that overrides",
+        {"hf_overrides": _overriding(swa={"window": 8})},
+        "--hf-overrides has 'swa'",
+        "nothing reads options of windows",
+        "leave the override out and use --additional-config",
+    ),
+    _engine(
+        "window by a function that overrides",
+        {"hf_overrides": _overriding(sliding_window=40)},
+        "--hf-overrides of sliding_window has no effect",
+        _LATE,
+        "Override use_sliding_window and layer_types too, or leave the override out",
+        FULL,
+        (
+            {
+                "hf_overrides": _overriding(
+                    sliding_window=40, use_sliding_window=True, layer_types=_ALL_SLIDE
+                )
+            },
+        ),
+    ),
+    _engine(
+        "full layers by a function that overrides",
+        {"hf_overrides": _overriding(max_window_layers=2)},
+        "--hf-overrides of max_window_layers has no effect",
+        _LATE,
+        "with full_attention_layers for a mixed model",
+    ),
     _engine(
         "overrides that come too late",
         {"hf_overrides": _OVERRIDE},

@@ -33,7 +33,7 @@ MEMBERS: dict[str, set[str]] = {
             "hf_text_config",
             "max_model_len",
         ),
-        "model",
+        *("model", "model_impl"),
         *("model_arch_config", "revision", "rswa_window", "runner_type", "trust_remote_code"),
     },
     "vllm.config.model_arch:ModelArchitectureConfig": {"rswa_window"},

@@ -5,7 +5,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from vllm.config import ModelConfig
-from vllm.transformers_utils.config import get_config
+
+from swa_vllm.config.overrides import checkpoint_config
 
 _KEYS = ("rope_parameters", "rope_scaling")
 # What vLLM's layers take where a config has no theta: those of a dense Qwen3, and all others.
@@ -22,13 +23,7 @@ def lost_rope_theta(model_config: ModelConfig) -> str | None:
     overrides = model_config.hf_overrides
     if not isinstance(overrides, Mapping) or not _lacks_theta(overrides):
         return None
-    checkpoint = get_config(
-        model_config.hf_config_path or model_config.model,
-        model_config.trust_remote_code,
-        model_config.revision,
-        model_config.code_revision,
-        model_config.config_format,
-    ).get_text_config()
+    checkpoint = checkpoint_config(model_config).get_text_config()
     written = (getattr(checkpoint, "rope_parameters", None) or {}).get("rope_theta")
     text = model_config.hf_config.get_text_config()
     default = _DENSE_THETA if text.model_type in _DENSE_TYPES else _OTHER_THETA

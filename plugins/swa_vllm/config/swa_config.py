@@ -14,6 +14,7 @@ from swa_vllm.config.implementation import (
     implementation_of,
     obstacle_to_survivors,
 )
+from swa_vllm.config.overrides import text_overrides
 from swa_vllm.config.storage import StoragePolicy
 
 # Of these no other plugin is known: found beside "swa", they were meant to be in it.
@@ -102,11 +103,10 @@ def _decide_options_and_layers(vllm_config: VllmConfig) -> tuple[SWAOptions, Lay
     """Decide what needs nothing but the model's config and the options, in any vLLM."""
     options = parse_additional_config(vllm_config.additional_config)
     model_config = vllm_config.model_config
-    overrides = model_config.hf_overrides
     layers = resolve_layers(
         vllm_text_config(vllm_config),
         options,
-        hf_overrides=overrides if isinstance(overrides, Mapping) else None,
+        hf_overrides=text_overrides(model_config),
         max_model_len=model_config.max_model_len,
     )
     return options, layers
