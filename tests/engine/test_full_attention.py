@@ -9,10 +9,28 @@ from typing import Any
 
 import pytest
 
-from tests.helpers.engines import EngineFactory, describe, resolve_here
+from tests.helpers.dense_qwen3 import DenseQwen3, Sight
+from tests.helpers.engines import (
+    Answer,
+    EngineFactory,
+    ModelFactory,
+    describe,
+    described_prompts,
+    resolve_here,
+)
+from tests.helpers.exactness import check_exact
 from tests.helpers.probes.accepts import refusal
 from tests.helpers.processes import ask_without_plugin
-from tests.helpers.tiny_models import FULL, MOE, ROPE, tiny_config
+from tests.helpers.tiny_models import (
+    BY_LAYER_TYPES,
+    FULL,
+    MIXED,
+    MOE,
+    NUM_LAYERS,
+    ROPE,
+    WINDOW,
+    tiny_config,
+)
 
 pytestmark = pytest.mark.long
 
@@ -108,3 +126,17 @@ def test_what_stock_takes_is_served_alike(
         served = json.loads(json.dumps(describe(engine(model, **arguments, load_format="dummy"))))
         outermost, *modules = stock["modules"]
         assert served == {**stock, "modules": [f"SWA{outermost}", *modules]}, arguments
+
+
+def test_stock_serves_a_mix_by_its_transformers_backend_alone(
+    describe_stock: Callable[..., Any], tiny_model: ModelFactory
+) -> None:
+    """As our pages and ``swa plan`` say: vLLM's own Qwen3 refuses it, or has no window."""
+    mixed, listed = tiny_model(**MIXED), tiny_model(**BY_LAYER_TYPES)
+    assert "for some but all layers is not supported" in describe_stock(mixed)["error"]
+    assert describe_stock(listed)["specs"] == ["FullAttentionSpec"]
+    served = describe_stock(mixed, model_impl="transformers")
+    assert sorted(set(served["specs"])) == ["FullAttentionSpec", "SlidingWindowSpec"]
+    windows = (None, None, *(WINDOW,) * (NUM_LAYERS - 2))
+    answers = [Answer(*answer, num_cached_tokens=0) for answer in served["answers"]]
+    check_exact(described_prompts(), answers, DenseQwen3(mixed, Sight(windows)))

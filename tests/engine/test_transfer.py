@@ -93,11 +93,18 @@ def test_two_servers_have_the_tokens_of_one(
     _check_served(pair, tiny_model(**FULL), set(), LENGTHS)
 
 
-def test_two_workers_each_and_full_layers(tiny_model: ModelFactory, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "sizes",
+    [(2, 2), *(pytest.param(sizes, marks=pytest.mark.full) for sizes in ((1, 2), (2, 1)))],
+    ids=str,
+)
+def test_tensor_parallel_servers_and_full_layers(
+    sizes: tuple[int, int], tiny_model: ModelFactory, tmp_path: Path
+) -> None:
     swa = _swa(prefill_pages="all", full_attention_layers="1,3", debug_poison=False)
-    arguments = {**swa, "tensor_parallel_size": 2, "distributed_executor_backend": "mp"}
+    fills, answers = ({**swa, "tensor_parallel_size": size} for size in sizes)
     model = tiny_model(**FULL)
-    with _pair(model, tmp_path, arguments, arguments) as both:
+    with _pair(model, tmp_path, fills, answers) as both:
         _check_served(both, model, {1, 3}, LENGTHS[-2:])
 
 

@@ -167,14 +167,20 @@ def attention_layers(llm: LLM) -> list[Any]:
     return list(found)
 
 
+def described_prompts() -> list[list[int]]:
+    """The prompts whose answers :func:`describe` has."""
+    return random_prompts([1, 2 * WINDOW, 7 * WINDOW])
+
+
 def describe(llm: LLM) -> dict[str, Any]:
     """Classes that serve a model, and its greedy answers, as JSON values."""
     (modules,) = llm.apply_model(lambda m: [type(x).__qualname__ for x in m.modules()])
     groups = scheduler(llm).kv_cache_config.kv_cache_groups
-    answers = generate(llm, random_prompts([1, 2 * WINDOW, 7 * WINDOW]))
+    layers = llm.llm_engine.vllm_config.compilation_config.static_forward_context.values()
+    answers = generate(llm, described_prompts())
     return {
         "modules": modules,
-        "backends": [layer.attn_backend.get_name() for layer in attention_layers(llm)],
+        "backends": [layer.attn_backend.get_name() for layer in layers],
         "specs": [type(group.kv_cache_spec).__name__ for group in groups],
         "answers": [(answer.tokens, answer.logprobs) for answer in answers],
     }

@@ -430,7 +430,7 @@ def test_stock_vllms_column_says_what_stock_cannot_do(
     flags = ["--window", "4096", "--sink-tokens", "4", "--full-attention-layers", "every:4"]
     assert main(["plan", str(qwen3_8b), *flags, "--kv-memory", "4GiB"]) == 0
     printed = capsys.readouterr().out
-    assert "stock vLLM refuses this mix of full and sliding layers" in printed
+    assert "stock vLLM's own Qwen3 refuses this mix of full and sliding layers" in printed
     assert "stock vLLM has no sink tokens" in printed
     assert "full attention does not start with --max-model-len 40960 (at most 29104)" in printed
 

@@ -130,8 +130,9 @@ def plan_notes(plan: Plan, by_phase: Plans, refused: Mapping[Phase, str]) -> lis
     model = plan.model
     if None in model.windows:
         notes.append(
-            "stock vLLM refuses this mix of full and sliding layers, or serves it as full "
-            "attention; its column is what its page manager would do with it"
+            "stock vLLM's own Qwen3 refuses this mix of full and sliding layers, or serves it as "
+            "full attention; its column is what its page manager would do with it, as it does with "
+            "--model-impl transformers"
         )
     if model.sink_tokens:
         notes.append("stock vLLM has no sink tokens; its column is without them")
