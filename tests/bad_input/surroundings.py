@@ -126,6 +126,18 @@ _OVER_RAY: dict[str, Any] = {
 }
 
 # Each remedy is a situation, in which the model is served.
+_RAY_V2 = "VLLM_USE_RAY_V2_EXECUTOR_BACKEND"
+# vLLM 0.33 has a single executor for Ray, and no variable that selects it.
+_FORMER_EXECUTOR = [
+    _config(
+        "former Ray executor",
+        _ray({_RAY_V2: "0"}),
+        "RayDistributedExecutor",
+        "was not tested with windows",
+        f"unset {_RAY_V2}",
+        _ray({_RAY_V2: None}),
+    )
+]
 SURROUNDINGS = [
     *(
         Bad(
@@ -197,14 +209,7 @@ SURROUNDINGS = [
             additional_config={"swa": {"enabled": False}},
         ),
     ),
-    _config(
-        "former Ray executor",
-        _ray({"VLLM_USE_RAY_V2_EXECUTOR_BACKEND": "0"}),
-        "RayDistributedExecutor",
-        "was not tested with windows",
-        "unset VLLM_USE_RAY_V2_EXECUTOR_BACKEND",
-        _ray({"VLLM_USE_RAY_V2_EXECUTOR_BACKEND": None}),
-    ),
+    *(_FORMER_EXECUTOR if _RAY_V2 in envs.environment_variables else ()),
     _config(
         "data parallel over Ray with other workers",
         _ray({}, **_OVER_RAY, distributed_executor_backend="mp"),
