@@ -101,6 +101,7 @@ def resolve_layers(
                 f"out, or ask for full attention with {SERVE_FULL}"
             )
         return _full_attention_layers(num_layers, options)
+    _check_one_rope(hf_config)
     window = options.window if options.window is not None else _checkpoint_window(hf_config)
     if max_model_len is not None and options.sink_tokens >= max_model_len:
         raise SWAConfigError(
@@ -136,6 +137,17 @@ def _check_unread_keys(hf_config: Any, options: SWAOptions) -> None:
                 f"{hf_config.model_type}. Say what it means by the options {meant}, as in {write}; "
                 f"or remove it from config.json; or ask for full attention with {SERVE_FULL}"
             )
+
+
+def _check_one_rope(hf_config: Any) -> None:
+    rope = getattr(hf_config, "rope_parameters", None)
+    if isinstance(rope, Mapping) and (kinds := sorted({FULL, SLIDING} & rope.keys())):
+        raise SWAConfigError(
+            f"the checkpoint's config has rope_parameters by layer type ({', '.join(kinds)}), and "
+            "the layers of a Qwen3 take the same from it: by such keys they would silently be "
+            "served with the default RoPE. Write the parameters of all layers, without these keys, "
+            "into config.json"
+        )
 
 
 def _full_attention_layers(num_layers: int, options: SWAOptions) -> LayerPlan:

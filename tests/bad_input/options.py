@@ -221,6 +221,20 @@ CONFIGS = [
         )
     ),
     _refused(
+        "a RoPE by layer type",
+        {
+            **MIXED,
+            "rope_parameters": {
+                kind: {"rope_type": "default", "rope_theta": theta}
+                for kind, theta in (("full_attention", 1e6), ("sliding_attention", 1e4))
+            },
+        },
+        "rope_parameters by layer type (full_attention, sliding_attention)",
+        "silently be served with the default RoPE",
+        "Write the parameters of all layers, without these keys",
+        (MIXED, {}),
+    ),
+    _refused(
         "layer types without use_sliding_window",
         {**BY_LAYER_TYPES, "use_sliding_window": False},
         "use_sliding_window is false",

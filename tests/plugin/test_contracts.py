@@ -9,6 +9,7 @@ import filecmp
 import importlib
 import inspect
 import pkgutil
+import re
 from collections.abc import Callable, Iterable
 from functools import cache
 from importlib import metadata
@@ -47,6 +48,7 @@ from swa_vllm.models.windowed import WindowedModel
 from swa_vllm.tools.bench.serving.vllm_engine import RecordingScheduler
 from swa_vllm.tools.engines.forced import ForcedTokens
 from tests.helpers.name_scan import assigned_attributes, body_names, class_names, is_dunder
+from tests.helpers.paths import ROOT
 from tests.helpers.upstream import CALLED, MEMBERS
 from tests.helpers.wheel_sources import official_sources
 
@@ -351,14 +353,47 @@ def test_stock_model_is_where_we_import_it_from(name: str, tree: Path) -> None:
     _find(tree, f"model_executor/models/{STOCK[name]}.py", name)
 
 
-def test_architectures_have_the_classes_we_derive_from(tree: Path) -> None:
+def _registered(tree: Path) -> dict[str, tuple[str, ...]]:
+    """Architectures, and of each the module and the class."""
     dicts = [n for n in ast.walk(_parsed(tree / MODEL_REGISTRY)) if isinstance(n, ast.Dict)]
-    theirs = {
+    return {
         key.value: ast.literal_eval(value)
         for node in dicts
         for key, value in zip(node.keys, node.values, strict=True)
         if isinstance(key, ast.Constant) and isinstance(value, ast.Tuple)
     }
+
+
+def _qwen3_line(tree: Path) -> set[str]:
+    """Architectures of that name, and those whose module takes something from a Qwen3's."""
+    line, models = set(), tree / "model_executor/models"
+    for architecture, (module, *_) in _registered(tree).items():
+        path = models / f"{module}.py"
+        source = path.read_text() if path.exists() else ""
+        if "qwen3" in f"{architecture} {module}".lower() or re.search(
+            r"^from \S*qwen3\w* import|Qwen3(Moe)?ForCausalLM", source, re.MULTILINE
+        ):
+            line.add(architecture)
+    return line
+
+
+def test_the_page_lists_the_whole_qwen3_line() -> None:
+    page = (ROOT / "plugins" / "README.md").read_text()
+    (table,) = re.findall(r"^### The Qwen3 line\n(.*?)^#", page, re.DOTALL | re.MULTILINE)
+    firsts = [row.split("|")[1] for row in table.splitlines() if row.startswith("| ")][2:]
+    rows = [set(re.findall(r"`(\w+)`", first)) for first in firsts]
+    assert rows[:3] == [
+        set(names)
+        for names in (architectures.PLAIN, architectures.WINDOWED, architectures.UNPROVEN)
+    ]
+    listed = [name for row in rows for name in row]
+    assert len(listed) == len(set(listed))
+    trees = (INSTALLED, official_sources("0.33.0"))
+    assert set(listed) == set.union(*map(_qwen3_line, trees))
+
+
+def test_architectures_have_the_classes_we_derive_from(tree: Path) -> None:
+    theirs = _registered(tree)
     for architecture, stock in {**architectures.WINDOWED, **architectures.UNPROVEN}.items():
         assert theirs[architecture] == (STOCK[stock], stock)
 
