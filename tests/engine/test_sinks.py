@@ -69,6 +69,30 @@ def _check(case: Case, tiny_model: ModelFactory, engine: EngineFactory) -> None:
     assert again[-1].num_cached_tokens > 0
 
 
+@pytest.mark.parametrize("layers", LAYERS)
+@pytest.mark.parametrize(("interval", "num_hit"), [(0, 0), (2 * PAGE_SIZE, 6 * PAGE_SIZE)])
+def test_a_new_end_hits_at_the_last_retained_page(
+    interval: int, num_hit: int, layers: str, tiny_model: ModelFactory, engine: EngineFactory
+) -> None:
+    """vLLM's ``--prefix-cache-retention-interval``: 0, the default, retains ends of prompts."""
+    model, window, sinks = tiny_model(**FULL), 40, 4
+    llm = _engine(
+        engine,
+        model,
+        window,
+        sinks,
+        options={"full_attention_layers": LAYERS[layers]},
+        prefix_cache_retention_interval=interval,
+        max_num_batched_tokens=3 * PAGE_SIZE,
+    )
+    (first, other) = random_prompts([13 * PAGE_SIZE, 100], seed=interval)
+    second = first[: 7 * PAGE_SIZE + 5] + other
+    generate(llm, [first])
+    (answer,) = generate(llm, [second])
+    assert answer.num_cached_tokens == num_hit
+    check_exact([second], [answer], DenseQwen3(model, Sight(_windows(window, layers), sinks)))
+
+
 @pytest.mark.parametrize("case", pairwise(*DIMENSIONS), ids=str)
 def test_engine_equals_a_dense_model(
     case: Case, tiny_model: ModelFactory, engine: EngineFactory

@@ -106,6 +106,12 @@ def test_tensor_parallel_servers_and_full_layers(
     model = tiny_model(**FULL)
     with _pair(model, tmp_path, fills, answers) as both:
         _check_served(both, model, {1, 3}, LENGTHS[-2:])
+        # The server that answers is killed: pages come back when nobody renews their lease.
+        filling, answering = both
+        prompts = random_prompts([100, 200], seed=1)
+        answering.begin(prompts, filling.fill(prompts))
+        answering.stop()
+        assert filling.settle()["held"] == 0
 
 
 def test_what_ends_early_leaves_nothing(

@@ -110,6 +110,10 @@ class Server:
         """Take a request and abort it before anything is read."""
         self._probe.ask("abandon", prompt, transfer)
 
+    def begin(self, prompts: list[list[int]], transfers: list[dict[str, Any] | None]) -> None:
+        """Take requests, and begin to read their pages."""
+        self._probe.ask("begin", prompts, transfers)
+
     def settle(self) -> dict[str, int]:
         """Go on until all is done: pages held then, and counts of windowed layers' managers."""
         settled: dict[str, int] = self._probe.ask("settle")

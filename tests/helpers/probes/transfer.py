@@ -104,6 +104,15 @@ def _abandon(prompt: list[int], transfer: dict[str, Any]) -> None:
         engine.step()
 
 
+def _begin(prompts: list[list[int]], transfers: list[dict[str, Any]]) -> None:
+    """Take requests, and schedule one step: their pages are being read."""
+    engine = _engines[0].llm_engine
+    for number, (prompt, transfer) in enumerate(zip(prompts, transfers, strict=True)):
+        params = SamplingParams(max_tokens=4, extra_args={"kv_transfer_params": transfer})
+        engine.add_request(f"begun {number}", {"prompt_token_ids": prompt}, params)
+    engine.step()
+
+
 def _settle() -> dict[str, int]:
     """Step until no request is left, not even one whose pages another server has yet to read.
 
@@ -149,6 +158,7 @@ QUESTIONS: dict[str, Callable[..., Any]] = {
     "serve": _serve,
     "serve preempted": _serve_preempted,
     "abandon": _abandon,
+    "begin": _begin,
     "settle": _settle,
     "bytes read": _bytes_read,
 }
