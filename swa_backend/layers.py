@@ -1,10 +1,11 @@
 """Which layers slide and how far: the checkpoint's config and the user's options, resolved."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from swa_backend.options import (
+    EXAMPLE_WINDOWS,
     SERVE_FULL,
     SLIDE_ALL,
     USE_OPTIONS,
@@ -85,6 +86,10 @@ def resolve_layers(
                 "swa: enabled=false contradicts window / full_attention_layers; remove either"
             )
         return _full_attention_layers(num_layers, options)
+    by_layer = _windows_by_layer(options, num_layers)
+    if by_layer:
+        full_layers = tuple(i for i in range(num_layers) if i not in by_layer)
+        options = replace(options, window=max(by_layer.values()), full_attention_layers=full_layers)
     _check_unread_keys(hf_config, options)
     layer_types = _checkpoint_layer_types(hf_config, num_layers, options, hf_overrides or {})
     if hf_config.model_type == "qwen3":
@@ -103,6 +108,8 @@ def resolve_layers(
         return _full_attention_layers(num_layers, options)
     _check_one_rope(hf_config)
     window = options.window if options.window is not None else _checkpoint_window(hf_config)
+    assert isinstance(window, int)
+    windows = tuple(None if i in full else by_layer.get(i, window) for i in range(num_layers))
     if max_model_len is not None and options.sink_tokens >= max_model_len:
         raise SWAConfigError(
             f"swa.sink_tokens={options.sink_tokens} is not below max_model_len {max_model_len}: "
@@ -110,10 +117,10 @@ def resolve_layers(
             "--max-model-len"
         )
     return LayerPlan(
-        tuple(None if i in full else window for i in range(num_layers)),
+        windows,
         (
             *_warnings_of_phase(layer_types, options),
-            *_warnings_of_layers(hf_config, window, options, hf_overrides or {}, max_model_len),
+            *_warnings_of_layers(hf_config, windows, options, hf_overrides or {}, max_model_len),
         ),
     )
 
@@ -137,6 +144,27 @@ def _check_unread_keys(hf_config: Any, options: SWAOptions) -> None:
                 f"{hf_config.model_type}. Say what it means by the options {meant}, as in {write}; "
                 f"or remove it from config.json; or ask for full attention with {SERVE_FULL}"
             )
+
+
+def _windows_by_layer(options: SWAOptions, num_layers: int) -> dict[int, int]:
+    """The window of each layer that ``window`` names; empty where it is one for all."""
+    windows = dict[int, int]()
+    if not isinstance(options.window, tuple):
+        return windows
+    for spec, window in options.window:
+        layers = parse_layers(spec, num_layers, "window")
+        if not layers:
+            raise SWAConfigError(
+                f"swa.window={dict(options.window)}: {spec!r} names no layer; leave it out, as "
+                "layers that are not named are full"
+            )
+        if twice := sorted(layers & windows.keys()):
+            raise SWAConfigError(
+                f"swa.window={dict(options.window)} names layer {twice[0]} twice; name each layer "
+                f"that slides once, as in {EXAMPLE_WINDOWS}"
+            )
+        windows |= dict.fromkeys(layers, window)
+    return windows
 
 
 def _check_one_rope(hf_config: Any) -> None:
@@ -190,18 +218,20 @@ def _warnings_of_phase(layer_types: Sequence[str], options: SWAOptions) -> Itera
 
 def _warnings_of_layers(
     hf_config: Any,
-    window: int,
+    windows: Sequence[int | None],
     options: SWAOptions,
     hf_overrides: Mapping[str, Any],
     max_model_len: int | None,
 ) -> Iterator[str]:
     if max_model_len is None:
         return
-    sinks = options.sink_tokens
-    if window + sinks >= max_model_len:
+    sinks, distinct = options.sink_tokens, sorted({w for w in windows if w is not None})
+    idle = [window for window in distinct if window + sinks >= max_model_len]
+    for window in idle:
         kept = f"window {window}" + (f" with {sinks} sink tokens" if sinks else "")
-        yield f"{kept} is not below max_model_len {max_model_len}: nothing will ever slide"
-    elif sinks and not options.position_shift:
+        what = "nothing will ever slide" if len(distinct) == 1 else "its layers never slide"
+        yield f"{kept} is not below max_model_len {max_model_len}: {what}"
+    if len(idle) < len(distinct) and sinks and not options.position_shift:
         trained, may_be_shorter = trained_len(hf_config), "max_position_embeddings" in hf_overrides
         if max_model_len > trained or may_be_shorter:
             yield (

@@ -27,6 +27,7 @@ OPTION_KEYS = (
 # Positions are int32 in kernels and in vLLM's block tables.
 MOST_TOKENS = 2**31 - 1
 USE_OPTIONS = """--additional-config '{"swa": {"window": W}}'"""
+EXAMPLE_WINDOWS = '{"0-11": 1024, "12-35": 4096}'
 SERVE_FULL = """--additional-config '{"swa": {"enabled": false}}'"""
 SLIDE_ALL = """--additional-config '{"swa": {"full_attention_layers": "none"}}'"""
 
@@ -65,6 +66,8 @@ class SWAOptions:
     Attributes:
         enabled: false serves full attention in every layer, whatever the checkpoint says.
         window: keys a sliding layer sees, the token itself included; None takes the checkpoint's.
+            Or a window of its own for some layers, as pairs of layers (text, as for
+            ``full_attention_layers``) and tokens; all other layers are full then.
         phase: whose queries have the window: the prompt's, the generated tokens', or both.
         full_attention_layers: layers that keep full attention: indices, or text such as
             ``"0-3,27"``, ``"every:4"`` (layers 3, 7, 11, ...) or ``"none"``; None takes the
@@ -78,7 +81,7 @@ class SWAOptions:
     """
 
     enabled: bool = True
-    window: int | None = None
+    window: int | tuple[tuple[str, int], ...] | None = None
     phase: Phase = Phase.BOTH
     full_attention_layers: str | tuple[int, ...] | None = None
     sink_tokens: int = 0
@@ -107,7 +110,7 @@ class SWAOptions:
             )
         checks: dict[str, Callable[[Any], Any]] = {
             "enabled": partial(_checked_bool, "enabled"),
-            "window": partial(_checked_tokens, "window", 1, "a query sees, itself included"),
+            "window": _checked_window,
             "phase": partial(_checked_choice, "phase", Phase),
             "sink_tokens": partial(_checked_tokens, "sink_tokens", 0, "that stay visible"),
             "position_shift": partial(_checked_bool, "position_shift"),
@@ -117,6 +120,12 @@ class SWAOptions:
             "debug_poison": partial(_checked_bool, "debug_poison"),
         }
         options = cls(**{key: checks[key](value) for key, value in raw.items()})
+        if isinstance(options.window, tuple) and options.full_attention_layers is not None:
+            raise SWAConfigError(
+                "swa.window names the layers that slide, and swa.full_attention_layers names "
+                "layers too; all that window does not name are full: remove full_attention_layers, "
+                "or give window as a number"
+            )
         if options.position_shift and not options.sink_tokens:
             raise SWAConfigError(
                 "swa.position_shift moves sink tokens, and there are none: give sink_tokens too, "
@@ -136,8 +145,13 @@ class SWAOptions:
         return options
 
 
-def parse_layers(spec: str | Iterable[int], num_layers: int) -> frozenset[int]:
+def parse_layers(
+    spec: str | Iterable[int], num_layers: int, key: str = "full_attention_layers"
+) -> frozenset[int]:
     """Parse the layers that ``spec`` names (see :attr:`SWAOptions.full_attention_layers`).
+
+    Args:
+        key: the option that has it, for messages.
 
     Raises:
         SWAConfigError: text that does not parse, or an index outside ``0..num_layers-1``.
@@ -145,13 +159,13 @@ def parse_layers(spec: str | Iterable[int], num_layers: int) -> frozenset[int]:
     if isinstance(spec, str):
         layers = set[int]()
         for part in spec.split(","):
-            layers |= _parse_layer_range(part.strip(), spec, num_layers)
+            layers |= _parse_layer_range(part.strip(), spec, num_layers, key)
     else:
         layers = set(spec)
     shown = spec if isinstance(spec, str) else sorted(layers)
     if outside := sorted(i for i in layers if not 0 <= i < num_layers):
         raise SWAConfigError(
-            f"swa.full_attention_layers={shown!r}: layer {outside[0]} is out of range; "
+            f"swa.{key}={shown!r}: layer {outside[0]} is out of range; "
             f"this model has layers 0..{num_layers - 1}"
         )
     return frozenset(layers)
@@ -178,6 +192,21 @@ def _checked_tokens(key: str, least: int, meaning: str, value: object) -> int:
             f"{value!r}"
         )
     return value
+
+
+def _checked_window(value: object) -> int | tuple[tuple[str, int], ...]:
+    meaning = "a query sees, itself included"
+    if not isinstance(value, Mapping):
+        return _checked_tokens("window", 1, meaning, value)
+    if not value:
+        raise SWAConfigError(
+            "swa.window is an object without layers; write layers and their windows, as in "
+            f"{EXAMPLE_WINDOWS}, or a number for all layers"
+        )
+    return tuple(
+        (str(layers), _checked_tokens(f"window[{str(layers)!r}]", 1, meaning, tokens))
+        for layers, tokens in value.items()
+    )
 
 
 def is_count(value: object, least: int = 1) -> TypeGuard[int]:
@@ -207,7 +236,7 @@ def _checked_layers(value: object) -> str | tuple[int, ...]:
     )
 
 
-def _parse_layer_range(part: str, spec: str, num_layers: int) -> set[int]:
+def _parse_layer_range(part: str, spec: str, num_layers: int, key: str) -> set[int]:
     kind, _, step = part.partition("every:")
     first, last = (_parse_layer_index(text) for text in part.partition("-")[::2])
     if part == "none" and spec.strip() == "none":
@@ -215,7 +244,7 @@ def _parse_layer_range(part: str, spec: str, num_layers: int) -> set[int]:
     if not kind and (stride := _parse_layer_index(step)):
         if stride > num_layers:
             raise SWAConfigError(
-                f"swa.full_attention_layers={spec!r}: every:{stride} names none of this model's "
+                f"swa.{key}={spec!r}: every:{stride} names none of this model's "
                 f'{num_layers} layers; give a smaller number, or "none"'
             )
         return set(range(stride - 1, num_layers, stride))
@@ -225,7 +254,7 @@ def _parse_layer_range(part: str, spec: str, num_layers: int) -> set[int]:
         # Both ends, so that one outside of the model is found, and no range beyond the model.
         return {first, last, *range(first, min(last, num_layers))}
     raise SWAConfigError(
-        f"swa.full_attention_layers={spec!r}: cannot read {part!r}; write indices and ranges "
+        f"swa.{key}={spec!r}: cannot read {part!r}; write indices and ranges "
         '("0-3,27"), "every:N" (N >= 1) or "none"'
     )
 

@@ -114,6 +114,25 @@ def test_phase_of_a_checkpoint_with_a_window_warns() -> None:
     assert not _resolve(FULL, {"phase": "prefill", "window": 8}).warnings
 
 
+@pytest.mark.parametrize("checkpoint", [FULL, MIXED], ids=["full", "mixed"])
+def test_windows_by_layer_leave_the_others_full(checkpoint: dict[str, Any]) -> None:
+    plan = _resolve(checkpoint, {"window": {"0": 8, "every:2": 16}})
+    assert plan.windows == (8, 16, None, 16)
+    assert _resolve(checkpoint, {"window": {"0-3": 8}}).windows == (8,) * 4
+
+
+def test_each_window_that_never_slides_is_warned_of() -> None:
+    long = 512
+    for window, warnings in (
+        ({"0": 8, "1": long}, [f"window {long} is not below max_model_len"]),
+        ({"0": long, "1": long + 1}, [f"window {long} is", f"window {long + 1} is"]),
+        ({"0": long, "1": long}, [f"window {long} is not below"]),
+    ):
+        said = _resolve(FULL, {"window": window}, max_model_len=long).warnings
+        assert len(said) == len(warnings)
+        assert all(start in text for start, text in zip(warnings, said, strict=True))
+
+
 UNREAD = {
     "sliding_window_pattern": 4,
     "_sliding_window_pattern": 6,

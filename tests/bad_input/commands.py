@@ -690,7 +690,12 @@ _OTHERS = [
     ),
     _usage(["nosuch"], "'nosuch'", "'plan', 'check', 'trace', 'bench', 'eval'", "choose from"),
     _usage(["plan"], "the following arguments", "MODEL", "are required"),
-    _usage(["plan", str(MODEL), "--window", "1e3"], "'1e3'", "invalid int value", "--window"),
+    *(
+        _usage(
+            ["plan", str(MODEL), "--window", text], repr(text), "neither a number nor", "--window"
+        )
+        for text in ("1e3", "[8]", "true", "{")
+    ),
     _usage(
         ["plan", str(MODEL), "--phase", "answer"], "'answer'", "'both', 'prefill'", "choose from"
     ),

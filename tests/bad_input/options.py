@@ -103,6 +103,45 @@ OPTIONS = [
         _tokens("window", value, 1)
         for value in (0, -1, True, "64", 6.5, 64.0, None, [8], math.nan, math.inf, 2**31, 10**30)
     ),
+    _option(
+        {"window": {}},
+        "an object without layers",
+        "layers and their windows",
+        "or a number for all",
+    ),
+    *(
+        _option(
+            {"window": {"0-1": value}},
+            f"got {value!r}",
+            "swa.window['0-1'] must be an integer >= 1",
+            "swa.window",
+        )
+        for value in (0, True, "64", None, {"0": 8})
+    ),
+    *(
+        _option({"window": {spec: 8}}, f"swa.window={spec!r}", allowed, do)
+        for spec, allowed, do in (
+            ("a", '"every:N" (N >= 1)', "write indices and"),
+            ("0-4", "this model has layers 0..3", "out of range"),
+            ("every:5", "this model's 4 layers", "give a smaller number"),
+        )
+    ),
+    _option({"window": {"none": 8}}, "'none' names no layer", "layers that are not named", "leave"),
+    _option(
+        {"window": {"0-2": 8, "every:2": 16}},
+        "names layer 1 twice",
+        "each layer that slides once",
+        "as in {",
+        {"window": {"0,2": 8, "every:2": 16}},
+    ),
+    _option(
+        {"window": {"0": 8}, "full_attention_layers": "1"},
+        "swa.full_attention_layers names layers too",
+        "all that window does not name are full",
+        "remove full_attention_layers, or give window as a number",
+        {"window": {"0": 8}},
+        {"window": 8, "full_attention_layers": "1"},
+    ),
     *(_tokens("sink_tokens", value, 0) for value in (-1, True, "4", 4.0, None, 10**12)),
     _option({"sink_tokens": 512}, "sink_tokens=512", "not below max_model_len 512", "Give fewer"),
     _option({"enabled": "yes"}, "got 'yes'", "must be true or false", "swa.enabled"),

@@ -176,7 +176,8 @@ def describe(llm: LLM) -> dict[str, Any]:
     """Classes that serve a model, and its greedy answers, as JSON values."""
     (modules,) = llm.apply_model(lambda m: [type(x).__qualname__ for x in m.modules()])
     groups = scheduler(llm).kv_cache_config.kv_cache_groups
-    layers = llm.llm_engine.vllm_config.compilation_config.static_forward_context.values()
+    context = llm.llm_engine.vllm_config.compilation_config.static_forward_context
+    layers = [layer for layer in context.values() if hasattr(layer, "attn_backend")]
     answers = generate(llm, described_prompts())
     return {
         "modules": modules,

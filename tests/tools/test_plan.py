@@ -60,6 +60,11 @@ STARTED = {
     "padded: three full layers, four sliding": Started(
         {**FULL, "num_hidden_layers": 7}, {"window": 33, "full_attention_layers": "0-2"}
     ),
+    "two windows beside full layers": Started(
+        {**FULL, "num_hidden_layers": 7},
+        {"window": {"0-2": 33, "3-4": 100}, "sink_tokens": 4},
+        {"max_num_batched_tokens": 48},
+    ),
     "sinks": Started(SLIDING, {"sink_tokens": 4}, {"block_size": 64}),
     "mixed, sinks": Started(
         MIXED, {"sink_tokens": 70, "full_attention_layers": "0"}, {"max_num_batched_tokens": 100}
@@ -92,7 +97,8 @@ def _plan(model: Path, started: Started, path: Path) -> dict[str, Any]:
     sizes |= {"max_model_len": 512, "max_num_seqs": 8, "kv_memory": "1GiB"}
     sizes |= {k: v for k, v in started.options.items() if k != "enabled"}
     sizes |= {"device": "cpu", "prompt": PROMPT, "output": OUTPUT, "json": path}
-    flags = [x for k, v in sizes.items() for x in (f"--{k.replace('_', '-')}", str(v))]
+    sizes = {k: json.dumps(v) if isinstance(v, dict) else str(v) for k, v in sizes.items()}
+    flags = [x for k, v in sizes.items() for x in (f"--{k.replace('_', '-')}", v)]
     assert main(["plan", str(model), *flags]) == 0
     return dict(json.loads(path.read_text()))
 

@@ -35,4 +35,6 @@ def wrong_flops(vllm_config: VllmConfig, layers: LayerPlan, phase: Phase) -> str
 
 
 def _describe_counted_windows(windows: list[int]) -> str:
-    return f"{len(windows)} layers with a window of {windows[0]}" if windows else "no windows"
+    if not windows:
+        return "no windows"
+    return f"{len(windows)} layers with a window of {' or '.join(map(str, sorted(set(windows))))}"

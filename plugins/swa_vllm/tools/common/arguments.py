@@ -8,13 +8,18 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from swa_backend.options import MOST_TOKENS
+from swa_backend.options import EXAMPLE_WINDOWS, MOST_TOKENS
 from swa_backend.window import Phase
 
 
 def add_window_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the plugin's options that decide what slides."""
-    parser.add_argument("--window", type=int, metavar="N", help="default: the checkpoint's")
+    parser.add_argument(
+        "--window",
+        type=_window_argument,
+        metavar="N",
+        help=f"default: the checkpoint's; or windows by layer, as '{EXAMPLE_WINDOWS}'",
+    )
     parser.add_argument("--sink-tokens", type=int, default=0, metavar="N")
     parser.add_argument(
         "--phase",
@@ -23,6 +28,19 @@ def add_window_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--full-attention-layers", metavar="LAYERS", help='such as "0-3,27", "every:4", "none"'
+    )
+
+
+def _window_argument(text: str) -> int | dict[str, Any]:
+    """Read a number, or a JSON object whose values the option's own check looks at."""
+    try:
+        window = json.loads(text)
+    except json.JSONDecodeError:
+        window = None
+    if isinstance(window, dict) or (isinstance(window, int) and not isinstance(window, bool)):
+        return window
+    raise argparse.ArgumentTypeError(
+        f"{text!r} is neither a number nor an object such as '{EXAMPLE_WINDOWS}'"
     )
 
 

@@ -5,6 +5,7 @@ vLLM 0.32 and 0.33: ``v1/core/kv_cache_utils.py``; for the dtype of the KV cache
 own functions and against engines that were started.
 """
 
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
@@ -103,17 +104,18 @@ class KVGroups:
         return max(len(set(group).intersection(stage)) for group in groups)
 
 
-def split_into_kv_groups(num_full: int, num_sliding: int) -> tuple[int, int, int]:
-    """Split layers into groups of one size, as vLLM does.
+def split_into_kv_groups(num_layers: Sequence[int]) -> tuple[int, list[int]]:
+    """Split the layers of each kind into groups of one size, as vLLM does.
+
+    Args:
+        num_layers: of each kind, at least one.
 
     Returns:
-        Layers of a group, groups of full layers and groups of sliding layers.
+        Layers of a group, and groups of each kind.
     """
-    fewest, most = sorted((num_full, num_sliding))
-    if fewest == 0:
-        return most, int(num_full > 0), int(num_sliding > 0)
+    fewest, most = min(num_layers), max(num_layers)
     size = most if most < 1.5 * fewest else fewest
-    return size, ceil_div(num_full, size), ceil_div(num_sliding, size)
+    return size, [ceil_div(number, size) for number in num_layers]
 
 
 def stages_of(num_layers: int, num_stages: int, partition: str | None = None) -> tuple[range, ...]:
@@ -177,25 +179,21 @@ def kv_groups_of(
             only; None for the longest one, which start-up reckons with.
     """
     keeps_all = arm is Arm.FULL or (arm is Arm.SWA and phase is Phase.PREFILL)
-    sliding = [i for i, window in enumerate(windows) if window is not None and not keeps_all]
-    others = tuple(i for i in range(len(windows)) if i not in sliding)
-    num_full = len(others)
-    size, full_groups, sliding_groups = split_into_kv_groups(num_full, len(sliding))
+    kinds = defaultdict[int | None, list[int]](list)
+    for layer, window in enumerate(windows):
+        kinds[None if keeps_all else window].append(layer)
+    size, num_groups = split_into_kv_groups(list(map(len, kinds.values())))
     groups = []
-    if num_full:
-        full = PagePolicy(limits.block_size)
-        groups.append(KVGroups(full, full_groups, others, full_groups * size - num_full))
-    if sliding:
-        window = windows[sliding[0]]
-        assert window is not None
-        if arm is Arm.SWA and phase is Phase.DECODE:
+    for (window, layers), number in zip(kinds.items(), num_groups, strict=True):
+        if window is None:
+            policy = PagePolicy(limits.block_size)
+        elif arm is Arm.SWA and phase is Phase.DECODE:
             longest = limits.max_model_len if num_prompt is None else num_prompt
             policy = _prompt_window_policy(window, num_pinned(sinks, phase, longest), limits)
         else:
             policy = _sliding_page_policy(arm, window, sinks, limits)
-        num_padding = sliding_groups * size - len(sliding)
-        groups.append(KVGroups(policy, sliding_groups, tuple(sliding), num_padding))
-    return groups
+        groups.append(KVGroups(policy, number, tuple(layers), number * size - len(layers)))
+    return sorted(groups, key=lambda group: group.policy.window is not None)
 
 
 def _sliding_page_policy(arm: Arm, window: int, sinks: int, limits: Limits) -> PagePolicy:

@@ -47,6 +47,7 @@ _IN_PHASE = {
 def describe_plan(args: argparse.Namespace, model: Model, limits: Limits) -> str:
     """Describe the model and the engine in three lines."""
     sliding = [window for window in model.windows if window is not None]
+    shown = " and ".join(map(str, sorted(set(sliding))))
     sinks = f", {model.sink_tokens} sink tokens" if model.sink_tokens else ""
     phase = _IN_PHASE[model.phase]
     page = model.layer_page_bytes(limits.block_size)
@@ -59,7 +60,7 @@ def describe_plan(args: argparse.Namespace, model: Model, limits: Limits) -> str
     if model.layer_partition is not None:
         layers += f" by {envs.LAYER_PARTITION}={model.layer_partition}"
     return (
-        f"{args.model}: {len(model.windows)} layers, {len(sliding)} of them sliding (W={sliding[0]}"
+        f"{args.model}: {len(model.windows)} layers, {len(sliding)} of them sliding (W={shown}"
         f"{sinks}{phase})\n"
         f"a token takes {a_token:g} KiB in {layers} ({model.kv_heads} KV heads of "
         f"{model.head_dim}, {model.number_bytes} bytes an element){devices}{memory}\n"
