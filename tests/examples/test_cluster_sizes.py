@@ -116,7 +116,7 @@ def test_row_is_what_its_line_prints(
     monkeypatch.chdir(tmp_path)
     assert main(arguments(row["line"])) == 0
     printed = capsys.readouterr().out
-    (figures,) = re.findall(r"^32000 .*$", printed, re.MULTILINE)
+    figures, _by_phase = re.findall(r"^32000 .*$", printed, re.MULTILINE)
     full, _, here = figures.split()[-3:]
     assert (row["full"], row["here"]) == (full, here)
     assert "this plugin does not start" not in printed

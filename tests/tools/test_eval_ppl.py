@@ -12,6 +12,8 @@ import pytest
 import torch
 from tokenizers import Tokenizer
 from vllm import LLM, SamplingParams
+from vllm.model_executor.models.config import MODELS_CONFIG_MAP
+from vllm.plugins import load_general_plugins
 
 from swa_backend.pages import WindowPages, ceil_div
 from swa_vllm.tools.cli import main
@@ -274,9 +276,12 @@ def test_command_reports_the_pool_bytes_of_all_groups(measured: dict[str, Any]) 
 
 
 def test_a_model_that_ignores_windows_is_refused(
-    tiny_llama: Path, no_engine: Callable[[], None]
+    tiny_llama: Path, no_engine: Callable[[], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """As one that another plugin registers after this one, which no hook refuses."""
     no_engine()
+    load_general_plugins()
+    monkeypatch.delitem(MODELS_CONFIG_MAP, "LlamaForCausalLM")
     resolve_here("LlamaForCausalLM")
     with pytest.raises(ValueError, match="has no window although one was asked for"):
         ScoringEngine.start(Setup(str(tiny_llama), 64), {"window": 8})
