@@ -100,6 +100,7 @@ def _groups(arm: Arm, engine: Engine, num_prompt: int | None) -> list[KVGroups]:
     return [
         replace(group, num_groups=count)
         for window, count in kinds.items()
+        if count
         for group in kv_groups_of(
             arm,
             (window,) * count,
