@@ -145,6 +145,11 @@ class SWAOptions:
         return options
 
 
+def is_section(key: object) -> bool:
+    """Whether a key names the section of options, in whatever case."""
+    return str(key).lower() == "swa"
+
+
 def parse_layers(
     spec: str | Iterable[int], num_layers: int, key: str = "full_attention_layers"
 ) -> frozenset[int]:

@@ -66,7 +66,7 @@ class ConfigHook(VerifyAndUpdateConfig):
 
 
 @cache
-def refusing_windows(hook: type[VerifyAndUpdateConfig]) -> type[VerifyAndUpdateConfig]:
+def refusing_hook(hook: type[VerifyAndUpdateConfig]) -> type[VerifyAndUpdateConfig]:
     """A subclass of ``hook`` that first refuses options of windows, with SWAConfigError."""
 
     class RefusesWindows(hook):

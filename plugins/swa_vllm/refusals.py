@@ -14,7 +14,7 @@ from vllm.platforms import current_platform
 from swa_backend.can_slide import check_can_slide
 from swa_backend.kernels.device import target_of
 from swa_backend.kernels.plans import Target
-from swa_backend.options import PrefillPages, SWAConfigError
+from swa_backend.options import PrefillPages, SWAConfigError, is_section
 from swa_backend.weights import check_weights
 from swa_backend.window import Phase
 from swa_vllm.compat import envs
@@ -80,7 +80,7 @@ def refuse_unserved(vllm_config: VllmConfig) -> None:
     additional, model = vllm_config.additional_config, vllm_config.model_config
     if model.runner_type == "draft" or not isinstance(additional, Mapping):
         return
-    asked = [key for key in additional if str(key).lower() == "swa" and additional[key] != {}]
+    asked = [key for key in additional if is_section(key) and additional[key] != {}]
     if not asked:
         return
     served = [name for name in model.architectures if has_windows(name)]

@@ -84,7 +84,7 @@ def _refuse_windows_of_others() -> None:
     """
     from vllm.model_executor.models.config import MODELS_CONFIG_MAP, VerifyAndUpdateConfig
 
-    from swa_vllm.config_hook import refusing_windows
+    from swa_vllm.config_hook import refusing_hook
 
     registered = set(ModelRegistry.models)
     for architecture in registered | set(MODELS_CONFIG_MAP):
@@ -95,7 +95,7 @@ def _refuse_windows_of_others() -> None:
             continue
         hook = MODELS_CONFIG_MAP.get(architecture, VerifyAndUpdateConfig)
         if not hook.__module__.startswith("swa_vllm."):
-            MODELS_CONFIG_MAP[architecture] = refusing_windows(hook)
+            MODELS_CONFIG_MAP[architecture] = refusing_hook(hook)
 
 
 def _guard_foreign_model(architecture: str, owner: str) -> None:

@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 from prometheus_client import generate_latest
-from vllm import SamplingParams
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.outputs import RequestOutput
 from vllm.sampling_params import RequestOutputKind
@@ -19,14 +18,13 @@ from vllm.v1.engine.async_llm import AsyncLLM
 
 from tests.helpers.dense_qwen3 import DenseQwen3, Sight
 from tests.helpers.eagle3 import save_eagle3
-from tests.helpers.engines import Answer, ModelFactory, to_answer
+from tests.helpers.engines import ENGINE_ARGUMENTS, Answer, ModelFactory, greedy, to_answer
 from tests.helpers.exactness import LENGTHS, check_exact
 from tests.helpers.metrics import total
 from tests.helpers.stages import make_stage_buffers, stages_allowed
 from tests.helpers.tiny_models import (
     FULL,
     NUM_LAYERS,
-    PAGE_SIZE,
     SLIDING,
     WINDOW,
     random_prompts,
@@ -76,12 +74,8 @@ class Engines:
 
         async def one(index: int) -> RequestOutput:
             transfer = transfers[index] if transfers else None
-            params = SamplingParams(
-                temperature=0.0,
-                max_tokens=num_tokens,
-                ignore_eos=True,
-                logprobs=1,
-                detokenize=False,
+            params = greedy(
+                num_tokens,
                 output_kind=RequestOutputKind.FINAL_ONLY,
                 extra_args={"kv_transfer_params": transfer} if transfer else None,
             )
@@ -102,16 +96,10 @@ def _run(model: Path, arguments: dict[str, Any], ask: Callable[[Engines], Any]) 
             engine = AsyncLLM.from_engine_args(
                 AsyncEngineArgs(
                     model=str(model),
-                    dtype="float32",
-                    enforce_eager=True,
-                    skip_tokenizer_init=True,
-                    block_size=PAGE_SIZE,
-                    num_gpu_blocks_override=256,
-                    max_model_len=512,
-                    max_num_seqs=8,
                     max_num_batched_tokens=48,
                     data_parallel_size=NUM_ENGINES,
                     distributed_executor_backend="mp",
+                    **ENGINE_ARGUMENTS,
                     **arguments,
                 )
             )

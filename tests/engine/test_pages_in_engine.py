@@ -1,7 +1,7 @@
 """Pages of windowed layers in the real engine: freed by the window, counted, all given back."""
 
 import pytest
-from vllm import LLM, SamplingParams
+from vllm import LLM
 
 import swa_vllm
 from swa_backend.pages import WindowPages, ceil_div
@@ -10,6 +10,7 @@ from tests.helpers.engines import (
     ModelFactory,
     attention_layers,
     generate,
+    greedy,
     managers,
     num_free_pages,
     scheduler,
@@ -27,10 +28,7 @@ def llm(engine: EngineFactory, tiny_model: ModelFactory) -> LLM:
 
 def _add(llm: LLM, name: str, num_prompt: int, num_tokens: int) -> None:
     (prompt,) = random_prompts([num_prompt])
-    params = SamplingParams(
-        temperature=0.0, max_tokens=num_tokens, ignore_eos=True, logprobs=1, detokenize=False
-    )
-    llm.llm_engine.add_request(name, {"prompt_token_ids": prompt}, params)
+    llm.llm_engine.add_request(name, {"prompt_token_ids": prompt}, greedy(num_tokens))
 
 
 def test_a_page_lives_exactly_as_long_as_a_later_token_sees_it(llm: LLM) -> None:

@@ -34,6 +34,20 @@ ON_GPU = (
 )
 
 
+# Of every engine of these tests, unless it says otherwise.
+ENGINE_ARGUMENTS: dict[str, Any] = {
+    "dtype": "float32",
+    "enforce_eager": True,
+    "skip_tokenizer_init": True,
+    "block_size": PAGE_SIZE,
+    "num_gpu_blocks_override": 256,
+    "max_model_len": 512,
+    "max_num_seqs": 8,
+    "seed": 0,
+    **ON_GPU,
+}
+
+
 def start_engine(model: Path | str, **kwargs: Any) -> LLM:
     """An in-process engine; ``kwargs`` are arguments of ``LLM``.
 
@@ -42,21 +56,7 @@ def start_engine(model: Path | str, **kwargs: Any) -> LLM:
     if _can_poison(model, kwargs):
         options = kwargs.get("additional_config", {}).get("swa", {})
         kwargs["additional_config"] = {"swa": {"debug_poison": True, **options}}
-    return LLM(
-        str(model),
-        **{
-            "dtype": "float32",
-            "enforce_eager": True,
-            "skip_tokenizer_init": True,
-            "block_size": PAGE_SIZE,
-            "num_gpu_blocks_override": 256,
-            "max_model_len": 512,
-            "max_num_seqs": 8,
-            "seed": 0,
-            **ON_GPU,
-            **kwargs,
-        },
-    )
+    return LLM(str(model), **{**ENGINE_ARGUMENTS, **kwargs})
 
 
 def _can_poison(model: Path | str, kwargs: dict[str, Any]) -> bool:
@@ -97,6 +97,18 @@ class Answer:
     num_cached_tokens: int
 
 
+def greedy(num_tokens: int, **kwargs: Any) -> SamplingParams:
+    """Exactly ``num_tokens`` greedy tokens with their log-probabilities."""
+    return SamplingParams(
+        temperature=0.0,
+        max_tokens=num_tokens,
+        ignore_eos=True,
+        logprobs=1,
+        detokenize=False,
+        **kwargs,
+    )
+
+
 def generate(
     llm: LLM,
     prompts: Sequence[Sequence[int]],
@@ -104,9 +116,7 @@ def generate(
     lora: LoRARequest | None = None,
 ) -> list[Answer]:
     """Greedy answers of exactly ``num_tokens`` tokens."""
-    params = SamplingParams(
-        temperature=0.0, max_tokens=num_tokens, ignore_eos=True, logprobs=1, detokenize=False
-    )
+    params = greedy(num_tokens)
     inputs = [{"prompt_token_ids": list(p)} for p in prompts]
     outputs = llm.generate(inputs, params, lora_request=lora, use_tqdm=False)
     return [to_answer(output.outputs[0], output.num_cached_tokens or 0) for output in outputs]

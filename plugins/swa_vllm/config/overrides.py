@@ -7,7 +7,7 @@ from typing import Any
 from vllm.config import ModelConfig
 from vllm.transformers_utils.config import get_config
 
-from swa_backend.options import USE_OPTIONS, SWAConfigError
+from swa_backend.options import USE_OPTIONS, SWAConfigError, is_section
 
 
 def checkpoint_config(model_config: ModelConfig) -> Any:
@@ -29,7 +29,7 @@ def text_overrides(model_config: ModelConfig) -> Mapping[str, Any]:
     """
     given: Any = model_config.hf_overrides
     overrides = given if isinstance(given, Mapping) else _changes_by(given, model_config)
-    if misplaced := [key for key in overrides if str(key).lower() == "swa"]:
+    if misplaced := [key for key in overrides if is_section(key)]:
         raise SWAConfigError(
             f"--hf-overrides has {misplaced[0]!r}, where nothing reads options of windows; leave "
             f"the override out and use {USE_OPTIONS}"

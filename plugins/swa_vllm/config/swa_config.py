@@ -7,7 +7,14 @@ from typing import Any
 from vllm.config import VllmConfig
 
 from swa_backend.layers import LayerPlan, resolve_layers
-from swa_backend.options import OPTION_KEYS, USE_OPTIONS, PrefillPages, SWAConfigError, SWAOptions
+from swa_backend.options import (
+    OPTION_KEYS,
+    USE_OPTIONS,
+    PrefillPages,
+    SWAConfigError,
+    SWAOptions,
+    is_section,
+)
 from swa_backend.window import Phase
 from swa_vllm.config.implementation import (
     Implementation,
@@ -91,7 +98,7 @@ def parse_additional_config(additional: object) -> SWAOptions:
     if not isinstance(additional, Mapping):
         return SWAOptions()
     for key in map(str, additional):
-        if key in _OURS_ALONE or (key.lower() == "swa" and key != "swa"):
+        if key in _OURS_ALONE or (is_section(key) and key != "swa"):
             raise SWAConfigError(
                 f"--additional-config has {key!r} where nothing reads it; options of windows "
                 f'belong into an object "swa". Write {USE_OPTIONS}'

@@ -12,6 +12,7 @@ from vllm.v1.metrics.reader import Histogram
 from tests.helpers.engines import (
     attention_layers,
     counting_preemptions,
+    greedy,
     managers,
     num_held_pages,
     scheduler,
@@ -40,14 +41,7 @@ def _serve(
 ) -> list[dict[str, Any]]:
     """Answer prompts; ``transfers`` says of each what another server has or shall get."""
     sampling = [
-        SamplingParams(
-            temperature=0.0,
-            max_tokens=num_tokens,
-            ignore_eos=True,
-            logprobs=1,
-            detokenize=False,
-            extra_args={"kv_transfer_params": transfer} if transfer else None,
-        )
+        greedy(num_tokens, extra_args={"kv_transfer_params": transfer} if transfer else None)
         for transfer in transfers
     ]
     inputs = [{"prompt_token_ids": prompt} for prompt in prompts]
