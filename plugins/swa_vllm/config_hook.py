@@ -9,12 +9,14 @@ from vllm.model_executor.models.config import VerifyAndUpdateConfig
 from swa_backend.window import Phase
 from swa_vllm.compat.prompt_lens import send_prompt_lens
 from swa_vllm.config.rope import lost_rope_theta
-from swa_vllm.config.swa_config import SWAConfig
+from swa_vllm.config.swa_config import SWAConfig, is_draft
 from swa_vllm.distributed.prepare import prepare_ray, prepare_transfer
 from swa_vllm.metrics.mfu import wrong_flops
 from swa_vllm.metrics.scrape import serve_counts
 from swa_vllm.refusals import (
     check_servable,
+    refuse_draft_of_others,
+    refuse_drafts,
     refuse_foreign_model,
     refuse_stages_on_cpus,
     refuse_unserved,
@@ -46,22 +48,35 @@ class ConfigHook(VerifyAndUpdateConfig):
             ValueError: a local checkpoint whose weights are not what its config says.
             RuntimeError: another plugin holds the attention backend slot, or the model.
         """
+        if is_draft(vllm_config.model_config):
+            # Of a config that vLLM makes of the target's, which was checked if that is a Qwen3.
+            refuse_draft_of_others(vllm_config)
+            return
         refuse_foreign_model(vllm_config)
         swa = SWAConfig.from_vllm(vllm_config)
         if wrong := wrong_flops(vllm_config, swa.layers, swa.options.phase):
             logger.warning("SWA %s", wrong)
         if lost := lost_rope_theta(vllm_config.model_config):
             logger.warning("%s", lost)
-        if not swa.slides:
+        draft = SWAConfig.of_draft(vllm_config)
+        draft_slides = draft is not None and draft.slides
+        if not swa.slides and not draft_slides:
             return
-        check_servable(vllm_config, swa)
+        if swa.slides:
+            check_servable(vllm_config, swa)
+        refuse_drafts(vllm_config, swa, draft)
         refuse_stages_on_cpus(vllm_config)
         refuse_wrong_weights(vllm_config)
+        if draft is not None:
+            model_config = vllm_config.speculative_config.draft_model_config
+            refuse_wrong_weights(vllm_config, model_config)
+            if draft.slides:
+                check_servable(vllm_config, draft, model_config)
         if swa.options.phase is not Phase.BOTH and not vllm_config.use_v2_model_runner:
             send_prompt_lens(vllm_config.model_config)
         prepare_ray(vllm_config)
         prepare_transfer(vllm_config)
-        if swa.frees_pages:
+        if swa.frees_pages or draft_slides:
             serve_counts(vllm_config)
 
 

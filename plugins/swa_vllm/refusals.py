@@ -2,18 +2,20 @@
 
 import multiprocessing
 import sys
+from collections import Counter
 from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
 
 import torch
-from vllm.config import KVTransferConfig, VllmConfig
+from vllm.config import KVTransferConfig, ModelConfig, VllmConfig
 from vllm.distributed.utils import get_pp_indices
 from vllm.platforms import current_platform
 
 from swa_backend.can_slide import check_can_slide
 from swa_backend.kernels.device import target_of
 from swa_backend.kernels.plans import Target
+from swa_backend.layers import SLIDING
 from swa_backend.options import PrefillPages, SWAConfigError, is_section
 from swa_backend.weights import check_weights
 from swa_backend.window import Phase
@@ -29,17 +31,33 @@ from swa_vllm.compat.architectures import (
 from swa_vllm.compat.backend_slot import LOAD_ONE, check_backend_slot
 from swa_vllm.compat.cache_dtypes import FP8, UNQUANTIZED, sinks_refused_on_cpus
 from swa_vllm.compat.connectors import NIXL, NIXL_PATH, why_refused
+from swa_vllm.compat.kv_groups import split_into_kv_groups
 from swa_vllm.compat.prompt_lens import RSWA_BACKENDS
 from swa_vllm.config.cache_dtype import checkpoints_cache_dtype, resolved_cache_dtype
 from swa_vllm.config.implementation import obstacle_to_survivors
-from swa_vllm.config.swa_config import SWAConfig, vllm_text_config, wants_windows_decided
+from swa_vllm.config.swa_config import (
+    SWAConfig,
+    is_draft,
+    text_config_of,
+    vllm_text_config,
+    wants_windows_decided,
+)
 
-NGRAM = "ngram"
-PROVEN_SPECULATION = (NGRAM, "eagle3")
+NGRAM, DRAFT_MODEL, DFLASH = "ngram", "draft_model", "dflash"
+PROVEN_SPECULATION = (NGRAM, "eagle3", DRAFT_MODEL, DFLASH)
+PROVEN_WITH_PHASE = (NGRAM, DRAFT_MODEL)
+# What drafts, by method.
+_PROVEN_DRAFTS = {DRAFT_MODEL: "Qwen3ForCausalLM", DFLASH: "DFlashDraftModel"}
 
 
-def check_servable(vllm_config: VllmConfig, swa: SWAConfig) -> None:
+def check_servable(
+    vllm_config: VllmConfig, swa: SWAConfig, model_config: ModelConfig | None = None
+) -> None:
     """Raise SWAConfigError for a model or an engine whose windows would not be exact.
+
+    Args:
+        swa: what was decided for the model.
+        model_config: of a draft model beside the engine's own; None for that one.
 
     Raises:
         RuntimeError: another plugin holds the attention backend slot.
@@ -50,7 +68,7 @@ def check_servable(vllm_config: VllmConfig, swa: SWAConfig) -> None:
             "remove the window"
         )
     check_backend_slot()
-    check_can_slide(vllm_text_config(vllm_config))
+    check_can_slide(text_config_of(model_config or vllm_config.model_config))
     _refuse_engine(vllm_config)
     if vllm_config.kv_transfer_config is not None:
         _refuse_transfer(vllm_config, swa, vllm_config.kv_transfer_config)
@@ -78,7 +96,7 @@ def refuse_unserved(vllm_config: VllmConfig) -> None:
     Not for a draft model: the options are those of its target.
     """
     additional, model = vllm_config.additional_config, vllm_config.model_config
-    if model.runner_type == "draft" or not isinstance(additional, Mapping):
+    if is_draft(model) or not isinstance(additional, Mapping):
         return
     asked = [key for key in additional if is_section(key) and additional[key] != {}]
     if not asked:
@@ -115,11 +133,120 @@ def why_foreign(architecture: str, owner: str) -> str:
     )
 
 
-def refuse_wrong_weights(vllm_config: VllmConfig) -> None:
-    """Raise ValueError for a local checkpoint whose files are not what its config says."""
-    directory = Path(vllm_config.model_config.model)
+def refuse_drafts(vllm_config: VllmConfig, target: SWAConfig, draft: SWAConfig | None) -> None:
+    """Refuse a model that drafts, where that was not tested with windows of either model's.
+
+    Args:
+        target: what was decided for the engine's own model.
+        draft: what was decided for its draft model; None where another method drafts.
+    """
+    speculation = vllm_config.speculative_config
+    if speculation is None or speculation.method not in _PROVEN_DRAFTS:
+        return
+    proven, architecture = _PROVEN_DRAFTS[speculation.method], vllm_config.model_config.architecture
+    drafting = ", ".join(speculation.draft_model_config.architectures)
+    obstacles = {
+        f"the draft {drafting}, only with {proven}": drafting != proven,
+        f"the target {architecture}, only with {', '.join(PLAIN)}": architecture not in PLAIN,
+        "parallel_drafting": draft is not None and speculation.parallel_drafting,
+        "use_heterogeneous_vocab": speculation.use_heterogeneous_vocab,
+        "a kv_cache_dtype of the draft's own": speculation.kv_cache_dtype is not None,
+        "--disable-hybrid-kv-cache-manager": (
+            vllm_config.scheduler_config.disable_hybrid_kv_cache_manager
+        ),
+    }
+    if found := [what for what, is_there in obstacles.items() if is_there]:
+        raise SWAConfigError(
+            f"speculative decoding by {speculation.method} was not tested with windows and "
+            f"{found[0]}; change that, or remove the window"
+        )
+    if not vllm_config.use_v2_model_runner:
+        if draft is None:
+            _refuse_dflash_with_v1(vllm_config, target)
+        else:
+            _refuse_draft_model_with_v1(vllm_config, target, draft)
+
+
+def refuse_draft_of_others(vllm_config: VllmConfig) -> None:
+    """Refuse a draft model with a window of its own beside a target that is no Qwen3.
+
+    Args:
+        vllm_config: the config that vLLM makes for the draft.
+    """
+    speculation = vllm_config.speculative_config
+    if speculation is None or not SWAConfig.from_vllm(vllm_config).slides:
+        return
+    target = speculation.target_model_config.architecture
+    if target not in PLAIN:
+        raise SWAConfigError(
+            f"the draft model {vllm_config.model_config.model} has a window by its config.json, "
+            f"which was not tested beside {target}, only beside {', '.join(PLAIN)}. Set "
+            "use_sliding_window to false there, or serve one of these"
+        )
+
+
+def _refuse_draft_model_with_v1(
+    vllm_config: VllmConfig, target: SWAConfig, draft: SWAConfig
+) -> None:
+    """Refuse several KV groups, of which V1 gives a draft model the pages of the first."""
+    kinds = {*target.layers.windows, *draft.layers.windows}
+    options = target.options
+    if (
+        len(kinds) == 1
+        and not options.sink_tokens
+        and options.phase is Phase.BOTH
+        and _drafts_with_equal_pages(vllm_config)
+    ):
+        return
+    shown = ", ".join(sorted("full" if window is None else str(window) for window in kinds))
+    raise SWAConfigError(
+        "Model Runner V1 gives a draft model the pages of the first KV group, where its layers are "
+        "only if all layers of both models have one window, KV heads of one number and size, no "
+        f"sink tokens and no phase; windows here are {shown}. Use Model Runner V2 "
+        "(VLLM_USE_V2_MODEL_RUNNER=1; needs Triton), give both models one window (the draft's is "
+        "in its config.json), or use another method"
+    )
+
+
+def _refuse_dflash_with_v1(vllm_config: VllmConfig, target: SWAConfig) -> None:
+    """Refuse KV groups that are smaller than the draft, whose layers V1 needs in one of them."""
+    speculation = vllm_config.speculative_config
+    assert speculation is not None
+    config = text_config_of(speculation.draft_model_config)
+    kinds = Counter[object](target.layers.windows)
+    slides = SLIDING in (getattr(config, "layer_types", None) or ()) or (
+        getattr(config, "dflash_config", None) or {}
+    ).get("use_swa")
+    kind = "draft" if slides or not _drafts_with_equal_pages(vllm_config) else None
+    kinds[kind] += config.num_hidden_layers
+    size, num_groups = split_into_kv_groups(list(kinds.values()))
+    if dict(zip(kinds, num_groups, strict=True))[kind] > 1:
+        raise SWAConfigError(
+            "Model Runner V1 needs all layers of a DFlash draft in one KV group, and vLLM makes "
+            f"groups of {size} layers here, for {kinds[kind]} of the draft's kind. Use Model "
+            "Runner V2 (VLLM_USE_V2_MODEL_RUNNER=1; needs Triton), or let more or fewer of the "
+            "target's layers slide (full_attention_layers)"
+        )
+
+
+def _drafts_with_equal_pages(vllm_config: VllmConfig) -> bool:
+    speculation, parallel = vllm_config.speculative_config, vllm_config.parallel_config
+    assert speculation is not None
+    models = vllm_config.model_config, speculation.draft_model_config
+    sizes = {(model.get_num_kv_heads(parallel), model.get_head_size()) for model in models}
+    return len(sizes) == 1
+
+
+def refuse_wrong_weights(vllm_config: VllmConfig, model_config: ModelConfig | None = None) -> None:
+    """Raise ValueError for a local checkpoint whose files are not what its config says.
+
+    Args:
+        model_config: of a draft model beside the engine's own; None for that one.
+    """
+    model_config = model_config or vllm_config.model_config
+    directory = Path(model_config.model)
     if directory.is_dir() and vllm_config.load_config.load_format in ("auto", "safetensors"):
-        check_weights(directory, vllm_text_config(vllm_config))
+        check_weights(directory, text_config_of(model_config))
 
 
 def refuse_stages_on_cpus(vllm_config: VllmConfig) -> None:
@@ -187,10 +314,10 @@ def _refuse_phase(vllm_config: VllmConfig, swa: SWAConfig) -> None:
     if refusal := phase_refused(asked, [vllm_config.model_config.architecture]):
         raise SWAConfigError(refusal)
     speculation = vllm_config.speculative_config
-    if speculation is not None and speculation.method != NGRAM:
+    if speculation is not None and speculation.method not in PROVEN_WITH_PHASE:
         raise SWAConfigError(
             f"{asked} was not tested with speculative decoding by {speculation.method}; use "
-            f"{NGRAM}, or remove either"
+            f"{' or '.join(PROVEN_WITH_PHASE)}, or remove either"
         )
     _refuse_backends_beside_phase(asked, vllm_config)
     if swa.options.phase is Phase.DECODE:
@@ -417,5 +544,5 @@ def _refuse_engine(vllm_config: VllmConfig) -> None:
     if speculation is not None and speculation.method not in PROVEN_SPECULATION:
         raise SWAConfigError(
             f"speculative decoding by {speculation.method} was not tested with windows; allowed "
-            f"are {' and '.join(PROVEN_SPECULATION)}: use one of these, or remove the window"
+            f"are {', '.join(PROVEN_SPECULATION)}: use one of these, or remove the window"
         )

@@ -31,14 +31,14 @@ EAGLE3_SHAPES = {
 }
 
 
-def save_draft(directory: Path, architecture: str, **overrides: Any) -> Path:
-    """Write the config of a one-layer draft."""
+def save_draft(directory: Path, architecture: str, mask_token: int = 0, **overrides: Any) -> Path:
+    """Write the config of a draft, of one layer unless ``overrides`` say otherwise."""
     config = tiny_config(**{**FULL, "num_hidden_layers": 1, **overrides}).to_dict()
     config |= {
         "architectures": [architecture],
         "draft_vocab_size": VOCAB_SIZE,
         "eagle_aux_hidden_state_layer_ids": [1, 2, 3],
-        "dflash_config": {"target_layer_ids": [1, 2, 3], "mask_token_id": 0},
+        "dflash_config": {"target_layer_ids": [1, 2, 3], "mask_token_id": mask_token},
         "block_size": 4,
         "tie_word_embeddings": False,
     }

@@ -27,6 +27,7 @@ MEMBERS: dict[str, set[str]] = {
         *("architecture", "architectures", "code_revision", "config_format", "dtype"),
         *(
             "get_head_size",
+            "get_num_kv_heads",
             "hf_config",
             "hf_config_path",
             "hf_overrides",
@@ -49,7 +50,10 @@ MEMBERS: dict[str, set[str]] = {
         *("async_scheduling", "disable_hybrid_kv_cache_manager", "max_num_batched_tokens"),
         "max_num_seqs",
     },
-    "vllm.config.speculative:SpeculativeConfig": {"method", "use_eagle"},
+    "vllm.config.speculative:SpeculativeConfig": {
+        *("draft_model_config", "kv_cache_dtype", "method", "parallel_drafting"),
+        *("target_model_config", "use_eagle", "use_heterogeneous_vocab", "uses_draft_model"),
+    },
     "vllm.config.vllm:VllmConfig": {
         *("additional_config", "attention_config", "cache_config", "compilation_config"),
         "get_quantization_config",

@@ -56,6 +56,7 @@ INSTALLED = Path(vllm.__file__).parent
 # The CPU build is somebody else's: its Python files may differ from the official ones here only.
 CPU_BUILD_DIFFERS_IN = {"_version.py", "platforms/__init__.py", "utils/cpu_triton_utils.py"}
 
+SPECULATORS = "v1/worker/gpu/spec_decode"
 ATTENTION = "model_executor/layers/attention/attention.py"
 BACKEND = "v1/attention/backend.py"
 CPU = "v1/attention/backends/cpu_attn.py"
@@ -456,6 +457,36 @@ def test_vllm_can_be_told_to_null_no_table_entry(tree: Path) -> None:
         return  # 0.32 has none
     table = (tree / "v1/worker/gpu/block_table.py").read_text()
     assert "0 disables" in table
+
+
+def test_a_draft_model_has_the_prefix_by_which_the_table_knows_its_layers(tree: Path) -> None:
+    for file, place in (
+        ("v1/spec_decode/draft_model.py", "DraftModelProposer._get_model"),
+        (f"{SPECULATORS}/standalone_ar/speculator.py", "StandaloneARSpeculator.load_draft_model"),
+    ):
+        assert f"prefix='{architectures.DRAFT_PREFIX[:-1]}'" in ast.unparse(
+            _find(tree, file, place)
+        )
+
+
+def test_v1_gives_draft_models_the_pages_of_the_first_group(tree: Path) -> None:
+    """Others are asked for their group. Once draft models are too, more can be served."""
+    build = _find(tree, "v1/worker/gpu_model_runner.py", "GPUModelRunner._build_attention_metadata")
+    source = ast.unparse(build)
+    asked = re.search(
+        r"isinstance\(self\.drafter, \(([\w, ]+)\)\):\s+if self\.drafter\.kv_cache_gid", source
+    )
+    assert asked is not None
+    assert "DFlashProposer" in asked[1]
+    assert "DraftModelProposer" not in asked[1]
+    drafter = _find(tree, "v1/spec_decode/draft_model.py", "DraftModelProposer")
+    assert [base.id for base in drafter.bases] == ["SpecDecodeBaseProposer"]
+
+
+def test_v1_wants_the_layers_of_a_draft_in_one_group(tree: Path) -> None:
+    proposer = "SpecDecodeBaseProposer.initialize_attn_backend"
+    source = ast.unparse(_find(tree, "v1/spec_decode/llm_base_proposer.py", proposer))
+    assert "self.validate_same_kv_cache_group(kv_cache_config)" in source
 
 
 def test_ray_executor_asks_for_the_environment_between_placing_workers_and_starting_them(

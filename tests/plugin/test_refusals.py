@@ -73,7 +73,7 @@ def test_phase_is_refused_where_it_was_not_tested(
     _check(drafted)
     assert drafted.speculative_config is not None
     drafted.speculative_config.method = "eagle3"
-    with pytest.raises(SWAConfigError, match="speculative decoding by eagle3; use ngram, or remov"):
+    with pytest.raises(SWAConfigError, match="by eagle3; use ngram or draft_model, or remove"):
         _check(drafted)
     with monkeypatch.context() as patch:
         patch.setattr(SWAConfig, "has_own_backend", False)

@@ -14,6 +14,8 @@ from vllm.model_executor.models.utils import extract_layer_index
 from swa_backend.table import format_table
 from swa_backend.window import Phase
 from swa_vllm.attention.layer import WindowedAttention
+from swa_vllm.compat.architectures import DRAFT_PREFIX
+from swa_vllm.config.swa_config import vllm_text_config
 
 logger = init_logger(f"vllm.{__name__}")
 
@@ -61,9 +63,18 @@ def _table_waits_for_groups(windowed: Sequence[WindowedAttention]) -> bool:
 
 
 def _described_layers(vllm_config: VllmConfig, layers: dict[str, Attention]) -> Described:
-    """This worker's layers by their numbers, each with its row of the table."""
-    ordered = sorted(layers.items(), key=lambda item: extract_layer_index(item[0]))
+    """This worker's layers by their numbers, each with its row of the table; drafts' come last."""
+    ordered = sorted(
+        layers.items(),
+        key=lambda item: (_is_drafts(item[0], vllm_config), extract_layer_index(item[0])),
+    )
     return [(extract_layer_index(n), _describe_layer(vllm_config, a)) for n, a in ordered]
+
+
+def _is_drafts(name: str, vllm_config: VllmConfig) -> bool:
+    """Whether a layer drafts: those of a draft model have a prefix, others count on."""
+    num_layers = vllm_text_config(vllm_config).num_hidden_layers
+    return name.startswith(DRAFT_PREFIX) or bool(extract_layer_index(name) >= num_layers)
 
 
 def _gather_stages(described: Described) -> Described:
@@ -99,6 +110,8 @@ def _describe_layer(vllm_config: VllmConfig, layer: Attention) -> tuple[str, ...
         phase, shifted = layer.swa.options.phase, layer.swa.options.position_shift
         sinks = f"{layer.sink_tokens}{' shifted' if shifted else ''}"
     kind = kind_of_layer(layer.sliding_window, phase)
+    if _is_drafts(layer.layer_name, vllm_config):
+        kind += " (draft)"
     window = "-" if layer.sliding_window is None else str(layer.sliding_window)
     group_layers = getattr(layer, "kv_group_layers", None)
     group = "chosen by vLLM" if group_layers is None else f"{group_layers} layers"

@@ -25,6 +25,8 @@ UNPROVEN = {
     "MossAudioModel": "MossAudioModel",
     "VoyageQwen3BidirectionalEmbedModel": "VoyageQwen3BidirectionalEmbedModel",
 }
+# How vLLM names the layers of a draft model.
+DRAFT_PREFIX = "draft_model."
 PLAIN = {
     "Qwen3ForCausalLM": "swa_vllm.models.qwen3:SWAQwen3ForCausalLM",
     "Qwen3MoeForCausalLM": "swa_vllm.models.qwen3_moe:SWAQwen3MoeForCausalLM",

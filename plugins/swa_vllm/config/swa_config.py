@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from vllm.config import VllmConfig
+from vllm.config import ModelConfig, VllmConfig
 
 from swa_backend.layers import LayerPlan, resolve_layers
 from swa_backend.options import (
@@ -16,6 +16,7 @@ from swa_backend.options import (
     is_section,
 )
 from swa_backend.window import Phase
+from swa_vllm.compat.architectures import PLAIN
 from swa_vllm.config.implementation import (
     Implementation,
     implementation_of,
@@ -57,7 +58,25 @@ class SWAConfig:
         Raises:
             SWAConfigError: contradictory or ineffective settings, with the remedy.
         """
-        options, layers = _decide_options_and_layers(vllm_config)
+        return cls._of_model(vllm_config, vllm_config.model_config)
+
+    @classmethod
+    def of_draft(cls, vllm_config: VllmConfig) -> "SWAConfig | None":
+        """Decide for the draft model of an engine; None where no plain Qwen3 drafts.
+
+        Raises:
+            SWAConfigError: contradictory or ineffective settings of its checkpoint.
+        """
+        speculation = vllm_config.speculative_config
+        if speculation is None or not speculation.uses_draft_model():
+            return None
+        if speculation.draft_model_config.architecture not in PLAIN:
+            return None
+        return cls._of_model(vllm_config, speculation.draft_model_config)
+
+    @classmethod
+    def _of_model(cls, vllm_config: VllmConfig, model_config: ModelConfig) -> "SWAConfig":
+        options, layers = _decide_options_and_layers(vllm_config, model_config)
         implementation = implementation_of(options)
         needs_all = obstacle_to_survivors(implementation, vllm_config) is not None
         storage = StoragePolicy(
@@ -106,12 +125,15 @@ def parse_additional_config(additional: object) -> SWAOptions:
     return SWAOptions.from_dict(additional.get("swa", {}))
 
 
-def _decide_options_and_layers(vllm_config: VllmConfig) -> tuple[SWAOptions, LayerPlan]:
-    """Decide what needs nothing but the model's config and the options, in any vLLM."""
+def _decide_options_and_layers(
+    vllm_config: VllmConfig, model_config: ModelConfig
+) -> tuple[SWAOptions, LayerPlan]:
+    """Decide what needs nothing but a model's config and the options, in any vLLM."""
     options = parse_additional_config(vllm_config.additional_config)
-    model_config = vllm_config.model_config
+    if is_draft(model_config):
+        return _decide_for_draft(options, model_config)
     layers = resolve_layers(
-        vllm_text_config(vllm_config),
+        text_config_of(model_config),
         options,
         hf_overrides=text_overrides(model_config),
         max_model_len=model_config.max_model_len,
@@ -119,17 +141,43 @@ def _decide_options_and_layers(vllm_config: VllmConfig) -> tuple[SWAOptions, Lay
     return options, layers
 
 
+def _decide_for_draft(
+    options: SWAOptions, model_config: ModelConfig
+) -> tuple[SWAOptions, LayerPlan]:
+    """Decide by a draft's own config: of the options, which are its target's, it has the engine's.
+
+    These say how pages are stored, and what computes attention.
+    """
+    try:
+        layers = resolve_layers(
+            text_config_of(model_config),
+            SWAOptions(),
+            hf_overrides=text_overrides(model_config),
+            max_model_len=model_config.max_model_len,
+        )
+    except SWAConfigError as error:
+        raise SWAConfigError(
+            f"the draft model {model_config.model} has the windows of its own config.json, and "
+            f"none by options: correct them there. {error}"
+        ) from error
+    storage = options.prefill_pages, options.impl, options.debug_poison
+    return SWAOptions(prefill_pages=storage[0], impl=storage[1], debug_poison=storage[2]), layers
+
+
 def _frees_pages(options: SWAOptions, layers: LayerPlan) -> bool:
     return layers.slides and options.phase is not Phase.PREFILL
 
 
 def vllm_config_frees_pages(vllm_config: VllmConfig) -> bool:
-    """As :attr:`SWAConfig.frees_pages`, in any vLLM.
+    """As :attr:`SWAConfig.frees_pages`, of the model or its draft model, in any vLLM.
 
     Raises:
         SWAConfigError: as :meth:`SWAConfig.from_vllm`.
     """
-    return _frees_pages(*_decide_options_and_layers(vllm_config))
+    if _frees_pages(*_decide_options_and_layers(vllm_config, vllm_config.model_config)):
+        return True
+    draft = SWAConfig.of_draft(vllm_config)
+    return draft is not None and draft.frees_pages
 
 
 def wants_windows_decided(vllm_config: VllmConfig) -> bool:
@@ -141,9 +189,20 @@ def wants_windows_decided(vllm_config: VllmConfig) -> bool:
         SWAConfigError: as :meth:`SWAConfig.from_vllm`.
     """
     stock_slides = getattr(vllm_text_config(vllm_config), "sliding_window", None) is not None
-    return _decide_options_and_layers(vllm_config)[1].slides or stock_slides
+    decided = _decide_options_and_layers(vllm_config, vllm_config.model_config)
+    return decided[1].slides or stock_slides
 
 
 def vllm_text_config(vllm_config: VllmConfig) -> Any:
     """Hugging Face's config of the text layers; a multimodal model's is nested in its own."""
-    return vllm_config.model_config.hf_config.get_text_config()
+    return text_config_of(vllm_config.model_config)
+
+
+def text_config_of(model_config: ModelConfig) -> Any:
+    """As :func:`vllm_text_config`, of one of an engine's models."""
+    return model_config.hf_config.get_text_config()
+
+
+def is_draft(model_config: ModelConfig) -> bool:
+    """Whether a model drafts for another one."""
+    return bool(model_config.runner_type == "draft")

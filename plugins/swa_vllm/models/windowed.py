@@ -11,7 +11,7 @@ from swa_backend.window import Phase
 from swa_vllm.attention.backends import windowed_backend
 from swa_vllm.attention.layer import PromptCachedAttention, WindowedAttention
 from swa_vllm.attention.layer_table import log_layers
-from swa_vllm.config.swa_config import SWAConfig, vllm_text_config
+from swa_vllm.config.swa_config import SWAConfig, is_draft, vllm_text_config
 from swa_vllm.refusals import check_servable, refuse_windows_in_part
 
 logger = init_logger(f"vllm.{__name__}")
@@ -24,7 +24,7 @@ class WindowedModel:
     """
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
-        if prefix:
+        if prefix and not is_draft(vllm_config.model_config):
             refuse_windows_in_part(vllm_config, prefix)
             super().__init__(vllm_config=vllm_config, prefix=prefix)  # type: ignore[call-arg]
             return
@@ -35,7 +35,7 @@ class WindowedModel:
             logger.warning("SWA %s", warning)
         # A layer without a window of its own would take this one: full layers must not.
         vllm_config.cache_config.sliding_window = None
-        super().__init__(vllm_config=_accepting_mixed_layers(vllm_config))  # type: ignore[call-arg]
+        super().__init__(vllm_config=_accepting_mixed_layers(vllm_config), prefix=prefix)  # type: ignore[call-arg]
         if swa.slides:
             text_model: Any = self.get_language_model() if supports_multimodal(self) else self  # type: ignore[attr-defined]
             _set_windows(text_model.model.layers, vllm_config, swa)

@@ -17,6 +17,7 @@ from swa_backend.pages import WindowPages, ceil_div
 from swa_backend.request_pages import PagePolicy
 from swa_backend.window import Phase, num_pinned
 from swa_vllm.compat.cache_dtypes import FP8, UNQUANTIZED
+from swa_vllm.compat.kv_groups import split_into_kv_groups
 from swa_vllm.tools.common.arms import Arm
 
 DTYPE_BYTES = {
@@ -102,20 +103,6 @@ class KVGroups:
         """Count the layers of a group in a pipeline stage, of the group that has the most there."""
         groups = (self.layers[first :: self.num_groups] for first in range(self.num_groups))
         return max(len(set(group).intersection(stage)) for group in groups)
-
-
-def split_into_kv_groups(num_layers: Sequence[int]) -> tuple[int, list[int]]:
-    """Split the layers of each kind into groups of one size, as vLLM does.
-
-    Args:
-        num_layers: of each kind, at least one.
-
-    Returns:
-        Layers of a group, and groups of each kind.
-    """
-    fewest, most = min(num_layers), max(num_layers)
-    size = most if most < 1.5 * fewest else fewest
-    return size, [ceil_div(number, size) for number in num_layers]
 
 
 def stages_of(num_layers: int, num_stages: int, partition: str | None = None) -> tuple[range, ...]:
