@@ -19,7 +19,9 @@ from swa_backend.options import (
 )
 from swa_backend.window import Phase
 
-FULL, SLIDING = "full_attention", "sliding_attention"
+FULL, SLIDING, LINEAR = "full_attention", "sliding_attention", "linear_attention"
+# transformers' model types whose layers are, but for some with full attention, linear.
+HYBRID_MODELS = ("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text")
 # Keys that are read here, and one that the engine sets for a purpose of its own.
 _KNOWN_KEYS = ("sliding_window", "use_sliding_window", "max_window_layers", "rswa_window")
 _WORDS_OF_WINDOWS = frozenset({"sliding", "window", "windows", "swa", "swaa"})
@@ -31,12 +33,14 @@ class LayerPlan:
     """What each layer attends to.
 
     Attributes:
-        windows: one entry a layer: its window in tokens, or None for full attention.
+        windows: one entry a layer: its window in tokens, or None for none.
         warnings: remarks for the log: settings that are legal but probably not meant.
+        linear: the layers with linear attention, which have a state in the place of a KV cache.
     """
 
     windows: tuple[int | None, ...]
     warnings: tuple[str, ...] = ()
+    linear: frozenset[int] = frozenset()
 
     @property
     def slides(self) -> bool:
@@ -46,7 +50,10 @@ class LayerPlan:
     @property
     def layer_types(self) -> list[str]:
         """The kind of each layer, as transformers' ``layer_types`` names it."""
-        return [FULL if window is None else SLIDING for window in self.windows]
+        return [
+            LINEAR if index in self.linear else FULL if window is None else SLIDING
+            for index, window in enumerate(self.windows)
+        ]
 
 
 def resolve_layers(
@@ -57,6 +64,8 @@ def resolve_layers(
     max_model_len: int | None = None,
 ) -> LayerPlan:
     """Resolve the window of every layer of a Qwen3: dense, MoE, or a derived model's text layers.
+
+    Layers with linear attention (of Qwen3-Next and Qwen3.5) have none, and no option may name one.
 
     Options win over the checkpoint; in the checkpoint an explicit ``layer_types`` wins over
     ``max_window_layers``. transformers (5.19) knows neither for MoE and slides every layer once
@@ -86,9 +95,10 @@ def resolve_layers(
                 "swa: enabled=false contradicts window / full_attention_layers; remove either"
             )
         return _full_attention_layers(num_layers, options)
-    by_layer = _windows_by_layer(options, num_layers)
+    linear = _linear_layers(hf_config, num_layers)
+    by_layer = _windows_by_layer(options, num_layers, linear)
     if by_layer:
-        full_layers = tuple(i for i in range(num_layers) if i not in by_layer)
+        full_layers = tuple(i for i in range(num_layers) if i not in {*by_layer, *linear})
         options = replace(options, window=max(by_layer.values()), full_attention_layers=full_layers)
     _check_unread_keys(hf_config, options)
     layer_types = _checkpoint_layer_types(hf_config, num_layers, options, hf_overrides or {})
@@ -97,19 +107,21 @@ def resolve_layers(
     if options.window is None and options.full_attention_layers is None:
         _check_layers_of_checkpoint(hf_config, layer_types)
 
-    full = _full_layers(options, layer_types)
-    if len(full) == num_layers:
+    full = _full_layers(options, layer_types, linear)
+    if len(full) + len(linear) == num_layers:
         if options.full_attention_layers is not None:
             raise SWAConfigError(
                 f"swa.full_attention_layers={options.full_attention_layers!r} names all "
-                f"{num_layers} layers, so no window would take effect; leave at least one layer "
+                f"{len(full)} layers{' that attend' if linear else ''}, so no window would take effect; leave at least one layer "
                 f"out, or ask for full attention with {SERVE_FULL}"
             )
         return _full_attention_layers(num_layers, options)
     _check_one_rope(hf_config)
     window = options.window if options.window is not None else _checkpoint_window(hf_config)
     assert isinstance(window, int)
-    windows = tuple(None if i in full else by_layer.get(i, window) for i in range(num_layers))
+    windows = tuple(
+        None if i in {*full, *linear} else by_layer.get(i, window) for i in range(num_layers)
+    )
     if max_model_len is not None and options.sink_tokens >= max_model_len:
         raise SWAConfigError(
             f"swa.sink_tokens={options.sink_tokens} is not below max_model_len {max_model_len}: "
@@ -122,7 +134,33 @@ def resolve_layers(
             *_warnings_of_phase(layer_types, options),
             *_warnings_of_layers(hf_config, windows, options, hf_overrides or {}, max_model_len),
         ),
+        linear,
     )
+
+
+def _linear_layers(hf_config: Any, num_layers: int) -> frozenset[int]:
+    if hf_config.model_type not in HYBRID_MODELS:
+        return frozenset()
+    layer_types = list(hf_config.layer_types)[:num_layers]
+    linear = frozenset(i for i, kind in enumerate(layer_types) if kind == LINEAR)
+    if len(linear) == num_layers:
+        raise SWAConfigError(
+            "all layers of this model have linear attention, and none could have a window; serve "
+            "another model, or remove the window"
+        )
+    return linear
+
+
+def _check_attend(
+    layers: frozenset[int], linear: frozenset[int], num_layers: int, what: str
+) -> None:
+    """Refuse layers that have no attention to give, or to leave without, a window."""
+    if idle := sorted(layers & linear):
+        attending = ", ".join(str(i) for i in range(num_layers) if i not in linear)
+        raise SWAConfigError(
+            f"{what} names layer {idle[0]}, which has linear attention and no KV cache; name some "
+            f"of those that attend: {attending}"
+        )
 
 
 def _check_unread_keys(hf_config: Any, options: SWAOptions) -> None:
@@ -146,7 +184,9 @@ def _check_unread_keys(hf_config: Any, options: SWAOptions) -> None:
             )
 
 
-def _windows_by_layer(options: SWAOptions, num_layers: int) -> dict[int, int]:
+def _windows_by_layer(
+    options: SWAOptions, num_layers: int, linear: frozenset[int]
+) -> dict[int, int]:
     """The window of each layer that ``window`` names; empty where it is one for all."""
     windows = dict[int, int]()
     if not isinstance(options.window, tuple):
@@ -158,6 +198,7 @@ def _windows_by_layer(options: SWAOptions, num_layers: int) -> dict[int, int]:
                 f"swa.window={dict(options.window)}: {spec!r} names no layer; leave it out, as "
                 "layers that are not named are full"
             )
+        _check_attend(layers, linear, num_layers, f"swa.window={dict(options.window)}")
         if twice := sorted(layers & windows.keys()):
             raise SWAConfigError(
                 f"swa.window={dict(options.window)} names layer {twice[0]} twice; name each layer "
@@ -198,12 +239,16 @@ def _full_attention_layers(num_layers: int, options: SWAOptions) -> LayerPlan:
     return LayerPlan((None,) * num_layers)
 
 
-def _full_layers(options: SWAOptions, layer_types: Sequence[str]) -> frozenset[int]:
-    if options.full_attention_layers is not None:
-        return parse_layers(options.full_attention_layers, len(layer_types))
+def _full_layers(
+    options: SWAOptions, layer_types: Sequence[str], linear: frozenset[int]
+) -> frozenset[int]:
+    if (spec := options.full_attention_layers) is not None:
+        layers = parse_layers(spec, len(layer_types))
+        _check_attend(layers, linear, len(layer_types), f"swa.full_attention_layers={spec!r}")
+        return layers
     full = frozenset(i for i, kind in enumerate(layer_types) if kind == FULL)
     # One option turns a full-attention checkpoint into a sliding one.
-    if options.window is not None and len(full) == len(layer_types):
+    if options.window is not None and len(full) + len(linear) == len(layer_types):
         return frozenset()
     return full
 
@@ -264,9 +309,12 @@ def _checkpoint_layer_types(
             f"layer_types has {len(layer_types)} entries for num_hidden_layers={num_layers}; "
             "give one entry a layer"
         )
-    if unknown := sorted(set(layer_types) - {FULL, SLIDING}):
+    is_hybrid = hf_config.model_type in HYBRID_MODELS
+    model, other = (hf_config.model_type, LINEAR) if is_hybrid else ("Qwen3", SLIDING)
+    if unknown := sorted(set(layer_types) - {FULL, other}):
         raise SWAConfigError(
-            f"layer_types contains {', '.join(unknown)}; Qwen3 has {FULL} and {SLIDING} only"
+            f"layer_types contains {', '.join(unknown)}; {model} has {FULL} and {other} only. "
+            f"Correct config.json; windows come by options too: {USE_OPTIONS}"
         )
     return layer_types
 

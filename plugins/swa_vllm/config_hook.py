@@ -81,6 +81,19 @@ class ConfigHook(VerifyAndUpdateConfig):
 
 
 @cache
+def hook_after(hook: type[VerifyAndUpdateConfig]) -> type[VerifyAndUpdateConfig]:
+    """A subclass of ``hook`` that does what :class:`ConfigHook` does, once ``hook`` has run."""
+
+    class WindowsToo(hook):
+        @staticmethod
+        def verify_and_update_config(vllm_config: VllmConfig) -> None:
+            hook.verify_and_update_config(vllm_config)
+            ConfigHook.verify_and_update_config(vllm_config)
+
+    return WindowsToo
+
+
+@cache
 def refusing_hook(hook: type[VerifyAndUpdateConfig]) -> type[VerifyAndUpdateConfig]:
     """A subclass of ``hook`` that first refuses options of windows, with SWAConfigError."""
 

@@ -71,10 +71,13 @@ def _register_specs() -> None:
 def _register_config_hook(architecture: str) -> None:
     from vllm.model_executor.models.config import MODELS_CONFIG_MAP
 
-    from swa_vllm.config_hook import ConfigHook
+    from swa_vllm.config_hook import ConfigHook, hook_after
 
-    # vLLM has none of its own for these; another plugin's stays.
-    MODELS_CONFIG_MAP.setdefault(architecture, ConfigHook)
+    stock = MODELS_CONFIG_MAP.get(architecture)
+    if stock is None:
+        MODELS_CONFIG_MAP[architecture] = ConfigHook
+    elif stock.__module__.startswith("vllm."):  # another plugin's stays
+        MODELS_CONFIG_MAP[architecture] = hook_after(stock)
 
 
 def _refuse_windows_of_others() -> None:

@@ -22,12 +22,19 @@ _NAN_BYTE = 0x7F
 class PoisonedPages:
     """Keeps the free pages of one engine filled with NaN."""
 
-    def __init__(self, key: str) -> None:
+    def __init__(self, key: str, clears: bool) -> None:
+        """Watch the engine that ``key`` names.
+
+        Args:
+            clears: whether pages that are handed out have to be cleared. Where others do it, a
+                page may hold a state by now that was copied into it in this step.
+        """
         self._key = key
+        self._clears = clears
         self._poisoned = set[int]()
 
     def poison_free_pages(self, kv_caches: list[torch.Tensor]) -> None:
-        """Poison pages that became free since the last call, and clear those handed out.
+        """Poison pages that became free since the last call; clear those handed out, if asked to.
 
         Pages in the prefix cache are free too, but a prompt may hit them: they are left alone. The
         null page, which nobody reads, is poisoned at each call.
@@ -42,7 +49,8 @@ class PoisonedPages:
         free = {b.block_id for b in pool.blocks if b.ref_cnt == 0 and b.block_hash is None}
         null = {pool.null_block.block_id}
         for cache in kv_caches:
-            cache[sorted(self._poisoned - free - null)] = 0
+            if self._clears:
+                cache[sorted(self._poisoned - free - null)] = 0
             nan = _NAN_BYTE if cache.dtype == torch.uint8 else float("nan")
             cache[sorted(free - self._poisoned | null)] = nan
         self._poisoned = free
@@ -102,7 +110,8 @@ class PoisonWatch:
         self._vllm_config = vllm_config
         self._pages: PoisonedPages | None = None
         if self._key is not None and next(iter(windowed_layers(vllm_config))) in layer_names:
-            self._pages = PoisonedPages(self._key)  # one builder does it for all
+            # One builder does it for all.
+            self._pages = PoisonedPages(self._key, clears=not vllm_config.model_config.is_hybrid)
 
     def watch_step(self, batch: CommonAttentionMetadata) -> NaNCheck | None:
         """Poison free pages; returns the check of the step's outputs, or None without poison."""

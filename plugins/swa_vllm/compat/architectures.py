@@ -3,8 +3,16 @@
 from collections.abc import Sequence
 from typing import Any
 
-# Architectures, and vLLM's class for each: the text stack is a plain Qwen3, which may slide ...
+# Architectures, and vLLM's class for each: of the text stack's attention layers all may slide ...
+HYBRID = {
+    name: name
+    for name in (
+        *("Qwen3NextForCausalLM", "Qwen3_5ForCausalLM", "Qwen3_5MoeForCausalLM"),
+        *("Qwen3_5ForConditionalGeneration", "Qwen3_5MoeForConditionalGeneration"),
+    )
+}
 WINDOWED = {
+    **HYBRID,
     "ColQwen3": "ColQwen3Model",
     "OpsColQwen3Model": "ColQwen3Model",
     "Qwen3ASRForConditionalGeneration": "Qwen3ASRForConditionalGeneration",

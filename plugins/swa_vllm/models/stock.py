@@ -17,9 +17,14 @@ STOCK = {
     "Qwen3ASRRealtimeGeneration": "qwen3_asr_realtime",
     "Qwen3ForCausalLM": "qwen3",
     "Qwen3MoeForCausalLM": "qwen3_moe",
+    "Qwen3NextForCausalLM": "qwen3_next",
     "Qwen3OmniMoeThinkerForConditionalGeneration": "qwen3_omni_moe_thinker",
     "Qwen3VLForConditionalGeneration": "qwen3_vl",
     "Qwen3VLMoeForConditionalGeneration": "qwen3_vl_moe",
+    "Qwen3_5ForCausalLM": "qwen3_5",
+    "Qwen3_5ForConditionalGeneration": "qwen3_5",
+    "Qwen3_5MoeForCausalLM": "qwen3_5",
+    "Qwen3_5MoeForConditionalGeneration": "qwen3_5",
     "VoyageQwen3BidirectionalEmbedModel": "voyage",
 }
 

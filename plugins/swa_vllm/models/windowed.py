@@ -7,6 +7,7 @@ from vllm.config import VllmConfig
 from vllm.logger import init_logger
 from vllm.model_executor.models.interfaces import supports_multimodal
 
+from swa_backend.layers import SLIDING
 from swa_backend.window import Phase
 from swa_vllm.attention.backends import windowed_backend
 from swa_vllm.attention.layer import PromptCachedAttention, WindowedAttention
@@ -58,7 +59,7 @@ def _set_windows(layers: object, config: VllmConfig, swa: SWAConfig) -> None:
     """
     backend = windowed_backend(swa.implementation)
     for layer, window in zip(layers, swa.layers.windows, strict=True):  # type: ignore[call-overload]
-        # Layers of other pipeline stages are placeholders without attention.
+        # Layers of other pipeline stages are placeholders, and linear attention is called else.
         if not hasattr(layer, "self_attn"):
             continue
         attention = layer.self_attn
@@ -83,7 +84,7 @@ def _accepting_mixed_layers(vllm_config: VllmConfig) -> VllmConfig:
     Stock vLLM takes ``max_window_layers == num_hidden_layers`` for "no layer slides" and then
     lets any ``layer_types`` pass; neither is read after that.
     """
-    if len(set(getattr(vllm_text_config(vllm_config), "layer_types", None) or ())) < 2:
+    if SLIDING not in (getattr(vllm_text_config(vllm_config), "layer_types", None) or ()):
         return vllm_config
     vllm_config = copy.copy(vllm_config)
     vllm_config.model_config = copy.copy(vllm_config.model_config)

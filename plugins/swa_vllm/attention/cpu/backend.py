@@ -51,6 +51,8 @@ class SWACPUImpl(CPUAttentionBackendImpl):
     ) -> torch.Tensor:
         if attn_metadata is None:  # warming up
             return output
+        if attn_metadata.fresh_pages is not None:
+            kv_cache[attn_metadata.fresh_pages] = 0
         # Before the parts: a request may hit a page that another one writes in this step.
         self.do_kv_cache_update(layer, key, value, kv_cache, attn_metadata.slot_mapping)
         self._write_ghosts(kv_cache, attn_metadata)

@@ -15,6 +15,7 @@ from vllm.v1.kv_cache_interface import AttentionSpec
 from swa_backend.window import Phase, last_unshifted
 from swa_vllm.attention.cpu.answer_table import answer_tables
 from swa_vllm.attention.cpu.batches import rows_with_holes, select_rows, split_at_prompt_ends
+from swa_vllm.attention.cpu.fresh_pages import fresh_pages
 from swa_vllm.attention.cpu.ghost_tail import SinkCopies, ghost_tail
 from swa_vllm.attention.cpu.page_layout import PageLayout
 from swa_vllm.attention.cpu.position_shift import ShiftedScratch, shifted_scratch
@@ -57,6 +58,7 @@ class SWACPUMetadata:
             the newest tokens.
         ghost_distances: int64 ``[n]``, of each from its place under cache-relative positions.
         nan_check: what to check each layer's output with, if pages are poisoned.
+        fresh_pages: int64 ``[n]``, pages to clear before anything is written.
     """
 
     slot_mapping: torch.Tensor
@@ -65,6 +67,7 @@ class SWACPUMetadata:
     ghosts: SinkCopies | None = None
     ghost_distances: torch.Tensor | None = None
     nan_check: NaNCheck | None = None
+    fresh_pages: torch.Tensor | None = None
 
 
 class SWACPUMetadataBuilder(CPUAttentionMetadataBuilder):
@@ -97,6 +100,7 @@ class SWACPUMetadataBuilder(CPUAttentionMetadataBuilder):
         # Layers take their turns, so those of all groups share scratch pages; full ones need none.
         windowed = windowed_layers(vllm_config).values()
         self._scratch = next((layer.scratch_pages for layer in windowed), {})
+        self._is_hybrid = vllm_config.model_config.is_hybrid
         self._poison = PoisonWatch(kv_cache_spec, layer_names, vllm_config)
         log_layers(vllm_config, layer_names)
 
@@ -127,6 +131,7 @@ class SWACPUMetadataBuilder(CPUAttentionMetadataBuilder):
     ) -> SWACPUMetadata:
         batch = common_attn_metadata
         nan_check = self._poison.watch_step(batch)
+        fresh = fresh_pages(batch, self.block_size, self._sink_tokens) if self._is_hybrid else None
         ghosts = distances = scratch = None
         windows: list[int | None] = [None] * batch.num_reqs
         if self._phase is Phase.DECODE:
@@ -150,7 +155,7 @@ class SWACPUMetadataBuilder(CPUAttentionMetadataBuilder):
             scratch = self._scratch_pages(max(p.layout.num_pages for p in parts if p.layout))
             # Slots of the null page, which stands for the holes.
             slots = batch.slot_mapping.masked_fill(batch.slot_mapping < self.block_size, -1)
-        return SWACPUMetadata(slots, parts, scratch, ghosts, distances, nan_check)
+        return SWACPUMetadata(slots, parts, scratch, ghosts, distances, nan_check, fresh)
 
     def _lay_out_answers(
         self, batch: CommonAttentionMetadata
