@@ -112,8 +112,8 @@ def resolve_layers(
         if options.full_attention_layers is not None:
             raise SWAConfigError(
                 f"swa.full_attention_layers={options.full_attention_layers!r} names all "
-                f"{len(full)} layers{' that attend' if linear else ''}, so no window would take effect; leave at least one layer "
-                f"out, or ask for full attention with {SERVE_FULL}"
+                f"{len(full)} layers{' that attend' if linear else ''}, so no window would take "
+                f"effect; leave at least one layer out, or ask for full attention with {SERVE_FULL}"
             )
         return _full_attention_layers(num_layers, options)
     _check_one_rope(hf_config)

@@ -70,6 +70,8 @@ def check_servable(
     check_backend_slot()
     check_can_slide(text_config_of(model_config or vllm_config.model_config))
     _refuse_engine(vllm_config)
+    if swa.layers.linear:
+        _refuse_beside_states(vllm_config, swa)
     if vllm_config.kv_transfer_config is not None:
         _refuse_transfer(vllm_config, swa, vllm_config.kv_transfer_config)
     if vllm_config.parallel_config.pipeline_parallel_size > 1:
@@ -442,6 +444,29 @@ def _refuse_events(vllm_config: VllmConfig) -> None:
             "--kv-events-config would mislead a router: of sliding layers vLLM announces pages "
             "that are not in the prefix cache, and pages after others that never were. Remove it, "
             "or the window"
+        )
+
+
+def _refuse_beside_states(vllm_config: VllmConfig, swa: SWAConfig) -> None:
+    """Refuse what was not tried in a model that has layers with linear attention."""
+    parallel, speculation = vllm_config.parallel_config, vllm_config.speculative_config
+    obstacles = {
+        f"speculative decoding by {speculation.method}" if speculation is not None else "": (
+            speculation is not None
+        ),
+        "swa.position_shift": swa.options.position_shift,
+        "--kv-transfer-config": vllm_config.kv_transfer_config is not None,
+        "--disable-hybrid-kv-cache-manager": (
+            vllm_config.scheduler_config.disable_hybrid_kv_cache_manager
+        ),
+        f"pipeline_parallel_size={parallel.pipeline_parallel_size}": (
+            parallel.pipeline_parallel_size > 1
+        ),
+    }
+    if found := [what for what, is_there in obstacles.items() if is_there]:
+        raise SWAConfigError(
+            f"{found[0]} was not tested with windows in {vllm_config.model_config.architecture}, "
+            "which has layers with linear attention; remove either"
         )
 
 

@@ -18,7 +18,7 @@ import swa_vllm
 from swa_backend.options import SWAConfigError
 from swa_vllm.compat import architectures, versions
 from swa_vllm.models import derived, guard
-from tests.helpers.derived_models import KINDS, projection, save_derived
+from tests.helpers.derived_models import KINDS, TEXT_ONLY, projection, save_derived
 from tests.helpers.engines import ModelFactory, resolve_here
 from tests.helpers.processes import Probe, probe_environment
 from tests.helpers.tiny_models import (
@@ -30,7 +30,7 @@ from tests.helpers.tiny_models import (
     random_prompts,
     save_tiny_moe,
 )
-from tests.helpers.wheel_sources import wheel_sources
+from tests.helpers.wheel_sources import torchvision_files
 
 LENGTHS = (1, WINDOW + 1, 4 * WINDOW)
 WINDOWS = (None, None, WINDOW, WINDOW)
@@ -40,7 +40,6 @@ BY_CHECKPOINT = {
     "sliding_window": WINDOW,
     "layer_types": ["full_attention"] * 2 + ["sliding_attention"] * 2,
 }
-TORCHVISION = "torchvision==0.28.0"  # the release for the torch of vLLM's CPU build
 
 
 @pytest.fixture(scope="session")
@@ -49,10 +48,7 @@ def torchvision() -> Path:
 
     These models import it for image processing, which needs no operator.
     """
-    target = wheel_sources(TORCHVISION)
-    # It declares what shapes the missing operators return, and nothing else.
-    (target / "torchvision" / "_meta_registrations.py").write_text("")
-    return target
+    return torchvision_files()
 
 
 @pytest.fixture(scope="session")
@@ -88,7 +84,7 @@ def served(
         model = save_derived(root / name, kind, plain, text)
         if name == "ambiguous":
             (model / "model.safetensors").unlink()
-        return dict(probe.ask(str(model), kwargs))
+        return dict(probe.ask(str(model), {"limit_mm_per_prompt": TEXT_ONLY, **kwargs}))
 
     yield ask
     probe.stop()

@@ -23,6 +23,7 @@ SPECIAL = (
     *("<|audio_start|>", "<|audio_end|>", "<|audio_pad|>", "<timestamp>"),
 )
 IDS = {token: VOCAB_SIZE - len(SPECIAL) + i for i, token in enumerate(SPECIAL)}
+TEXT_ONLY = {"image": 0, "video": 0, "audio": 0}
 TEXT_KEYS = (
     *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "head_dim"),
     *("num_attention_heads", "num_key_value_heads", "max_position_embeddings", "rms_norm_eps"),

@@ -12,6 +12,7 @@ import pytest
 from filelock import FileLock
 
 SOURCES = Path(".cache/wheel-sources")
+TORCHVISION = "torchvision==0.28.0"  # the release for the torch of vLLM's CPU build
 KEPT = Path(".cache/wheels")  # by SHA-256, as tests/vllm_0_33/setup_env.sh keeps what it downloads
 
 
@@ -24,6 +25,17 @@ def official_sources(version: str) -> Path:
 def wheel_sources(requirement: str, *options: str) -> Path:
     """Directory of a wheel's Python files and metadata; skips where it cannot be downloaded."""
     return unpack_wheel(SOURCES / requirement, requirement, options, _is_source)
+
+
+def torchvision_files() -> Path:
+    """Python files of torchvision, whose operators do not load on a torch without CUDA.
+
+    Models that see import it for image processing, which needs no operator.
+    """
+    target = wheel_sources(TORCHVISION)
+    # It declares what shapes the missing operators return, and nothing else.
+    (target / "torchvision" / "_meta_registrations.py").write_text("")
+    return target
 
 
 def _is_source(name: str) -> bool:

@@ -87,10 +87,11 @@ def phase_refused(phase: str, architectures: Sequence[str]) -> str | None:
     Args:
         phase: the option that asks for it.
     """
-    if set(architectures) & set(PLAIN):
+    proven = (*PLAIN, "Qwen3NextForCausalLM")
+    if set(architectures) & set(proven):
         return None
     named = ", ".join(architectures) or "a checkpoint that names no architecture"
-    return f"{phase} was not tested with {named}, only with {', '.join(PLAIN)}; remove phase"
+    return f"{phase} was not tested with {named}, only with {', '.join(proven)}; remove phase"
 
 
 def registered_class(architecture: str) -> str | None:

@@ -10,7 +10,7 @@ from vllm.config import VllmConfig, get_layers_from_vllm_config
 from vllm.model_executor.layers.attention import Attention
 from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionMetadata, CPUAttentionMetadataBuilder
-from vllm.v1.kv_cache_interface import AttentionSpec
+from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec
 
 from swa_backend.window import Phase, last_unshifted
 from swa_vllm.attention.cpu.answer_table import answer_tables
@@ -100,7 +100,10 @@ class SWACPUMetadataBuilder(CPUAttentionMetadataBuilder):
         # Layers take their turns, so those of all groups share scratch pages; full ones need none.
         windowed = windowed_layers(vllm_config).values()
         self._scratch = next((layer.scratch_pages for layer in windowed), {})
-        self._is_hybrid = vllm_config.model_config.is_hybrid
+        # vLLM's runner clears those of full attention, and there are none without other states.
+        self._clears_pages = vllm_config.model_config.is_hybrid and not isinstance(
+            kv_cache_spec, FullAttentionSpec
+        )
         self._poison = PoisonWatch(kv_cache_spec, layer_names, vllm_config)
         log_layers(vllm_config, layer_names)
 
@@ -131,7 +134,9 @@ class SWACPUMetadataBuilder(CPUAttentionMetadataBuilder):
     ) -> SWACPUMetadata:
         batch = common_attn_metadata
         nan_check = self._poison.watch_step(batch)
-        fresh = fresh_pages(batch, self.block_size, self._sink_tokens) if self._is_hybrid else None
+        fresh = (
+            fresh_pages(batch, self.block_size, self._sink_tokens) if self._clears_pages else None
+        )
         ghosts = distances = scratch = None
         windows: list[int | None] = [None] * batch.num_reqs
         if self._phase is Phase.DECODE:

@@ -55,10 +55,16 @@ def inspect_layers(model: str, options: dict[str, Any], hf_overrides: dict[str, 
         sliding_spec,
     )
     full = ("-", "-", "chosen by vLLM", full_spec)
+    linear = ("linear", "-", "-", "chosen by vLLM", "MambaSpec")
     described = [
         (
             index,
-            (kind_of_layer(window, phase), *(full if window is None else (str(window), *sliding))),
+            linear
+            if index in swa.layers.linear
+            else (
+                kind_of_layer(window, phase),
+                *(full if window is None else (str(window), *sliding)),
+            ),
         )
         for index, window in enumerate(swa.layers.windows)
     ]
