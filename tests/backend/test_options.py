@@ -8,12 +8,13 @@ from hypothesis import strategies as st
 from transformers import (
     Qwen3Config,
     Qwen3MoeConfig,
+    Qwen3NextConfig,
     Qwen3OmniMoeConfig,
     Qwen3VLConfig,
     Qwen3VLMoeConfig,
 )
 
-from swa_backend.layers import resolve_layers
+from swa_backend.layers import LayerPlan, resolve_layers
 from swa_backend.options import SWAConfigError, SWAOptions, parse_layers
 from tests.helpers.tiny_models import BY_LAYER_TYPES, FULL, MIXED, SLIDING, WINDOW, tiny_config
 
@@ -119,6 +120,53 @@ def test_windows_by_layer_leave_the_others_full(checkpoint: dict[str, Any]) -> N
     plan = _resolve(checkpoint, {"window": {"0": 8, "every:2": 16}})
     assert plan.windows == (8, 16, None, 16)
     assert _resolve(checkpoint, {"window": {"0-3": 8}}).windows == (8,) * 4
+
+
+def _resolve_hybrid(options: dict[str, Any], **checkpoint: Any) -> LayerPlan:
+    config = Qwen3NextConfig(num_hidden_layers=8, **checkpoint)
+    return resolve_layers(config, SWAOptions.from_dict(options))
+
+
+def test_only_layers_that_attend_have_windows() -> None:
+    slides = (None, None, None, W, None, None, None, W)
+    plan = _resolve_hybrid({"window": W})
+    assert plan.windows == slides
+    assert plan.linear == {0, 1, 2, 4, 5, 6}
+    assert plan.layer_types == [*["linear_attention"] * 3, "sliding_attention"] * 2
+    assert _resolve_hybrid({"window": W, "full_attention_layers": "none"}).windows == slides
+    last = (None,) * 7 + (W,)
+    for options in (
+        {"window": W, "full_attention_layers": "3"},
+        {"window": {"7": W}},
+        {"window": {"every:8": W}},
+    ):
+        assert _resolve_hybrid(options).windows == last
+    for options in ({}, {"enabled": False}):
+        assert not _resolve_hybrid(options).slides
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"window": W, "full_attention_layers": "0-3"}, r"'0-3' names layer 0.*attend: 3, 7$"),
+        ({"window": {"3-5": W}}, r"names layer 4, which has linear attention.*attend: 3, 7$"),
+        ({"window": W, "full_attention_layers": "every:4"}, r"names all 2 layers that attend"),
+        ({"sink_tokens": 4}, r"no layer has a window"),
+    ],
+)
+def test_layers_that_do_not_attend_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(SWAConfigError, match=message):
+        _resolve_hybrid(options)
+
+
+def test_layer_types_that_a_hybrid_lacks_are_refused() -> None:
+    config = Qwen3NextConfig(num_hidden_layers=2)
+    for kind in ("sliding_attention", "mamba"):
+        config.layer_types = ["full_attention", kind]
+        with pytest.raises(SWAConfigError, match=f"{kind}; qwen3_next has full_attention and lin"):
+            resolve_layers(config, SWAOptions(window=W))
+    with pytest.raises(SWAConfigError, match="all layers of this model have linear attention"):
+        _resolve_hybrid({"window": W}, layer_types=["linear_attention"] * 8)
 
 
 def test_each_window_that_never_slides_is_warned_of() -> None:
