@@ -6,10 +6,11 @@ import torch
 from vllm.v1.core.sched.output import NewRequestData
 from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.model_states.default import DefaultModelState
+from vllm.v1.worker.gpu.model_states.mamba_hybrid import MambaHybridModelState
 
 
-class PromptLensState(DefaultModelState):
-    """vLLM's state of a model, which gives builders ``rswa_prefix_lens``.
+class _GivesPromptLens(DefaultModelState):
+    """Mixin before a state of vLLM's: gives builders ``rswa_prefix_lens``.
 
     vLLM has the lengths at hand for its own kind of window (R-SWA) only, where (0.33) a batch that
     is padded for a CUDA graph fails in TRITON_ATTN.
@@ -27,3 +28,11 @@ class PromptLensState(DefaultModelState):
     def prepare_attn(self, input_batch: InputBatch, *args: Any, **kwargs: Any) -> dict[str, Any]:
         input_batch.prompt_lens = self._prompt_lens[input_batch.idx_mapping]
         return super().prepare_attn(input_batch, *args, **kwargs)
+
+
+class PromptLensState(_GivesPromptLens):
+    """vLLM's state of a model whose layers all attend."""
+
+
+class HybridPromptLensState(_GivesPromptLens, MambaHybridModelState):
+    """vLLM's state of a model that has layers with linear attention."""

@@ -1,6 +1,7 @@
 """Windows for a Qwen3-like model: stock code builds it, then sliding layers get our attention."""
 
 import copy
+from functools import partial
 from typing import Any
 
 from vllm.config import VllmConfig
@@ -42,13 +43,14 @@ class WindowedModel:
             _set_windows(text_model.model.layers, vllm_config, swa)
         if swa.options.phase is not Phase.BOTH and vllm_config.use_v2_model_runner:
             # Of an instance: without the attribute vLLM chooses by the model's kind.
-            self.get_model_state_cls = _prompt_lens_state
+            is_hybrid = bool(swa.layers.linear)
+            self.get_model_state_cls = partial(_prompt_lens_state, is_hybrid=is_hybrid)
 
 
-def _prompt_lens_state() -> type:
-    from swa_vllm.attention.model_state import PromptLensState  # of Model Runner V2 alone
+def _prompt_lens_state(*, is_hybrid: bool) -> type:
+    from swa_vllm.attention import model_state  # of Model Runner V2 alone
 
-    return PromptLensState
+    return model_state.HybridPromptLensState if is_hybrid else model_state.PromptLensState
 
 
 def _set_windows(layers: object, config: VllmConfig, swa: SWAConfig) -> None:
