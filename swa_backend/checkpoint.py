@@ -91,7 +91,8 @@ def read_checkpoint(path: Path) -> Checkpoint:
     if kind not in _TEXT_MODELS:
         raise ValueError(
             f"{file}: model_type {raw.get('model_type')!r} is no Qwen3 that this plugin serves "
-            f"with windows; its text layers must be one of {', '.join(_TEXT_MODELS)}"
+            f"with windows; its text layers must be one of {', '.join(_TEXT_MODELS)}. Give the "
+            "config.json of one"
         )
     text = {**_DEFAULTS.get(kind, {}), **text, "model_type": kind}
     _check_config_types(file, text)

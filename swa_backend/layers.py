@@ -313,8 +313,8 @@ def _checkpoint_layer_types(
     model, other = (hf_config.model_type, LINEAR) if is_hybrid else ("Qwen3", SLIDING)
     if unknown := sorted(set(layer_types) - {FULL, other}):
         raise SWAConfigError(
-            f"layer_types contains {', '.join(unknown)}; {model} has {FULL} and {other} only. "
-            f"Correct config.json; windows come by options too: {USE_OPTIONS}"
+            f"layer_types contains {', '.join(unknown)}; {model} has {FULL} and {other} only; "
+            "correct the checkpoint's config.json"
         )
     return layer_types
 

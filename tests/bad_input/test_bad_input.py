@@ -22,7 +22,6 @@ from swa_backend import ops
 from swa_backend.checkpoint import read_checkpoint
 from swa_vllm.tools.bench import overhead, prefill, sinks
 from swa_vllm.tools.bench.serving.launcher import Launcher
-from swa_vllm.tools.check import device
 from swa_vllm.tools.cli import main
 from swa_vllm.tools.engines.scoring import ScoringEngine
 from tests.bad_input.checkpoints import CHECKPOINTS, CONFIG_FILES, UNREADABLE, WEIGHTS, no_rights
@@ -257,8 +256,6 @@ def cut_short(monkeypatch: pytest.MonkeyPatch) -> None:
     for benchmark in (prefill, sinks, overhead):
         monkeypatch.setattr(benchmark, "make_layer", begin)
     monkeypatch.setattr(ScoringEngine, "start", begin)
-    for step in ("inspect_kernels", "inspect_cpu_operators"):
-        monkeypatch.setattr(device, step, lambda *_: "not asked in this test")
 
 
 @pytest.fixture(scope="module")

@@ -2,8 +2,10 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -21,20 +23,23 @@ import swa_vllm
 from swa_backend import ops
 from swa_backend.verify import smoke as smoke_module
 from swa_vllm.compat import versions
-from swa_vllm.tools.check import device, inspection
-from swa_vllm.tools.check.steps import ProblemError
+from swa_vllm.tools.check import device, files, inspection, problems
+from swa_vllm.tools.check.problems import ProblemError
 from swa_vllm.tools.cli import main
+from swa_vllm.tools.common import progress
+from tests.bad_input.checkpoints import CONFIG_FILES
+from tests.bad_input.options import CONFIGS
+from tests.bad_input.row import Bad
 from tests.helpers.engines import ModelFactory
-from tests.helpers.tiny_models import FULL, MIXED
+from tests.helpers.paths import DATA
+from tests.helpers.tiny_models import FULL, MIXED, SLIDING
 
 Figures = tuple[int, dict[str, Any]]
 
 
 @pytest.fixture
-def check(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., Figures]:
-    """Exit status and JSON of a check in this process, without its slow steps."""
-    for step in ("inspect_kernels", "inspect_cpu_operators"):
-        monkeypatch.setattr(device, step, lambda *_: "not asked in this test")
+def check(tmp_path: Path) -> Callable[..., Figures]:
+    """Exit status and JSON of a check in this process."""
 
     def run(*arguments: str) -> Figures:
         path = tmp_path / "check.json"
@@ -56,9 +61,11 @@ def test_a_window_in_one_phase_only(
 ) -> None:
     """Full layers are of another kind too: their prefix cache keeps prompts alone."""
     status, found = check(str(tiny_model(**MIXED)), "--phase", phase)
-    *_, last = found["findings"]
-    assert status == 0, last
-    assert [line.split()[-1] for line in last["detail"].splitlines()[2:4]] == specs
+    *_, layers, left_out = found["findings"]
+    assert status == 0, layers
+    assert [line.split()[-1] for line in layers["detail"].splitlines()[2:4]] == specs
+    assert left_out["state"] == "not checked"
+    assert "--deep compiles and runs them" in left_out["detail"]
 
 
 def _last(figures: Figures) -> dict[str, Any]:
@@ -74,8 +81,9 @@ def _last(figures: Figures) -> dict[str, Any]:
 def test_all_is_well_in_a_process_of_its_own(tiny_model: ModelFactory, tmp_path: Path) -> None:
     """Kernels are compiled and run, and one layer in an engine."""
     model = tiny_model(**MIXED)
+    command = [sys.executable, "-m", "swa_vllm.tools.cli"]
     result = subprocess.run(
-        [sys.executable, "-m", "swa_vllm.tools.cli", "check", str(model), "--sink-tokens", "4"],
+        [*command, "check", str(model), "--sink-tokens", "4", "--deep"],
         env={k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"},
         capture_output=True,
         text=True,
@@ -83,10 +91,12 @@ def test_all_is_well_in_a_process_of_its_own(tiny_model: ModelFactory, tmp_path:
     )
     assert result.returncode == 0, result.stdout + result.stderr
     lines = result.stdout.splitlines()
-    assert [line.split()[0] for line in lines[:10]] == ["ok"] * 10
-    assert "equal the oracle" in lines[7]
-    assert "equals plain torch" in lines[8]
-    assert [line.split() for line in lines[-2:]] == [
+    assert len(lines) == 14
+    assert [line.split()[0] for line in (*lines[:8], *lines[-3:])] == ["ok"] * 11
+    assert lines[0].endswith("2 of 4 layers slide, window 40, 4 sink tokens")
+    assert "equal the oracle" in lines[-2]
+    assert "equals plain torch" in lines[-1]
+    assert [line.split() for line in lines[-5:-3]] == [
         ["0-1", "full", "-", "-", "chosen", "by", "vLLM", "FullAttentionSpec"],
         ["2-3", "sliding", "40", "4", "CUSTOM", "SWASpec"],
     ]
@@ -262,6 +272,129 @@ def test_a_process_that_dies_without_a_word_is_a_problem(tmp_path: Path) -> None
         device._error_of_smoke_test("dies", PYTHONPATH=str(tmp_path))
 
 
+def test_a_smoke_test_that_hangs_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "hangs.py").write_text("import time\ntime.sleep(600)\n")
+    monkeypatch.setattr(device, "LIMIT_S", 0.5)
+    with pytest.raises(ProblemError, match=r"hangs did not end within 0\.5 s"):
+        device._error_of_smoke_test("hangs", PYTHONPATH=str(tmp_path))
+
+
+# Faults of arguments, options and files, and what is said of each.
+FAULTS = {
+    "option": (["--window", "0"], "must be an integer >= 1"),
+    "option by name": (["--additional-config", '{"swa": {"windw": 8}}'], "did you mean window?"),
+    "option out of place": (["--additional-config", '{"window": 8}'], "where nothing reads it"),
+    "option twice": (
+        ["--window", "8", "--additional-config", '{"swa": {"window": 8}}'],
+        "remove either",
+    ),
+    "no object": (["--additional-config", "8"], "--additional-config must be a JSON object"),
+    "number": (["--max-model-len", "0"], "--max-model-len must be at least 1"),
+    "layer": (["--window", "8", "--full-attention-layers", "9"], "layer 9 is out of range"),
+    "length": (["--max-model-len", "513"], "more than the 512 tokens"),
+    "shards": (["--tensor-parallel-size", "3"], "size 3 does not divide"),
+    "stages": (["--pipeline-parallel-size", "5"], "size 5 is more than this model's 4 layers"),
+    "dtype": (["--kv-cache-dtype", "int3"], "invalid choice: 'int3'"),
+    "MODEL": (["--window", "8"], "does not exist"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_what_needs_no_vllm_is_said_before_any_is_imported(fault: str) -> None:
+    """Nor torch: so that the first error comes at once."""
+    arguments, message = FAULTS[fault]
+    model = "nowhere" if fault == "MODEL" else str(DATA / "tiny-swa-sliding")
+    code = f"""
+import sys
+from swa_vllm.tools.cli import main
+try:
+    status = main(["check", {model!r}, *{arguments!r}])
+except SystemExit as ended:
+    status = ended.code
+assert status
+assert not {{"torch", "vllm", "transformers", "triton"}} & set(sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert message in done.stdout + done.stderr
+
+
+def test_weights_are_read_before_vllm_is_imported(tmp_path: Path) -> None:
+    config = json.loads((DATA / "tiny-swa-sliding" / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "model.safetensors").write_bytes(b"short")
+    with pytest.raises(ProblemError, match="is cut short") as caught:
+        files.inspect_files(str(tmp_path), {})
+    assert caught.value.remedy == "download or copy the checkpoint again"
+
+
+@pytest.mark.parametrize(
+    ("given", "detail", "remedy"),
+    [
+        (
+            ["--sink-tokens", "4", "--kv-cache-dtype", "fp8"],
+            "swa.sink_tokens cannot be had with kv_cache_dtype=fp8",
+            ["--sink-tokens", "4", "--kv-cache-dtype", "auto"],
+        ),
+        (["--pipeline-parallel-size", "2"], "fails in vLLM's CPU build", []),
+        (
+            ["--additional-config", '{"swa": {"window": 8, "prefill_pages": "few"}}'],
+            'must be one of "auto", "survivors", "all"',
+            ["--additional-config", '{"swa": {"window": 8, "prefill_pages": "all"}}'],
+        ),
+        (
+            ["--max-num-batched-tokens", "8", "--max-num-seqs", "16"],
+            "max_num_batched_tokens (8) must be greater than or equal to max_num_seqs",
+            ["--max-num-batched-tokens", "1024", "--max-num-seqs", "16"],
+        ),
+    ],
+    ids=["cache", "stages", "option", "vLLM"],
+)
+def test_options_of_serving_reach_the_engine(
+    given: list[str],
+    detail: str,
+    remedy: list[str],
+    tiny_model: ModelFactory,
+    check: Callable[..., Figures],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """What they make wrong is found, and the remedy works."""
+    model = str(tiny_model(**MIXED))
+    assert main(["check", model, *given]) == 1
+    shown = capsys.readouterr()
+    assert detail in shown.out + shown.err
+    assert check(model, *remedy)[0] == 0
+
+
+@pytest.mark.parametrize(
+    "row",
+    # Of no layers the file's reader says it in other words than the engine.
+    [*(row for row in CONFIGS if row.name != "no layers"), *CONFIG_FILES],
+    ids=lambda row: row.name[:60],
+)
+def test_the_remedy_of_a_message_stands_apart(row: Bad, tmp_path: Path) -> None:
+    """Each fault of a config that the files show has one."""
+    shutil.copy(DATA / "tiny-swa-sliding" / "config.json", tmp_path)
+    if callable(row.given):
+        row.given(tmp_path)
+    else:
+        config = json.loads((tmp_path / "config.json").read_text())
+        plain = {k: v for k, v in config.items() if k not in SLIDING and k != "layer_types"}
+        (tmp_path / "config.json").write_text(json.dumps(plain | row.given))
+    with pytest.raises(ProblemError) as caught:
+        files.inspect_files(str(tmp_path), {})
+    said = f"{caught.value}; {caught.value.remedy}".lower()
+    assert not {word for word in row.do.lower().split() if word.strip(".;,") not in said}
+    assert caught.value.remedy != problems._UNSAID
+
+
+@pytest.mark.parametrize("slow", [False, True], ids=["quick", "slow"])
+def test_what_takes_long_is_told(slow: bool, capsys: pytest.CaptureFixture[str]) -> None:
+    with progress.say_if_slow("checking a model", after_s=0.05 if slow else 60):
+        time.sleep(0.3)
+    assert capsys.readouterr().err == ("checking a model ...\n" if slow else "")
+
+
 def test_an_inspection_by_vllm_that_hangs_is_told_of_and_ended(
     tiny_model: ModelFactory,
     clean_registries: pytest.MonkeyPatch,
@@ -282,7 +415,8 @@ def test_an_inspection_by_vllm_that_hangs_is_told_of_and_ended(
     clean_registries.setattr(registry, "_try_inspect_model_cls", uncached)
     wrong = _last(check(str(tiny_model(**MIXED))))
     assert "inspection of the model's class" in wrong["detail"]
-    assert "did not end within 2 s. See what keeps Python" in wrong["detail"]
+    assert "did not end within 2 s" in wrong["detail"]
+    assert wrong["remedy"].startswith("see what keeps Python")
     assert "vLLM inspects the model's class in another process" in capsys.readouterr().err
 
 
@@ -296,5 +430,5 @@ def test_an_architecture_of_another_family_is_told_in_one_sentence(
         wrong = _last(check(str(tmp_path), "--window", "64"))
         assert wrong["detail"].startswith(f"architectures {name}: not served with windows")
         assert "Qwen3ForCausalLM" in wrong["detail"]
-        assert "Give the config.json of one" in wrong["detail"]
+        assert wrong["remedy"] == "give the config.json of one"
         assert len(wrong["detail"]) < 600

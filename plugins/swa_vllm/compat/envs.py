@@ -13,6 +13,8 @@ METRICS_DIR = "SWA_METRICS_DIR"
 SHARED_METRICS_DIR = "PROMETHEUS_MULTIPROC_DIR"
 # Layers of each pipeline stage, with commas between them; vLLM reads it.
 LAYER_PARTITION = "VLLM_PP_LAYER_PARTITION"
+# Set to 1, vLLM takes a --max-model-len beyond what the model was made for.
+ALLOW_LONG_MAX_MODEL_LEN = "VLLM_ALLOW_LONG_MAX_MODEL_LEN"
 # Names of variables that vLLM copies to Ray's actors.
 _RAY_COPIES = "VLLM_RAY_EXTRA_ENV_VARS_TO_COPY"
 # Read by a worker process before vLLM hands it the driver's environment.

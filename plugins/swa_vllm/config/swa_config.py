@@ -1,22 +1,15 @@
 """What was decided about an engine's windows."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from vllm.config import ModelConfig, VllmConfig
 
 from swa_backend.layers import LayerPlan, resolve_layers
-from swa_backend.options import (
-    OPTION_KEYS,
-    USE_OPTIONS,
-    PrefillPages,
-    SWAConfigError,
-    SWAOptions,
-    is_section,
-)
+from swa_backend.options import PrefillPages, SWAConfigError, SWAOptions
 from swa_backend.window import Phase
 from swa_vllm.compat.architectures import PLAIN
+from swa_vllm.config.additional_config import parse_additional_config
 from swa_vllm.config.implementation import (
     Implementation,
     implementation_of,
@@ -24,9 +17,6 @@ from swa_vllm.config.implementation import (
 )
 from swa_vllm.config.overrides import text_overrides
 from swa_vllm.config.storage import StoragePolicy
-
-# Of these no other plugin is known: found beside "swa", they were meant to be in it.
-_OURS_ALONE = frozenset(OPTION_KEYS) - {"enabled", "impl"}
 
 
 @dataclass(frozen=True)
@@ -106,23 +96,6 @@ class SWAConfig:
     def has_own_backend(self) -> bool:
         """Whether windowed layers have an attention backend of this plugin."""
         return self.implementation is not Implementation.STOCK
-
-
-def parse_additional_config(additional: object) -> SWAOptions:
-    """Validate what vLLM has as ``--additional-config``: its ``swa`` section, if any.
-
-    Raises:
-        SWAConfigError: as :meth:`SWAOptions.from_dict`; options that are not inside ``swa``.
-    """
-    if not isinstance(additional, Mapping):
-        return SWAOptions()
-    for key in map(str, additional):
-        if key in _OURS_ALONE or (is_section(key) and key != "swa"):
-            raise SWAConfigError(
-                f"--additional-config has {key!r} where nothing reads it; options of windows "
-                f'belong into an object "swa". Write {USE_OPTIONS}'
-            )
-    return SWAOptions.from_dict(additional.get("swa", {}))
 
 
 def _decide_options_and_layers(

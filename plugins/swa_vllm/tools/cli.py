@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import json
+import logging
 import os
 import sys
 from collections.abc import Sequence
@@ -25,7 +26,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     if "vllm" not in sys.modules:
         # vLLM's own start-up lines would bury a tool's output; set it to see them.
-        os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+        level = os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+        logging.getLogger("vllm").setLevel(level)  # for what it logs before it reads that
     try:
         args = _command_parser(arguments).parse_args(arguments)
         # Figures alone where a program reads them.

@@ -1,24 +1,31 @@
-"""Whether windows would be served here: versions, what vLLM resolves, device, kernels, a model.
+"""Whether windows would be served here: a model and options, versions, what vLLM resolves, device.
 
-Stops at the first thing that is wrong, says what to do about it, and exits with status 1. With
-MODEL, a local directory with a config.json, it ends with what each layer would do. Of weights only
-the headers are read, where there are any.
+Stops at the first thing that is wrong, says what to do about it, and exits with status 1. Options
+and the files of MODEL, a local directory with a config.json, are checked before anything of vLLM is
+imported; last comes what each layer would do. Of weights only the headers are read, where there are
+any. The flags are those of vllm serve. With --deep the kernels are compiled and compared with their
+definition, which takes half a minute.
 """
 
 import argparse
-import json
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from enum import StrEnum
 from typing import Any
 
-from swa_backend.options import SWAConfigError, SWAOptions, shown_value
-from swa_vllm.tools.check import device, steps
+from swa_vllm.config.additional_config import parse_additional_config
+from swa_vllm.tools.check import device, files, steps
+from swa_vllm.tools.check.problems import NotCheckedError, ProblemError
 from swa_vllm.tools.common.arguments import (
+    add_additional_config_argument,
     add_window_arguments,
-    options_as_flags,
+    additional_config_of_arguments,
+    check_number_arguments,
+    json_object_of_flag,
     options_of_window_arguments,
 )
+from swa_vllm.tools.common.engine_arguments import add_engine_arguments
+from swa_vllm.tools.common.progress import say_if_slow
 from swa_vllm.tools.common.terminal import GREEN, RED, YELLOW, paint
 
 EXAMPLE = "Qwen3-8B --window 4096 --sink-tokens 4 --full-attention-layers every:4"
@@ -51,21 +58,42 @@ class Finding:
     remedy: str | None = None
 
 
+# Of vLLM's engine; what is not given is vLLM's choice.
+_NUMBERS = (
+    "tensor_parallel_size",
+    "pipeline_parallel_size",
+    "max_model_len",
+    "max_num_batched_tokens",
+    "max_num_seqs",
+    "block_size",
+)
+_ENGINE = ("dtype", "kv_cache_dtype", *_NUMBERS)
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of ``swa check``."""
     parser.add_argument("model", metavar="MODEL", nargs="?", help="a local directory")
     add_window_arguments(parser)
-    parser.add_argument("--hf-overrides", default="{}", metavar="JSON", help="as vLLM takes it")
+    add_additional_config_argument(parser)
+    add_engine_arguments(parser, **dict.fromkeys(_ENGINE, "vLLM's"))
+    parser.add_argument(
+        "--hf-overrides", default="{}", metavar="JSON", help="as vLLM takes it (default: {})"
+    )
+    parser.add_argument(
+        "--deep",
+        action="store_true",
+        help="compile and run the kernels too, which takes half a minute",
+    )
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Print each finding as it comes; returns all of them, and sets the exit status."""
-    options, overrides = _parse_options(args), _parse_overrides(args.hf_overrides)
-    about_a_model = [*options, *(["hf_overrides"] if overrides else [])]
-    if args.model is None and about_a_model:
-        raise ValueError(f"--{about_a_model[0].replace('_', '-')} is about a model: give MODEL")
+    arguments = _engine_arguments(args)
+    if args.model is None and arguments:
+        flags = [*options_of_window_arguments(args), *arguments]
+        raise ValueError(f"--{flags[0].replace('_', '-')} is about a model: give MODEL")
     findings = []
-    for finding in findings_of(args.model, options, overrides):
+    for finding in findings_of(args.model, arguments, deep=args.deep):
         findings.append(finding)
         label = paint(finding.state.value.ljust(11), _COLOURS[finding.state])
         lines = f"{finding.what}: {finding.detail}".splitlines()
@@ -77,33 +105,33 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     return {"ok": is_ok, "findings": [asdict(finding) for finding in findings]}
 
 
-def _parse_options(args: argparse.Namespace) -> dict[str, Any]:
-    options = options_of_window_arguments(args)
-    try:
-        SWAOptions.from_dict(options)
-    except SWAConfigError as error:
-        raise ValueError(options_as_flags(str(error))) from error
-    return options
+def _engine_arguments(args: argparse.Namespace) -> dict[str, Any]:
+    """Collect the arguments of vLLM's engine that are given.
 
-
-def _parse_overrides(text: str) -> dict[str, Any]:
-    try:
-        overrides = json.loads(text)
-    except ValueError:
-        overrides = None
-    if not isinstance(overrides, dict):
-        raise ValueError(
-            f"--hf-overrides must be a JSON object, got {shown_value(text)}; give one such as "
-            """'{"max_position_embeddings": 512}'"""
-        )
-    return overrides
+    Raises:
+        ValueError: one of them is wrong, whatever the model.
+    """
+    check_number_arguments(args, _NUMBERS)
+    overrides = json_object_of_flag(
+        "--hf-overrides", args.hf_overrides, '{"max_position_embeddings": 512}'
+    )
+    found = {
+        "additional_config": additional_config_of_arguments(args),
+        "hf_overrides": overrides,
+        **{name: getattr(args, name) for name in _ENGINE},
+    }
+    return {name: value for name, value in found.items() if value}
 
 
 def findings_of(
-    model: str | None, options: dict[str, Any], hf_overrides: dict[str, Any]
+    model: str | None, arguments: dict[str, Any], *, deep: bool = False
 ) -> Iterator[Finding]:
-    """Check one thing after the other, each before what needs it, up to the first that is wrong."""
-    phase = SWAOptions.from_dict(options).phase
+    """Check one thing after the other, each before what needs it, up to the first that is wrong.
+
+    Args:
+        arguments: of vLLM's engine, beside the model.
+        deep: whether kernels and operators are compiled and run.
+    """
     todo: list[tuple[str, Callable[[], str]]] = [
         ("vLLM", steps.inspect_vllm),
         ("plugin", steps.inspect_plugin),
@@ -111,17 +139,26 @@ def findings_of(
         ("attention backend", steps.inspect_backend_slot),
         ("page manager", steps.inspect_page_manager),
         ("device", device.inspect_device),
-        ("Triton", device.inspect_triton),
-        ("kernels", device.inspect_kernels),
-        ("CPU operators", lambda: device.inspect_cpu_operators(phase)),
     ]
     if model is not None:
-        todo.append((model, lambda: steps.inspect_model(model, options, hf_overrides)))
+        todo.insert(0, ("model", lambda: files.inspect_files(model, arguments)))
+        todo.append((model, lambda: steps.inspect_model(model, arguments)))
+    if deep:
+        phase = parse_additional_config(arguments.get("additional_config")).phase
+        todo += [
+            ("Triton", device.inspect_triton),
+            ("kernels", device.inspect_kernels),
+            ("CPU operators", lambda: device.inspect_cpu_operators(phase)),
+        ]
+    else:
+        todo.append(("kernels", device.leave_out_kernels))
     for what, step in todo:
         try:
-            yield Finding(what, State.OK, step())
-        except steps.NotCheckedError as reason:
+            with say_if_slow(f"checking {what}"):
+                detail = step()
+            yield Finding(what, State.OK, detail)
+        except NotCheckedError as reason:
             yield Finding(what, State.UNKNOWN, str(reason))
-        except steps.ProblemError as problem:
+        except ProblemError as problem:
             yield Finding(what, State.WRONG, str(problem), problem.remedy)
             return

@@ -8,9 +8,10 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 from swa_backend.window import Phase
-from swa_vllm.tools.check.steps import NotCheckedError, ProblemError
+from swa_vllm.tools.check.problems import NotCheckedError, ProblemError
 
 _T = TypeVar("_T")
+LIMIT_S = 300.0  # of a smoke test
 
 
 def inspect_device() -> str:
@@ -31,6 +32,11 @@ def inspect_device() -> str:
         f"{current_platform.device_type}, for which this plugin has no attention backend",
         "serve windows on an NVIDIA or AMD GPU, or on a CPU",
     )
+
+
+def leave_out_kernels() -> str:
+    """Say that kernels and operators were neither compiled nor run."""
+    raise NotCheckedError("--deep compiles and runs them, which takes half a minute")
 
 
 def inspect_triton() -> str:
@@ -90,13 +96,20 @@ def inspect_cpu_operators(phase: Phase) -> str:
 
 def _error_of_smoke_test(module: str, *arguments: str, **environment: str) -> float:
     """Run a module of ours in a process of its own; returns the number that it prints last."""
-    done = subprocess.run(  # noqa: S603 (a module of ours)
-        [sys.executable, "-m", module, *arguments],
-        env={**os.environ, **environment},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    try:
+        done = subprocess.run(  # noqa: S603 (a module of ours)
+            [sys.executable, "-m", module, *arguments],
+            env={**os.environ, **environment},
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=LIMIT_S,
+        )
+    except subprocess.TimeoutExpired as error:
+        raise ProblemError(
+            f"{module} did not end within {LIMIT_S:g} s",
+            "look for what keeps this machine busy, and check again",
+        ) from error
     if done.returncode:
         lines = done.stderr.strip().splitlines()  # none, if a signal ended it
         said = lines[-1] if lines else f"{module} ended with status {done.returncode}"

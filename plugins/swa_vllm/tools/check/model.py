@@ -22,20 +22,18 @@ _SPECS = {
 }
 
 
-def inspect_layers(model: str, options: dict[str, Any], hf_overrides: dict[str, Any]) -> str:
+def inspect_layers(model: str, arguments: dict[str, Any]) -> str:
     """Make a line for each run of equal layers, below vLLM's class of the model.
 
     Warnings about the options and overrides follow.
 
+    Args:
+        arguments: more arguments of vLLM's engine.
+
     Raises:
         ValueError, RuntimeError: vLLM or this plugin would refuse it.
     """
-    config = EngineArgs(
-        model=model,
-        skip_tokenizer_init=True,
-        additional_config={"swa": options},
-        hf_overrides=hf_overrides,
-    ).create_engine_config()
+    config = EngineArgs(model=model, skip_tokenizer_init=True, **arguments).create_engine_config()
     architectures = config.model_config.architectures
     found, architecture = ModelRegistry.resolve_model_cls(architectures, config.model_config)
     path = f"{found.__module__}:{found.__qualname__}"

@@ -2,25 +2,11 @@
 
 import platform
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import Any
 
 import swa_backend
-from swa_backend.checkpoint import read_checkpoint
-from swa_backend.weights import check_weights
+from swa_vllm.tools.check.problems import ProblemError, problem_of_message
 from swa_vllm.tools.common.arguments import error_text
-
-
-class ProblemError(Exception):
-    """Something is wrong; ``remedy`` says what to do about it."""
-
-    def __init__(self, detail: str, remedy: str) -> None:
-        super().__init__(detail)
-        self.remedy = remedy
-
-
-class NotCheckedError(Exception):
-    """Something cannot be checked here, for the reason given."""
 
 
 def _inspect_distribution(*names: str) -> str | None:
@@ -168,22 +154,17 @@ def inspect_page_manager() -> str:
     return f"vLLM manages {', '.join(managed)}"
 
 
-def inspect_model(model: str, options: dict[str, Any], hf_overrides: dict[str, Any]) -> str:
-    """Check that a model can be served; returns the table that its start-up would log."""
-    from swa_vllm.compat.architectures import UNPROVEN, check_architectures
+def inspect_model(model: str, arguments: dict[str, Any]) -> str:
+    """Check that vLLM would serve a model; returns the table that its start-up would log.
+
+    Args:
+        arguments: more arguments of vLLM's engine.
+    """
     from swa_vllm.tools.check.inspection import limit_inspection
     from swa_vllm.tools.check.model import inspect_layers
 
     try:
-        checkpoint = read_checkpoint(Path(model))
-        if not set(checkpoint.architectures) & set(UNPROVEN):  # which refuse windows themselves
-            check_architectures(checkpoint.architectures)
-        if Path(model).is_dir():
-            check_weights(Path(model), checkpoint.config)
-    except ValueError as error:
-        raise ProblemError(str(error), "give the directory of a whole Qwen3") from error
-    try:
         with limit_inspection():
-            return inspect_layers(model, options, hf_overrides)
+            return inspect_layers(model, arguments)
     except (ValueError, RuntimeError) as error:
-        raise ProblemError(error_text(error), "see above; nothing was loaded") from error
+        raise problem_of_message(error_text(error)) from error

@@ -8,8 +8,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from swa_backend.options import EXAMPLE_WINDOWS, MOST_TOKENS
+from swa_backend.options import EXAMPLE_WINDOWS, MOST_TOKENS, SWAConfigError, shown_value
 from swa_backend.window import Phase
+from swa_vllm.config.additional_config import parse_additional_config
 
 
 def add_window_arguments(parser: argparse.ArgumentParser) -> None:
@@ -29,6 +30,60 @@ def add_window_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--full-attention-layers", metavar="LAYERS", help='such as "0-3,27", "every:4", "none"'
     )
+
+
+def add_additional_config_argument(parser: argparse.ArgumentParser) -> None:
+    """Add vLLM's ``--additional-config``, whose section ``swa`` has the options of windows."""
+    parser.add_argument(
+        "--additional-config",
+        default="{}",
+        metavar="JSON",
+        help="""as vLLM takes it, such as '{"swa": {"window": 4096}}' (default: {})""",
+    )
+
+
+def json_object_of_flag(flag: str, text: str, example: str) -> dict[str, Any]:
+    """Read a JSON object.
+
+    Raises:
+        ValueError: it is none.
+    """
+    try:
+        found = json.loads(text)
+    except ValueError:
+        found = None
+    if not isinstance(found, dict):
+        raise ValueError(
+            f"{flag} must be a JSON object, got {shown_value(text)}; give one such as '{example}'"
+        )
+    return found
+
+
+def additional_config_of_arguments(args: argparse.Namespace) -> dict[str, Any]:
+    """Merge ``--additional-config`` with the flags of windows.
+
+    Raises:
+        ValueError: an option is wrong, or given in both.
+    """
+    example = '{"swa": {"window": 4096}}'
+    additional = json_object_of_flag("--additional-config", args.additional_config, example)
+    flags = options_of_window_arguments(args)
+    section = additional.get("swa", {})
+    if isinstance(section, dict):
+        if twice := [name for name in flags if name in section]:
+            raise ValueError(
+                f"--{twice[0].replace('_', '-')} is given, and {twice[0]!r} in --additional-config "
+                "too; remove either"
+            )
+        section = {**section, **flags}
+    merged = {**additional, "swa": section} if flags or "swa" in additional else additional
+    try:
+        parse_additional_config(merged)
+    except SWAConfigError as error:
+        # A message has the words of what was given.
+        text = str(error) if additional else options_as_flags(str(error))
+        raise ValueError(text) from error
+    return merged
 
 
 def _window_argument(text: str) -> int | dict[str, Any]:

@@ -1,6 +1,7 @@
 """What a tool tells on stderr while it works; figures go to stdout."""
 
 import sys
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -9,6 +10,18 @@ from typing import Any
 def say(text: str, *, is_result: bool = False) -> None:
     """Tell on stderr what is done next, or what came of it."""
     print(text if is_result else f"{text} ...", file=sys.stderr, flush=True)
+
+
+@contextmanager
+def say_if_slow(text: str, after_s: float = 1.0) -> Iterator[None]:
+    """Within, tell ``text`` once ``after_s`` seconds have passed."""
+    timer = threading.Timer(after_s, say, [text])
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def progress_bar(items: Sequence[Any], unit: str) -> Iterable[Any]:
