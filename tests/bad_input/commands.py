@@ -50,7 +50,12 @@ _RIGHT: dict[str, dict[str, str]] = {
         "--pool-tokens": "4096",
         "--steps-in-flight": "2",
     },
-    "bench prefill": {"--window": "48", "--chunk": "64", "--rounds": "2", "--prompt": "300"},
+    "bench prefill": {
+        "--window": "48",
+        "--max-num-batched-tokens": "64",
+        "--rounds": "2",
+        "--prompt": "300",
+    },
     "bench sinks": {"--sink-tokens": "4"},
     "bench overhead": {"--batch": "2", "--rounds": "2"},
     "bench serve": {
@@ -72,7 +77,7 @@ _RIGHT: dict[str, dict[str, str]] = {
         "--full-attention-layers": "0",
         "--length": "64",
         "--prompt-tokens": "32",
-        "--chunk": "512",
+        "--max-num-batched-tokens": "512",
         "--block-size": "32",
         "--text": str(TEXT),
         "--plot": f"{HERE}/a.png",
@@ -258,10 +263,10 @@ _BENCH = [
         "--phase decode leaves a prompt full",
         "all that is timed here",
         "leave --phase out",
-        ["--quick", "--rounds", "2", "--chunk", "64", "--window", "48"],
+        ["--quick", "--rounds", "2", "--max-num-batched-tokens", "64", "--window", "48"],
     ),
     _range("bench prefill", "--window", "0"),
-    _range("bench prefill", "--chunk", "0"),
+    _range("bench prefill", "--max-num-batched-tokens", "0"),
     _range("bench prefill", "--prompt", "0"),
     _range("bench sinks", "--sink-tokens", "0"),
     _range("bench overhead", "--batch", "0"),
@@ -434,9 +439,9 @@ _EVAL = [
     ),
     *(
         _range("eval ppl", f"--{flag}", "0", 1, "--windows", "8")
-        for flag in ("chunk", "block-size")
+        for flag in ("max-num-batched-tokens", "block-size")
     ),
-    _range("eval ppl", "--chunk", str(10**12), 1, "--windows", "8"),
+    _range("eval ppl", "--max-num-batched-tokens", str(10**12), 1, "--windows", "8"),
     *(
         _says("eval ppl", ["--windows", "8", "--text", text], f"{text} ".replace(HERE, ""), why, do)
         for text, why, do in (
@@ -703,7 +708,10 @@ _OTHERS = [
         ["plan", str(MODEL), "--dtype", "int3"], "'int3'", "'bfloat16', 'float16'", "choose from"
     ),
     _usage(
-        ["plan", str(MODEL), "--windw", "8"], "--windw 8", "unrecognized arguments", "usage: swa"
+        ["plan", str(MODEL), "--windw", "8"],
+        "--windw 8",
+        "unrecognized arguments",
+        "did you mean --window?",
     ),
     _usage(["eval", "nosuch"], "'nosuch'", "'ppl', 'needle', 'stream', 'layers'", "choose from"),
     _usage(

@@ -76,7 +76,16 @@ def test_pages_of_an_own_workload(tmp_path: Path) -> None:
 
 def test_prefill_gives_the_same_output_and_a_ratio(tmp_path: Path) -> None:
     path = tmp_path / "prefill.json"
-    arguments = ("--shape", "Qwen3-0.6B", "--window", "48", "--chunk", "128", "--rounds", "3")
+    arguments = (
+        "--shape",
+        "Qwen3-0.6B",
+        "--window",
+        "48",
+        "--max-num-batched-tokens",
+        "128",
+        "--rounds",
+        "3",
+    )
     result = _json(_swa("bench", "prefill", *arguments, *_files(path)), path)
     assert [case["context"] for case in result["cases"]] == [0, 135, 368]
     assert all(case["attention_ratio"] > 0 for case in result["cases"])
@@ -84,7 +93,16 @@ def test_prefill_gives_the_same_output_and_a_ratio(tmp_path: Path) -> None:
 
 def test_a_window_in_the_prompt_only_is_timed_beside_full_attention(tmp_path: Path) -> None:
     path = tmp_path / "prefill.json"
-    arguments = ("--shape", "Qwen3-0.6B", "--window", "48", "--chunk", "128", "--rounds", "2")
+    arguments = (
+        "--shape",
+        "Qwen3-0.6B",
+        "--window",
+        "48",
+        "--max-num-batched-tokens",
+        "128",
+        "--rounds",
+        "2",
+    )
     arguments += ("--phase", "prefill", "--prompt", "300")
     result = _json(_swa("bench", "prefill", *arguments, *_files(path)), path)
     timed = [(case["context"], case["tokens"]) for case in result["cases"]]

@@ -48,7 +48,16 @@ def _swa(directory: Path, *arguments: str) -> dict[str, Any]:
 def test_arms_serve_the_same_workload_in_turns(tmp_path: Path) -> None:
     trace = tmp_path / "trace.jsonl"
     trace.write_text('{"arrival": 0, "prompt_tokens": 40, "output_tokens": 30}\n' * 6)
-    arguments = ["--trace", str(trace), "--window", "32", "--chunk", "64", "--threads", "1"]
+    arguments = [
+        "--trace",
+        str(trace),
+        "--window",
+        "32",
+        "--max-num-batched-tokens",
+        "64",
+        "--threads",
+        "1",
+    ]
     figures = _swa(tmp_path, "serve", *arguments, "--once", "hf", "--peers", "here,stock,hf")
     here, stock, hf = (
         figures["peers"][SERVING_ARMS[name].name] for name in ("here", "stock", "hf")

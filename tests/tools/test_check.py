@@ -101,6 +101,7 @@ def test_all_is_well_in_a_process_of_its_own(tiny_model: ModelFactory, tmp_path:
         ["2-3", "sliding", "40", "4", "CUSTOM", "SWASpec"],
     ]
     assert "\033" not in result.stdout
+    assert "Triton is installed" not in result.stderr
 
 
 @pytest.mark.parametrize("value", ["", "other"])

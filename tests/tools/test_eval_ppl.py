@@ -202,7 +202,16 @@ def measured(
     path = tmp_path_factory.mktemp("ppl") / "ppl.json"
     arguments = ["eval", "ppl", str(SLIDING), "--text", str(TEXT), "--json", str(path), "--quick"]
     arguments += ["--windows", "full,64", "--sinks", "33", "--full-attention-layers", "3"]
-    sizes = ["--length", "256", "--chunk", "100", "--block-size", "32", "--dtype", "float32"]
+    sizes = [
+        "--length",
+        "256",
+        "--max-num-batched-tokens",
+        "100",
+        "--block-size",
+        "32",
+        "--dtype",
+        "float32",
+    ]
     assert main([*arguments, *sizes]) == 0
     return dict(json.loads(path.read_text()))
 
@@ -236,7 +245,16 @@ def test_command_scores_what_is_forced_behind_a_prompt(
     ]
     arguments += ["--position-shift"] * shift
     arguments += ["--phase", phase, "--prompt-tokens", str(prompt_len)]
-    sizes = ["--length", "256", "--chunk", "100", "--block-size", "32", "--dtype", "float32"]
+    sizes = [
+        "--length",
+        "256",
+        "--max-num-batched-tokens",
+        "100",
+        "--block-size",
+        "32",
+        "--dtype",
+        "float32",
+    ]
     assert main([*arguments, *sizes]) == 0
     result = json.loads(path.read_text())
     assert result["prompt_tokens"] == prompt_len

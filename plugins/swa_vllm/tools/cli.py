@@ -9,15 +9,18 @@ import sys
 from collections.abc import Sequence
 from functools import partial
 from importlib import import_module
+from inspect import cleandoc
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
+import swa_backend
+from swa_vllm.tools.bench.flags import BENCHMARKS
 from swa_vllm.tools.common.arguments import check_output_path, error_text
+from swa_vllm.tools.common.parser import Parser
+from swa_vllm.tools.common.plots import add_plot_argument
 
-# Each is ``<verb>/command.py``, a file of ``bench/`` or a file of ``eval/``, by its very name.
+# Each is ``<verb>/command.py`` or a file of ``eval/``, by its very name.
 _VERBS = ("plan", "check", "trace")
-_BENCHMARKS = ("serve", "decode", "pages", "prefill", "sinks", "overhead", "kernels")
 _EVALUATIONS = ("ppl", "needle", "stream", "layers")
 
 
@@ -29,7 +32,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         level = os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
         logging.getLogger("vllm").setLevel(level)  # for what it logs before it reads that
     try:
-        args = _command_parser(arguments).parse_args(arguments)
+        args, unknown = _command_parser(arguments).parse_known_args(arguments)
+        if unknown:
+            args.parser.refuse_unknown(unknown)
         # Figures alone where a program reads them.
         if args.json not in (None, "-"):
             check_output_path("--json", Path(args.json))
@@ -63,19 +68,26 @@ def _write_command_figures(text: str, path: str) -> None:
         Path(path).write_text(text)
 
 
-def _command_parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def _command_parser(arguments: Sequence[str]) -> Parser:
+    parser = Parser(
         prog="swa", description=__doc__, epilog="example: swa check Qwen3-8B --window 4096"
+    )
+    parser.add_argument(
+        "--version", action="version", version=f"swa-backend {swa_backend.__version__}"
     )
     commands = parser.add_subparsers(dest="command", required=True)
     for name in _VERBS:
-        _add_command(commands, name, _import_command(f"{name}.command"))
+        module = import_module(f"swa_vllm.tools.{name}.command")
+        verb = _add_command(commands, name, str(module.__doc__), module.EXAMPLE)
+        module.add_arguments(verb)
+        verb.set_defaults(run=module.run)
     bench = commands.add_parser(
         "bench",
         help="measure this plugin side by side with stock vLLM",
         description="Measure this plugin side by side with stock vLLM.",
         epilog="example: swa bench pages --quick",
     )
+    _add_benchmarks(bench.add_subparsers(dest="bench", required=True), arguments)
     evaluate = commands.add_parser(
         "eval",
         help="measure what a window costs on a model and text of yours",
@@ -83,56 +95,54 @@ def _command_parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
         epilog="example: swa eval ppl MODEL --text FILE --windows full,256,128 --sinks 0,4",
     )
     # These import vLLM, which other commands do without and which reads its environment then.
-    if arguments[:1] == ["bench"]:
-        _add_benchmarks(bench.add_subparsers(dest="bench", required=True), arguments)
-    elif arguments[:1] == ["eval"]:
+    if arguments[:1] == ["eval"]:
         _add_evaluations(evaluate.add_subparsers(dest="eval", required=True))
     return parser
 
 
 def _add_benchmarks(commands: Any, arguments: Sequence[str]) -> None:
-    from swa_vllm.tools.bench import form
-    from swa_vllm.tools.common import plots
-
-    for name in _BENCHMARKS:
-        module = _import_command(f"bench.{name}")
-        parser = _add_command(commands, name, module, "bench ")
+    for name, (add_flags, example) in BENCHMARKS.items():
+        parser = _add_command(commands, name, str(add_flags.__doc__), example, "bench ")
+        add_flags(parser)
         parser.add_argument("--quick", action="store_true", help="smaller sizes, for two cores")
-        plots.add_plot_argument(parser)
-        parser.set_defaults(run=partial(form.run_benchmark, module, arguments))
+        add_plot_argument(parser)
+        parser.set_defaults(run=partial(_run_benchmark, name, arguments))
+
+
+def _run_benchmark(name: str, arguments: Sequence[str], args: argparse.Namespace) -> dict[str, Any]:
+    """Run a file of ``bench/``, which imports torch and vLLM."""
+    from swa_vllm.tools.bench import form
+
+    module = import_module(f"swa_vllm.tools.bench.{name}")
+    return form.run_benchmark(module, arguments, args)
 
 
 def _add_evaluations(commands: Any) -> None:
     for name in _EVALUATIONS:
-        parser = _add_command(commands, name, _import_command(f"eval.{name}"), "eval ")
+        module = import_module(f"swa_vllm.tools.eval.{name}")
+        parser = _add_command(commands, name, str(module.__doc__), module.EXAMPLE, "eval ")
+        module.add_arguments(parser)
+        parser.set_defaults(run=module.run)
         quick = "a fraction of the work, for a first look"
         parser.add_argument("--quick", action="store_true", help=quick)
 
 
-def _import_command(name: str) -> ModuleType:
-    return import_module(f"swa_vllm.tools.{name}")
-
-
-def _add_command(
-    commands: Any, name: str, module: ModuleType, group: str = ""
-) -> argparse.ArgumentParser:
-    """Add a sub-command that ``module`` describes.
+def _add_command(commands: Any, name: str, text: str, example: str, group: str = "") -> Parser:
+    """Add a sub-command.
 
     Args:
-        module: has ``add_arguments``, ``run`` and ``EXAMPLE``; its docstring is the help text.
+        text: the help text; its first line is the summary.
         group: the words before ``name`` on the command line, each with a blank behind it.
     """
-    summary = str(module.__doc__).strip().splitlines()[0]
-    parser: argparse.ArgumentParser = commands.add_parser(
+    text = cleandoc(text)
+    summary = text.splitlines()[0]
+    parser: Parser = commands.add_parser(
         name,
         help=summary[0].lower() + summary[1:].rstrip("."),
-        description=module.__doc__,
-        epilog=f"example: swa {group}{name} {module.EXAMPLE}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description=text,
+        epilog=f"example: swa {group}{name} {example}",
     )
     parser.add_argument("--json", metavar="PATH", help='write the figures; "-" for stdout')
-    module.add_arguments(parser)
-    parser.set_defaults(run=module.run)
     return parser
 
 

@@ -1,10 +1,4 @@
-"""Time of a decoded and of a prefilled token against the length of the text, in the engine.
-
-This plugin, stock vLLM with all layers sliding, and full attention decode a fixed batch behind
-prompts of each length, in turns; full attention up to --full-to only, as its prompts take long.
-In fp32 the first two must decode the same tokens. Texts longer than the model's positions raise
-max_position_embeddings. Scheduler and attention at a million tokens: swa bench overhead.
-"""
+"""Time of a decoded and of a prefilled token against the length of the text, in the engine."""
 
 import argparse
 import tempfile
@@ -15,9 +9,9 @@ from typing import Any
 
 from swa_backend.pages import ceil_div
 from swa_backend.table import format_table
+from swa_vllm.tools.bench.flags import CONTEXTS, QUICK_CONTEXTS
 from swa_vllm.tools.bench.serving.arms import (
     SERVING_ARMS,
-    add_arms_and_rounds_arguments,
     serving_arms_of,
 )
 from swa_vllm.tools.bench.serving.checkpoints import prepare_checkpoints
@@ -33,30 +27,22 @@ from swa_vllm.tools.common.progress import say
 from swa_vllm.tools.common.spread import Spread
 from swa_vllm.tools.engines.setup import check_rope_can_grow, scoring_text_config
 
-EXAMPLE = "--window 512 --contexts 2048,4096,32768 --batch 4"
-_QUICK_CONTEXTS = "512,1024,2048"
 _COMPARED = 16  # tokens of each answer
 _FIGURES = {"decode_s": "ms of a decoding step", "prefill_s": "us of a prompt token"}
 _UNITS = {"decode_s": 1e3, "prefill_s": 1e6}
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options of ``swa bench decode``."""
-    add_arms_and_rounds_arguments(parser, "here,stock,full", rounds=3)
-    parser.add_argument("--window", type=int, default=512, help="default: 512")
-    parser.add_argument(
-        "--contexts",
-        metavar="N,N,...",
-        help=f"tokens of the prompts (2048,4096,8192,32768,131072; {_QUICK_CONTEXTS} when quick)",
-    )
-    parser.add_argument("--full-to", type=int, default=32768, help="of full attention (32768)")
-    parser.add_argument("--batch", type=int, default=2, help="requests that decode (2)")
-    parser.add_argument("--steps", type=int, default=64, help="decoding steps to time (64)")
-
-
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Print a table for each figure, a row for each length; returns the figures."""
-    names = ("window", "batch", "rounds", "block_size", "threads", "full_to", "chunk")
+    names = (
+        "window",
+        "batch",
+        "rounds",
+        "block_size",
+        "threads",
+        "full_to",
+        "max_num_batched_tokens",
+    )
     check_number_arguments(args, names)
     check_number_argument("steps", args.steps, least=3)
     arms = serving_arms_of("--peers", args.peers)
@@ -74,10 +60,11 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             longest = _benchmark_max_model_len(args, _contexts_of_arm(name, contexts, args.full_to))
             started[name] = stack.enter_context(launcher.start(arm, max_model_len=longest))
         figures = _time_decode_rounds(args, started, contexts)
-    told = ("window", "batch", "dtype", "block_size", "chunk", "rounds", "steps")
+    told = ("window", "batch", "dtype", "block_size", "rounds", "steps")
     result = {
         "model": str(args.model or "random weights"),
         **{name: getattr(args, name) for name in told},
+        "chunk": args.max_num_batched_tokens,
         "cases": figures,
         "growth": _growth_with_length(figures),
     }
@@ -98,7 +85,7 @@ def plot(path: Path, figures: Mapping[str, Any]) -> None:
 
 
 def _benchmark_contexts(args: argparse.Namespace) -> list[int]:
-    default = _QUICK_CONTEXTS if args.quick else "2048,4096,8192,32768,131072"
+    default = QUICK_CONTEXTS if args.quick else CONTEXTS
     text = args.contexts or default
     contexts = sorted(set(numbers_of_tokens("--contexts", text)))
     if contexts[0] > args.full_to:
@@ -112,7 +99,12 @@ def _contexts_of_arm(name: str, contexts: list[int], full_to: int) -> list[int]:
 
 def _benchmark_max_model_len(args: argparse.Namespace, contexts: list[int]) -> int:
     """Make room for the steps to time, and for what the first decodes while others prefill."""
-    return contexts[-1] + args.steps + 1 + ceil_div(args.batch * contexts[-1], args.chunk)
+    return (
+        contexts[-1]
+        + args.steps
+        + 1
+        + ceil_div(args.batch * contexts[-1], args.max_num_batched_tokens)
+    )
 
 
 def _launcher_of_decode_arms(
@@ -132,8 +124,8 @@ def _launcher_of_decode_arms(
         # What full attention needs, for all, and what stock vLLM charges for a window beyond the
         # pages of a text: a page for each request. One is vLLM's own.
         "num_gpu_blocks_override": args.batch * (ceil_div(most, args.block_size) + 1) + 1,
-        "max_num_batched_tokens": args.chunk,
-        "max_num_seqs": min(args.batch, args.chunk),
+        "max_num_batched_tokens": args.max_num_batched_tokens,
+        "max_num_seqs": min(args.batch, args.max_num_batched_tokens),
         "enable_prefix_caching": False,
     }
     return Launcher(models, args.dtype, args.threads, engine)

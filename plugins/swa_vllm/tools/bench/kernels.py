@@ -1,9 +1,4 @@
-"""Attention kernels on a GPU, beside vLLM's own, FlashInfer's and xformers'; or what they do.
-
-On a GPU each must first give the oracle's output; then the median of CUDA graph replays is taken,
-decode's merge included, with keys that no cache holds. Without a GPU nothing is timed: the figures
-are what a launch on an H100 reads and starts, and what the kernels compile to.
-"""
+"""Attention kernels on a GPU, beside vLLM's own, FlashInfer's and xformers'; or what they do."""
 
 import argparse
 from collections.abc import Callable, Mapping
@@ -33,7 +28,6 @@ from swa_vllm.tools.bench.attention.times import (
 from swa_vllm.tools.common import plots
 from swa_vllm.tools.common.progress import say
 
-EXAMPLE = "--shape Qwen3-8B --json kernels.json"
 # KV heads, and query heads to each.
 _SHAPES = {"Qwen3-8B": (8, 4), "Qwen3-0.6B": (8, 2)}
 _H100 = Target("cuda", 90, num_processors=132)
@@ -49,11 +43,6 @@ _WORK_HEADER = (
     "stock, useful of",
 )
 _FACTS = ("registers", "spilled_bytes", "shared_bytes", "kv_buffers", "load_bytes")
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options of ``swa bench kernels``."""
-    parser.add_argument("--shape", choices=tuple(_SHAPES), default="Qwen3-8B")
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:

@@ -1,12 +1,4 @@
-"""Processor time of scheduler, page manager and metadata builder per step, beside stock vLLM's.
-
-Batches of decoding requests, at several context lengths: what a step costs on top of the model. The
-attention of one layer is beside it, whose outputs must be equal; it is no part of the sum. At a
-million tokens prefix caching is off only.
-
-A second table has the host's time on GPUs: builder and attention of a layer over this project's
-Triton kernels, beside vLLM's TRITON_ATTN, without the launches. It is measured without a GPU.
-"""
+"""Processor time of scheduler, page manager and metadata builder per step, beside stock vLLM's."""
 
 import argparse
 from collections.abc import Mapping, Sequence
@@ -33,7 +25,6 @@ from swa_vllm.tools.engines.layer import Layer, make_layer
 from swa_vllm.tools.engines.scheduler import Simulation
 from swa_vllm.tools.engines.simulated import Engine
 
-EXAMPLE = "--batch 32"
 _SCHEDULER = {c: f"scheduler and manager, prefix caching {'on' if c else 'off'}" for c in (0, 1)}
 _MILLION = 1_000_000
 _CHUNK = 8192  # tokens of a prefill step
@@ -41,13 +32,6 @@ _SHAPE = "Qwen3-0.6B"
 _GPU_SHAPE, _NUM_LAYERS = "Qwen3-8B", 36
 _GPU_HEADER = ("", "batch", "stock us", "here us", "ratio", "launches, stock", "here")
 _HEADER = ("", "context", "stock us", "here us", "ratio", "stock, middle half", "here")
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options of ``swa bench overhead``."""
-    parser.add_argument("--window", type=int, default=512)
-    parser.add_argument("--batch", type=int, default=32, help="decoding requests")
-    parser.add_argument("--rounds", type=int, default=100)
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:

@@ -1,10 +1,4 @@
-"""Pages a request holds, and requests that run, on vLLM's real scheduler without a model.
-
-Full attention, stock vLLM's sliding window and this plugin serve the same requests, all there at
-the start, from the same pool. "Estimate" is the "maximum concurrency" that vLLM prints at start; it
-assumes requests of max_model_len. "Running" is what ran, on average over the steps. "Promised" is
-what admission reserves for a request of max_model_len, "held" the most that one request had.
-"""
+"""Pages a request holds, and requests that run, on vLLM's real scheduler without a model."""
 
 import argparse
 from collections.abc import Iterable, Iterator, Mapping
@@ -14,6 +8,7 @@ from typing import Any
 
 from swa_backend.pages import WindowPages
 from swa_backend.table import format_table
+from swa_vllm.tools.bench.flags import OWN
 from swa_vllm.tools.common import plots
 from swa_vllm.tools.common.arguments import check_number_arguments
 from swa_vllm.tools.common.arms import Arm
@@ -21,7 +16,6 @@ from swa_vllm.tools.common.progress import say
 from swa_vllm.tools.engines.scheduler import Outcome, simulate
 from swa_vllm.tools.engines.simulated import Engine
 
-EXAMPLE = "--window 1024 --block-size 16 --prompt 32000 --output 512 --num-requests 80"
 _HEADER = ("", "estimate", "running", "steps", "pages promised", "pages held", "preemptions")
 # A card of 24 GB that an 8B model leaves 32k tokens of KV cache on, asynchronous scheduling.
 _CARD = Engine(
@@ -43,28 +37,6 @@ class EngineWorkload:
     num_requests: int
     num_prompt: int
     num_output: int
-
-
-# Of a workload of the user's own; --max-model-len is prompt + output unless given.
-_OWN: dict[str, int | None] = {
-    "window": None,
-    "block_size": 16,
-    "pool_tokens": 32768,
-    "max_num_batched_tokens": 8192,
-    "max_model_len": None,
-    "steps_in_flight": 2,
-    "prompt": 8000,
-    "output": 512,
-    "num_requests": 80,
-}
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options of a workload of one's own; without any, the built-in ones run."""
-    for name, default in _OWN.items():
-        flag = f"--{name.replace('_', '-')}"
-        parser.add_argument(flag, type=int, help=f"default: {default}" if default else None)
-    parser.add_argument("--prefix-caching", action="store_true")
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
@@ -96,7 +68,7 @@ def plot(path: Path, figures: Mapping[str, Any]) -> None:
 
 
 def _chosen_workloads(args: argparse.Namespace) -> Iterable[EngineWorkload]:
-    given = [name for name in _OWN if getattr(args, name) is not None]
+    given = [name for name in OWN if getattr(args, name) is not None]
     if args.window is None:
         if given or args.prefix_caching:
             raise ValueError("a workload of your own needs --window, in tokens")
@@ -104,7 +76,7 @@ def _chosen_workloads(args: argparse.Namespace) -> Iterable[EngineWorkload]:
     if args.quick:
         raise ValueError("--quick is for the built-in workloads; remove it or --window")
     check_number_arguments(args, given)
-    return [_own_workload(**{name: getattr(args, name) or _OWN[name] for name in _OWN}, args=args)]
+    return [_own_workload(**{name: getattr(args, name) or OWN[name] for name in OWN}, args=args)]
 
 
 def _own_workload(args: argparse.Namespace, **sizes: Any) -> EngineWorkload:

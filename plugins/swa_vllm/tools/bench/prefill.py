@@ -1,13 +1,4 @@
-"""Time of a prefill chunk in one sliding layer that stores survivors only, beside stock vLLM's.
-
-Stock vLLM stores every page of the chunk. The layer has a real model's shapes and random weights.
-Both must give the same output before anything is timed. "Attention" is storing keys and values and
-attending to them; "layer" adds the layer's projections and MLP, which are the same for both.
-
-With --phase prefill the layer has its window in the prompt only and stores every page. All chunks
-of a prompt are timed beside full attention's, and then a decoding step, which sees everything. "3
-of 4 layers" is a model of which every fourth layer is full.
-"""
+"""Time of a prefill chunk in one sliding layer that stores survivors only, beside stock vLLM's."""
 
 import argparse
 from collections.abc import Mapping
@@ -21,7 +12,6 @@ from swa_backend.table import format_table
 from swa_backend.window import Phase
 from swa_vllm.tools.common import plots
 from swa_vllm.tools.common.arguments import (
-    add_phase_argument,
     check_number_arguments,
     refuse_phase_decode,
 )
@@ -29,24 +19,11 @@ from swa_vllm.tools.common.progress import say
 from swa_vllm.tools.common.spread import Spread
 from swa_vllm.tools.common.timing import at_least_two_rounds, time_in_turns
 from swa_vllm.tools.engines.batches import BLOCK_SIZE, make_batch
-from swa_vllm.tools.engines.layer import SHAPES, Layer, make_layer
+from swa_vllm.tools.engines.layer import Layer, make_layer
 
-EXAMPLE = "--shape Qwen3-8B --window 1024 --chunk 2048"
 _HEADER = ("context + chunk", "stock ms", "here ms", "attention ratio", "layer ratio")
 _STEP_ROUNDS = 10  # of a decoding step, which is short, for one of a chunk
 _PHASE_HEADER = ("context + tokens", "full attention ms", "here ms", "ratio")
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options of ``swa bench prefill``."""
-    parser.add_argument("--shape", choices=tuple(SHAPES), help="default: Qwen3-8B")
-    parser.add_argument("--window", type=int, default=1024)
-    parser.add_argument("--chunk", type=int, help="tokens of the prefill chunk (default: 2048)")
-    parser.add_argument("--rounds", type=int, default=5)
-    add_phase_argument(parser)
-    parser.add_argument(
-        "--prompt", type=int, default=32768, help="tokens, with --phase prefill (32768)"
-    )
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
@@ -56,8 +33,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         "leaves a prompt full attention, which is all that is timed here",
         "leave --phase out",
     )
-    check_number_arguments(args, ("window", "chunk", "prompt"))
-    chunk = args.chunk or (1024 if args.quick else 2048)
+    check_number_arguments(args, ("window", "max_num_batched_tokens", "prompt"))
+    chunk = args.max_num_batched_tokens or (1024 if args.quick else 2048)
     rounds = at_least_two_rounds(args.rounds)
     shape = args.shape or ("Qwen3-0.6B" if args.quick else "Qwen3-8B")
     if args.phase == Phase.PREFILL:

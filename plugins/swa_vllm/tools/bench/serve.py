@@ -1,17 +1,4 @@
-"""A workload served by this plugin, stock vLLM, full attention and Hugging Face, in turns.
-
-Stock vLLM slides all layers, so all slide here; full attention is vLLM's. The three get a pool of
-the same bytes, which by default holds two longest requests of full attention. Hugging Face has no
-pool: it takes --hf-batch requests at a time, padded on the left, with the same windows. Before
-anything is timed the arms' greedy tokens are compared in fp32. "Bound" is the time in which an
-engine of the step times measured here could serve the workload with as many requests at once as
-windows fit into the pool. With --phase prefill, in this plugin only prompts have the window: it
-holds every page, and gains time to first token. With --phase decode only answers have it: a request
-holds its prompt and a window, which long answers to short prompts gain by (--mix reasoning). A
-trace has a line for each request:
-
-    {"arrival": 0.5, "prompt_tokens": 300, "output_tokens": 64}
-"""
+"""A workload served by this plugin, stock vLLM, full attention and Hugging Face, in turns."""
 
 import argparse
 import tempfile
@@ -25,7 +12,6 @@ from swa_backend.window import Phase
 from swa_vllm.tools.bench.serving.arms import (
     HERE_BY_PHASE,
     SERVING_ARMS,
-    add_arms_and_rounds_arguments,
     serving_arms_of,
 )
 from swa_vllm.tools.bench.serving.checkpoints import prepare_checkpoints
@@ -34,7 +20,6 @@ from swa_vllm.tools.bench.serving.rounds import Rounds, measure_rounds
 from swa_vllm.tools.bench.serving.workload import MIXES, Ask, read_trace
 from swa_vllm.tools.common import plots
 from swa_vllm.tools.common.arguments import (
-    add_phase_argument,
     check_number_argument,
     check_number_arguments,
 )
@@ -42,7 +27,6 @@ from swa_vllm.tools.common.arms import Arm
 from swa_vllm.tools.common.sizing import Limits, kv_groups_of
 from swa_vllm.tools.common.spread import Spread
 
-EXAMPLE = "Qwen3-0.6B --window 128 --mix decode --pool-requests 2 --json serve.json"
 _ROWS = {
     "output": "tokens/s",
     "prefill": "tokens/s, steps with prefill",
@@ -66,23 +50,6 @@ _MORE_IS_BETTER = ("output", "prefill", "decode")
 _JUDGED = tuple(_ROWS)[:7]
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options of ``swa bench serve``."""
-    add_arms_and_rounds_arguments(parser, ",".join(SERVING_ARMS), rounds=2)
-    parser.add_argument("--window", type=int, default=128, help="default: 128")
-    add_phase_argument(parser, "whose tokens have the window in this plugin")
-    parser.add_argument("--mix", choices=tuple(MIXES), default="decode", help="default: decode")
-    parser.add_argument("--trace", type=Path, metavar="PATH", help="JSON lines, instead of a mix")
-    parser.add_argument("--num-requests", type=int, default=16, help="of a mix (16)")
-    parser.add_argument(
-        "--pool-requests",
-        type=int,
-        default=2,
-        help="longest requests of full attention that the pool holds (2); 0: room for all",
-    )
-    parser.add_argument("--hf-batch", type=int, default=8, help="default: 8")
-
-
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Print a column for each arm, and where this plugin loses; returns the figures."""
     arms, once = serving_arms_of("--peers", args.peers), serving_arms_of("--once", args.once)
@@ -103,7 +70,13 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             "would slide; give a smaller one"
         )
     num_pages = _benchmark_pool_pages(args, asks)
-    limits = Limits(args.block_size, longest, args.chunk, min(256, args.chunk), 1)
+    limits = Limits(
+        args.block_size,
+        longest,
+        args.max_num_batched_tokens,
+        min(256, args.max_num_batched_tokens),
+        1,
+    )
     (stock,) = kv_groups_of(Arm.STOCK, (args.window,), 0, limits)
     charged = stock.policy.cap or 0
     if "stock" in arms and charged > num_pages:
@@ -148,7 +121,15 @@ def plot(path: Path, figures: Mapping[str, Any]) -> None:
 
 
 def _requests_to_serve(args: argparse.Namespace) -> list[Ask]:
-    names = ("window", "num_requests", "rounds", "hf_batch", "block_size", "threads", "chunk")
+    names = (
+        "window",
+        "num_requests",
+        "rounds",
+        "hf_batch",
+        "block_size",
+        "threads",
+        "max_num_batched_tokens",
+    )
     check_number_arguments(args, names)
     check_number_argument("pool_requests", args.pool_requests, least=0)
     if args.trace is not None:
@@ -183,7 +164,7 @@ def _serving_settings(
         "output_tokens": sum(ask.output_tokens for ask in asks),
         "pool_pages": num_pages,
         "block_size": args.block_size,
-        "chunk": args.chunk,
+        "chunk": args.max_num_batched_tokens,
         "rounds": args.rounds,
     }
 

@@ -1,9 +1,4 @@
-"""Time of decoding and prefill in one sliding layer with sink tokens, beside the plain window.
-
-The plain window is stock vLLM's attention. The layer has a real model's shapes and random weights;
-before anything is timed its output must be that of plain torch. "Attention" is storing keys and
-values and attending to them; "layer" adds the layer's projections and MLP, the same for both.
-"""
+"""Time of decoding and prefill in one sliding layer with sink tokens, beside the plain window."""
 
 import argparse
 from collections.abc import Mapping
@@ -19,19 +14,9 @@ from swa_vllm.tools.common.progress import say
 from swa_vllm.tools.common.spread import Spread
 from swa_vllm.tools.common.timing import at_least_two_rounds, time_in_turns
 from swa_vllm.tools.engines.batches import BLOCK_SIZE, make_batch
-from swa_vllm.tools.engines.layer import SHAPES, Layer, make_layer
+from swa_vllm.tools.engines.layer import Layer, make_layer
 
-EXAMPLE = "--shape Qwen3-8B --window 1024 --sink-tokens 4"
 _HEADER = ("", "plain ms", "sinks ms", "attention ratio", "layer ratio")
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options of ``swa bench sinks``."""
-    parser.add_argument("--shape", choices=tuple(SHAPES), help="default: Qwen3-8B")
-    parser.add_argument("--window", type=int, default=1024)
-    parser.add_argument("--sink-tokens", type=int, default=4)
-    parser.add_argument("--shift", action="store_true", help="with swa.position_shift")
-    parser.add_argument("--rounds", type=int, default=5)
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:

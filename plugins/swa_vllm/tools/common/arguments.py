@@ -12,23 +12,47 @@ from swa_backend.options import EXAMPLE_WINDOWS, MOST_TOKENS, SWAConfigError, sh
 from swa_backend.window import Phase
 from swa_vllm.config.additional_config import parse_additional_config
 
+_WINDOW = "tokens that a sliding layer sees, the newest included"
+
 
 def add_window_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the plugin's options that decide what slides."""
     parser.add_argument(
         "--window",
         type=_window_argument,
-        metavar="N",
-        help=f"default: the checkpoint's; or windows by layer, as '{EXAMPLE_WINDOWS}'",
+        metavar="TOKENS",
+        help=f"{_WINDOW}, or windows by layer, as '{EXAMPLE_WINDOWS}' (default: the checkpoint's)",
     )
-    parser.add_argument("--sink-tokens", type=int, default=0, metavar="N")
+    add_sink_tokens_argument(parser, 0)
     parser.add_argument(
         "--phase",
         choices=[phase.value for phase in Phase],
-        help="whose tokens have the window; default: both",
+        help="whose tokens have the window: the prompt's, the answer's or both (default: both)",
     )
     parser.add_argument(
-        "--full-attention-layers", metavar="LAYERS", help='such as "0-3,27", "every:4", "none"'
+        "--full-attention-layers",
+        metavar="LAYERS",
+        help='layers that keep full attention, such as "0-3,27", "every:4" (layers 3, 7, ...) or '
+        '"none" (default: the checkpoint\'s)',
+    )
+
+
+def add_window_size_argument(
+    parser: argparse.ArgumentParser, default: int | None, without: str | None = None
+) -> None:
+    """Add ``--window`` of a verb that takes one number; ``without`` says what happens without."""
+    text = _WINDOW if without is None else f"{_WINDOW} (default: {without})"
+    parser.add_argument("--window", type=int, default=default, metavar="TOKENS", help=text)
+
+
+def add_sink_tokens_argument(parser: argparse.ArgumentParser, default: int) -> None:
+    """Add ``--sink-tokens``."""
+    parser.add_argument(
+        "--sink-tokens",
+        type=int,
+        default=default,
+        metavar="TOKENS",
+        help="first tokens of a text that sliding layers always see",
     )
 
 

@@ -11,7 +11,7 @@ from transformers import AutoConfig
 from swa_backend.layers import LayerPlan, resolve_layers
 from swa_backend.options import SWAOptions
 from swa_vllm.tools.common.arguments import check_number_arguments
-from swa_vllm.tools.common.sizing import MODEL_DTYPES
+from swa_vllm.tools.common.engine_arguments import add_engine_arguments
 from swa_vllm.tools.engines.forced import ForcedTokens
 
 FULL_ATTENTION: Mapping[str, Any] = {"enabled": False}
@@ -38,13 +38,7 @@ class Setup:
 def add_setup_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options that :func:`setup_of` reads."""
     parser.add_argument("model", metavar="MODEL", help="checkpoint: a directory or a hub's name")
-    parser.add_argument(
-        "--dtype", choices=MODEL_DTYPES, default="auto", help="as vLLM's (default: auto)"
-    )
-    parser.add_argument(
-        "--chunk", type=int, default=512, help="tokens of a prefill chunk (default: 512)"
-    )
-    parser.add_argument("--block-size", type=int, help="tokens of a page (default: vLLM's)")
+    add_engine_arguments(parser, dtype="auto", max_num_batched_tokens=512, block_size="vLLM's")
 
 
 def setup_of(
@@ -63,7 +57,7 @@ def setup_of(
     Raises:
         ValueError: an option is out of range, or RoPE cannot reach so far.
     """
-    check_number_arguments(args, ("chunk", "block_size"))
+    check_number_arguments(args, ("max_num_batched_tokens", "block_size"))
     arguments: dict[str, Any] = {}
     if forces_tokens:
         arguments["logits_processors"] = [ForcedTokens]
@@ -73,7 +67,14 @@ def setup_of(
         check_rope_can_grow(hf_config, max_model_len)
         # vLLM sizes its RoPE table from it.
         arguments["hf_overrides"] = {"max_position_embeddings": max_model_len}
-    return Setup(args.model, max_model_len, args.dtype, args.chunk, args.block_size, arguments)
+    return Setup(
+        args.model,
+        max_model_len,
+        args.dtype,
+        args.max_num_batched_tokens,
+        args.block_size,
+        arguments,
+    )
 
 
 def check_rope_can_grow(hf_config: Any, max_model_len: int) -> None:

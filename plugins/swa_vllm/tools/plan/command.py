@@ -32,11 +32,10 @@ from swa_vllm.tools.common.arguments import (
     options_of_window_arguments,
 )
 from swa_vllm.tools.common.arms import Arm
+from swa_vllm.tools.common.engine_arguments import add_engine_arguments
 from swa_vllm.tools.common.pools import Model, need_in_pool, plan_pool
 from swa_vllm.tools.common.queueing import Workload
 from swa_vllm.tools.common.sizing import (
-    CACHE_DTYPES,
-    MODEL_DTYPES,
     Device,
     Limits,
     bytes_of_an_element,
@@ -76,37 +75,32 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of ``swa plan``; those of vLLM have its names."""
     parser.add_argument("model", metavar="MODEL", help="a directory, or a config.json")
     add_window_arguments(parser)
-    parser.add_argument("--block-size", type=int, help="tokens a page; default: 16, on CPUs 128")
-    parser.add_argument("--dtype", choices=MODEL_DTYPES, default="auto", help="of the weights")
-    parser.add_argument("--kv-cache-dtype", choices=CACHE_DTYPES, default="auto")
-    parser.add_argument("--tensor-parallel-size", type=int, default=1, metavar="N")
-    parser.add_argument(
-        "--pipeline-parallel-size",
-        type=int,
-        default=1,
-        metavar="N",
-        help="stages, with the layers that vLLM or VLLM_PP_LAYER_PARTITION gives them",
-    )
-    parser.add_argument(
-        "--max-num-batched-tokens", type=int, default=8192, metavar="N", help="default: 8192"
-    )
-    parser.add_argument("--max-num-seqs", type=int, default=256, metavar="N", help="default: 256")
-    parser.add_argument(
-        "--max-model-len", type=int, metavar="N", help="default: what the model was made for"
-    )
-    parser.add_argument(
-        "--kv-memory", metavar="SIZE", help='of a device, such as "16GiB"; without it no pool'
+    add_engine_arguments(
+        parser,
+        block_size="16, on CPUs 128",
+        dtype="auto",
+        kv_cache_dtype="auto",
+        tensor_parallel_size=1,
+        pipeline_parallel_size=1,
+        max_num_batched_tokens=8192,
+        max_num_seqs=256,
+        max_model_len="what the model was made for",
+        kv_memory="no pool is planned",
     )
     parser.add_argument(
         "--device",
         choices=tuple(Device),
         default=Device.GPU,
-        help="decides vLLM's defaults: on a GPU two steps are in flight; default: gpu",
+        help="what serves; on a GPU two steps are in flight",
     )
     parser.add_argument(
-        "--prompt", metavar="N,N,...", help=f"lengths; default: {','.join(map(str, _PROMPTS))}"
+        "--prompt",
+        metavar="TOKENS,...",
+        help=f"lengths of prompts (default: {','.join(map(str, _PROMPTS))})",
     )
-    parser.add_argument("--output", type=int, default=512, metavar="N", help="default: 512")
+    parser.add_argument(
+        "--output", type=int, default=512, metavar="TOKENS", help="tokens of each answer"
+    )
     plots.add_plot_argument(parser)
 
 

@@ -13,10 +13,13 @@ from swa_backend.window import Phase
 from swa_vllm.tools.common import plots
 from swa_vllm.tools.common.arguments import (
     add_phase_argument,
+    add_sink_tokens_argument,
+    add_window_size_argument,
     check_number_argument,
     check_number_arguments,
     numbers_of_tokens,
 )
+from swa_vllm.tools.common.engine_arguments import add_engine_arguments
 from swa_vllm.tools.trace.picture import plot_trace
 from swa_vllm.tools.trace.recording import record_trace
 from swa_vllm.tools.trace.text import print_trace
@@ -34,15 +37,24 @@ _NUMBERS = {
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of ``swa trace``."""
-    for name, default in _NUMBERS.items():
+    add_window_size_argument(parser, _NUMBERS["window"])
+    add_sink_tokens_argument(parser, 0)
+    add_engine_arguments(
+        parser, **{name: _NUMBERS[name] for name in ("block_size", "max_num_batched_tokens")}
+    )
+    for name, text in (
+        ("pool_tokens", "tokens of full attention that the pool holds"),
+        ("steps_in_flight", "steps scheduled ahead, 1 or 2"),
+        ("output", "tokens of each answer"),
+    ):
         flag = f"--{name.replace('_', '-')}"
-        parser.add_argument(
-            flag, type=int, default=default, metavar="N", help=f"default: {default}"
-        )
-    parser.add_argument("--sink-tokens", type=int, default=0, metavar="N")
+        parser.add_argument(flag, type=int, default=_NUMBERS[name], metavar="N", help=text)
     add_phase_argument(parser)
     parser.add_argument(
-        "--prompt", default="12000,3000,6000,1000", metavar="N,N,...", help="default: %(default)s"
+        "--prompt",
+        default="12000,3000,6000,1000",
+        metavar="TOKENS,...",
+        help="length of each prompt",
     )
     plots.add_plot_argument(parser)
 

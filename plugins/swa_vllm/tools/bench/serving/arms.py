@@ -7,6 +7,7 @@ from pathlib import Path
 
 from swa_backend.window import Phase
 from swa_vllm.tools.common.arms import Arm
+from swa_vllm.tools.common.engine_arguments import add_engine_arguments
 
 
 @dataclass(frozen=True)
@@ -52,14 +53,23 @@ def add_arms_and_rounds_arguments(parser: argparse.ArgumentParser, names: str, r
         type=Path,
         help="directory of a dense Qwen3 (default: a small one of random weights)",
     )
-    parser.add_argument("--dtype", default="float32", help="default: %(default)s")
-    parser.add_argument("--block-size", type=int, default=32, help="tokens of a page (32)")
-    parser.add_argument("--chunk", type=int, default=2048, help="tokens of a prefill chunk (2048)")
-    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="default: all cores")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--peers", default=names, metavar="NAMES", help=f"the arms ({names})")
+    parser.add_argument("--dtype", default="float32", help="dtype of the weights")
+    add_engine_arguments(parser, block_size=32, max_num_batched_tokens=2048)
+    parser.add_argument(
+        "--threads",
+        type=int,
+        default=os.cpu_count(),
+        metavar="N",
+        help="cores that an arm computes on (default: all)",
+    )
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the random texts")
+    parser.add_argument(
+        "--peers", default=names, metavar="NAMES", help="arms that serve in every round"
+    )
     parser.add_argument("--once", default="", metavar="NAMES", help="arms of one round only")
-    parser.add_argument("--rounds", type=int, default=rounds, help="default: %(default)s")
+    parser.add_argument(
+        "--rounds", type=int, default=rounds, metavar="N", help="rounds that are timed"
+    )
 
 
 def serving_arms_of(flag: str, text: str) -> dict[str, ServingArm]:
