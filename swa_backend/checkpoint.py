@@ -132,7 +132,8 @@ def _load_config_json(file: Path) -> dict[str, Any]:
             ) from error
         raise ValueError(
             f"{file} does not exist. Give a local directory with a config.json, or that file; of a "
-            "model on the Hugging Face hub it is enough to download config.json"
+            "model on the Hugging Face hub it is enough to download config.json (hf download "
+            "OWNER/NAME config.json)"
         ) from error
     except OSError as error:
         raise ValueError(

@@ -1,7 +1,7 @@
 """Whether windows would be served here: a model and options, versions, what vLLM resolves, device.
 
 Stops at the first thing that is wrong, says what to do about it, and exits with status 1. Options
-and the files of MODEL, a local directory with a config.json, are checked before anything of vLLM is
+and the files of MODEL are checked before anything of vLLM is
 imported; last comes what each layer would do. Of weights only the headers are read, where there are
 any. The flags are those of vllm serve. With --deep the kernels are compiled and compared with their
 definition, which takes half a minute.
@@ -25,6 +25,7 @@ from swa_vllm.tools.common.arguments import (
     options_of_window_arguments,
 )
 from swa_vllm.tools.common.engine_arguments import add_engine_arguments
+from swa_vllm.tools.common.hub import find_model
 from swa_vllm.tools.common.progress import say_if_slow
 from swa_vllm.tools.common.terminal import GREEN, RED, YELLOW, paint
 
@@ -72,7 +73,9 @@ _ENGINE = ("dtype", "kv_cache_dtype", *_NUMBERS)
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of ``swa check``."""
-    parser.add_argument("model", metavar="MODEL", nargs="?", help="a local directory")
+    parser.add_argument(
+        "model", metavar="MODEL", nargs="?", help="a directory, or a hub's name that is cached"
+    )
     add_window_arguments(parser)
     add_additional_config_argument(parser)
     add_engine_arguments(parser, **dict.fromkeys(_ENGINE, "vLLM's"))
@@ -142,7 +145,7 @@ def findings_of(
     ]
     if model is not None:
         todo.insert(0, ("model", lambda: files.inspect_files(model, arguments)))
-        todo.append((model, lambda: steps.inspect_model(model, arguments)))
+        todo.append((model, lambda: steps.inspect_model(str(find_model(model)), arguments)))
     if deep:
         phase = parse_additional_config(arguments.get("additional_config")).phase
         todo += [

@@ -1,6 +1,5 @@
 """The step of ``swa check`` that reads a model's files: it needs neither vLLM nor torch."""
 
-from pathlib import Path
 from typing import Any
 
 from swa_backend.can_slide import check_can_slide
@@ -12,6 +11,7 @@ from swa_vllm.compat import envs
 from swa_vllm.compat.architectures import UNPROVEN, check_architectures, phase_refused
 from swa_vllm.config.additional_config import parse_additional_config
 from swa_vllm.tools.check.problems import problem_of_message
+from swa_vllm.tools.common.hub import find_model
 from swa_vllm.tools.common.sizing import (
     kv_heads_of_a_device,
     longest_text_in_limits,
@@ -31,11 +31,12 @@ def inspect_files(model: str, arguments: dict[str, Any]) -> str:
         ProblemError: no engine would serve it.
     """
     try:
-        checkpoint = read_checkpoint(Path(model))
+        path = find_model(model)
+        checkpoint = read_checkpoint(path)
         if not set(checkpoint.architectures) & set(UNPROVEN):  # which refuse windows themselves
             check_architectures(checkpoint.architectures)
-        if Path(model).is_dir():
-            check_weights(Path(model), checkpoint.config)
+        if path.is_dir():
+            check_weights(path, checkpoint.config)
         kv_heads_of_a_device(checkpoint, arguments.get("tensor_parallel_size", 1))
         stages = arguments.get("pipeline_parallel_size", 1)
         stages_of(checkpoint.num_layers, stages, envs.read_variable(envs.LAYER_PARTITION))

@@ -16,7 +16,20 @@ _VERBS = (
         "lower",
         "merge",
     ),
-    *("move", "plan", "raise", "remove", "say", "see", "serve", "set", "unset", "use", "write"),
+    *(
+        "move",
+        "plan",
+        "raise",
+        "remove",
+        "run",
+        "say",
+        "see",
+        "serve",
+        "set",
+        "unset",
+        "use",
+        "write",
+    ),
 )
 _REMEDY = re.compile(rf"(?:; |\. |: )(?=(?:{'|'.join(_VERBS)})\b)", re.IGNORECASE)
 _UNSAID = "give what this line allows instead; no weights were loaded"

@@ -12,6 +12,7 @@ from swa_backend.layers import LayerPlan, resolve_layers
 from swa_backend.options import SWAOptions
 from swa_vllm.tools.common.arguments import check_number_arguments
 from swa_vllm.tools.common.engine_arguments import add_engine_arguments
+from swa_vllm.tools.common.hub import download_command, is_hub_name
 from swa_vllm.tools.engines.forced import ForcedTokens
 
 FULL_ATTENTION: Mapping[str, Any] = {"enabled": False}
@@ -102,9 +103,10 @@ def scoring_text_config(model: str) -> Any:
     try:
         return AutoConfig.from_pretrained(model).get_text_config()
     except (OSError, ValueError) as error:
+        command = f", or run {download_command(model, whole=True)}" if is_hub_name(model) else ""
         raise ValueError(
             f"{model}: no directory with the config.json of a model, and none of the hub's that "
-            f"can be had from here; give one ({error})"
+            f"can be had from here; give a directory{command} ({error})"
         ) from error
 
 

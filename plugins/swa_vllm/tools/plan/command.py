@@ -33,6 +33,7 @@ from swa_vllm.tools.common.arguments import (
 )
 from swa_vllm.tools.common.arms import Arm
 from swa_vllm.tools.common.engine_arguments import add_engine_arguments
+from swa_vllm.tools.common.hub import find_model
 from swa_vllm.tools.common.pools import Model, need_in_pool, plan_pool
 from swa_vllm.tools.common.queueing import Workload
 from swa_vllm.tools.common.sizing import (
@@ -73,7 +74,11 @@ _NUMBERS = (
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of ``swa plan``; those of vLLM have its names."""
-    parser.add_argument("model", metavar="MODEL", help="a directory, or a config.json")
+    parser.add_argument(
+        "model",
+        metavar="MODEL",
+        help="a directory, a config.json, or a hub's name whose config.json is cached",
+    )
     add_window_arguments(parser)
     add_engine_arguments(
         parser,
@@ -118,7 +123,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 def _run_plan(args: argparse.Namespace) -> dict[str, Any]:
     plots.check_plot_path(args.plot)
-    checkpoint = read_checkpoint(Path(args.model))
+    checkpoint = read_checkpoint(find_model(args.model))
     check_architectures(checkpoint.architectures)
     plan = _plan_phase(args, checkpoint, tuple(Arm))
     by_phase, refused = _plan_phases(args, checkpoint, plan)

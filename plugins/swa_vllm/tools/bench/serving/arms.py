@@ -51,7 +51,8 @@ def add_arms_and_rounds_arguments(parser: argparse.ArgumentParser, names: str, r
         metavar="MODEL",
         nargs="?",
         type=Path,
-        help="directory of a dense Qwen3 (default: a small one of random weights)",
+        help="a dense Qwen3: a directory, or a hub's name that is cached (default: a small one "
+        "of random weights)",
     )
     parser.add_argument("--dtype", default="float32", help="dtype of the weights")
     add_engine_arguments(parser, block_size=32, max_num_batched_tokens=2048)

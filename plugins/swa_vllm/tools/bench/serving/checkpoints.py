@@ -6,6 +6,8 @@ from typing import Any
 
 import torch
 
+from swa_vllm.tools.common.hub import find_model
+
 
 def make_windowed_checkpoint(model: Path, directory: Path, window: int | None) -> Path:
     """Make a checkpoint of ``model``'s files in which all layers slide, or none.
@@ -82,7 +84,10 @@ def prepare_checkpoints(
     Returns:
         The checkpoint with all layers sliding by True, that with all full by False.
     """
-    model = model or save_random_checkpoint(directory / "random", longest, seed)
+    if model is None:
+        model = save_random_checkpoint(directory / "random", longest, seed)
+    else:
+        model = find_model(str(model), whole=True)
     return {
         True: make_windowed_checkpoint(model, directory / "sliding", window),
         False: make_windowed_checkpoint(model, directory / "full", None),
