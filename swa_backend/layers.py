@@ -56,6 +56,22 @@ class LayerPlan:
         ]
 
 
+def describe_windows(layers: LayerPlan, options: SWAOptions) -> str:
+    """Say in one line what slides, such as ``window 128, 4 sink tokens, 23 of 30 layers slide``."""
+    num_layers = len(layers.windows)
+    windows = sorted({window for window in layers.windows if window is not None})
+    if not windows:
+        return f"none of {num_layers} layers slides"
+    num_sliding = num_layers - layers.windows.count(None)
+    parts = [f"window {' and '.join(map(str, windows))}"]
+    if options.sink_tokens:
+        shifted = ", shifted" if options.position_shift else ""
+        parts.append(f"{options.sink_tokens} sink tokens{shifted}")
+    if options.phase is not Phase.BOTH:
+        parts.append(f"phase {options.phase}")
+    return ", ".join([*parts, f"{num_sliding} of {num_layers} layers slide"])
+
+
 def resolve_layers(
     hf_config: Any,
     options: SWAOptions,

@@ -6,6 +6,8 @@ from vllm.config import VllmConfig
 from vllm.logger import init_logger
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
 
+import swa_backend
+from swa_backend.layers import describe_windows
 from swa_backend.window import Phase
 from swa_vllm.compat.prompt_lens import send_prompt_lens
 from swa_vllm.config.rope import lost_rope_theta
@@ -38,8 +40,8 @@ class ConfigHook(VerifyAndUpdateConfig):
         With a window in one phase only, Model Runner V1 is made to tell builders the lengths of
         prompts; with V2 the model does that itself.
 
-        Warns of metrics of vLLM's own that do not know the window, and of an override that loses
-        the checkpoint's RoPE theta.
+        Logs what slides in one line. Warns of metrics of vLLM's own that do not know the window,
+        and of an override that loses the checkpoint's RoPE theta.
 
         The model checks again, in its own process, what vLLM made of the config since.
 
@@ -72,6 +74,10 @@ class ConfigHook(VerifyAndUpdateConfig):
             refuse_wrong_weights(vllm_config, model_config)
             if draft.slides:
                 check_servable(vllm_config, draft, model_config)
+        if swa.slides:
+            # Early, in one line: whoever starts a server sees that the options were read.
+            described = describe_windows(swa.layers, swa.options)
+            logger.info("swa-backend %s: %s", swa_backend.__version__, described)
         if swa.options.phase is not Phase.BOTH and not vllm_config.use_v2_model_runner:
             send_prompt_lens(vllm_config.model_config)
         prepare_ray(vllm_config)

@@ -11,6 +11,7 @@ from vllm import ModelRegistry
 from vllm.model_executor.models import qwen3 as stock
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
+import swa_backend
 import swa_vllm
 from swa_vllm.compat import architectures, backend_slot, versions
 from tests.helpers.engines import EngineFactory, ModelFactory, attention_layers, describe, generate
@@ -55,7 +56,10 @@ def test_start_up_logs_one_table(
         engine(tiny_model(**FULL), additional_config={"swa": options})
     finally:
         logger.removeHandler(caplog.handler)
+    (line,) = [m for m in caplog.messages if m.startswith("swa-backend ")]
+    assert line == f"swa-backend {swa_backend.__version__}: window 56, 3 of 4 layers slide"
     (table,) = [m for m in caplog.messages if m.startswith("SWA layers")]
+    assert caplog.messages.index(line) < caplog.messages.index(table)
     assert [line.split() for line in table.splitlines()[1:]] == [
         ["SWA", "0-2", "sliding", "56", "0", "CUSTOM", "SWASpec", "1", "layers"],
         ["SWA", "3", "full", "-", "-", "CPU_ATTN", "FullAttentionSpec", "chosen", "by", "vLLM"],

@@ -93,7 +93,7 @@ def test_all_is_well_in_a_process_of_its_own(tiny_model: ModelFactory, tmp_path:
     lines = result.stdout.splitlines()
     assert len(lines) == 14
     assert [line.split()[0] for line in (*lines[:8], *lines[-3:])] == ["ok"] * 11
-    assert lines[0].endswith("2 of 4 layers slide, window 40, 4 sink tokens")
+    assert lines[0].endswith("window 40, 4 sink tokens, 2 of 4 layers slide")
     assert "equal the oracle" in lines[-2]
     assert "equals plain torch" in lines[-1]
     assert [line.split() for line in lines[-5:-3]] == [

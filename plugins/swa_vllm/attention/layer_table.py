@@ -1,7 +1,8 @@
 """The table of effective windows, logged once at start-up."""
 
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from itertools import groupby
+from itertools import groupby, pairwise
 from typing import Any
 
 import torch
@@ -88,13 +89,35 @@ def _gather_stages(described: Described) -> Described:
 def lines_of_layers(
     header: tuple[str, ...], described: Iterable[tuple[int, tuple[str, ...]]]
 ) -> list[str]:
-    """A line for each run of layers that are described alike."""
-    rows = []
-    for description, run in groupby(described, key=lambda item: item[1]):
-        indices = [index for index, _ in run]
-        span = f"{indices[0]}-{indices[-1]}" if len(indices) > 1 else str(indices[0])
-        rows.append((span, *description))
+    """A line for each kind of layer: those that are described alike, wherever they lie."""
+    alike = defaultdict[tuple[str, ...], list[int]](list)
+    for index, description in described:
+        alike[description].append(index)
+    rows = [(_shown_layers(indices), *description) for description, indices in alike.items()]
     return format_table(header, rows, num_left=len(header)).splitlines()
+
+
+def _shown_layers(indices: Sequence[int]) -> str:
+    """Name layers in runs of neighbours, and many that alternate by the first two and the last.
+
+    Such as ``0-3, 27`` or ``3, 7, ... 35``.
+    """
+    # In a run an index and its place differ by the same number.
+    runs = [
+        [index for _, index in run]
+        for _, run in groupby(enumerate(indices), key=lambda item: item[1] - item[0])
+    ]
+    spans = [f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs]
+    if len(spans) > 3 and _runs_alternate(runs):
+        return f"{spans[0]}, {spans[1]}, ... {spans[-1]}"
+    return ", ".join(spans)
+
+
+def _runs_alternate(runs: Sequence[Sequence[int]]) -> bool:
+    """Whether runs begin in one step and are of one length, the last one cut off perhaps."""
+    steps = {later[0] - earlier[0] for earlier, later in pairwise(runs)}
+    lengths = {len(run) for run in runs[:-1]}
+    return len(steps) == len(lengths) == 1 and len(runs[-1]) <= max(lengths)
 
 
 def kind_of_layer(window: int | None, phase: Phase) -> str:

@@ -4,7 +4,7 @@ from typing import Any
 
 from swa_backend.can_slide import check_can_slide
 from swa_backend.checkpoint import Checkpoint, read_checkpoint
-from swa_backend.layers import resolve_layers
+from swa_backend.layers import describe_windows, resolve_layers
 from swa_backend.weights import check_weights
 from swa_backend.window import Phase
 from swa_vllm.compat import envs
@@ -64,13 +64,10 @@ def _inspect_options(checkpoint: Checkpoint, arguments: dict[str, Any]) -> str:
     longest = arguments.get("max_model_len")
     layers = resolve_layers(checkpoint.config, options, max_model_len=longest)
     if not layers.slides:
-        return f"{checkpoint.num_layers} layers, none of them with a window"
+        return describe_windows(layers, options)
     check_can_slide(checkpoint.config)
     if options.phase is not Phase.BOTH:
         asked = f'swa.phase="{options.phase}"'
         if refusal := phase_refused(asked, checkpoint.architectures):
             raise ValueError(refusal)
-    windows = [window for window in layers.windows if window is not None]
-    shown = " and ".join(map(str, sorted(set(windows))))
-    sinks = f", {options.sink_tokens} sink tokens" if options.sink_tokens else ""
-    return f"{len(windows)} of {checkpoint.num_layers} layers slide, window {shown}{sinks}"
+    return describe_windows(layers, options)
