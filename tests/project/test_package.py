@@ -10,6 +10,7 @@ import sysconfig
 import tomllib
 import venv
 import zipfile
+from configparser import ConfigParser
 from email.message import Message
 from email.parser import Parser
 from pathlib import Path
@@ -109,6 +110,15 @@ def test_extra_gpu_takes_the_official_releases_that_were_tested() -> None:
     assert allowed.contains(f"{last}.9")
     assert not allowed.contains(f"{last.major}.{last.minor + 1}")
     assert not allowed.contains(f"{first.major}.{first.minor - 1}.9")
+
+
+def test_extra_gpu_brings_nothing_that_does_not_serve() -> None:
+    settings = ConfigParser()
+    settings.read(ROOT / "setup.cfg")
+    extras = settings["options.extras_require"]
+    assert extras["gpu"].strip().startswith("vllm")
+    assert "xformers" not in extras["gpu"]
+    assert extras["xformers"].strip().startswith("xformers>=")
 
 
 def test_extra_cpu_is_the_build_that_the_set_up_checks() -> None:
