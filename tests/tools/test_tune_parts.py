@@ -1,0 +1,313 @@
+"""The parts of `swa tune` that need no model: requests, statistics, sizes, halving."""
+
+import json
+import math
+import random
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import AutoTokenizer
+
+from swa_vllm.tools.common.pools import Model
+from swa_vllm.tools.common.queueing import Workload
+from swa_vllm.tools.common.sizing import Device, Limits
+from swa_vllm.tools.tune.candidates import (
+    FULL,
+    Candidate,
+    Objective,
+    Shape,
+    Sizer,
+    counts_of_full_layers,
+    shapes_to_try,
+    widest_window,
+    windows_to_try,
+    with_full_layers,
+)
+from swa_vllm.tools.tune.halving import rungs_of_halving, successive_halving
+from swa_vllm.tools.tune.paired import Rise, rise_of_loss, student_quantile
+from swa_vllm.tools.tune.requests import Request, read_requests, split_requests
+from tests.helpers.trained_models import SLIDING
+
+END = "[end]"
+TEMPLATE = (
+    "{% for m in messages %}[{{ m.role }}]{{ m.content }}[end]\n{% endfor %}"
+    "{% if add_generation_prompt %}[assistant]{% endif %}"
+)
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Any:
+    return AutoTokenizer.from_pretrained(SLIDING)
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "requests.jsonl"
+
+
+def test_prompt_and_answer_are_read(path: Path, tokenizer: Any) -> None:
+    path.write_text('\n{"prompt": "In the", "answer": " beginning\u2028"}\n', encoding="utf-8")
+    (request,) = read_requests(path, tokenizer, 100)
+    assert (request.line, tokenizer.decode(request.prompt)) == (2, "In the")
+    assert tokenizer.decode(request.answer) == " beginning\u2028"
+    assert request.tokens == request.prompt + request.answer
+
+
+@pytest.mark.parametrize("as_response", [False, True], ids=["messages", "choices"])
+def test_chat_is_rendered_as_it_is_served(path: Path, tokenizer: Any, as_response: bool) -> None:
+    """An answer ends with the token at which the model stopped."""
+    asked, answer = {"role": "user", "content": "Who"}, {"role": "assistant", "content": "Paul"}
+    record: dict[str, Any] = {"messages": [asked, answer]}
+    if as_response:
+        record = {"messages": [asked], "choices": [{"message": answer}]}
+    path.write_text(json.dumps(record))
+    chat = AutoTokenizer.from_pretrained(SLIDING, chat_template=TEMPLATE)
+    chat.eos_token = END
+    (request,) = read_requests(path, chat, 100)
+    assert chat.decode(request.prompt) == "[user]Who[end]\n[assistant]"
+    assert chat.decode(request.answer) == "Paul[end]"
+
+
+def test_template_that_opens_thoughts_keeps_the_answer(path: Path) -> None:
+    asked, answer = {"role": "user", "content": "Who"}, {"role": "assistant", "content": "Paul"}
+    path.write_text(json.dumps({"messages": [asked, answer]}))
+    opens = TEMPLATE.replace("[assistant]", "[assistant]<think>")
+    chat = AutoTokenizer.from_pretrained(SLIDING, chat_template=opens)
+    chat.eos_token = END
+    (request,) = read_requests(path, chat, 100)
+    assert chat.decode(request.answer) == "Paul[end]"
+
+
+RIGHT = '{"prompt": "In the", "answer": " beginning"}'
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("", "has no request; write"),
+        ("\n \n", "has no request; write"),
+        (f"{RIGHT}\n{{oops", "line 2 is no JSON"),
+        (f"{RIGHT}\n[1]", "line 2 has neither a prompt nor messages"),
+        ('{"prompt": 3, "answer": "x"}', "line 1: prompt and answer must be texts"),
+        ('{"prompt": "In the"}', "line 1 has no answer"),
+        ('{"prompt": "In the", "answer": ""}', "line 1 has no answer"),
+        ('{"prompt": "", "answer": "x"}', "line 1: prompt and answer must have a token each"),
+        ('{"messages": "Who"}', "line 1: messages must be a list"),
+        ('{"messages": []}', "line 1 has no answer"),
+        ('{"messages": [{"role": "user", "content": "Who"}]}', "line 1 has no answer"),
+        (
+            '{"messages": [{"role": "user", "content": "Who"}, '
+            '{"role": "assistant", "content": "Paul"}]}',
+            "line 1 has messages, and the checkpoint's tokenizer has no chat template; put one",
+        ),
+        (f'{RIGHT}\n{{"prompt": "{"word " * 60}", "answer": "x"}}', "was made for 50; leave the"),
+    ],
+)
+def test_bad_requests_are_named(path: Path, tokenizer: Any, text: str, says: str) -> None:
+    path.write_text(text)
+    with pytest.raises(ValueError, match=says):
+        read_requests(path, tokenizer, 50)
+
+
+def test_files_that_cannot_be_read_are_refused(path: Path, tokenizer: Any) -> None:
+    with pytest.raises(ValueError, match="No such file or directory; give a file"):
+        read_requests(path, tokenizer, 50)
+    path.write_bytes(b"\xff")
+    with pytest.raises(ValueError, match="is no UTF-8"):
+        read_requests(path, tokenizer, 50)
+
+
+def test_template_that_refuses_is_an_error(path: Path) -> None:
+    path.write_text('{"messages": [{"role": "user"}, {"role": "assistant", "content": "Paul"}]}')
+    strict = "{{ raise_exception('no question') }}"
+    chat = AutoTokenizer.from_pretrained(SLIDING, chat_template=strict)
+    with pytest.raises(
+        ValueError, match=r"line 1: the checkpoint's chat template refuses .*: no q"
+    ):
+        read_requests(path, chat, 50)
+
+
+def _requests(prompts: list[tuple[int, ...]]) -> list[Request]:
+    return [Request(line, prompt, (line,)) for line, prompt in enumerate(prompts, start=1)]
+
+
+def test_half_is_held_out_and_the_same_each_time() -> None:
+    requests = _requests([(n, n) for n in range(20)])
+    split = split_requests(requests)
+    assert (len(split.choosing), len(split.held_out)) == (10, 10)
+    assert {*split.choosing, *split.held_out} == {*requests}
+    assert split == split_requests(requests[::-1])
+
+
+def test_turns_of_a_conversation_stay_together() -> None:
+    """What reports must not have been read while choosing."""
+    turns = [(n, *range(100, 100 + turn)) for n in range(8) for turn in range(3)]
+    split = split_requests(_requests(turns))
+    first = [{request.prompt[0] for request in part} for part in (split.choosing, split.held_out)]
+    assert not first[0] & first[1]
+    assert first[0] | first[1] == {*range(8)}
+
+
+def test_too_few_conversations_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"has 4 requests of 3 conversations, and 4 are the few"):
+        split_requests(_requests([(1,), (2,), (3,), (3, 4)]))
+
+
+def test_rise_weighs_tokens_alike() -> None:
+    rise = rise_of_loss([12.0, 33.0], [10.0, 30.0], [10, 30])
+    assert rise.mean == pytest.approx(5 / 40)
+    # Differences from the mean: 2 - 1.25, 3 - 3.75.
+    assert rise.error == pytest.approx(math.sqrt(2 * 2 * 0.75**2) / 40)
+    assert rise.high - rise.mean == pytest.approx(12.706 * rise.error)
+    assert rise.mean - rise.low == pytest.approx(12.706 * rise.error)
+    assert Rise(0.02, 0.0, 9).text() == "+2.02 % (+2.02 to +2.02)"
+
+
+def test_interval_covers_the_mean_as_often_as_it_says() -> None:
+    """Of 2000 samples of twelve requests, whose lengths differ, 95 % cover it."""
+    generator, covered = random.Random(1), 0
+    for _ in range(2000):
+        lengths = [generator.randint(20, 200) for _ in range(12)]
+        losses = [0.03 * n + generator.gauss(0, 0.05) * n for n in lengths]
+        rise = rise_of_loss(losses, [0.0] * 12, lengths)
+        covered += rise.low <= 0.03 <= rise.high
+    assert 0.93 < covered / 2000 < 0.97
+
+
+def test_other_requests_are_expected_to_spread_too() -> None:
+    rise = Rise(0.01, 0.002, 9)
+    assert rise.expected_high(9) == pytest.approx(0.01 + 2.306 * 0.002 * math.sqrt(2))
+    assert rise.high < rise.expected_high(18) < rise.expected_high(9)
+
+
+@pytest.mark.parametrize(
+    ("degrees", "quantile"), [(1, 12.706), (10, 2.228), (31, 2.0395), (60, 2.0003), (10**6, 1.96)]
+)
+def test_quantiles_are_students(degrees: int, quantile: float) -> None:
+    assert student_quantile(degrees) == pytest.approx(quantile, abs=1e-3)
+
+
+LIMITS = Limits(
+    block_size=32,
+    max_model_len=800,
+    max_num_batched_tokens=8192,
+    max_num_seqs=256,
+    num_steps_in_flight=1,
+)
+
+
+def sizer_of(num_layers: int = 30, memory: int | None = None) -> Sizer:
+    """The demo model's sizes in fp32, behind 512 tokens of a prompt and 255 of an answer."""
+    model = Model((None,) * num_layers, 0, kv_heads=3, head_dim=128, number_bytes=4)
+    return Sizer(model, Shape(3_000_000, 9), LIMITS, Workload(512, 255), Device.CPU, memory=memory)
+
+
+PAGE = 32 * 2 * 3 * 128 * 4  # bytes of a layer's
+
+
+def test_bytes_are_those_of_the_padded_pool() -> None:
+    """Ten of 30 layers full are three groups of ten, one full layer of 30 is 30 groups."""
+    sizer = sizer_of()
+    full = sizer.gain(FULL)
+    assert full.num_groups == 1
+    assert full.num_bytes == (24 * 31 + 23) * 30 * PAGE // 32  # behind 736 to 767 tokens
+    for num_full, num_groups in ((10, 3), (15, 2), (29, 30)):
+        gain = sizer.gain(Candidate(128, 4, tuple(range(num_full))))
+        assert gain.num_groups == num_groups
+    # 127 tokens in four pages, or in five; the sinks; four slots ahead.
+    sliding = 1 + 5 + 4 / 32 - 1 / 32
+    for num_full, parts in ((0, 30 * sliding), (10, 10 * (24 + 2 * sliding))):
+        assert sizer.num_bytes(128, 4, num_full) == pytest.approx(parts * PAGE, rel=0.02)
+
+
+def test_counts_that_only_padding_explains_are_left_out() -> None:
+    sizer = sizer_of()
+    full = sizer.gain(FULL).num_bytes
+    counts = counts_of_full_layers(sizer, 128, 4, full)
+    by_count = [sizer.num_bytes(128, 4, count) for count in counts]
+    assert by_count == sorted(by_count, reverse=True)
+    assert 29 in counts
+    assert 23 not in counts  # seven layers slide at nearly the bytes of none
+    assert counts_of_full_layers(sizer, 128, 0, full // 2)[0] == 10
+
+
+def test_widest_window_fills_the_limit() -> None:
+    sizer = sizer_of()
+    limit = sizer.gain(FULL).num_bytes // 2
+    window = widest_window(sizer, 4, 0, 764, limit)
+    assert window % 32 == 0
+    assert sizer.num_bytes(window, 4, 0) <= limit < sizer.num_bytes(window + 32, 4, 0)
+    assert widest_window(sizer, 4, 29, 764, limit) == 0
+
+
+def test_what_is_tried_fits_and_slides() -> None:
+    sizer = sizer_of()
+    limit = sizer.gain(FULL).num_bytes // 2
+    for by_loss in (True, False):
+        shapes = shapes_to_try(sizer, (0, 4), 767, limit, by_loss=by_loss)
+        assert len(shapes) == len({*shapes})
+        for window, sinks, count in shapes:
+            assert sizer.num_bytes(window, sinks, count) <= limit
+            assert window + sinks < 767
+    assert {(128, 0, 0), (128, 4, 0), (128, 0, 10)} <= {*shapes}
+
+
+def test_windows_are_half_a_doubling_apart() -> None:
+    assert windows_to_try(200) == [32, 48, 64, 96, 128, 192]
+
+
+def test_gains_are_of_requests_and_first_tokens() -> None:
+    sizer = sizer_of()
+    full, ours = sizer.gain(FULL), sizer.gain(Candidate(128, 4))
+    assert full.running is not None
+    assert ours.running is not None
+    assert 16 <= full.running < 20 < 40 < ours.running
+    assert (full.first_token, ours.first_token < 1) == (1.0, True)
+    assert ours.cost(Objective.MEMORY) == ours.num_bytes
+    assert ours.cost(Objective.THROUGHPUT) == -ours.running
+    assert ours.cost(Objective.TTFT) == ours.first_token
+    assert replace(ours, running=None).cost(Objective.THROUGHPUT) == 0
+
+
+def test_first_token_counts_products_by_hand() -> None:
+    """Two layers, one of which slides over two of four tokens: 10 and 7 pairs."""
+    model = Model((None,) * 2, 0, kv_heads=1, head_dim=8, number_bytes=4)
+    sizer = Sizer(model, Shape(100, 4), LIMITS, Workload(4, 1), Device.CPU)
+    work = [2 * 4 * 100 + 2 * 4 * 8 * pairs for pairs in (10 + 7, 10 + 10)]
+    assert sizer.gain(Candidate(2, 0, (0,))).first_token == pytest.approx(work[0] / work[1])
+
+
+def test_options_are_those_to_serve_with() -> None:
+    assert FULL.options() == {"enabled": False}
+    assert Candidate(64).options() == {"window": 64, "full_attention_layers": "none"}
+    made = with_full_layers((64, 4, 2), [5, 1, 3])
+    assert made.options() == {"window": 64, "sink_tokens": 4, "full_attention_layers": [1, 5]}
+
+
+def test_rungs_halve_candidates_and_double_requests() -> None:
+    assert rungs_of_halving(20, 10) == [(20, 2), (10, 4), (5, 8), (4, 10)]
+    assert rungs_of_halving(3, 2) == [(3, 2)]
+
+
+def test_halving_finds_the_best_at_a_fraction_of_the_work() -> None:
+    """Noise falls with the requests seen; the true values are 0 to 31."""
+    generator, asked = random.Random(0), list[tuple[int, int]]()
+
+    def measure(candidate: int, seen: int) -> float:
+        asked.append((candidate, seen))
+        return candidate + generator.gauss(0, 4) / math.sqrt(seen)
+
+    def rank(scores: Mapping[int, float]) -> list[int]:
+        return sorted(scores, key=lambda candidate: scores[candidate])
+
+    found = successive_halving(range(31, -1, -1), 64, measure, rank)
+    assert len(found) == 4
+    assert list(found) == rank(found)
+    assert next(iter(found)) <= 1
+    assert sum(seen for _, seen in asked) < 32 * 64 / 3
+    assert [seen for candidate, seen in asked if candidate == next(iter(found))] == [
+        *(2, 4, 8, 16, 32, 64)
+    ]
