@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from swa_backend.checkpoint import read_checkpoint
 from swa_vllm.tools.common.arguments import check_output_path
-from swa_vllm.tools.eval.texts import tokens_of
+from swa_vllm.tools.engines.texts import tokens_of
 from tests.bad_input.row import Bad
 
 WEIGHTS = "model.safetensors"

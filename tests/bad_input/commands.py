@@ -693,7 +693,9 @@ _OTHERS = [
         )
         for wrong in ("rope", "[1]", "{")
     ),
-    _usage(["nosuch"], "'nosuch'", "'plan', 'check', 'trace', 'bench', 'eval'", "choose from"),
+    _usage(
+        ["nosuch"], "'nosuch'", "'plan', 'check', 'trace', 'tune', 'bench', 'eval'", "choose from"
+    ),
     _usage(["plan"], "the following arguments", "MODEL", "are required"),
     *(
         _usage(

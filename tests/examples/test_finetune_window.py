@@ -14,7 +14,7 @@ import finetune_window
 from finetune_window import LENGTH_IN_WINDOWS, finetune, lr_factor
 from swa_backend.layers import resolve_layers
 from swa_backend.options import SWAOptions
-from swa_vllm.tools.eval.texts import tokens_of
+from swa_vllm.tools.engines.texts import tokens_of
 from tests.helpers.dense_qwen3 import Sight
 from tests.helpers.dense_text import DenseText
 from tests.helpers.paths import DATA

@@ -180,7 +180,7 @@ MEMBERS: dict[str, set[str]] = {
         *("check_kv_cache_spec_registry", "get_manager_class", "register"),
     },
     # Engines.
-    "vllm.entrypoints.llm:LLM": {"get_tokenizer", "llm_engine"},
+    "vllm.entrypoints.llm:LLM": {"apply_model", "get_tokenizer", "llm_engine"},
     "vllm.logprobs:Logprob": {"logprob"},
     "vllm.outputs:CompletionOutput": {"logprobs", "token_ids"},
     "vllm.outputs:RequestOutput": {"outputs", "prompt_logprobs", "request_id"},

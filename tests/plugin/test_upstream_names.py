@@ -6,6 +6,7 @@
 import argparse
 import ast
 import builtins
+import hashlib
 import importlib
 import io
 import logging
@@ -22,6 +23,7 @@ from typing import Any
 import matplotlib.axes
 import torch
 import tqdm
+from transformers import PreTrainedTokenizerBase, Qwen3MoeConfig
 
 import swa_backend
 import swa_vllm
@@ -46,7 +48,7 @@ COMMON: tuple[Any, ...] = (
     *(argparse.ArgumentParser, argparse.ArgumentParser().add_subparsers(), logging.Logger),
     *(io.TextIOWrapper, os.path, matplotlib.axes.Axes, random.Random, re.Match, re.Pattern),
     *(subprocess.CompletedProcess((), 0), subprocess.Popen, torch.Tensor, torch.cuda),
-    torch.distributed,
+    *(hashlib.sha256(), torch.distributed, PreTrainedTokenizerBase(), Qwen3MoeConfig()),
     tqdm.tqdm(disable=True),
 )
 

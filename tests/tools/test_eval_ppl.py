@@ -22,7 +22,7 @@ from swa_vllm.tools.engines.forced import FORCED_TOKENS, ForcedTokens
 from swa_vllm.tools.engines.perplexity import perplexity
 from swa_vllm.tools.engines.scoring import NUM_EXTRA_TOKENS, ScoringEngine
 from swa_vllm.tools.engines.setup import FULL_ATTENTION, Setup
-from swa_vllm.tools.eval.texts import tokens_of
+from swa_vllm.tools.engines.texts import tokens_of
 from tests.helpers.dense_qwen3 import DenseQwen3, Sight
 from tests.helpers.dense_text import DenseText
 from tests.helpers.engines import EngineFactory, managers, resolve_here

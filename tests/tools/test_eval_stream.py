@@ -132,7 +132,7 @@ def test_rows_are_no_more_than_a_page() -> None:
 
 def test_pages_of_a_bucket_without_a_step_are_the_next_steps() -> None:
     stream = Stream(list(range(13)), trained=4, bucket=2, num_decoded=4)
-    scored = Scored([-1.0] * 12, pages=[5, 4, 3], computed=[9, 10, 11])
+    scored = Scored([-1.0] * 12, pages=[5, 4, 3], computed=[9, 10, 11], greedy=[0] * 12)
     outcome = summarize_stream(stream, scored)
     assert outcome.most_pages == [5, 5, 5, 5, 5, 3, 3]
     assert outcome.least_pages == [5, 5, 5, 5, 4, 3, 3]

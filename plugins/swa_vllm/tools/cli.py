@@ -20,7 +20,7 @@ from swa_vllm.tools.common.parser import Parser
 from swa_vllm.tools.common.plots import add_plot_argument
 
 # Each is ``<verb>/command.py`` or a file of ``eval/``, by its very name.
-_VERBS = ("plan", "check", "trace")
+_VERBS = ("plan", "check", "trace", "tune")
 _EVALUATIONS = ("ppl", "needle", "stream", "layers")
 
 

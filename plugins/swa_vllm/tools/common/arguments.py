@@ -14,6 +14,8 @@ from swa_vllm.config.additional_config import parse_additional_config
 
 _WINDOW = "tokens that a sliding layer sees, the newest included"
 
+_UNITS = {"KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30, "KB": 10**3, "MB": 10**6, "GB": 10**9}
+
 
 def add_window_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the plugin's options that decide what slides."""
@@ -169,6 +171,21 @@ def options_as_flags(text: str) -> str:
         lambda found: f"--{(found[1] or found[2]).replace('_', '-')}",
         text,
     )
+
+
+def parse_memory(text: str) -> int:
+    """Read a size such as ``16GiB``; returns bytes.
+
+    Raises:
+        ValueError: the text is no number with a unit.
+    """
+    found = re.fullmatch(r"(\d{1,18}(?:\.\d{1,18})?) ?([KMG]i?B)", text)
+    size = 0 if found is None else int(float(found[1]) * _UNITS[found[2]])
+    if not 0 < size < 2**63:
+        raise ValueError(
+            f"--kv-memory {text!r}: write a number and a unit ({', '.join(_UNITS)}), such as 16GiB"
+        )
+    return size
 
 
 def check_number_arguments(args: argparse.Namespace, names: Iterable[str], least: int = 1) -> None:

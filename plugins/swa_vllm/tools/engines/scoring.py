@@ -27,11 +27,13 @@ class Scored:
         logprobs: of every token of the text but the first, the model's own, in nats.
         pages: pool pages that the request held after each step but the last, which frees them.
         computed: tokens that were computed by then.
+        greedy: of every token of the text but the first, the one that the model likes best there.
     """
 
     logprobs: list[float]
     pages: list[int]
     computed: list[int]
+    greedy: list[int]
 
 
 class ScoringEngine:
@@ -116,8 +118,8 @@ class ScoringEngine:
         params = SamplingParams(
             temperature=0.0,
             max_tokens=num_decoded or NUM_EXTRA_TOKENS,
-            prompt_logprobs=0,
-            logprobs=0,
+            prompt_logprobs=1,
+            logprobs=1,
             ignore_eos=True,
             detokenize=False,
             extra_args={FORCED_TOKENS: list(tokens[num_prompt:])} if num_decoded else None,
@@ -134,4 +136,5 @@ class ScoringEngine:
         (output,) = outputs
         steps = [*output.prompt_logprobs[1:], *output.outputs[0].logprobs[:num_decoded]]
         logprobs = [step[token].logprob for token, step in zip(tokens[1:], steps, strict=True)]
-        return Scored(logprobs, pages, computed)
+        greedy = [min(step, key=lambda token: step[token].rank) for step in steps]
+        return Scored(logprobs, pages, computed, greedy)

@@ -25,6 +25,7 @@ from swa_vllm.tools.engines.setup import (
     scoring_text_config,
     setup_of,
 )
+from swa_vllm.tools.engines.texts import cut_evaluated_text, tokens_of
 from swa_vllm.tools.eval.layer_search import (
     Layers,
     Search,
@@ -32,7 +33,6 @@ from swa_vllm.tools.eval.layer_search import (
     find_sliding_layers,
     trials_in_order,
 )
-from swa_vllm.tools.eval.texts import cut_evaluated_text, tokens_of
 
 EXAMPLE = "Qwen/Qwen3-0.6B --text book.txt --budget 0.5 --window 1024 --sinks 4"
 

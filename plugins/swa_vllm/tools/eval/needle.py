@@ -49,8 +49,8 @@ from swa_vllm.tools.engines.setup import (
     scoring_text_config,
     setup_of,
 )
+from swa_vllm.tools.engines.texts import tokenizer_of
 from swa_vllm.tools.eval.filler import filler_sentences
-from swa_vllm.tools.eval.texts import tokenizer_of
 
 EXAMPLE = "Qwen/Qwen3-0.6B --window 1024 --sinks 4 --lengths 1024,4096,8192"
 FULL, WINDOW = "full attention", "window"

@@ -37,7 +37,7 @@ from swa_vllm.tools.engines.setup import (
     scoring_text_config,
     setup_of,
 )
-from swa_vllm.tools.eval.texts import cut_evaluated_text, tokens_of
+from swa_vllm.tools.engines.texts import cut_evaluated_text, tokens_of
 
 EXAMPLE = "Qwen/Qwen3-0.6B --text book.txt --windows full,1024,512 --sinks 0,4"
 FULL = "full"

@@ -36,8 +36,8 @@ from swa_vllm.tools.engines.setup import (
     scoring_text_config,
     setup_of,
 )
+from swa_vllm.tools.engines.texts import tokenizer_of, tokens_of
 from swa_vllm.tools.eval.filler import filler_sentences
-from swa_vllm.tools.eval.texts import tokenizer_of, tokens_of
 
 EXAMPLE = "Qwen/Qwen3-0.6B --tokens 200000 --window 1024 --sinks 4"
 ARMS = ("shifted", "sinks", "window", "full")

@@ -8,7 +8,6 @@ while memory is plentiful are not counted, and speculative decoding is not plann
 """
 
 import argparse
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -30,6 +29,7 @@ from swa_vllm.tools.common.arguments import (
     check_number_arguments,
     options_as_flags,
     options_of_window_arguments,
+    parse_memory,
 )
 from swa_vllm.tools.common.arms import Arm
 from swa_vllm.tools.common.engine_arguments import add_engine_arguments
@@ -61,7 +61,6 @@ EXAMPLE = (
     "--kv-memory 16GiB"
 )
 _PROMPTS = (2000, 8000, 32000, 128000)
-_UNITS = {"KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 _NUMBERS = (
     "block_size",
     "tensor_parallel_size",
@@ -194,7 +193,7 @@ def _plan_phase(args: argparse.Namespace, checkpoint: Checkpoint, arms: Sequence
         num_stages=args.pipeline_parallel_size,
         layer_partition=envs.read_variable(envs.LAYER_PARTITION),
     )
-    memory = None if args.kv_memory is None else parse_planned_memory(args.kv_memory)
+    memory = None if args.kv_memory is None else parse_memory(args.kv_memory)
     pools = {arm: plan_pool(arm, model, limits, memory) for arm in arms}
     if memory is not None and not all(pool.num_pages for pool in pools.values()):
         raise ValueError(f"--kv-memory {args.kv_memory} does not hold a single page; give more")
@@ -227,21 +226,6 @@ def _refuse_stages_on_cpus(args: argparse.Namespace) -> None:
             f"--pipeline-parallel-size {args.pipeline_parallel_size} fails in vLLM's CPU build; "
             "leave it out, or plan for --device gpu"
         )
-
-
-def parse_planned_memory(text: str) -> int:
-    """Read a size such as ``16GiB``; returns bytes.
-
-    Raises:
-        ValueError: the text is no number with a unit.
-    """
-    found = re.fullmatch(r"(\d{1,18}(?:\.\d{1,18})?) ?([KMG]i?B)", text)
-    size = 0 if found is None else int(float(found[1]) * _UNITS[found[2]])
-    if not 0 < size < 2**63:
-        raise ValueError(
-            f"--kv-memory {text!r}: write a number and a unit ({', '.join(_UNITS)}), such as 16GiB"
-        )
-    return size
 
 
 def _planned_limits(

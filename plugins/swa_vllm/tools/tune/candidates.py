@@ -39,10 +39,10 @@ class Candidate:
         return {"window": self.window, **sinks, "full_attention_layers": full}
 
     def text(self) -> str:
-        """Name it in a table."""
+        """Name it for a reader."""
         if self.window is None:
             return "full attention"
-        return f"W={self.window}, {self.sinks} sinks, {len(self.full_layers)} full layers"
+        return f"window {self.window}, sinks {self.sinks}, full layers {len(self.full_layers)}"
 
 
 FULL = Candidate()
@@ -65,20 +65,16 @@ class Gain:
         num_groups: KV groups.
         num_bytes: KV cache of a request at its end, padding included, on average over where in a
             page that is.
-        running: requests at once; None where the engine does not start.
         first_token: work until the first token, as a part of full attention's: products of weights
             and of attention, so a model of its time where arithmetic is what takes it.
     """
 
     num_groups: int
     num_bytes: int
-    running: float | None
     first_token: float
 
     def cost(self, objective: Objective) -> float:
-        """Say what is to be small."""
-        if objective is Objective.THROUGHPUT:
-            return -(self.running or 0.0)
+        """Say what is to be small; for throughput bytes, which take no time to count."""
         return self.first_token if objective is Objective.TTFT else self.num_bytes
 
 
@@ -123,6 +119,7 @@ class Sizer:
     device: Device
     memory: int | None = None
     _sized: dict[tuple[int | None, int, int], Gain] = field(default_factory=dict)
+    _running: dict[tuple[int | None, int, int], float | None] = field(default_factory=dict)
 
     @property
     def num_layers(self) -> int:
@@ -130,11 +127,24 @@ class Sizer:
 
     def gain(self, candidate: Candidate) -> Gain:
         """Size a candidate; which layers are full does not matter, but how many."""
-        num_full = self.num_layers if candidate.window is None else len(candidate.full_layers)
-        key = (candidate.window, candidate.sinks, num_full)
+        key = self._layout(candidate)
         if key not in self._sized:
-            self._sized[key] = self._size(candidate.window, candidate.sinks, num_full)
+            self._sized[key] = self._size(*key)
         return self._sized[key]
+
+    def running(self, candidate: Candidate) -> float | None:
+        """Count the requests that run at once; None where the engine does not start."""
+        key = self._layout(candidate)
+        if key not in self._running:
+            arm = Arm.FULL if candidate.window is None else Arm.SWA
+            model, limits = self._planned(*key)
+            pool = plan_pool(arm, model, limits, self._pool_bytes())
+            self._running[key] = need_in_pool(arm, model, pool, limits, self.workload).running
+        return self._running[key]
+
+    def _layout(self, candidate: Candidate) -> tuple[int | None, int, int]:
+        num_full = self.num_layers if candidate.window is None else len(candidate.full_layers)
+        return candidate.window, candidate.sinks, num_full
 
     def num_bytes(self, window: int | None, sinks: int, num_full: int) -> int:
         """Count the bytes of a request at its end, on average over where in a page that is."""
@@ -160,12 +170,10 @@ class Sizer:
     def _size(self, window: int | None, sinks: int, num_full: int) -> Gain:
         arm = Arm.FULL if window is None else Arm.SWA
         model, limits = self._planned(window, sinks, num_full)
-        pool = plan_pool(arm, model, limits, self._pool_bytes())
-        need = need_in_pool(arm, model, pool, limits, self.workload)
+        groups = kv_groups_of(arm, model.windows, sinks, limits)
         return Gain(
-            num_groups=sum(group.num_groups for group in pool.groups),
+            num_groups=sum(group.num_groups for group in groups),
             num_bytes=self.num_bytes(window, sinks, num_full),
-            running=need.running,
             first_token=self._work(window, sinks, num_full) / self._work(None, 0, self.num_layers),
         )
 
@@ -230,7 +238,7 @@ def widest_window(sizer: Sizer, sinks: int, num_full: int, longest: int, limit: 
     return least * page
 
 
-def shapes_to_try(
+def layouts_to_try(
     sizer: Sizer, sinks: Iterable[int], longest: int, limit: int, *, by_loss: bool
 ) -> list[tuple[int, int, int]]:
     """List what is to be tried within ``limit`` bytes: window, sinks, and number of full layers.
@@ -239,7 +247,7 @@ def shapes_to_try(
         longest: tokens of the longest request, which a window must be below.
         by_loss: as many layers as can be are full; otherwise fewer are tried too.
     """
-    shapes = dict.fromkeys(
+    layouts = dict.fromkeys(
         (window, own, count)
         for own in sinks
         for window in windows_to_try(longest - own)
@@ -251,12 +259,12 @@ def shapes_to_try(
             for count in range(sizer.num_layers)
         ]
         # Neither a wider window nor more full layers can be had without giving up the other.
-        shapes |= dict.fromkeys(
+        layouts |= dict.fromkeys(
             (window, own, count)
             for window, count in widest
             if window and not any(w >= window and c > count for w, c in widest)
         )
-    return list(shapes)
+    return list(layouts)
 
 
 def _spread(counts: Sequence[int], by_loss: bool) -> list[int]:
@@ -266,7 +274,7 @@ def _spread(counts: Sequence[int], by_loss: bool) -> list[int]:
     return [counts[round(step * last / (_COUNTS - 1))] for step in range(_COUNTS)]
 
 
-def with_full_layers(shape: tuple[int, int, int], order: Sequence[int]) -> Candidate:
+def with_full_layers(layout: tuple[int, int, int], order: Sequence[int]) -> Candidate:
     """Make a candidate whose full layers are the first of ``order``."""
-    window, sinks, count = shape
+    window, sinks, count = layout
     return Candidate(window, sinks, tuple(sorted(order[:count])))

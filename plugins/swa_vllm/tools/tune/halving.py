@@ -13,10 +13,12 @@ FEWEST_LEFT = 4  # candidates on all requests
 def rungs_of_halving(num_candidates: int, num_requests: int) -> list[tuple[int, int]]:
     """Plan the rungs: how many candidates are measured, and on how many requests.
 
-    Twice as many requests a rung, half of the candidates, down to a few.
+    Twice as many requests a rung, half of the candidates; a few are measured on all at once.
     """
-    rungs, seen = [], min(FIRST_REQUESTS, num_requests)
+    rungs, seen = list[tuple[int, int]](), min(FIRST_REQUESTS, num_requests)
     while True:
+        if num_candidates <= FEWEST_LEFT:
+            seen = num_requests
         rungs.append((num_candidates, seen))
         if seen == num_requests:
             return rungs

@@ -119,7 +119,7 @@ def _chat_texts(where: str, record: dict[str, Any], tokenizer: Any) -> tuple[str
             f"{where}: the checkpoint's chat template refuses the messages: {error}; correct them, "
             "or leave the line out"
         ) from error
-    end = tokenizer.eos_token or ""
+    end = tokenizer.special_tokens_map.get("eos_token", "")
     if not whole.startswith(prompt):  # such as a template that opens an answer's thoughts
         return prompt, f"{answer.get('content') or ''}{end}"
     # What a template writes behind the last token was never generated.

@@ -1,0 +1,246 @@
+"""`swa tune` on a trained model: what it finds, what it prints, and that it can be served so."""
+
+import json
+import math
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
+
+from swa_vllm.tools.cli import main
+from swa_vllm.tools.engines.attention_mass import measure_attention_mass
+from swa_vllm.tools.engines.scoring import ScoringEngine
+from swa_vllm.tools.engines.setup import FULL_ATTENTION, Setup
+from tests.helpers.trained_models import SLIDING, TEXT, TRAINED_WINDOW
+
+PROMPT, ANSWER, NUM_REQUESTS = 256, 128, 23
+SIZES = ["--dtype", "float32", "--block-size", "32", "--sinks", "0"]
+
+
+def write_traffic(path: Path, prompt: int, answer: int, num_requests: int) -> Path:
+    """Cut a book into prompts, and answers that go on with them."""
+    tokenizer = AutoTokenizer.from_pretrained(SLIDING)
+    tokens = tokenizer(TEXT.read_text(), add_special_tokens=False)["input_ids"]
+    lines = []
+    for first in range(0, num_requests * (prompt + answer), prompt + answer):
+        cut, end = first + prompt, first + prompt + answer
+        record = {
+            "prompt": tokenizer.decode(tokens[first:cut]),
+            "answer": tokenizer.decode(tokens[cut:end]),
+        }
+        lines.append(json.dumps(record) + "\n")
+    path.write_text("".join(lines))
+    return path
+
+
+@pytest.fixture(scope="module")
+def traffic(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("tune") / "traffic.jsonl"
+    return write_traffic(path, PROMPT, ANSWER, NUM_REQUESTS)
+
+
+def tune(traffic: Path, *more: str, model: Path = SLIDING) -> tuple[int, dict[str, Any]]:
+    """Run the command; returns its exit status and figures."""
+    path = traffic.with_name("figures.json")
+    command = ["tune", str(model), "--requests", str(traffic), *SIZES, "--json", str(path)]
+    status = main([*command, *more])
+    return status, json.loads(path.read_text())
+
+
+@pytest.fixture(scope="module")
+def journal(traffic: Path) -> Path:
+    return traffic.with_name("scores.jsonl")
+
+
+@pytest.fixture(scope="module")
+def found(traffic: Path, journal: Path, no_engine: Callable[[], None]) -> dict[str, Any]:
+    no_engine()
+    picture = traffic.with_name("front.png")
+    resumed = ["--resume", str(journal), "--plot", str(picture)]
+    status, figures = tune(traffic, "--budget", "0.6", *resumed)
+    assert status == 0
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    return figures
+
+
+def test_the_window_of_training_is_found(found: dict[str, Any]) -> None:
+    """Within one step of the grid: 48, 64, 96."""
+    window = found["additional_config"]["swa"]["window"]
+    assert TRAINED_WINDOW * 3 / 4 <= window <= TRAINED_WINDOW * 3 / 2
+
+
+def test_choice_keeps_to_the_budget(found: dict[str, Any]) -> None:
+    choice, full = found["arms"]["the choice"], found["arms"]["full attention"]
+    assert choice["num_bytes"] <= 0.6 * full["num_bytes"]
+    assert choice["running"] > full["running"]
+
+
+def test_what_chooses_is_never_what_reports(found: dict[str, Any], journal: Path) -> None:
+    held_out = set(found["held_out"])
+    assert held_out.isdisjoint(found["choosing"])
+    assert len(held_out) == NUM_REQUESTS // 2
+    asked: dict[str, set[int]] = {}
+    for line in journal.read_text().splitlines()[1:]:
+        record = json.loads(line)
+        asked.setdefault(json.dumps([record["window"], record["full_layers"]]), set()).add(
+            record["line"]
+        )
+    # Full attention, choice and runner-up alone saw what reports, once they were chosen.
+    assert sum(bool(lines & held_out) for lines in asked.values()) == 3
+    assert len(asked) > 5
+    ends = [json.loads(line)["line"] for line in journal.read_text().splitlines()[1:]]
+    first = min(index for index, line in enumerate(ends) if line in held_out)
+    assert set(ends[first:]) == held_out
+
+
+def test_printed_options_give_the_reported_figures_again(
+    found: dict[str, Any], traffic: Path
+) -> None:
+    """An engine for itself, and Hugging Face's full attention, which knows nothing of engines."""
+    tokenizer = AutoTokenizer.from_pretrained(SLIDING)
+    full = Qwen3ForCausalLM.from_pretrained(
+        SLIDING, dtype=torch.float32, layer_types=["full_attention"] * 4
+    ).eval()
+    options = found["additional_config"]["swa"]
+    lines, rises, agree = traffic.read_text().splitlines(), list[float](), list[bool]()
+    num_tokens = 0
+    with ScoringEngine.start(Setup(str(SLIDING), 400, "float32", 512, 32), options) as engine:
+        for number in found["held_out"]:
+            record = json.loads(lines[number - 1])
+            prompt, answer = (
+                tokenizer(record[key], add_special_tokens=False)["input_ids"]
+                for key in ("prompt", "answer")
+            )
+            scored = engine.score(prompt + answer)
+            with torch.inference_mode():
+                logits = full(torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1]
+            expected = logits.double().log_softmax(-1)
+            losses = expected.gather(1, torch.tensor(answer)[:, None])
+            rises.append(float(losses.sum()) - sum(scored.logprobs[-len(answer) :]))
+            liked = scored.greedy[-len(answer) :]
+            agree += [ours == hf for ours, hf in zip(liked, expected.argmax(-1), strict=True)]
+            num_tokens += len(answer)
+    choice = found["arms"]["the choice"]
+    assert math.fsum(rises) / num_tokens == pytest.approx(choice["rise"]["mean"], abs=1e-4)
+    assert sum(map(bool, agree)) / num_tokens == pytest.approx(choice["same_tokens"], abs=2e-3)
+
+
+def test_run_that_was_cut_off_goes_on(
+    found: dict[str, Any],
+    journal: Path,
+    traffic: Path,
+    no_engine: Callable[[], None],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """The last score is written again, and no other is measured."""
+    no_engine()
+    whole = journal.read_text()
+    journal.write_text(whole[:-20])
+    status, again = tune(traffic, "--budget", "0.6", "--resume", str(journal))
+    assert (status, journal.read_text()) == (0, whole)
+    assert again["arms"] == found["arms"]
+    assert capsys.readouterr().err.count("requests ...") == 2  # one score, and attention mass
+
+
+def test_nothing_within_tolerance_is_full_attention(
+    tmp_path: Path, no_engine: Callable[[], None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """To a model that was not trained a window is noise, for which no tolerance is left."""
+    no_engine()
+    model = tmp_path / "model"
+    shutil.copytree(SLIDING, model)
+    torch.manual_seed(0)
+    Qwen3ForCausalLM(Qwen3Config.from_pretrained(SLIDING)).save_pretrained(model)
+    shutil.copy(SLIDING / "config.json", model)
+    traffic = write_traffic(tmp_path / "traffic.jsonl", 64, 64, 4)
+    status, figures = tune(traffic, "--budget", "0.7", "--tolerance", "0", model=model)
+    assert status == 3
+    assert figures["additional_config"] == {"swa": {"enabled": False}}
+    assert not figures["is_tolerable"]
+    assert "serve full attention, or give a greater --tolerance" in capsys.readouterr().out
+
+
+def test_attention_mass_is_that_of_eager_attention(no_engine: Callable[[], None]) -> None:
+    """Of Hugging Face's weights; the text is computed in two chunks."""
+    no_engine()
+    tokenizer = AutoTokenizer.from_pretrained(SLIDING)
+    tokens = tokenizer(TEXT.read_text(), add_special_tokens=False)["input_ids"][:100]
+    hf = Qwen3ForCausalLM.from_pretrained(
+        SLIDING,
+        dtype=torch.float32,
+        layer_types=["full_attention"] * 4,
+        attn_implementation="eager",
+    )
+    with torch.inference_mode():
+        weights = hf.eval()(torch.tensor([tokens]), output_attentions=True).attentions
+    setup = Setup(str(SLIDING), 128, "float32", 64, 32)
+    windows = [(16, 0), (16, 4), (99, 0)]
+    with ScoringEngine.start(setup, FULL_ATTENTION) as engine:
+        measured = measure_attention_mass(engine, [(tokens, 40)], windows)
+    for window, sinks in windows:
+        query, key = torch.arange(100)[:, None], torch.arange(100)[None]
+        hidden = (query - key >= window) & (key >= sinks)
+        expected = [float((w[0].mean(0) * hidden)[40:].sum(1).mean()) for w in weights]
+        assert measured[window, sinks] == pytest.approx(expected, abs=1e-5)
+
+
+BUDGET = ["--budget", "0.5"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--budget", "1"], "between 0 and 1; got 1.0"),
+        (["--budget", "nan"], "between 0 and 1; got nan"),
+        ([*BUDGET, "--tolerance", "-1"], "from 0 on and below 1; got -1"),
+        ([*BUDGET, "--sinks", "4,x"], "--sinks '4,x': write numbers from 0 on"),
+        ([*BUDGET, "--time", "soon"], "--time 'soon': write a number and s, m or h"),
+        ([*BUDGET, "--time", "0s"], "--time '0s': write a number and s, m or h"),
+        ([*BUDGET, "--chunk", "0"], "--chunk must be at least 1"),
+        ([*BUDGET, "--plot", "a.jpg"], "ends in .png"),
+        ([*BUDGET, "--resume", "/nowhere/file"], "the directory does not exist"),
+        (["--kv-memory", "16"], "write a number and a unit"),
+        (["--kv-memory", "1KiB"], "does not hold a single page; give more"),
+        (["--kv-memory", "1GiB", "--objective", "loss"], "give --budget, or another --objective"),
+        (["--budget", "0.01"], "give a greater --budget, smaller pages"),
+    ],
+)
+def test_what_cannot_be_meant_is_refused(
+    traffic: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], says: str
+) -> None:
+    assert main(["tune", str(SLIDING), "--requests", str(traffic), *SIZES, *arguments]) == 1
+    assert says in capsys.readouterr().err
+
+
+def test_one_of_budget_and_memory_is_needed(traffic: Path) -> None:
+    for arguments in ([], ["--budget", "0.5", "--kv-memory", "1GiB"]):
+        with pytest.raises(SystemExit):
+            main(["tune", str(SLIDING), "--requests", str(traffic), *arguments])
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [('{"model": "other"}\n', "is of another run: it differs in"), ("{oops", "is no file of swa")],
+)
+def test_scores_of_another_run_are_refused(
+    traffic: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str, says: str
+) -> None:
+    path = tmp_path / "scores.jsonl"
+    path.write_text(text)
+    command = ["tune", str(SLIDING), "--requests", str(traffic), *SIZES, *BUDGET]
+    assert main([*command, "--resume", str(path)]) == 1
+    assert says in (err := capsys.readouterr().err)
+    assert "give the path of a new file, or remove this one" in err
+
+
+def test_no_time_is_an_error(
+    traffic: Path, no_engine: Callable[[], None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    no_engine()
+    command = ["tune", str(SLIDING), "--requests", str(traffic), *SIZES, *BUDGET]
+    assert main([*command, "--time", "1s"]) == 1
+    assert "--time leaves 0 s to choose in" in capsys.readouterr().err
