@@ -18,7 +18,7 @@ from swa_vllm.tools.engines.setup import FULL_ATTENTION, Setup
 from tests.helpers.trained_models import SLIDING, TEXT, TRAINED_WINDOW
 
 PROMPT, ANSWER, NUM_REQUESTS = 256, 128, 23
-SIZES = ["--dtype", "float32", "--block-size", "32", "--sinks", "0"]
+SIZES = ["--dtype", "float32", "--block-size", "32", "--sink-tokens", "0"]
 
 
 def write_traffic(path: Path, prompt: int, answer: int, num_requests: int) -> Path:
@@ -197,10 +197,10 @@ BUDGET = ["--budget", "0.5"]
         (["--budget", "1"], "between 0 and 1; got 1.0"),
         (["--budget", "nan"], "between 0 and 1; got nan"),
         ([*BUDGET, "--tolerance", "-1"], "from 0 on and below 1; got -1"),
-        ([*BUDGET, "--sinks", "4,x"], "--sinks '4,x': write numbers from 0 on"),
+        ([*BUDGET, "--sink-tokens", "4,x"], "--sink-tokens '4,x': write numbers from 0 on"),
         ([*BUDGET, "--time", "soon"], "--time 'soon': write a number and s, m or h"),
         ([*BUDGET, "--time", "0s"], "--time '0s': write a number and s, m or h"),
-        ([*BUDGET, "--chunk", "0"], "--chunk must be at least 1"),
+        ([*BUDGET, "--max-num-batched-tokens", "0"], "--max-num-batched-tokens must be at least 1"),
         ([*BUDGET, "--plot", "a.jpg"], "ends in .png"),
         ([*BUDGET, "--resume", "/nowhere/file"], "the directory does not exist"),
         (["--kv-memory", "16"], "write a number and a unit"),

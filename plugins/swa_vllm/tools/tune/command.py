@@ -89,9 +89,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="greatest growth of held-out perplexity, upper end of the interval (0.02)",
     )
     parser.add_argument("--time", default="30m", help="to measure in, such as 90s, 30m, 2h (30m)")
-    parser.add_argument("--sinks", default="0,4", help="numbers of sink tokens to try (0,4)")
+    parser.add_argument("--sink-tokens", default="0,4", help="numbers of sink tokens to try (0,4)")
     parser.add_argument("--dtype", choices=MODEL_DTYPES, default="auto", help="as vLLM's")
-    parser.add_argument("--chunk", type=int, default=512, help="tokens of a prefill chunk (512)")
+    parser.add_argument(
+        "--max-num-batched-tokens",
+        type=int,
+        default=512,
+        metavar="N",
+        help="tokens of a prefill chunk",
+    )
     parser.add_argument("--block-size", type=int, help="tokens of a page (vLLM's: 16, CPUs 128)")
     parser.add_argument(
         "--resume", type=Path, metavar="PATH", help="keep scores there, and go on where they end"
@@ -130,7 +136,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 def _check_tune_arguments(args: argparse.Namespace) -> float:
     """Refuse what cannot be meant; returns the seconds to measure in."""
     plots.check_plot_path(args.plot)
-    check_number_arguments(args, ("chunk", "block_size"))
+    check_number_arguments(args, ("max_num_batched_tokens", "block_size"))
     if args.resume is not None:
         check_output_path("--resume", args.resume)
     if args.budget is not None and not 0 < args.budget < 1:
@@ -141,9 +147,9 @@ def _check_tune_arguments(args: argparse.Namespace) -> float:
         raise ValueError(
             f"--tolerance is a growth of perplexity, from 0 on and below 1; got {args.tolerance}"
         )
-    if not all(is_flag_number(part, 0) for part in args.sinks.split(",")):
+    if not all(is_flag_number(part, 0) for part in args.sink_tokens.split(",")):
         raise ValueError(
-            f"--sinks {args.sinks!r}: write numbers from 0 on with commas between them"
+            f"--sink-tokens {args.sink_tokens!r}: write numbers from 0 on with commas between them"
         )
     found = re.fullmatch(r"(\d{1,6})([smh])", args.time)
     if found is None or not int(found[1]):
@@ -196,7 +202,7 @@ def _layouts_in_budget(args: argparse.Namespace, sizer: Sizer) -> list[Layout]:
     """List windows, sinks and numbers of full layers to try."""
     full = sizer.gain(FULL).num_bytes
     limit = full - 1 if args.budget is None else int(args.budget * full)
-    sinks = sorted({int(part) for part in args.sinks.split(",")})
+    sinks = sorted({int(part) for part in args.sink_tokens.split(",")})
     by_loss = args.objective == Objective.LOSS
     layouts = layouts_to_try(sizer, sinks, sizer.limits.max_model_len, limit, by_loss=by_loss)
     if not layouts:
@@ -218,7 +224,7 @@ def _conditions(args: argparse.Namespace) -> dict[str, Any]:
         "requests": hashlib.sha256(args.requests.read_bytes()).hexdigest(),
         "dtype": args.dtype,
         "block_size": args.block_size,
-        "chunk": args.chunk,
+        "max_num_batched_tokens": args.max_num_batched_tokens,
     }
 
 
