@@ -14,6 +14,7 @@ import os
 import random
 import re
 import subprocess
+import threading
 from collections.abc import Iterator
 from functools import cache
 from importlib.util import find_spec
@@ -49,6 +50,7 @@ COMMON: tuple[Any, ...] = (
     *(io.TextIOWrapper, os.path, matplotlib.axes.Axes, random.Random, re.Match, re.Pattern),
     *(subprocess.CompletedProcess((), 0), subprocess.Popen, torch.Tensor, torch.cuda),
     *(hashlib.sha256(), torch.distributed, PreTrainedTokenizerBase(), Qwen3MoeConfig()),
+    threading.Timer(0, print),
     tqdm.tqdm(disable=True),
 )
 
