@@ -7,11 +7,12 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from swa_backend.layers import FULL, SLIDING
+from swa_backend.layers import FULL, HYBRID_MODELS, LINEAR, SLIDING
 from swa_backend.options import is_count, shown_value
 
-# Text stacks that are a plain Qwen3, by transformers' model type.
+# Text stacks that are a Qwen3, by transformers' model type.
 _TEXT_MODELS = (
+    *HYBRID_MODELS,
     "qwen3",
     "qwen3_moe",
     "qwen3_vl_text",
@@ -20,7 +21,11 @@ _TEXT_MODELS = (
     "qwen3_asr_text",
 )
 # Model type of a nested text config that does not name its own, by the type of the whole.
-_UNSAID = {"qwen3_asr": "qwen3"}
+_UNSAID = {
+    "qwen3_asr": "qwen3",
+    "qwen3_5": "qwen3_5_text",
+    "qwen3_5_moe": "qwen3_5_moe_text",
+}
 _REMEDY = "give the config.json of a Qwen3"
 _NESTED = ("thinker_config", "text_config")
 # Defaults of transformers' Qwen3Config and Qwen3MoeConfig.
@@ -46,6 +51,63 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
         "num_key_value_heads": 4,
     },
 }
+# Defaults of transformers' Qwen3NextConfig, Qwen3_5TextConfig and Qwen3_5MoeTextConfig.
+_HYBRID_DEFAULTS: dict[str, Any] = {
+    "hidden_size": 2048,
+    "num_hidden_layers": 48,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 2,
+    "head_dim": 256,
+    "max_position_embeddings": 32768,
+    "full_attention_interval": 4,
+    "linear_num_key_heads": 16,
+    "linear_num_value_heads": 32,
+    "linear_key_head_dim": 128,
+    "linear_value_head_dim": 128,
+    "linear_conv_kernel_dim": 4,
+}
+_OF_HYBRIDS: dict[str, dict[str, Any]] = {
+    "qwen3_next": _HYBRID_DEFAULTS,
+    "qwen3_5_text": {
+        **_HYBRID_DEFAULTS,
+        "hidden_size": 4096,
+        "num_hidden_layers": 32,
+        "num_key_value_heads": 4,
+    },
+    "qwen3_5_moe_text": {**_HYBRID_DEFAULTS, "num_hidden_layers": 40},
+}
+
+
+@dataclass(frozen=True)
+class LinearState:
+    """The state of a layer with linear attention (a gated delta net), on all devices together.
+
+    Attributes:
+        num_key_heads: heads of queries, and of keys.
+        num_value_heads: heads of values, each with a matrix of ``value_head_dim x key_head_dim``.
+        conv_kernel: taps of the convolution before it, which keeps all but one as inputs.
+        dtype: name of the matrices' dtype; None where the checkpoint asks for none.
+    """
+
+    num_key_heads: int
+    num_value_heads: int
+    key_head_dim: int
+    value_head_dim: int
+    conv_kernel: int
+    dtype: str | None
+
+    @property
+    def num_conv_elements(self) -> int:
+        """Inputs of the convolution that are kept."""
+        num_channels = (
+            2 * self.num_key_heads * self.key_head_dim + self.num_value_heads * self.value_head_dim
+        )
+        return num_channels * (self.conv_kernel - 1)
+
+    @property
+    def num_matrix_elements(self) -> int:
+        """Elements of all matrices."""
+        return self.num_value_heads * self.value_head_dim * self.key_head_dim
 
 
 @dataclass(frozen=True)
@@ -62,6 +124,7 @@ class Checkpoint:
         max_positions: ``max_position_embeddings``.
         quantization: how weights and KV cache are quantized, as the tool that did it writes it
             down; empty where nothing is.
+        linear: the state of a layer with linear attention; None where there are none.
     """
 
     architectures: tuple[str, ...]
@@ -72,6 +135,7 @@ class Checkpoint:
     dtype: str | None
     max_positions: int
     quantization: dict[str, Any]
+    linear: LinearState | None = None
 
 
 def read_checkpoint(path: Path) -> Checkpoint:
@@ -94,7 +158,8 @@ def read_checkpoint(path: Path) -> Checkpoint:
             f"with windows; its text layers must be one of {', '.join(_TEXT_MODELS)}. Give the "
             "config.json of one"
         )
-    text = {**_DEFAULTS.get(kind, {}), **text, "model_type": kind}
+    defaults = _DEFAULTS.get(kind, _OF_HYBRIDS.get(kind, {}))
+    text = {**defaults, **text, "model_type": kind}
     _check_config_types(file, text)
     heads = _checkpoint_count(file, text, "num_attention_heads")
     if text.get("num_key_value_heads") is None and kind != "qwen3_moe":
@@ -117,6 +182,19 @@ def read_checkpoint(path: Path) -> Checkpoint:
         dtype=None if dtype is None else str(dtype),
         max_positions=_checkpoint_count(file, text, "max_position_embeddings"),
         quantization=_checkpoint_quantization(file, raw),
+        linear=_checkpoint_state(file, text) if kind in HYBRID_MODELS else None,
+    )
+
+
+def _checkpoint_state(file: Path, text: dict[str, Any]) -> LinearState:
+    dtype = text.get("mamba_ssm_dtype")
+    return LinearState(
+        num_key_heads=_checkpoint_count(file, text, "linear_num_key_heads"),
+        num_value_heads=_checkpoint_count(file, text, "linear_num_value_heads"),
+        key_head_dim=_checkpoint_count(file, text, "linear_key_head_dim"),
+        value_head_dim=_checkpoint_count(file, text, "linear_value_head_dim"),
+        conv_kernel=_checkpoint_count(file, text, "linear_conv_kernel_dim"),
+        dtype=None if dtype is None else str(dtype),
     )
 
 
@@ -221,6 +299,9 @@ def _checkpoint_windows(file: Path, text: dict[str, Any], num_layers: int) -> di
                 _wrong_checkpoint_key(file, "layer_types", f"{num_layers} names", layer_types)
             )
         layer_types = [FULL if name == "attention" else name for name in layer_types]
+    if layer_types is None and text["model_type"] in HYBRID_MODELS:
+        every = _checkpoint_count(file, text, "full_attention_interval")
+        layer_types = [LINEAR if (i + 1) % every else FULL for i in range(num_layers)]
     if text["model_type"] not in _DEFAULTS:
         return {"layer_types": layer_types}
     window = text["sliding_window"] if text["use_sliding_window"] else None

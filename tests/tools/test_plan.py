@@ -25,6 +25,7 @@ from swa_vllm.tools.common.sizing import (
     size_cache_dtype,
 )
 from tests.helpers.engines import EngineFactory, ModelFactory, scheduler
+from tests.helpers.hybrid_models import PAGE_SIZE, save_tiny_hybrid
 from tests.helpers.quantized_models import FORMATS, FP8_CACHE
 from tests.helpers.tiny_models import (
     BY_LAYER_TYPES,
@@ -138,6 +139,44 @@ def test_a_started_engine_has_what_was_planned(
     size = {len(g.layer_names) for g in real.kv_cache_groups}
     layer_bytes = {g.kv_cache_spec.page_size_bytes for g in real.kv_cache_groups}
     assert planned["page_bytes"] == max(size) * layer_bytes.pop()
+    assert planned["estimate"] == llm.llm_engine.vllm_config.cache_config.kv_cache_max_concurrency
+    held = _walk(llm)
+    (request,) = figures["requests"]
+    assert request["arms"][started.arm]["peak_pages"] == max(held)
+    assert request["arms"][started.arm]["last_pages"] == held[-1]
+
+
+HYBRIDS: dict[str, dict[str, Any]] = {
+    "all slide": {"window": 100},
+    "one layer slides, sinks": {"window": 40, "full_attention_layers": "1", "sink_tokens": 4},
+    "in the prompt only": {"window": 40, "phase": "prefill"},
+    "in the answer only": {"window": 40, "phase": "decode"},
+}
+
+
+@pytest.mark.parametrize("name", HYBRIDS)
+def test_a_started_engine_with_linear_attention_has_what_was_planned(
+    name: str, engine: EngineFactory, tmp_path_factory: pytest.TempPathFactory, tmp_path: Path
+) -> None:
+    options = HYBRIDS[name]
+    kwargs = {
+        "dtype": "bfloat16",
+        "max_num_batched_tokens": 128,
+        "mamba_ssm_cache_dtype": "float32",
+    }
+    started = Started({}, options, kwargs)
+    model = save_tiny_hybrid(tmp_path_factory.mktemp("hybrid"), "Qwen3NextForCausalLM")
+    options = {"swa": {"debug_poison": False, **options}}
+    llm = engine(model, additional_config=options, num_gpu_blocks_override=None, **kwargs)
+    figures = _plan(model, started, tmp_path / "plan.json")
+    planned, real = figures["pools"][started.arm], scheduler(llm).kv_cache_config
+    sizes = {group.kv_cache_spec.block_size for group in real.kv_cache_groups}
+    assert sizes == {figures["block_size"]} == {PAGE_SIZE}
+    assert planned["num_pages"] == real.num_blocks
+    assert sum(group["num_groups"] for group in planned["groups"]) == len(real.kv_cache_groups)
+    (layers,) = {len(group.layer_names) for group in real.kv_cache_groups}
+    (layer_bytes,) = {group.kv_cache_spec.page_size_bytes for group in real.kv_cache_groups}
+    assert planned["page_bytes"] == layers * layer_bytes
     assert planned["estimate"] == llm.llm_engine.vllm_config.cache_config.kv_cache_max_concurrency
     held = _walk(llm)
     (request,) = figures["requests"]
@@ -373,7 +412,7 @@ sys.exit(main(sys.argv[1:]))
     assert result.returncode == 0, result.stderr
     assert "vLLM's start-up estimate" in result.stdout
     assert "\033" not in result.stdout
-    result = _run(code, "bench")
+    result = _run(code, "bench", "decode")
     assert result.returncode == 1
     assert "error: swa bench needs vLLM, which is not installed" in result.stderr
     result = _run(code, "plan", *flags, "--plot", str(qwen3_8b.with_suffix(".png")))

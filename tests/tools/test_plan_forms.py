@@ -1,6 +1,7 @@
 """Random forms of a config.json: `swa plan` refuses what engines refuse, and agrees on the rest."""
 
 import json
+import random
 import re
 import tempfile
 from collections.abc import Callable, Iterator
@@ -11,14 +12,22 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoConfig
 from vllm.engine.arg_utils import EngineArgs
+from vllm.model_executor.layers.mamba.mamba_utils import (
+    MambaStateDtypeCalculator,
+    MambaStateShapeCalculator,
+)
+from vllm.v1.kv_cache_interface import MambaSpec
 
 import swa_vllm
+from swa_backend.checkpoint import LinearState, read_checkpoint
 from swa_vllm.config.swa_config import SWAConfig
 from swa_vllm.tools.cli import main
+from swa_vllm.tools.common.sizing import page_size_with_states
 from tests.helpers.engines import ModelFactory, resolve_here
 from tests.helpers.tiny_models import SLIDING as SLIDING_CHECKPOINT
 
@@ -218,7 +227,9 @@ def test_a_phase_is_planned_where_engines_serve_it(names: list[str] | None, phas
     """Models without an answer, and those around a Qwen3, have none."""
     form = Form({**BASE, "model_type": "qwen3", "architectures": names}, None, phase)
     with written(form) as model:
-        refusal = "was not tested with .*, only with Qwen3ForCausalLM, Qwen3MoeForCausalLM; remove"
+        refusal = (
+            "was not tested with .*, only with Qwen3ForCausalLM, .*, Qwen3NextForCausalLM; rem"
+        )
         assert re.search(refusal, str(planned(model, form)))
         assert re.search(refusal, str(served(model, form)))
 
@@ -289,3 +300,76 @@ def test_fewer_pages_that_serve_no_more_requests_are_explained(
     stock, here = (request["arms"][name] for name in ("stock vLLM", "this plugin"))
     assert (here["peak_pages"] < stock["peak_pages"]) == is_told
     assert ("fewer pages need not mean more requests" in printed.err) == is_told, request
+
+
+def _hybrid(tmp_path: Path, kind: str, **keys: Any) -> Path:
+    nested = {"qwen3_5": "qwen3_5_text", "qwen3_5_moe": "qwen3_5_moe_text"}
+    text = {"model_type": nested.get(kind, kind), **keys}
+    whole = {"model_type": kind, "text_config": text} if kind in nested else text
+    (tmp_path / "config.json").write_text(json.dumps(whole))
+    return tmp_path
+
+
+@pytest.mark.parametrize("kind", ["qwen3_next", "qwen3_5", "qwen3_5_moe", "qwen3_5_text"])
+@pytest.mark.parametrize("keys", [{}, {"num_hidden_layers": 6, "full_attention_interval": 3}])
+def test_layers_with_linear_attention_are_those_of_transformers(
+    kind: str, keys: dict[str, Any], tmp_path: Path
+) -> None:
+    ours = read_checkpoint(_hybrid(tmp_path, kind, **keys))
+    theirs = AutoConfig.from_pretrained(tmp_path).get_text_config()
+    assert ours.config.layer_types == theirs.layer_types
+    assert ours.num_layers == theirs.num_hidden_layers
+    assert (ours.num_kv_heads, ours.head_dim) == (theirs.num_key_value_heads, theirs.head_dim)
+    assert ours.linear == LinearState(
+        theirs.linear_num_key_heads,
+        theirs.linear_num_value_heads,
+        theirs.linear_key_head_dim,
+        theirs.linear_value_head_dim,
+        theirs.linear_conv_kernel_dim,
+        None,
+    )
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_a_state_is_as_large_as_vllm_says(seed: int) -> None:
+    pick = random.Random(seed)
+    size = pick.choice([1, 2, 4])
+    sizes = [size * pick.randint(1, 9), size * pick.randint(1, 9), pick.choice([64, 128])]
+    state = LinearState(*sizes, pick.choice([64, 128]), pick.randint(2, 5), None)
+    dtypes = MambaStateDtypeCalculator.gated_delta_net_state_dtype(
+        torch.bfloat16, "auto", pick.choice(["auto", "float32"])
+    )
+    shapes = MambaStateShapeCalculator.gated_delta_net_state_shape(
+        size,
+        state.num_key_heads,
+        state.num_value_heads,
+        state.key_head_dim,
+        state.value_head_dim,
+        state.conv_kernel,
+        0,
+    )
+    spec = MambaSpec(shapes=shapes, dtypes=dtypes, block_size=-1)
+    tokens = page_size_with_states(
+        state,
+        block_size=1,
+        token_bytes=1,
+        tensor_parallel_size=size,
+        model_bytes=2,
+        state_bytes=dtypes[1].itemsize,
+    )
+    assert tokens == spec.page_size_bytes
+
+
+def test_stages_beside_states_are_not_planned(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = _hybrid(tmp_path, "qwen3_next", dtype="bfloat16")
+    stages = ["--pipeline-parallel-size", "2"]
+    assert main(["plan", str(model), "--window", "64", *stages]) == 1
+    assert "error: --pipeline-parallel-size 2 was not tested" in capsys.readouterr().err
+
+
+def test_tuning_knows_no_states(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = _hybrid(tmp_path, "qwen3_next", dtype="bfloat16")
+    assert main(["tune", str(model), "--requests", "none.jsonl", "--budget", "0.5"]) == 1
+    assert "linear attention, which swa tune does not know" in capsys.readouterr().err

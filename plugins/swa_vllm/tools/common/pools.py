@@ -27,6 +27,7 @@ class Model:
         num_stages: pipeline stages that the layers are divided among.
         layer_partition: the value of ``VLLM_PP_LAYER_PARTITION``, by which they are; None where it
             is unset.
+        linear: the layers with linear attention, whose windows are None too.
     """
 
     windows: tuple[int | None, ...]
@@ -37,11 +38,18 @@ class Model:
     phase: Phase = Phase.BOTH
     num_stages: int = 1
     layer_partition: str | None = None
+    linear: frozenset[int] = frozenset()
 
     @property
     def stages(self) -> tuple[range, ...]:
         """Layers of each pipeline stage."""
         return stages_of(len(self.windows), self.num_stages, self.layer_partition)
+
+    def groups(self, arm: Arm, limits: Limits, num_prompt: int | None = None) -> list[KVGroups]:
+        """Make the KV groups of an arm; see :func:`kv_groups_of`."""
+        return kv_groups_of(
+            arm, self.windows, self.sink_tokens, limits, self.phase, num_prompt, self.linear
+        )
 
     def layer_page_bytes(self, page_size: int) -> int:
         """Count the bytes of one layer's keys and values in a page."""
@@ -77,7 +85,7 @@ class Pool:
     def to_json(self) -> dict[str, Any]:
         groups = [
             {
-                "kind": "full" if group.policy.window is None else "sliding",
+                "kind": _kind_of_groups(group),
                 "num_groups": group.num_groups,
                 "num_layers": group.num_layers,
                 "num_padding": group.num_padding,
@@ -107,14 +115,15 @@ class Need:
 
 def plan_pool(arm: Arm, model: Model, limits: Limits, memory: int | None) -> Pool:
     """Plan the pool of an arm in ``memory`` bytes of each device; None leaves its size open."""
-    groups = kv_groups_of(arm, model.windows, model.sink_tokens, limits, model.phase)
+    groups = model.groups(arm, limits)
     # The stage with the fewest pages decides for all.
     group_layers = max(group.most_layers(stage) for group in groups for stage in model.stages)
     page_bytes = group_layers * model.layer_page_bytes(limits.block_size)
     num_growing = sum(
         group.num_groups
         for group in groups
-        if group.policy.window is None or (arm is Arm.SWA and model.phase is Phase.DECODE)
+        if group.policy.window is None
+        or (arm is Arm.SWA and model.phase is Phase.DECODE and not group.is_linear)
     )
     pool = Pool(
         groups=tuple(groups),
@@ -128,9 +137,7 @@ def plan_pool(arm: Arm, model: Model, limits: Limits, memory: int | None) -> Poo
 
     def starts(max_model_len: int) -> bool:
         shorter = replace(limits, max_model_len=max_model_len)
-        promised = _pool_pages_promised(
-            kv_groups_of(arm, model.windows, model.sink_tokens, shorter, model.phase), shorter
-        )
+        promised = _pool_pages_promised(model.groups(arm, shorter), shorter)
         return promised <= num_pages - 1  # vLLM never gives out the first page
 
     return replace(
@@ -143,14 +150,18 @@ def plan_pool(arm: Arm, model: Model, limits: Limits, memory: int | None) -> Poo
 
 def need_in_pool(arm: Arm, model: Model, pool: Pool, limits: Limits, workload: Workload) -> Need:
     """Plan what requests of ``workload`` take of the pool of an arm."""
-    groups = kv_groups_of(
-        arm, model.windows, model.sink_tokens, limits, model.phase, workload.num_prompt
-    )
+    groups = model.groups(arm, limits, workload.num_prompt)
     peak, last = queue_pages_of_one_request(groups, limits, workload)
     running = None
     if pool.num_pages is not None and pool.starts(limits):
         running = running_at_once(groups, pool.num_pages, limits, workload)
     return Need(peak, last, peak * pool.page_bytes, running)
+
+
+def _kind_of_groups(group: KVGroups) -> str:
+    if group.is_linear:
+        return "linear"
+    return "full" if group.policy.window is None else "sliding"
 
 
 def _pool_pages_promised(groups: Sequence[KVGroups], limits: Limits) -> int:

@@ -6,13 +6,14 @@ own functions and against engines that were started.
 """
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from itertools import accumulate
 from typing import Any
 
-from swa_backend.checkpoint import Checkpoint
+from swa_backend.checkpoint import Checkpoint, LinearState
+from swa_backend.layers import LINEAR
 from swa_backend.pages import WindowPages, ceil_div
 from swa_backend.request_pages import PagePolicy
 from swa_backend.window import Phase, num_pinned
@@ -87,12 +88,14 @@ class KVGroups:
         num_groups: groups, each with a block table of its own.
         layers: numbers of the layers of all groups together, which take turns.
         num_padding: layers that vLLM adds so that all groups have one size.
+        is_linear: whether the layers have a state in the place of keys and values.
     """
 
     policy: PagePolicy
     num_groups: int
     layers: tuple[int, ...]
     num_padding: int
+    is_linear: bool = False
 
     @property
     def num_layers(self) -> int:
@@ -151,6 +154,7 @@ def kv_groups_of(
     limits: Limits,
     phase: Phase = Phase.BOTH,
     num_prompt: int | None = None,
+    linear: Collection[int] = (),
 ) -> list[KVGroups]:
     """Make the KV groups of a model, full layers' first.
 
@@ -164,23 +168,64 @@ def kv_groups_of(
             layers with and without a window are of one kind.
         num_prompt: tokens of each request's prompt, which stays with a window in generated tokens
             only; None for the longest one, which start-up reckons with.
+        linear: layers with linear attention, whose windows are None too.
     """
     keeps_all = arm is Arm.FULL or (arm is Arm.SWA and phase is Phase.PREFILL)
-    kinds = defaultdict[int | None, list[int]](list)
+    kinds = defaultdict[int | str | None, list[int]](list)
     for layer, window in enumerate(windows):
-        kinds[None if keeps_all else window].append(layer)
+        kinds[LINEAR if layer in linear else None if keeps_all else window].append(layer)
     size, num_groups = split_into_kv_groups(list(map(len, kinds.values())))
     groups = []
-    for (window, layers), number in zip(kinds.items(), num_groups, strict=True):
-        if window is None:
+    for (kind, layers), number in zip(kinds.items(), num_groups, strict=True):
+        if kind is None:
             policy = PagePolicy(limits.block_size)
+        elif isinstance(kind, str):
+            policy = _state_policy(limits)
         elif arm is Arm.SWA and phase is Phase.DECODE:
             longest = limits.max_model_len if num_prompt is None else num_prompt
-            policy = _prompt_window_policy(window, num_pinned(sinks, phase, longest), limits)
+            policy = _prompt_window_policy(kind, num_pinned(sinks, phase, longest), limits)
         else:
-            policy = _sliding_page_policy(arm, window, sinks, limits)
-        groups.append(KVGroups(policy, number, tuple(layers), number * size - len(layers)))
+            policy = _sliding_page_policy(arm, kind, sinks, limits)
+        padding = number * size - len(layers)
+        groups.append(KVGroups(policy, number, tuple(layers), padding, kind == LINEAR))
     return sorted(groups, key=lambda group: group.policy.window is not None)
+
+
+@dataclass(frozen=True)
+class _StatePages(WindowPages):
+    """Pages of a state: each step writes one, and reads the one that the step before wrote."""
+
+    def holes(self, num_pages: int, num_tokens: int) -> range:
+        last = ceil_div(num_tokens, self.page_size) - 1
+        return range(num_pages, max(num_pages, last))
+
+
+def _state_policy(limits: Limits) -> PagePolicy:
+    """Make the rules of a state in vLLM's cache mode "align", that of prefix caching."""
+    pages = _StatePages(window=2, page_size=limits.block_size)
+    return PagePolicy(limits.block_size, pages, stores_all=False, cap=2)
+
+
+def page_size_with_states(
+    state: LinearState,
+    block_size: int,
+    token_bytes: int,
+    *,
+    tensor_parallel_size: int,
+    model_bytes: int,
+    state_bytes: int,
+) -> int:
+    """Compute the tokens of a page that a state of one layer fits into, as vLLM does.
+
+    Args:
+        state: that of all devices.
+        block_size: what the page would be without states, of which it is a multiple.
+        token_bytes: of a token's keys and values in one layer on a device.
+        model_bytes: of an element in the model's dtype, which the convolution's inputs have.
+        state_bytes: of an element of the matrices.
+    """
+    needed = state.num_conv_elements * model_bytes + state.num_matrix_elements * state_bytes
+    return block_size * ceil_div(needed, tensor_parallel_size * block_size * token_bytes)
 
 
 def _sliding_page_policy(arm: Arm, window: int, sinks: int, limits: Limits) -> PagePolicy:
@@ -234,6 +279,15 @@ def bytes_of_an_element(checkpoint: Checkpoint, dtype: str, cache_dtype: str) ->
                 f"not have; give --kv-cache-dtype, one of {', '.join(CACHE_DTYPES[1:])}"
             )
         return DTYPE_BYTES[cache_dtype]
+    return bytes_of_a_weight(checkpoint, dtype)
+
+
+def bytes_of_a_weight(checkpoint: Checkpoint, dtype: str) -> int:
+    """Look up the bytes of an element in the model's dtype.
+
+    Raises:
+        ValueError: the checkpoint names no dtype, or an unknown one.
+    """
     if dtype == "auto":
         if checkpoint.dtype not in DTYPE_BYTES:
             raise ValueError(

@@ -37,11 +37,14 @@ from swa_vllm.tools.common.hub import find_model
 from swa_vllm.tools.common.pools import Model, need_in_pool, plan_pool
 from swa_vllm.tools.common.queueing import Workload
 from swa_vllm.tools.common.sizing import (
+    DTYPE_BYTES,
     Device,
     Limits,
+    bytes_of_a_weight,
     bytes_of_an_element,
     kv_heads_of_a_device,
     longest_text_in_limits,
+    page_size_with_states,
     size_cache_dtype,
 )
 from swa_vllm.tools.plan.pictures import plot_plan
@@ -60,6 +63,7 @@ EXAMPLE = (
     "Qwen3-8B/config.json --window 4096 --sink-tokens 4 --full-attention-layers every:4 "
     "--kv-memory 16GiB"
 )
+_STATE_DTYPES = ("auto", "float32", "float16", "bfloat16")
 _PROMPTS = (2000, 8000, 32000, 128000)
 _NUMBERS = (
     "block_size",
@@ -90,6 +94,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         max_num_seqs=256,
         max_model_len="what the model was made for",
         kv_memory="no pool is planned",
+    )
+    parser.add_argument(
+        "--mamba-ssm-cache-dtype",
+        choices=_STATE_DTYPES,
+        default="auto",
+        help="dtype of states of linear attention; auto is float32 on CPUs (AVX-512 BF16)",
     )
     parser.add_argument(
         "--device",
@@ -183,6 +193,8 @@ def _plan_phase(args: argparse.Namespace, checkpoint: Checkpoint, arms: Sequence
             raise ValueError(refusal)
     _check_cache_of_copies(args, checkpoint, options)
     _refuse_stages_on_cpus(args)
+    if layers.linear:
+        _refuse_stages_beside_states(args)
     model = Model(
         windows=layers.windows,
         sink_tokens=options.sink_tokens,
@@ -192,6 +204,7 @@ def _plan_phase(args: argparse.Namespace, checkpoint: Checkpoint, arms: Sequence
         phase=options.phase,
         num_stages=args.pipeline_parallel_size,
         layer_partition=envs.read_variable(envs.LAYER_PARTITION),
+        linear=layers.linear,
     )
     memory = None if args.kv_memory is None else parse_memory(args.kv_memory)
     pools = {arm: plan_pool(arm, model, limits, memory) for arm in arms}
@@ -228,6 +241,34 @@ def _refuse_stages_on_cpus(args: argparse.Namespace) -> None:
         )
 
 
+def _refuse_stages_beside_states(args: argparse.Namespace) -> None:
+    if args.pipeline_parallel_size > 1:
+        raise ValueError(
+            f"--pipeline-parallel-size {args.pipeline_parallel_size} was not tested with windows "
+            "in a model that has layers with linear attention; leave it out"
+        )
+
+
+def _page_size(args: argparse.Namespace, checkpoint: Checkpoint) -> int:
+    """Compute the tokens of a page: more than ``--block-size`` where a state has to fit in."""
+    state, dtype = checkpoint.linear, args.mamba_ssm_cache_dtype
+    if state is None:
+        return int(args.block_size)
+    if dtype == "auto":
+        dtype = "float32" if args.device == Device.CPU else state.dtype or args.dtype
+    model_bytes = bytes_of_a_weight(checkpoint, args.dtype)
+    heads = kv_heads_of_a_device(checkpoint, args.tensor_parallel_size)
+    number_bytes = bytes_of_an_element(checkpoint, args.dtype, args.kv_cache_dtype)
+    return page_size_with_states(
+        state,
+        args.block_size,
+        heads * 2 * checkpoint.head_dim * number_bytes,
+        tensor_parallel_size=args.tensor_parallel_size,
+        model_bytes=model_bytes,
+        state_bytes=model_bytes if dtype == "auto" else DTYPE_BYTES[dtype],
+    )
+
+
 def _planned_limits(
     args: argparse.Namespace, checkpoint: Checkpoint, options: SWAOptions
 ) -> Limits:
@@ -244,14 +285,15 @@ def _planned_limits(
             f"--max-num-batched-tokens {args.max_num_batched_tokens} is below --max-num-seqs "
             f"{args.max_num_seqs}, which vLLM refuses; raise the one or lower the other"
         )
+    block_size = _page_size(args, checkpoint)
     # Copies on CPUs lie there; with every page kept there are none.
     spare_tokens = {
         Phase.BOTH: options.sink_tokens,
         Phase.PREFILL: 0,
-        Phase.DECODE: max_partial_tokens(args.block_size),
+        Phase.DECODE: max_partial_tokens(block_size),
     }[options.phase]
     return Limits(
-        block_size=args.block_size,
+        block_size=block_size,
         max_model_len=max_model_len,
         max_num_batched_tokens=args.max_num_batched_tokens,
         max_num_seqs=args.max_num_seqs,

@@ -51,12 +51,14 @@ def describe_plan(args: argparse.Namespace, model: Model, limits: Limits) -> str
     sinks = f", {model.sink_tokens} sink tokens" if model.sink_tokens else ""
     phase = _IN_PHASE[model.phase]
     page = model.layer_page_bytes(limits.block_size)
-    most_layers = max(map(len, model.stages))
+    most_layers = max(len(set(stage) - model.linear) for stage in model.stages)
     a_token = most_layers * page / limits.block_size / 1024
     memory = "" if args.kv_memory is None else f", {args.kv_memory} for the KV cache"
     num_devices = args.tensor_parallel_size * model.num_stages
     devices = f"; each of {num_devices} devices" if num_devices > 1 else ""
     layers = "all layers" if model.num_stages == 1 else f"the {most_layers} layers of a stage"
+    if model.linear:
+        layers = f"the {most_layers} layers that attend"
     if model.layer_partition is not None:
         layers += f" by {envs.LAYER_PARTITION}={model.layer_partition}"
     return (
@@ -129,7 +131,14 @@ def plan_notes(plan: Plan, by_phase: Plans, refused: Mapping[Phase, str]) -> lis
     """
     notes = []
     model = plan.model
-    if None in model.windows:
+    if model.linear:
+        notes.append(
+            f"{len(model.linear)} layers have linear attention: a state in the place of keys and "
+            f"values, which has to fit into a page. That is why pages are {plan.limits.block_size} "
+            "tokens long here, and a window much shorter than that gains no more; stock vLLM has "
+            "no windows for this model, its column is what its page manager would do with them"
+        )
+    elif None in model.windows:
         notes.append(
             "stock vLLM's own Qwen3 refuses this mix of full and sliding layers, or serves it as "
             "full attention; its column is what its page manager would do with it, as it does with "
@@ -192,6 +201,7 @@ def plan_figures(
     return {
         "model": args.model,
         **vars(plan.model),
+        "linear": sorted(plan.model.linear),
         **vars(plan.limits),
         "pools": {arm.value: _pool_figures(pool, plan) for arm, pool in plan.pools.items()},
         "requests": [

@@ -121,6 +121,11 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     checkpoint = read_checkpoint(Path(args.model))
     check_architectures(checkpoint.architectures)
     check_can_slide(checkpoint.config)
+    if checkpoint.linear is not None:
+        raise ValueError(
+            f"{args.model} has layers with linear attention, which swa tune does not know; see "
+            "what a window gains with swa plan"
+        )
     longest = longest_text_in_limits(checkpoint)
     split = split_requests(read_requests(args.requests, tokenizer_of(args.model), longest))
     hf_config = scoring_text_config(args.model)
