@@ -16,6 +16,7 @@ from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 import swa_vllm
 from swa_vllm.compat import architectures
+from swa_vllm.tools.check.files import inspect_files
 from swa_vllm.tools.check.steps import ProblemError, inspect_model
 from tests.helpers.engines import ModelFactory, resolve_here
 from tests.helpers.ray_cluster import config_on_ray
@@ -218,7 +219,9 @@ def test_swa_check_fails_where_no_hook_runs(
     ModelRegistry.register_model("OtherQwen3", OtherLlama)
     model = directory({**LLAMA, "model_type": "qwen3", "architectures": ["OtherQwen3"]})
     with pytest.raises(ProblemError, match="architectures OtherQwen3: not served with windows"):
-        inspect_model(str(model), SWA["swa"], {})
+        inspect_files(str(model), {"additional_config": SWA})
+    with pytest.raises(ProblemError, match="OtherLlama, which knows nothing of windows"):
+        inspect_model(str(model), {"additional_config": SWA})
 
 
 def test_qwen3_that_another_plugin_registers_later_is_refused(

@@ -3,6 +3,8 @@
 import json
 import math
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,8 @@ from swa_vllm.tools.engines.attention_mass import measure_attention_mass
 from swa_vllm.tools.engines.scoring import ScoringEngine
 from swa_vllm.tools.engines.setup import FULL_ATTENTION, Setup
 from tests.helpers.trained_models import SLIDING, TEXT, TRAINED_WINDOW
+
+pytestmark = pytest.mark.long
 
 PROMPT, ANSWER, NUM_REQUESTS = 256, 128, 23
 SIZES = ["--dtype", "float32", "--block-size", "32", "--sink-tokens", "0"]
@@ -43,12 +47,16 @@ def traffic(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_traffic(path, PROMPT, ANSWER, NUM_REQUESTS)
 
 
-def tune(traffic: Path, *more: str, model: Path = SLIDING) -> tuple[int, dict[str, Any]]:
-    """Run the command; returns its exit status and figures."""
+def tune(
+    traffic: Path, *more: str, model: Path = SLIDING
+) -> tuple[subprocess.CompletedProcess[str], dict[str, Any]]:
+    """Run the command in a process of its own, for its engines; returns its end and figures."""
     path = traffic.with_name("figures.json")
-    command = ["tune", str(model), "--requests", str(traffic), *SIZES, "--json", str(path)]
-    status = main([*command, *more])
-    return status, json.loads(path.read_text())
+    command = [sys.executable, "-m", "swa_vllm.tools.cli", "tune", str(model), *SIZES]
+    flags = ["--requests", str(traffic), "--json", str(path), *more]
+    done = subprocess.run([*command, *flags], capture_output=True, text=True, check=False)
+    assert done.returncode in (0, 3), done.stderr
+    return done, json.loads(path.read_text())
 
 
 @pytest.fixture(scope="module")
@@ -57,12 +65,11 @@ def journal(traffic: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def found(traffic: Path, journal: Path, no_engine: Callable[[], None]) -> dict[str, Any]:
-    no_engine()
+def found(traffic: Path, journal: Path) -> dict[str, Any]:
     picture = traffic.with_name("front.png")
     resumed = ["--resume", str(journal), "--plot", str(picture)]
-    status, figures = tune(traffic, "--budget", "0.6", *resumed)
-    assert status == 0
+    done, figures = tune(traffic, "--budget", "0.6", *resumed)
+    assert done.returncode == 0
     assert picture.read_bytes().startswith(b"\x89PNG")
     return figures
 
@@ -129,39 +136,29 @@ def test_printed_options_give_the_reported_figures_again(
     assert sum(map(bool, agree)) / num_tokens == pytest.approx(choice["same_tokens"], abs=2e-3)
 
 
-def test_run_that_was_cut_off_goes_on(
-    found: dict[str, Any],
-    journal: Path,
-    traffic: Path,
-    no_engine: Callable[[], None],
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+def test_run_that_was_cut_off_goes_on(found: dict[str, Any], journal: Path, traffic: Path) -> None:
     """The last score is written again, and no other is measured."""
-    no_engine()
     whole = journal.read_text()
     journal.write_text(whole[:-20])
-    status, again = tune(traffic, "--budget", "0.6", "--resume", str(journal))
-    assert (status, journal.read_text()) == (0, whole)
+    done, again = tune(traffic, "--budget", "0.6", "--resume", str(journal))
+    assert (done.returncode, journal.read_text()) == (0, whole)
     assert again["arms"] == found["arms"]
-    assert capsys.readouterr().err.count("requests ...") == 2  # one score, and attention mass
+    assert done.stderr.count("requests ...") == 2  # one score, and attention mass
 
 
-def test_nothing_within_tolerance_is_full_attention(
-    tmp_path: Path, no_engine: Callable[[], None], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_nothing_within_tolerance_is_full_attention(tmp_path: Path) -> None:
     """To a model that was not trained a window is noise, for which no tolerance is left."""
-    no_engine()
     model = tmp_path / "model"
     shutil.copytree(SLIDING, model)
     torch.manual_seed(0)
     Qwen3ForCausalLM(Qwen3Config.from_pretrained(SLIDING)).save_pretrained(model)
     shutil.copy(SLIDING / "config.json", model)
     traffic = write_traffic(tmp_path / "traffic.jsonl", 64, 64, 4)
-    status, figures = tune(traffic, "--budget", "0.7", "--tolerance", "0", model=model)
-    assert status == 3
+    done, figures = tune(traffic, "--budget", "0.7", "--tolerance", "0", model=model)
+    assert done.returncode == 3
     assert figures["additional_config"] == {"swa": {"enabled": False}}
     assert not figures["is_tolerable"]
-    assert "serve full attention, or give a greater --tolerance" in capsys.readouterr().out
+    assert "serve full attention, or give a greater --tolerance" in done.stdout
 
 
 def test_attention_mass_is_that_of_eager_attention(no_engine: Callable[[], None]) -> None:
