@@ -12,13 +12,13 @@ from swa_backend.options import is_count, shown_value
 
 # Text stacks that are a Qwen3, by transformers' model type.
 _TEXT_MODELS = (
-    *HYBRID_MODELS,
     "qwen3",
     "qwen3_moe",
     "qwen3_vl_text",
     "qwen3_vl_moe_text",
     "qwen3_omni_moe_text",
     "qwen3_asr_text",
+    *HYBRID_MODELS,
 )
 # Model type of a nested text config that does not name its own, by the type of the whole.
 _UNSAID = {
