@@ -46,6 +46,8 @@ from swa_vllm.config.swa_config import (
 NGRAM, DRAFT_MODEL, DFLASH = "ngram", "draft_model", "dflash"
 PROVEN_SPECULATION = (NGRAM, "eagle3", DRAFT_MODEL, DFLASH)
 PROVEN_WITH_PHASE = (NGRAM, DRAFT_MODEL)
+# By EAGLE-3's method, for another text stack or with parallel drafts.
+_UNTRIED_DRAFTS = frozenset({"Eagle3Qwen3vlForCausalLM", "PeagleQwen3ForCausalLM"})
 # What drafts, by method.
 _PROVEN_DRAFTS = {DRAFT_MODEL: "Qwen3ForCausalLM", DFLASH: "DFlashDraftModel"}
 
@@ -570,4 +572,10 @@ def _refuse_engine(vllm_config: VllmConfig) -> None:
         raise SWAConfigError(
             f"speculative decoding by {speculation.method} was not tested with windows; allowed "
             f"are {', '.join(PROVEN_SPECULATION)}: use one of these, or remove the window"
+        )
+    drafting = getattr(getattr(speculation, "draft_model_config", None), "architectures", ())
+    if untried := sorted(_UNTRIED_DRAFTS & {*drafting}):
+        raise SWAConfigError(
+            f"the draft {untried[0]} was not tested with windows; use an Eagle3Qwen3ForCausalLM or "
+            "another method, or remove the window"
         )

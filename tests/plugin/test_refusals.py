@@ -1,5 +1,7 @@
 """What is refused with a window, where no bad input of the tables tells."""
 
+import copy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +62,20 @@ def test_weights_are_checked_where_they_are_local_and_loaded(
     config.load_config.load_format = "auto"
     config.model_config.model = "Qwen/Qwen3-8B"  # which vLLM downloads
     refuse_wrong_weights(config)
+
+
+@pytest.mark.parametrize("draft", ["Eagle3Qwen3vlForCausalLM", "PeagleQwen3ForCausalLM"])
+def test_draft_that_was_not_tested_is_refused_by_name(draft: str, tiny_model: ModelFactory) -> None:
+    ngram = {"method": "ngram", "num_speculative_tokens": 2}
+    config = _config(tiny_model(**FULL), {"speculative_config": ngram})
+    assert config.speculative_config is not None
+    config.speculative_config.method = "eagle3"
+    _check(config)
+    model_config = copy.copy(config.model_config)
+    model_config.model_arch_config = replace(model_config.model_arch_config, architectures=[draft])
+    config.speculative_config.draft_model_config = model_config
+    with pytest.raises(SWAConfigError, match=f"the draft {draft} was not tested with windows"):
+        _check(config)
 
 
 def test_phase_is_refused_where_it_was_not_tested(
