@@ -104,7 +104,8 @@ def test_preempted_requests_start_over_exactly(hybrid: Path, engine: EngineFacto
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != NEXT])
 def test_qwen3_5_is_served_as_qwen3_next_is(kind: str, tmp_path: Path) -> None:
-    text = save_tiny_hybrid(tmp_path / "text", "Qwen3_5ForCausalLM")
+    text_kind = "Qwen3_5MoeForCausalLM" if "Moe" in kind else "Qwen3_5ForCausalLM"
+    text = save_tiny_hybrid(tmp_path / "text", text_kind)
     model = text if "Causal" in kind else save_tiny_hybrid(tmp_path / "whole", kind)
     arguments: dict[str, Any] = {} if "Causal" in kind else {"limit_mm_per_prompt": TEXT_ONLY}
     options = {"swa": {"window": WINDOW, "full_attention_layers": "1", "sink_tokens": 4}}
@@ -116,7 +117,7 @@ def test_qwen3_5_is_served_as_qwen3_next_is(kind: str, tmp_path: Path) -> None:
     assert "error" not in said, said
     assert said["windows"] == [None, WINDOW]
     answers = [Answer(*answer, num_cached_tokens=0) for answer in said["answers"]]
-    oracle = HybridOracle(text, "Qwen3_5ForCausalLM", Sight(LAST_SLIDES, 4))
+    oracle = HybridOracle(text, text_kind, Sight(LAST_SLIDES, 4))
     check_exact(random_prompts((1, WINDOW + 1, 4 * WINDOW)), answers, oracle)
 
 

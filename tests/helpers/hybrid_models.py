@@ -13,6 +13,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import (
     Qwen3_5ForCausalLM,
+    Qwen3_5MoeForCausalLM,
+    Qwen3_5MoeTextConfig,
     Qwen3_5TextConfig,
     Qwen3NextConfig,
     Qwen3NextForCausalLM,
@@ -29,6 +31,7 @@ KINDS: dict[str, tuple[type[Any], type[Any]]] = {
     "Qwen3NextForCausalLM": (Qwen3NextConfig, Qwen3NextForCausalLM),
     "Qwen3_5ForCausalLM": (Qwen3_5TextConfig, Qwen3_5ForCausalLM),
     "Qwen3_5ForConditionalGeneration": (Qwen3_5TextConfig, Qwen3_5ForCausalLM),
+    "Qwen3_5MoeForCausalLM": (Qwen3_5MoeTextConfig, Qwen3_5MoeForCausalLM),
 }
 _COMMON: dict[str, Any] = {
     "vocab_size": VOCAB_SIZE,
@@ -51,12 +54,11 @@ _COMMON: dict[str, Any] = {
     "bos_token_id": None,
     "pad_token_id": None,
 }
-# Of the experts of the last layer, which vLLM asks of a Qwen3-Next, no token leaves one out:
-# rounding would choose others.
+# No token leaves an expert out: rounding would choose others. A Qwen3-Next has them in the last
+# layer alone, which vLLM asks of it.
 _EXPERTS: dict[str, Any] = {
     "num_experts": 2,
     "num_experts_per_tok": 2,
-    "decoder_sparse_step": len(LAYER_TYPES),
     "moe_intermediate_size": 64,
     "shared_expert_intermediate_size": 64,
 }
@@ -69,7 +71,11 @@ def save_tiny_hybrid(directory: Path, kind: str) -> Path:
     torch.manual_seed(0)
     make_config, make_model = KINDS[kind]
     is_next = kind == "Qwen3NextForCausalLM"
-    others = {**_EXPERTS, "rope_parameters": _ROPE} if is_next else {"rope_parameters": _MROPE}
+    others: dict[str, Any] = {"rope_parameters": _ROPE if is_next else _MROPE}
+    if is_next or "Moe" in kind:
+        others |= _EXPERTS
+    if is_next:
+        others["decoder_sparse_step"] = len(LAYER_TYPES)
     make_model(make_config(**_COMMON, **others)).to(torch.bfloat16).save_pretrained(directory)
     if kind == "Qwen3_5ForConditionalGeneration":
         _nest_text(directory, kind)
