@@ -174,9 +174,9 @@ def test_offline_generate_takes_the_window_from_its_options() -> None:
     assert result.returncode == 0, result.stderr
     assert re.search(r"^ +-> .*\bParis\b", result.stdout, re.MULTILINE)
     assert re.search(r"tokens/s$", result.stdout, re.MULTILINE)
-    rows = re.findall(r"SWA ([\d-]+) +(\w+) +(-|\d+) ", result.stdout + result.stderr)
-    assert ("0-8", "sliding", "64") in rows
-    assert ("9", "full", "-") in rows
+    rows = re.findall(r"SWA ([\d, -]+?) +(\w+) +(-|\d+) ", result.stdout + result.stderr)
+    assert ("0-8, 10-18, 20-28", "sliding", "64") in rows
+    assert ("9, 19, 29", "full", "-") in rows
 
 
 def test_serve_script_serves_the_demo_model_where_told(tmp_path: Path) -> None:
