@@ -252,11 +252,15 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 
 def _write_what_ran(stats: dict[str, list[Any]], file: Path) -> None:
     files = defaultdict[str, Counter[str]](Counter)
-    for outcome in ("passed", "failed", "error", "skipped"):
+    seconds = Counter[str]()
+    for outcome in ("passed", "failed", "error", "skipped", ""):  # "": set-up and tear-down
         for report in stats.get(outcome, ()):
-            files[report.nodeid.partition("::")[0]][outcome] += 1
+            path = report.nodeid.partition("::")[0]
+            seconds[path] += report.duration
+            if outcome:
+                files[path][outcome] += 1
     with file.open("a") as lines:
-        lines.write(json.dumps({"runner": RUNNER, "files": files}) + "\n")
+        lines.write(json.dumps({"runner": RUNNER, "files": files, "seconds": seconds}) + "\n")
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,4 @@
-"""Write into tests/README.md how many tests passed on which vLLM and model runner.
+"""Write into tests/README.md how many tests passed on which vLLM and model runner; print slow files.
 
 ``python -m tests.ran FILE``: ``FILE`` has a JSON line for each pytest that the test command ran.
 """
@@ -12,6 +12,7 @@ from tests.helpers.runners import RUNNERS
 
 PAGE = Path(__file__).with_name("README.md")
 BEGIN, END = "<!-- what ran where -->\n", "<!-- end -->\n"
+NUM_SLOW = 30
 
 
 def table(ran: Path) -> str:
@@ -34,8 +35,25 @@ def _cell(outcomes: Counter[str]) -> str:
     return ", ".join([f"{outcomes['passed']}", *sorted(others)]) if outcomes else ""
 
 
+def slow_files(ran: Path) -> str:
+    """The files whose tests took longest, with their seconds on each vLLM and model runner."""
+    seconds: dict[str, Counter[str]] = {}
+    for line in ran.read_text().splitlines():
+        session = json.loads(line)
+        for file, of_file in session["seconds"].items():
+            seconds.setdefault(file, Counter())[session["runner"]] += of_file
+    slow = sorted(seconds, key=lambda file: -seconds[file].total())[:NUM_SLOW]
+    return "".join(
+        f"{seconds[file].total():7.0f} s  {file}  "
+        f"({', '.join(f'{runner}: {s:.0f}' for runner, s in seconds[file].items())})\n"
+        for file in slow
+    )
+
+
 def main() -> None:
-    """Replace the table of the page."""
+    """Replace the table of the page, and say what took longest."""
+    sys.stdout.write(f"slowest {NUM_SLOW} files, by the seconds of their tests:\n")
+    sys.stdout.write(slow_files(Path(sys.argv[1])))
     page = PAGE.read_text()
     before, _, rest = page.partition(BEGIN)
     _, _, after = rest.partition(END)

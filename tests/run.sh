@@ -12,7 +12,7 @@ venv=${SWA_VENV:-.venv}
 newer=$(realpath -m "$venv-0.33")
 RAN=.cache/ran.jsonl
 
-stage() { printf '\n== %s\n' "$*"; "$@"; }
+stage() { printf '\n== after %d s: %s\n' "$SECONDS" "$*"; "$@"; }
 
 # pytest ARGUMENT... on RUNNER
 on() {
