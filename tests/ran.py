@@ -1,4 +1,4 @@
-"""Write into tests/README.md how many tests passed on which vLLM and model runner; print slow files.
+"""Write into tests/README.md how many tests passed on which vLLM and runner; print slow files.
 
 ``python -m tests.ran FILE``: ``FILE`` has a JSON line for each pytest that the test command ran.
 """
