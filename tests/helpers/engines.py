@@ -86,6 +86,7 @@ def stop_engine() -> None:
     """Free what the engine that was just dropped leaves in this process."""
     gc.collect()
     cleanup_dist_env_and_memory()
+    gc.freeze()  # modules are left: vLLM collects nine times in a start, and would walk them each time
 
 
 @dataclass(frozen=True)
