@@ -56,6 +56,7 @@ def start_engine(model: Path | str, **kwargs: Any) -> LLM:
     if _can_poison(model, kwargs):
         options = kwargs.get("additional_config", {}).get("swa", {})
         kwargs["additional_config"] = {"swa": {"debug_poison": True, **options}}
+    gc.freeze()  # vLLM collects nine times while it starts, and unfreezes at its end
     return LLM(str(model), **{**ENGINE_ARGUMENTS, **kwargs})
 
 
@@ -86,7 +87,6 @@ def stop_engine() -> None:
     """Free what the engine that was just dropped leaves in this process."""
     gc.collect()
     cleanup_dist_env_and_memory()
-    gc.freeze()  # modules are left: vLLM collects nine times in a start, and would walk them each time
 
 
 @dataclass(frozen=True)
