@@ -223,47 +223,62 @@ def test_a_kernel_that_is_wrong_is_not_ok(monkeypatch: pytest.MonkeyPatch) -> No
         smoke_module.smoke(smoke_module.torch.device("cpu"))
 
 
-@pytest.mark.parametrize("sees_all", [None, True, False], ids=["right", "all", "none"])
-def test_a_layer_of_phase_prefill_is_checked(sees_all: bool | None) -> None:
-    """A wrong one is found, of which all tokens or none count as generated."""
+BREAK = {
+    "prefill, right": "",
+    "prefill, all tokens generated": """
+builder.split_at_prompt_ends = lambda batch: (batch, [True] * batch.num_reqs)""",
+    "prefill, no token generated": """
+builder.split_at_prompt_ends = lambda batch: (batch, [False] * batch.num_reqs)""",
+    "decode, right": "",
+    "decode, no token generated": """
+builder.split_at_prompt_ends = lambda batch: (batch, [False] * batch.num_reqs)""",
+    "decode, answers see all": """
+builder.answer_tables = lambda batch, *_: (batch, *(torch.empty(0).long(),) * 2, {})""",
+}
+
+
+@pytest.fixture(scope="module")
+def smoke_layers() -> dict[str, tuple[str, str]]:
+    """What each check prints and raises, in processes that were forked with vLLM imported."""
     code = f"""
+import io, json, sys, torch
+from multiprocessing import get_context
 from swa_backend.window import Phase
 from swa_vllm.attention.cpu import builder
 from swa_vllm.tools.check.smoke_layer import main
-if {sees_all} is not None:
-    builder.split_at_prompt_ends = lambda batch: (batch, [{sees_all}] * batch.num_reqs)
-main(Phase.PREFILL)
+
+def check(name, change, said):
+    sys.stdout, raised = io.StringIO(), ""
+    exec(change)
+    try:
+        main(Phase(name.partition(",")[0]))
+    except RuntimeError as error:
+        raised = str(error)
+    said.put((sys.stdout.getvalue(), raised))
+
+fork, said = get_context("fork"), {{}}
+for name, change in {BREAK!r}.items():
+    queue = fork.SimpleQueue()
+    process = fork.Process(target=check, args=(name, change, queue))
+    process.start()
+    process.join()
+    said[name] = queue.get()
+print(json.dumps(said))
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    if sees_all is None:
-        assert float(done.stdout.split()[-1]) < 0.02, done.stderr[-2000:]
-    else:
-        assert "output differs from plain torch's by" in done.stderr
+    assert done.returncode == 0, done.stderr[-2000:]
+    return {name: tuple(said) for name, said in json.loads(done.stdout.splitlines()[-1]).items()}
 
 
-@pytest.mark.parametrize(
-    "broken",
-    [
-        "",
-        "builder.split_at_prompt_ends = lambda batch: (batch, [False] * batch.num_reqs)",
-        "builder.answer_tables = lambda batch, *_: (batch, *(torch.empty(0).long(),) * 2, {})",
-    ],
-    ids=["right", "all prompts", "answers see all"],
-)
-def test_a_layer_of_phase_decode_is_checked(broken: str) -> None:
-    code = f"""
-import torch
-from swa_backend.window import Phase
-from swa_vllm.attention.cpu import builder
-from swa_vllm.tools.check.smoke_layer import main
-{broken}
-main(Phase.DECODE)
-"""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    if broken:
-        assert "output differs from plain torch's by" in done.stderr
+@pytest.mark.parametrize("name", BREAK)
+def test_a_layer_of_one_phase_is_checked(
+    name: str, smoke_layers: dict[str, tuple[str, str]]
+) -> None:
+    printed, raised = smoke_layers[name]
+    if BREAK[name]:
+        assert "output differs from plain torch's by" in raised
     else:
-        assert float(done.stdout.split()[-1]) < 0.02, done.stderr[-2000:]
+        assert float(printed.split()[-1]) < 0.02, raised
 
 
 def test_a_process_that_dies_without_a_word_is_a_problem(tmp_path: Path) -> None:
