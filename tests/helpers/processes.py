@@ -10,6 +10,7 @@ from typing import Any
 
 from tests.helpers.paths import ROOT
 
+Run = Callable[..., subprocess.CompletedProcess[str]]  # a command's arguments to what it printed
 _ANSWER = "answer: "  # begins the lines of a probe's output that are no log
 
 

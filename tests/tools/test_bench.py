@@ -1,9 +1,7 @@
 """`swa bench`: runs, says what it measured, and refuses what makes no sense."""
 
 import json
-import os
 import subprocess
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -33,20 +31,11 @@ from swa_vllm.tools.cli import main
 from swa_vllm.tools.common.arms import Arm
 from swa_vllm.tools.engines.scheduler import simulate
 from swa_vllm.tools.engines.simulated import Engine
+from tests.helpers.processes import Run
 
 H100 = Target("cuda", 90, num_processors=132)
 BENCHMARKS = ["serve", "decode", "pages", "prefill", "sinks", "overhead", "kernels"]
-
-
-def _swa(*arguments: str) -> subprocess.CompletedProcess[str]:
-    """In a process of its own: some benchmarks start an engine, or compile kernels."""
-    return subprocess.run(
-        [sys.executable, "-m", "swa_vllm.tools.cli", *arguments],
-        env={k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+PREFILL = ["--shape", "Qwen3-0.6B", "--window", "48", "--max-num-batched-tokens", "128"]
 
 
 def _files(path: Path) -> list[str]:
@@ -59,12 +48,12 @@ def _json(result: subprocess.CompletedProcess[str], path: Path) -> Any:
     return json.loads(path.read_text())
 
 
-def test_pages_of_an_own_workload(tmp_path: Path) -> None:
+def test_pages_of_an_own_workload(swa: Run, tmp_path: Path) -> None:
     path = tmp_path / "pages.json"
     sizes = {"window": 64, "pool-tokens": 4480, "block-size": 32, "prompt": 2000, "output": 99}
     sizes |= {"num-requests": 64, "max-num-batched-tokens": 2048, "steps-in-flight": 1}
     flags = [text for name, value in sizes.items() for text in (f"--{name}", str(value))]
-    result = _swa("bench", "pages", *flags, *_files(path))
+    result = swa("bench", "pages", *flags, *_files(path))
     (workload,) = _json(result, path)["workloads"]
     assert [arm["starts"] for arm in workload["arms"].values()] == [True] * 3
     here, stock = (workload["arms"][name] for name in ("this plugin", "stock vLLM"))
@@ -74,37 +63,19 @@ def test_pages_of_an_own_workload(tmp_path: Path) -> None:
     assert "64 x 2000 + 99 tokens, W=64, pool 140 pages of 32" in result.stdout
 
 
-def test_prefill_gives_the_same_output_and_a_ratio(tmp_path: Path) -> None:
+def test_prefill_gives_the_same_output_and_a_ratio(swa: Run, tmp_path: Path) -> None:
     path = tmp_path / "prefill.json"
-    arguments = (
-        "--shape",
-        "Qwen3-0.6B",
-        "--window",
-        "48",
-        "--max-num-batched-tokens",
-        "128",
-        "--rounds",
-        "3",
-    )
-    result = _json(_swa("bench", "prefill", *arguments, *_files(path)), path)
+    result = _json(swa("bench", "prefill", *PREFILL, "--rounds", "3", *_files(path)), path)
     assert [case["context"] for case in result["cases"]] == [0, 135, 368]
     assert all(case["attention_ratio"] > 0 for case in result["cases"])
 
 
-def test_a_window_in_the_prompt_only_is_timed_beside_full_attention(tmp_path: Path) -> None:
+def test_a_window_in_the_prompt_only_is_timed_beside_full_attention(
+    swa: Run, tmp_path: Path
+) -> None:
     path = tmp_path / "prefill.json"
-    arguments = (
-        "--shape",
-        "Qwen3-0.6B",
-        "--window",
-        "48",
-        "--max-num-batched-tokens",
-        "128",
-        "--rounds",
-        "2",
-    )
-    arguments += ("--phase", "prefill", "--prompt", "300")
-    result = _json(_swa("bench", "prefill", *arguments, *_files(path)), path)
+    more = ("--rounds", "2", "--phase", "prefill", "--prompt", "300")
+    result = _json(swa("bench", "prefill", *PREFILL, *more, *_files(path)), path)
     timed = [(case["context"], case["tokens"]) for case in result["cases"]]
     assert timed == [(0, 128), (128, 128), (256, 44), (300, 1)]
     *chunks, decode = result["cases"]
@@ -115,18 +86,18 @@ def test_a_window_in_the_prompt_only_is_timed_beside_full_attention(tmp_path: Pa
 
 
 @pytest.mark.parametrize("shift", [[], ["--shift"]], ids=["plain", "shifted"])
-def test_sinks_are_right_and_get_a_ratio(shift: list[str], tmp_path: Path) -> None:
+def test_sinks_are_right_and_get_a_ratio(swa: Run, shift: list[str], tmp_path: Path) -> None:
     path = tmp_path / "sinks.json"
     arguments = ("--quick", "--window", "48", "--rounds", "3", *shift, *_files(path))
-    cases = _json(_swa("bench", "sinks", *arguments), path)["cases"]
+    cases = _json(swa("bench", "sinks", *arguments), path)["cases"]
     assert len(cases) == 4
     assert all(case["attention_ratio"] > 0 for case in cases)
 
 
-def test_overhead_compares_scheduler_and_builder(tmp_path: Path) -> None:
+def test_overhead_compares_scheduler_and_builder(swa: Run, tmp_path: Path) -> None:
     path = tmp_path / "overhead.json"
     arguments = ("--quick", "--batch", "2", "--rounds", "6", *_files(path))
-    figures = _json(_swa("bench", "overhead", *arguments), path)
+    figures = _json(swa("bench", "overhead", *arguments), path)
     assert {case["name"].split(",")[0] for case in figures["cases"]} == {
         "scheduler and manager",
         "metadata builder",
@@ -180,16 +151,16 @@ def test_a_run_that_stops_early_is_no_result(monkeypatch: pytest.MonkeyPatch) ->
         simulate(Arm.SWA, Engine(64, 32, 140, 2048, 8192), [(2000, 200)])
 
 
-def test_json_alone_on_stdout() -> None:
+def test_json_alone_on_stdout(swa: Run) -> None:
     flags = ("--window", "64", "--prompt", "300", "--output", "4", "--num-requests", "2")
-    result = _swa("bench", "pages", *flags, "--json", "-")
+    result = swa("bench", "pages", *flags, "--json", "-")
     assert json.loads(result.stdout)["workloads"][0]["workload"] == "requests"
     assert "a decoding request needs" in result.stderr
 
 
-def test_kernels_without_a_gpu_are_compared_by_what_they_do(tmp_path: Path) -> None:
+def test_kernels_without_a_gpu_are_compared_by_what_they_do(swa: Run, tmp_path: Path) -> None:
     path = tmp_path / "kernels.json"
-    result = _swa("bench", "kernels", "--quick", *_files(path))
+    result = swa("bench", "kernels", "--quick", *_files(path))
     figures = _json(result, path)
     assert figures["device"] is None
     assert "nothing is timed" in result.stdout

@@ -1,10 +1,7 @@
 """`swa bench serve` and `swa bench decode`: the same work for all, checked before it is timed."""
 
 import json
-import os
-import subprocess
-import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,27 +22,29 @@ from swa_vllm.tools.common.arms import Arm
 from swa_vllm.tools.engines.scheduler import simulate
 from swa_vllm.tools.engines.simulated import Engine
 from tests.helpers.engines import EngineFactory, ModelFactory
+from tests.helpers.processes import Run
 from tests.helpers.tiny_models import FULL, SLIDING
 
 PNG = b"\x89PNG"
 
 
-def _swa(directory: Path, *arguments: str) -> dict[str, Any]:
-    """A benchmark's figures; it draws, too."""
-    files = ["--json", str(directory / "figures.json"), "--plot", str(directory / "picture.png")]
-    result = subprocess.run(
-        [sys.executable, "-m", "swa_vllm.tools.cli", "bench", *arguments, *files],
-        env={k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert result.returncode == 0, result.stderr[-3000:]
-    assert (directory / "picture.png").read_bytes().startswith(PNG)
-    return dict(json.loads((directory / "figures.json").read_text()))
+@pytest.fixture
+def bench(swa: Run, tmp_path: Path) -> Callable[..., dict[str, Any]]:
+    """Runs a benchmark and gives its figures; it draws, too."""
+    figures, picture = tmp_path / "figures.json", tmp_path / "picture.png"
+
+    def run(*arguments: str) -> dict[str, Any]:
+        result = swa("bench", *arguments, "--json", str(figures), "--plot", str(picture))
+        assert result.returncode == 0, result.stderr[-3000:]
+        assert picture.read_bytes().startswith(PNG)
+        return dict(json.loads(figures.read_text()))
+
+    return run
 
 
-def test_arms_serve_the_same_workload_in_turns(tmp_path: Path) -> None:
+def test_arms_serve_the_same_workload_in_turns(
+    bench: Callable[..., dict[str, Any]], tmp_path: Path
+) -> None:
     trace = tmp_path / "trace.jsonl"
     trace.write_text('{"arrival": 0, "prompt_tokens": 40, "output_tokens": 30}\n' * 6)
     arguments = [
@@ -58,7 +57,7 @@ def test_arms_serve_the_same_workload_in_turns(tmp_path: Path) -> None:
         "--threads",
         "1",
     ]
-    figures = _swa(tmp_path, "serve", *arguments, "--once", "hf", "--peers", "here,stock,hf")
+    figures = bench("serve", *arguments, "--once", "hf", "--peers", "here,stock,hf")
     here, stock, hf = (
         figures["peers"][SERVING_ARMS[name].name] for name in ("here", "stock", "hf")
     )
@@ -74,11 +73,14 @@ def test_arms_serve_the_same_workload_in_turns(tmp_path: Path) -> None:
     assert figures["conditions"]["threads"] == 1
 
 
-def test_a_window_in_the_prompt_only_is_served_beside_full_attention(tmp_path: Path) -> None:
+@pytest.mark.full
+def test_a_window_in_the_prompt_only_is_served_beside_full_attention(
+    bench: Callable[..., dict[str, Any]], tmp_path: Path
+) -> None:
     trace = tmp_path / "trace.jsonl"
     trace.write_text('{"arrival": 0, "prompt_tokens": 90, "output_tokens": 20}\n' * 3)
     arguments = ["--trace", str(trace), "--window", "32", "--phase", "prefill", "--threads", "1"]
-    figures = _swa(tmp_path, "serve", *arguments, "--peers", "here,stock,full", "--rounds", "1")
+    figures = bench("serve", *arguments, "--peers", "here,stock,full", "--rounds", "1")
     here, stock, full = (
         figures["peers"][SERVING_ARMS[name].name] for name in ("here", "stock", "full")
     )
@@ -91,11 +93,13 @@ def test_a_window_in_the_prompt_only_is_served_beside_full_attention(tmp_path: P
     assert stock["peak_running"]["high"] > 2
 
 
-def test_a_window_in_generated_tokens_only_is_served_beside_full_attention(tmp_path: Path) -> None:
+def test_a_window_in_generated_tokens_only_is_served_beside_full_attention(
+    bench: Callable[..., dict[str, Any]], tmp_path: Path
+) -> None:
     trace = tmp_path / "trace.jsonl"
     trace.write_text('{"arrival": 0, "prompt_tokens": 40, "output_tokens": 300}\n' * 3)
     arguments = ["--trace", str(trace), "--window", "32", "--phase", "decode", "--threads", "1"]
-    figures = _swa(tmp_path, "serve", *arguments, "--peers", "here,full", "--rounds", "1")
+    figures = bench("serve", *arguments, "--peers", "here,full", "--rounds", "1")
     here, full = (figures["peers"][SERVING_ARMS[name].name] for name in ("here", "full"))
     assert figures["phase"] == "decode"
     assert figures["checked"]["tokens"] == 1
@@ -109,9 +113,11 @@ def test_a_window_in_generated_tokens_only_is_served_beside_full_attention(tmp_p
     assert here["preemptions"]["high"] == 0 < full["preemptions"]["low"]
 
 
-def test_a_decoded_token_is_timed_at_each_length(tmp_path: Path) -> None:
+def test_a_decoded_token_is_timed_at_each_length(
+    bench: Callable[..., dict[str, Any]], tmp_path: Path
+) -> None:
     arguments = ["--window", "32", "--steps", "4", "--rounds", "2", "--threads", "1"]
-    figures = _swa(tmp_path, "decode", *arguments, "--contexts", "64,200", "--peers", "here")
+    figures = bench("decode", *arguments, "--contexts", "64,200", "--peers", "here")
     assert [case["context"] for case in figures["cases"]] == [64, 200]
     assert all(case["decode_s"]["low"] > 0 for case in figures["cases"])
     assert set(figures["growth"]["this plugin"]) == {"decode_s", "prefill_s"}
