@@ -3,6 +3,7 @@
 Both lie in pages of one pool, so a page may hold what a layer of the other kind left there.
 """
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,10 @@ ENGINE: dict[str, Any] = {
 }
 
 
+def _sight(options: dict[str, Any], windows: tuple[int | None, ...]) -> Sight:
+    return Sight(windows, options.get("sink_tokens", 0), phase=options.get("phase", "both"))
+
+
 @pytest.fixture(scope="session")
 def hybrid(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Directory of a tiny Qwen3-Next."""
@@ -71,8 +76,7 @@ def test_windows_are_exact_on_pages_that_held_a_state(
     prompts = random_prompts(LENGTHS)
     llm = engine(hybrid, **ENGINE, additional_config={"swa": options})
     num_free = num_free_pages(llm)
-    sight = Sight(windows, options.get("sink_tokens", 0), phase=options.get("phase", "both"))
-    oracle = HybridOracle(hybrid, NEXT, sight)
+    oracle = HybridOracle(hybrid, NEXT, _sight(options, windows))
     check_exact(prompts, generate(llm, prompts), oracle)
     again = generate(llm, prompts)
     check_exact(prompts, again, oracle)
@@ -102,22 +106,45 @@ def test_preempted_requests_start_over_exactly(hybrid: Path, engine: EngineFacto
     check_exact(prompts, answers, HybridOracle(hybrid, NEXT, Sight(ALL_SLIDE, 4)))
 
 
+@pytest.mark.full
+@pytest.mark.parametrize("name", ["all slide", "beside a full layer, sinks", "in the answer only"])
+def test_two_workers_are_exact(name: str, engine: EngineFactory, tmp_path: Path) -> None:
+    model = save_tiny_hybrid(tmp_path, NEXT, num_linear_heads=2)
+    options, windows = CASES[name]
+    config = {"swa": {"debug_poison": False, **options}}
+    prompts = random_prompts(LENGTHS)
+    llm = engine(model, **ENGINE, tensor_parallel_size=2, additional_config=config)
+    answers = generate(llm, prompts)
+    check_exact(prompts, answers, HybridOracle(model, NEXT, _sight(options, windows)))
+
+
+@pytest.fixture(scope="module")
+def qwen3_5(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Probe]:
+    """Serves in a process that has torchvision's Python files, which these models import."""
+    log = tmp_path_factory.mktemp("qwen3_5") / "log"
+    probe = Probe("derived", probe_environment(str(torchvision_files())), log)
+    yield probe
+    probe.stop()
+
+
+@pytest.mark.parametrize(
+    "name", ["beside a full layer, sinks", "in the prompt only", "in the answer only"]
+)
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != NEXT])
-def test_qwen3_5_is_served_as_qwen3_next_is(kind: str, tmp_path: Path) -> None:
+def test_qwen3_5_is_served_as_qwen3_next_is(
+    kind: str, name: str, qwen3_5: Probe, tmp_path: Path
+) -> None:
     text_kind = "Qwen3_5MoeForCausalLM" if "Moe" in kind else "Qwen3_5ForCausalLM"
     text = save_tiny_hybrid(tmp_path / "text", text_kind)
     model = text if "Causal" in kind else save_tiny_hybrid(tmp_path / "whole", kind)
     arguments: dict[str, Any] = {} if "Causal" in kind else {"limit_mm_per_prompt": TEXT_ONLY}
-    options = {"swa": {"window": WINDOW, "full_attention_layers": "1", "sink_tokens": 4}}
-    probe = Probe("derived", probe_environment(str(torchvision_files())), tmp_path / "log")
-    try:
-        said = probe.ask(str(model), {**ENGINE, **arguments, "additional_config": options})
-    finally:
-        probe.stop()
+    options, windows = CASES[name]
+    config = {"swa": options}
+    said = qwen3_5.ask(str(model), {**ENGINE, **arguments, "additional_config": config})
     assert "error" not in said, said
-    assert said["windows"] == [None, WINDOW]
+    assert said["windows"] == [windows[1], windows[3]]
     answers = [Answer(*answer, num_cached_tokens=0) for answer in said["answers"]]
-    oracle = HybridOracle(text, text_kind, Sight(LAST_SLIDES, 4))
+    oracle = HybridOracle(text, text_kind, _sight(options, windows))
     check_exact(random_prompts((1, WINDOW + 1, 4 * WINDOW)), answers, oracle)
 
 

@@ -32,6 +32,7 @@ KINDS: dict[str, tuple[type[Any], type[Any]]] = {
     "Qwen3_5ForCausalLM": (Qwen3_5TextConfig, Qwen3_5ForCausalLM),
     "Qwen3_5ForConditionalGeneration": (Qwen3_5TextConfig, Qwen3_5ForCausalLM),
     "Qwen3_5MoeForCausalLM": (Qwen3_5MoeTextConfig, Qwen3_5MoeForCausalLM),
+    "Qwen3_5MoeForConditionalGeneration": (Qwen3_5MoeTextConfig, Qwen3_5MoeForCausalLM),
 }
 _COMMON: dict[str, Any] = {
     "vocab_size": VOCAB_SIZE,
@@ -42,8 +43,6 @@ _COMMON: dict[str, Any] = {
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "head_dim": 256,
-    "linear_num_key_heads": 1,
-    "linear_num_value_heads": 1,
     "linear_key_head_dim": 128,
     "linear_value_head_dim": 128,
     "max_position_embeddings": 1024,
@@ -66,18 +65,19 @@ _ROPE = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor":
 _MROPE = {**_ROPE, "mrope_section": [11, 11, 10], "mrope_interleaved": True}
 
 
-def save_tiny_hybrid(directory: Path, kind: str) -> Path:
+def save_tiny_hybrid(directory: Path, kind: str, num_linear_heads: int = 1) -> Path:
     """Write a random checkpoint of an architecture of :data:`KINDS` to ``directory``."""
     torch.manual_seed(0)
     make_config, make_model = KINDS[kind]
     is_next = kind == "Qwen3NextForCausalLM"
     others: dict[str, Any] = {"rope_parameters": _ROPE if is_next else _MROPE}
+    others |= {f"linear_num_{part}_heads": num_linear_heads for part in ("key", "value")}
     if is_next or "Moe" in kind:
         others |= _EXPERTS
     if is_next:
         others["decoder_sparse_step"] = len(LAYER_TYPES)
     make_model(make_config(**_COMMON, **others)).to(torch.bfloat16).save_pretrained(directory)
-    if kind == "Qwen3_5ForConditionalGeneration":
+    if kind.endswith("ForConditionalGeneration"):
         _nest_text(directory, kind)
     return directory
 
@@ -89,11 +89,12 @@ def _nest_text(directory: Path, kind: str) -> None:
     vision = {
         key: VISION[key] for key in VISION if not key.startswith(("deepstack", "image", "app"))
     }
+    model_type = text["model_type"].removesuffix("_text")
     config = {
         "architectures": [kind],
-        "model_type": "qwen3_5",
+        "model_type": model_type,
         "text_config": text,
-        "vision_config": {"model_type": "qwen3_5_vision", **vision},
+        "vision_config": {"model_type": f"{model_type}_vision", **vision},
         "tie_word_embeddings": False,
     }
     file.write_text(json.dumps(config))

@@ -87,7 +87,7 @@ def phase_refused(phase: str, architectures: Sequence[str]) -> str | None:
     Args:
         phase: the option that asks for it.
     """
-    proven = (*PLAIN, "Qwen3NextForCausalLM")
+    proven = (*PLAIN, *HYBRID)
     if set(architectures) & set(proven):
         return None
     named = ", ".join(architectures) or "a checkpoint that names no architecture"
