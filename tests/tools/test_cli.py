@@ -9,9 +9,13 @@ import pytest
 import swa_backend
 from swa_vllm.tools.bench.flags import BENCHMARKS
 from swa_vllm.tools.cli import main
+from swa_vllm.tools.eval.flags import EVALUATIONS
 
-# Those of `swa eval` import vLLM for their help too.
-VERBS = ["plan", "check", "trace", *(f"bench {name}" for name in BENCHMARKS)]
+VERBS = [
+    *("plan", "check", "trace", "tune"),
+    *(f"bench {name}" for name in BENCHMARKS),
+    *(f"eval {name}" for name in EVALUATIONS),
+]
 # What flags that several verbs have are said to mean.
 MEANINGS = {
     "--window": "tokens that a sliding layer sees, the newest included",
@@ -36,11 +40,12 @@ def help_of(verb: str, capsys: pytest.CaptureFixture[str]) -> dict[str, str]:
     }
 
 
-@pytest.mark.parametrize("verb", ["", *VERBS, "bench"])
+@pytest.mark.parametrize("verb", ["", *VERBS, "bench", "eval"])
 def test_help_imports_neither_torch_nor_vllm_and_says_nothing_else(verb: str) -> None:
     code = f"""
 import sys
 from swa_vllm.tools.cli import main
+from swa_vllm.tools.eval.flags import EVALUATIONS
 try:
     main([*{verb.split()!r}, "--help"])
 except SystemExit as ended:

@@ -88,7 +88,7 @@ def found(
     save_file(kept, model / "model.safetensors", metadata={"format": "pt"})
     path = model / "layers.json"
     command = ["eval", "layers", str(model), "--text", str(TEXT), "--json", str(path), "--quick"]
-    sizes = ["--length", "256", "--window", "32", "--sinks", "0", "--budget", "0.8"]
+    sizes = ["--length", "256", "--window", "32", "--sink-tokens", "0", "--budget", "0.8"]
     assert main([*command, *sizes, "--dtype", "float32", "--block-size", "32"]) == 0
     return dict(json.loads(path.read_text()))
 

@@ -165,7 +165,7 @@ def test_command_asks_with_full_attention_and_with_the_window(
 ) -> None:
     no_engine()
     path = tmp_path / "needle.json"
-    command = ["eval", "needle", str(SLIDING), "--window", "64", "--sinks", "0", "--quick"]
+    command = ["eval", "needle", str(SLIDING), "--window", "64", "--sink-tokens", "0", "--quick"]
     sizes = ["--lengths", "200", "--depths", "2", "--dtype", "float32", "--json", str(path)]
     assert main([*command, *sizes]) == 0
     figures = json.loads(path.read_text())

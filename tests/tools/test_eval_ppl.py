@@ -201,7 +201,7 @@ def measured(
     no_engine()
     path = tmp_path_factory.mktemp("ppl") / "ppl.json"
     arguments = ["eval", "ppl", str(SLIDING), "--text", str(TEXT), "--json", str(path), "--quick"]
-    arguments += ["--windows", "full,64", "--sinks", "33", "--full-attention-layers", "3"]
+    arguments += ["--window", "full,64", "--sink-tokens", "33", "--full-attention-layers", "3"]
     sizes = [
         "--length",
         "256",
@@ -236,9 +236,9 @@ def test_command_scores_what_is_forced_behind_a_prompt(
     path, prompt_len, window = tmp_path / "ppl.json", 150, 32 if phase == "decode" else 64
     arguments = ["eval", "ppl", str(SLIDING), "--text", str(TEXT), "--json", str(path), "--quick"]
     arguments += [
-        "--windows",
+        "--window",
         f"full,{window}",
-        "--sinks",
+        "--sink-tokens",
         str(sinks),
         "--full-attention-layers",
         "3",
@@ -313,7 +313,7 @@ def test_rope_that_cannot_grow_is_refused(
     yarn = {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 256}
     config["rope_parameters"] |= yarn
     (tmp_path / "config.json").write_text(json.dumps(config))
-    common = ["eval", "ppl", str(tmp_path), "--text", str(TEXT), "--windows", "64"]
+    common = ["eval", "ppl", str(tmp_path), "--text", str(TEXT), "--window", "64"]
     assert main([*common, "--length", "512"]) == 1
     assert "RoPE of the type 'yarn' cannot be made longer" in capsys.readouterr().err
 

@@ -145,7 +145,7 @@ def test_pages_of_a_bucket_without_a_step_are_the_next_steps() -> None:
 def test_arms_are_options(phase: str, option: dict[str, str]) -> None:
     args = argparse.Namespace(
         window=64,
-        sinks=4,
+        sink_tokens=4,
         full_attention_layers="3",
         phase=phase,
         arms="shifted,sinks,window,full",

@@ -18,10 +18,10 @@ from swa_vllm.tools.bench.flags import BENCHMARKS
 from swa_vllm.tools.common.arguments import check_output_path, error_text
 from swa_vllm.tools.common.parser import Parser
 from swa_vllm.tools.common.plots import add_plot_argument
+from swa_vllm.tools.eval.flags import EVALUATIONS
 
-# Each is ``<verb>/command.py`` or a file of ``eval/``, by its very name.
+# Each is ``<verb>/command.py``.
 _VERBS = ("plan", "check", "trace", "tune")
-_EVALUATIONS = ("ppl", "needle", "stream", "layers")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -92,11 +92,9 @@ def _command_parser(arguments: Sequence[str]) -> Parser:
         "eval",
         help="measure what a window costs on a model and text of yours",
         description="Measure what a window costs on a model and text of yours.",
-        epilog="example: swa eval ppl MODEL --text FILE --windows full,256,128 --sinks 0,4",
+        epilog="example: swa eval ppl MODEL --text FILE --window full,256,128 --sink-tokens 0,4",
     )
-    # These import vLLM, which other commands do without and which reads its environment then.
-    if arguments[:1] == ["eval"]:
-        _add_evaluations(evaluate.add_subparsers(dest="eval", required=True))
+    _add_evaluations(evaluate.add_subparsers(dest="eval", required=True))
     return parser
 
 
@@ -118,13 +116,18 @@ def _run_benchmark(name: str, arguments: Sequence[str], args: argparse.Namespace
 
 
 def _add_evaluations(commands: Any) -> None:
-    for name in _EVALUATIONS:
-        module = import_module(f"swa_vllm.tools.eval.{name}")
-        parser = _add_command(commands, name, str(module.__doc__), module.EXAMPLE, "eval ")
-        module.add_arguments(parser)
-        parser.set_defaults(run=module.run)
+    for name, (add_flags, example) in EVALUATIONS.items():
+        parser = _add_command(commands, name, str(add_flags.__doc__), example, "eval ")
+        add_flags(parser)
+        parser.set_defaults(run=partial(_run_evaluation, name))
         quick = "a fraction of the work, for a first look"
         parser.add_argument("--quick", action="store_true", help=quick)
+
+
+def _run_evaluation(name: str, args: argparse.Namespace) -> dict[str, Any]:
+    """Run a file of ``eval/``, which imports vLLM."""
+    figures: dict[str, Any] = import_module(f"swa_vllm.tools.eval.{name}").run(args)
+    return figures
 
 
 def _add_command(commands: Any, name: str, text: str, example: str, group: str = "") -> Parser:

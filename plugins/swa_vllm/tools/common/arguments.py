@@ -31,12 +31,7 @@ def add_window_arguments(parser: argparse.ArgumentParser) -> None:
         choices=[phase.value for phase in Phase],
         help="whose tokens have the window: the prompt's, the answer's or both (default: both)",
     )
-    parser.add_argument(
-        "--full-attention-layers",
-        metavar="LAYERS",
-        help='layers that keep full attention, such as "0-3,27", "every:4" (layers 3, 7, ...) or '
-        '"none" (default: the checkpoint\'s)',
-    )
+    add_full_attention_layers_argument(parser)
 
 
 def add_window_size_argument(
@@ -45,6 +40,16 @@ def add_window_size_argument(
     """Add ``--window`` of a verb that takes one number; ``without`` says what happens without."""
     text = _WINDOW if without is None else f"{_WINDOW} (default: {without})"
     parser.add_argument("--window", type=int, default=default, metavar="TOKENS", help=text)
+
+
+def add_full_attention_layers_argument(parser: argparse.ArgumentParser) -> None:
+    """Add ``--full-attention-layers``."""
+    parser.add_argument(
+        "--full-attention-layers",
+        metavar="LAYERS",
+        help='layers that keep full attention, such as "0-3,27", "every:4" (layers 3, 7, ...) or '
+        '"none" (default: the checkpoint\'s)',
+    )
 
 
 def add_sink_tokens_argument(parser: argparse.ArgumentParser, default: int) -> None:

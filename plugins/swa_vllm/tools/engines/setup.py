@@ -11,7 +11,6 @@ from transformers import AutoConfig
 from swa_backend.layers import LayerPlan, resolve_layers
 from swa_backend.options import SWAOptions
 from swa_vllm.tools.common.arguments import check_number_arguments
-from swa_vllm.tools.common.engine_arguments import add_engine_arguments
 from swa_vllm.tools.common.hub import download_command, is_hub_name
 from swa_vllm.tools.engines.forced import ForcedTokens
 
@@ -34,12 +33,6 @@ class Setup:
     max_num_batched_tokens: int = 512
     block_size: int | None = None
     arguments: Mapping[str, Any] = field(default_factory=dict)
-
-
-def add_setup_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options that :func:`setup_of` reads."""
-    parser.add_argument("model", metavar="MODEL", help="checkpoint: a directory or a hub's name")
-    add_engine_arguments(parser, dtype="auto", max_num_batched_tokens=512, block_size="vLLM's")
 
 
 def setup_of(

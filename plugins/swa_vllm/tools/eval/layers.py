@@ -1,11 +1,4 @@
-"""Which layers can slide, so that a request takes a part of full attention's pool bytes.
-
-Bytes are those that a request holds which decodes behind a piece of --length tokens, with vLLM's KV
-groups and their padding: how layers are grouped depends on how many slide, so some counts waste
-more than others. The first --pieces of the text choose the layers, the rest is held out. Each
-layer is slid alone first; then, in --rounds, those that cost least slide, and what is left is tried
-again beside them. Every trial is an engine of its own.
-"""
+"""``swa eval layers``: which layers can slide, for a part of full attention's bytes."""
 
 import argparse
 import json
@@ -20,7 +13,6 @@ from swa_vllm.tools.engines.perplexity import Measured, measure_perplexity
 from swa_vllm.tools.engines.scoring import NUM_EXTRA_TOKENS, ScoringEngine
 from swa_vllm.tools.engines.setup import (
     FULL_ATTENTION,
-    add_setup_arguments,
     resolve_scoring_options,
     scoring_text_config,
     setup_of,
@@ -33,21 +25,6 @@ from swa_vllm.tools.eval.layer_search import (
     find_sliding_layers,
     trials_in_order,
 )
-
-EXAMPLE = "Qwen/Qwen3-0.6B --text book.txt --budget 0.5 --window 1024 --sinks 4"
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options of ``swa eval layers``."""
-    add_setup_arguments(parser)
-    parser.add_argument("--text", type=Path, required=True, help="UTF-8")
-    parser.add_argument("--budget", type=float, default=0.5, help="part of the bytes (0.5)")
-    parser.add_argument("--window", type=int, default=1024, help="default: 1024")
-    parser.add_argument("--sinks", type=int, default=4, help="default: 4")
-    parser.add_argument("--length", type=int, default=4096, help="tokens of a piece (4096)")
-    parser.add_argument("--pieces", type=int, default=1, help="that choose layers (1)")
-    parser.add_argument("--rounds", type=int, default=2, help="of choosing (2)")
-    plots.add_plot_argument(parser)
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
@@ -98,9 +75,9 @@ def _check_budget(args: argparse.Namespace, hf_config: Any) -> None:
             f"--budget is a part of full attention's pool bytes, between 0 and 1; got {args.budget}"
         )
     check_number_arguments(args, ("pieces", "rounds"))
-    if args.window + args.sinks >= args.length:
+    if args.window + args.sink_tokens >= args.length:
         raise ValueError(
-            f"a window of {args.window} with {args.sinks} sinks is not below --length "
+            f"a window of {args.window} with {args.sink_tokens} sinks is not below --length "
             f"{args.length}: nothing would slide. Give longer pieces, or a smaller window"
         )
     resolve_scoring_options(
@@ -126,8 +103,8 @@ def options_to_slide(args: argparse.Namespace, sliding: Layers, num_layers: int)
     if not sliding:
         return dict(FULL_ATTENTION)
     options: dict[str, Any] = {"window": args.window}
-    if args.sinks:
-        options["sink_tokens"] = args.sinks
+    if args.sink_tokens:
+        options["sink_tokens"] = args.sink_tokens
     full = sorted(set(range(num_layers)) - sliding)
     options["full_attention_layers"] = full or "none"
     return options

@@ -1,21 +1,4 @@
-"""Recall of a number that a long text mentions once, by where it stands.
-
-Each prompt is made-up prose with one sentence such as "The secret number of Lisbon is 7342.", and
-ends in "The secret number of Lisbon is". Recall is the part of greedy answers that begin with the
-very number. "Depth" is where the sentence stands: 0 at the start, 1 at the end; "distance" is how
-many tokens before the answer the number stood.
-
-With --phase prefill, generated tokens see everything, but the first is predicted by the prompt's
-last token, which has the window. That first token is the blank before the number, and is easily
-guessed. With --digit-first the prompt ends in the blank, and the first token is a digit.
-
-With --generated N, the last N tokens of each text, the question among them, are forced as generated
-tokens: so the question is asked after a long answer, and the number stands in the prompt. That is
-what --phase decode is for.
-
-What the window gains is printed beside what it forgets: the time to the first token of a prompt of
-each length, which nothing else runs beside.
-"""
+"""``swa eval needle``: recall of a number that a long text mentions once, by where it stands."""
 
 import argparse
 import random
@@ -33,7 +16,6 @@ from swa_backend.table import format_table
 from swa_backend.window import Phase
 from swa_vllm.tools.common import plots
 from swa_vllm.tools.common.arguments import (
-    add_phase_argument,
     check_number_argument,
     is_flag_number,
     options_of_phase,
@@ -44,7 +26,6 @@ from swa_vllm.tools.engines.forced import FORCED_TOKENS
 from swa_vllm.tools.engines.scoring import ScoringEngine
 from swa_vllm.tools.engines.setup import (
     FULL_ATTENTION,
-    add_setup_arguments,
     resolve_scoring_options,
     scoring_text_config,
     setup_of,
@@ -52,7 +33,6 @@ from swa_vllm.tools.engines.setup import (
 from swa_vllm.tools.engines.texts import tokenizer_of
 from swa_vllm.tools.eval.filler import filler_sentences
 
-EXAMPLE = "Qwen/Qwen3-0.6B --window 1024 --sinks 4 --lengths 1024,4096,8192"
 FULL, WINDOW = "full attention", "window"
 _CITIES = ("Lisbon", "Oslo", "Cairo", "Lima", "Rome", "Paris", "Boston", "Tokyo", "Berlin", "Delhi")
 _ANSWER_TOKENS = 8
@@ -86,29 +66,6 @@ class Needle:
         return self.tokens[: len(self.tokens) - self.num_generated]
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options of ``swa eval needle``."""
-    add_setup_arguments(parser)
-    parser.add_argument("--window", type=int, default=1024, help="default: 1024")
-    parser.add_argument("--sinks", type=int, default=4, help="default: 4")
-    parser.add_argument("--full-attention-layers", metavar="LAYERS", help='such as "0-3,27"')
-    add_phase_argument(parser)
-    parser.add_argument(
-        "--digit-first", action="store_true", help="the first token of an answer is a digit"
-    )
-    parser.add_argument(
-        "--generated",
-        type=int,
-        default=0,
-        metavar="N",
-        help="last tokens of a text that are forced as generated (0)",
-    )
-    parser.add_argument("--lengths", default="1024,2048,4096", help="tokens (1024,2048,4096)")
-    parser.add_argument("--depths", type=int, default=5, help="from 0 to 1 (5)")
-    parser.add_argument("--trials", type=int, default=4, help="of each length and depth (4)")
-    plots.add_plot_argument(parser)
-
-
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Print recall by depth and by distance; returns the figures."""
     plots.check_plot_path(args.plot)
@@ -119,7 +76,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             "ask behind generated text with --generated N, or leave --phase out",
         )
     hf_config = scoring_text_config(args.model)
-    options: dict[str, Any] = {"window": args.window, "sink_tokens": args.sinks}
+    options: dict[str, Any] = {"window": args.window, "sink_tokens": args.sink_tokens}
     options |= options_of_phase(args)
     if args.full_attention_layers is not None:
         options["full_attention_layers"] = args.full_attention_layers
@@ -152,7 +109,12 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     maps.append(_recall_by_distance(needles, recalled))
     _print_heat_maps(maps)
     says = describe_recall(
-        args.window, args.sinks, every_layer_slides, needles, recalled[WINDOW], Phase(args.phase)
+        args.window,
+        args.sink_tokens,
+        every_layer_slides,
+        needles,
+        recalled[WINDOW],
+        Phase(args.phase),
     )
     print(says)
     print(_describe_first_tokens(first_token_s))
@@ -181,9 +143,9 @@ def _needle_lengths(args: argparse.Namespace) -> list[int]:
         if not is_flag_number(text, _SHORTEST):
             raise ValueError(f"--lengths takes integers from {_SHORTEST} on, got {text.strip()!r}")
         lengths.append(int(text))
-    if args.window + args.sinks >= max(lengths):
+    if args.window + args.sink_tokens >= max(lengths):
         raise ValueError(
-            f"a window of {args.window} with {args.sinks} sinks is not below the longest of "
+            f"a window of {args.window} with {args.sink_tokens} sinks is not below the longest of "
             f"--lengths, {max(lengths)}: nothing would slide. Give "
             "a longer one, or a smaller window"
         )

@@ -1,15 +1,4 @@
-"""Perplexity of a text under windows and sinks, and the pages of the pool that a request takes.
-
-The text is cut into pieces of --length tokens; every token but a piece's first is predicted.
-"Pages" and "MiB a request" are what a request holds that decodes behind a piece, in all layers,
-with vLLM's KV groups and their padding; "most pages" what it held at once while its prompt was
-computed. "full" is full attention in every layer; --full-attention-layers keeps layers full in the
-other rows.
-
-With --prompt-tokens N, the first N tokens of a piece are a prompt, and the others are forced as
-generated tokens; they alone are scored. --phase prefill and decode need it: scored as a prompt,
-every token would have the window, or none.
-"""
+"""``swa eval ppl``: perplexity of a text under windows and sinks, and what a request takes."""
 
 import argparse
 from collections.abc import Sequence
@@ -21,7 +10,6 @@ from swa_backend.table import format_table
 from swa_backend.window import Phase, num_pinned
 from swa_vllm.tools.common import plots
 from swa_vllm.tools.common.arguments import (
-    add_phase_argument,
     check_number_argument,
     is_flag_number,
     options_of_phase,
@@ -32,14 +20,12 @@ from swa_vllm.tools.engines.scoring import NUM_EXTRA_TOKENS, ScoringEngine
 from swa_vllm.tools.engines.setup import (
     FULL_ATTENTION,
     Setup,
-    add_setup_arguments,
     resolve_scoring_options,
     scoring_text_config,
     setup_of,
 )
 from swa_vllm.tools.engines.texts import cut_evaluated_text, tokens_of
 
-EXAMPLE = "Qwen/Qwen3-0.6B --text book.txt --windows full,1024,512 --sinks 0,4"
 FULL = "full"
 QUICK_PIECES = 2
 _HEADER = ("window", "sinks", "perplexity", "to full", "pages", "most pages", "MiB a request")
@@ -57,25 +43,6 @@ class WindowArm:
     window: int | None
     sinks: int
     options: dict[str, Any]
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options of ``swa eval ppl``."""
-    add_setup_arguments(parser)
-    parser.add_argument("--text", type=Path, required=True, help="UTF-8")
-    parser.add_argument("--windows", default="full,1024", help="default: full,1024")
-    parser.add_argument("--sinks", default="0,4", help="of each window (default: 0,4)")
-    parser.add_argument("--full-attention-layers", metavar="LAYERS", help='such as "0-3,27"')
-    parser.add_argument("--position-shift", action="store_true", help="of the sinks")
-    parser.add_argument("--length", type=int, default=2048, help="tokens of a piece (2048)")
-    add_phase_argument(parser)
-    parser.add_argument(
-        "--prompt-tokens",
-        type=int,
-        metavar="N",
-        help="of a piece; the others are forced as generated tokens, and they alone are scored",
-    )
-    plots.add_plot_argument(parser)
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
@@ -130,23 +97,23 @@ def ppl_window_arms(args: argparse.Namespace, hf_config: Any) -> list[WindowArm]
         ValueError: a number is missing, or an option would have no effect.
     """
     windows = [
-        None if w == FULL else _parse_ppl_number("--windows", w, 1) for w in args.windows.split(",")
+        None if w == FULL else _parse_ppl_number("--window", w, 1) for w in args.window.split(",")
     ]
-    sinks = [_parse_ppl_number("--sinks", s, 0) for s in args.sinks.split(",")]
+    sinks = [_parse_ppl_number("--sink-tokens", s, 0) for s in args.sink_tokens.split(",")]
     if not any(windows) and args.phase != Phase.BOTH:
         raise ValueError(
-            f"--phase {args.phase} says whose tokens have the window, and --windows {args.windows} "
+            f"--phase {args.phase} says whose tokens have the window, and --window {args.window} "
             "has none: give a number of tokens, or leave --phase out"
         )
     if not any(windows) and (max(sinks) > 0 or args.full_attention_layers is not None):
         raise ValueError(
-            f"--windows {args.windows} has no window: sinks and full layers would have no effect. "
-            "Give a number of tokens, or --sinks 0 and no --full-attention-layers"
+            f"--window {args.window} has no window: sinks and full layers would have no effect. "
+            "Give a number of tokens, or --sink-tokens 0 and no --full-attention-layers"
         )
     if args.position_shift and not max(sinks):
         raise ValueError(
-            f"--position-shift moves sinks, and --sinks {args.sinks} has none: give some, or leave "
-            "it out"
+            f"--position-shift moves sinks, and --sink-tokens {args.sink_tokens} has none: give "
+            "some, or leave it out"
         )
     # The flag whose tokens have the window.
     flag, slid = "--length", args.length

@@ -1,22 +1,9 @@
-"""One request many times longer than its window and than what the model was trained on.
-
-The first half of the stream is a prompt; the second half is decoded, token by token, with each
-token forced and scored. The table has the perplexity of every stretch and the pages that the
-request held in it. The stream ends as it began, so one passage is scored twice: half a trained
-length behind the start, and at the very end.
-
-With --phase prefill the decoded half has no window: it sees the whole stream and keeps its pages.
-With --phase decode it alone has one, and sees the whole prompt beside it.
-
-Arms: "shifted" has sinks just before the window, wherever it is (position_shift), "sinks" has them
-where they are, "window" has none, "full" is full attention.
-"""
+"""``swa eval stream``: one request many times longer than its window."""
 
 import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import cycle, islice
-from pathlib import Path
 from typing import Any
 
 from swa_backend.layers import trained_len
@@ -24,25 +11,23 @@ from swa_backend.pages import ceil_div
 from swa_backend.table import format_table
 from swa_backend.window import Phase
 from swa_vllm.tools.common import plots
-from swa_vllm.tools.common.arguments import add_phase_argument, options_of_phase
+from swa_vllm.tools.common.arguments import options_of_phase
 from swa_vllm.tools.common.progress import say, token_bar
 from swa_vllm.tools.engines.perplexity import perplexity
 from swa_vllm.tools.engines.scoring import Scored, ScoringEngine
 from swa_vllm.tools.engines.setup import (
     FULL_ATTENTION,
     Setup,
-    add_setup_arguments,
     resolve_scoring_options,
     scoring_text_config,
     setup_of,
 )
 from swa_vllm.tools.engines.texts import tokenizer_of, tokens_of
 from swa_vllm.tools.eval.filler import filler_sentences
+from swa_vllm.tools.eval.flags import STREAM_TIMES
 
-EXAMPLE = "Qwen/Qwen3-0.6B --tokens 200000 --window 1024 --sinks 4"
 ARMS = ("shifted", "sinks", "window", "full")
-_TIMES = 33  # trained lengths, unless --tokens says otherwise
-_QUICK_TIMES = 4
+_QUICKSTREAM_TIMES = 4
 _MAX_ROWS = 40
 
 
@@ -86,19 +71,6 @@ class StreamOutcome:
     decode_pages: tuple[int, int]
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options of ``swa eval stream``."""
-    add_setup_arguments(parser)
-    parser.add_argument("--tokens", type=int, help=f"default: {_TIMES} trained lengths")
-    parser.add_argument("--window", type=int, default=1024, help="default: 1024")
-    parser.add_argument("--sinks", type=int, default=4, help="default: 4")
-    parser.add_argument("--full-attention-layers", metavar="LAYERS", help='such as "0-3,27"')
-    add_phase_argument(parser)
-    parser.add_argument("--arms", default="shifted,sinks", help="default: shifted,sinks")
-    parser.add_argument("--text", type=Path, help="UTF-8, repeated as needed; else made-up prose")
-    plots.add_plot_argument(parser)
-
-
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Print each stretch and the passage that comes twice; returns the figures."""
     plots.check_plot_path(args.plot)
@@ -128,7 +100,7 @@ def stream_arms_of(args: argparse.Namespace, hf_config: Any) -> dict[str, dict[s
     window: dict[str, Any] = {"window": args.window, **options_of_phase(args)}
     if args.full_attention_layers is not None:
         window["full_attention_layers"] = args.full_attention_layers
-    sinks = {**window, "sink_tokens": args.sinks}
+    sinks = {**window, "sink_tokens": args.sink_tokens}
     known = dict(
         zip(ARMS, ({**sinks, "position_shift": True}, sinks, window, FULL_ATTENTION), strict=True)
     )
@@ -146,16 +118,17 @@ def stream_arms_of(args: argparse.Namespace, hf_config: Any) -> dict[str, dict[s
             "tokens see the whole prompt, where it is; give --arms window, or leave --phase out"
         )
     for name in names:
-        if name in ("shifted", "sinks") and args.sinks < 1:
+        if name in ("shifted", "sinks") and args.sink_tokens < 1:
             raise ValueError(
-                f"--arms {name} needs sinks, got --sinks {args.sinks}; give some, or --arms window"
+                f"--arms {name} needs sinks, got --sink-tokens {args.sink_tokens}; give some, or "
+                "--arms window"
             )
         resolve_scoring_options(hf_config, known[name])
     return {name: dict(known[name]) for name in names}
 
 
 def _stream_of(args: argparse.Namespace, trained: int) -> Stream:
-    times = _QUICK_TIMES if args.quick else _TIMES
+    times = _QUICKSTREAM_TIMES if args.quick else STREAM_TIMES
     num_tokens = times * trained if args.tokens is None else args.tokens
     if num_tokens < 2 * trained:
         raise ValueError(

@@ -72,35 +72,61 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=Path,
         required=True,
         metavar="FILE",
-        help='JSONL: {"prompt": ..., "answer": ...}, or OpenAI\'s {"messages": [...]}',
+        help='JSONL: {"prompt": ..., "answer": ...}, or OpenAI\'s {"messages": [...]} '
+        "(default: none)",
     )
     limit = parser.add_mutually_exclusive_group(required=True)
-    limit.add_argument("--budget", type=float, help="part of full attention's bytes a request")
-    limit.add_argument("--kv-memory", metavar="SIZE", help='of the card, such as "16GiB"')
+    limit.add_argument(
+        "--budget",
+        type=float,
+        metavar="PART",
+        help="part of full attention's bytes a request (default: none, --kv-memory is given)",
+    )
+    limit.add_argument(
+        "--kv-memory",
+        metavar="SIZE",
+        help='memory of one device for the KV cache, such as "16GiB" (default: none, --budget is '
+        "given)",
+    )
     parser.add_argument(
         "--objective",
         choices=[objective.value for objective in Objective],
-        help="what to gain within the tolerance; default: loss, with --kv-memory throughput",
+        help="what to gain within the tolerance (default: loss, with --kv-memory throughput)",
     )
     parser.add_argument(
         "--tolerance",
         type=float,
         default=0.02,
-        help="greatest growth of held-out perplexity, upper end of the interval (0.02)",
+        help="greatest growth of held-out perplexity, upper end of the interval",
     )
-    parser.add_argument("--time", default="30m", help="to measure in, such as 90s, 30m, 2h (30m)")
-    parser.add_argument("--sink-tokens", default="0,4", help="numbers of sink tokens to try (0,4)")
-    parser.add_argument("--dtype", choices=MODEL_DTYPES, default="auto", help="as vLLM's")
+    parser.add_argument("--time", default="30m", help="time to measure in, such as 90s, 30m, 2h")
+    parser.add_argument(
+        "--sink-tokens",
+        default="0,4",
+        metavar="TOKENS,...",
+        help="first tokens of a text that sliding layers always see, numbers to try",
+    )
+    parser.add_argument(
+        "--dtype", choices=MODEL_DTYPES, default="auto", help="dtype of the weights"
+    )
     parser.add_argument(
         "--max-num-batched-tokens",
         type=int,
         default=512,
-        metavar="N",
-        help="tokens of a prefill chunk",
+        metavar="TOKENS",
+        help="most tokens of a step: a longer prompt is computed in chunks of this size",
     )
-    parser.add_argument("--block-size", type=int, help="tokens of a page (vLLM's: 16, CPUs 128)")
     parser.add_argument(
-        "--resume", type=Path, metavar="PATH", help="keep scores there, and go on where they end"
+        "--block-size",
+        type=int,
+        metavar="TOKENS",
+        help="tokens of a KV cache page (default: 16, on CPUs 128)",
+    )
+    parser.add_argument(
+        "--resume",
+        type=Path,
+        metavar="PATH",
+        help="keep scores there, and go on where they end (default: none are kept)",
     )
     plots.add_plot_argument(parser)
 
