@@ -78,7 +78,7 @@ def _layer_rows(llm: LLM) -> list[tuple[int, tuple[str, ...]]]:
     context = config.compilation_config.static_forward_context
     groups = scheduler(llm).kv_cache_config.kv_cache_groups
     numbers = {name: i for i, group in enumerate(groups) for name in group.layer_names}
-    assert number_kv_groups(config, [get_kv_cache_spec(config)]) == numbers
+    assert number_kv_groups(config, get_kv_cache_spec(config)) == numbers
     return layer_table._described_layers(config, dict(context), numbers)
 
 

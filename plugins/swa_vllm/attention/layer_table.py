@@ -3,7 +3,7 @@
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import groupby, pairwise
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from vllm.config import VllmConfig, get_layers_from_vllm_config
@@ -17,12 +17,11 @@ from swa_backend.table import format_table
 from swa_backend.window import Phase
 from swa_vllm.attention.layer import WindowedAttention
 from swa_vllm.compat.architectures import DRAFT_PREFIX
-from swa_vllm.compat.group_numbers import Specs, number_kv_groups
+from swa_vllm.compat.group_numbers import number_kv_groups
 from swa_vllm.config.swa_config import vllm_text_config
 
 logger = init_logger(f"vllm.{__name__}")
 
-T = TypeVar("T")
 # Layers by their numbers, each with its row of the table.
 Described = list[tuple[int, tuple[str, ...]]]
 
@@ -54,14 +53,13 @@ def log_layers(vllm_config: VllmConfig, group: Sequence[str] = ()) -> None:
     if not complete and group:
         return
     is_first = get_tensor_model_parallel_rank() == 0
+    if not is_first and not has_stages:
+        return
+    numbers = number_kv_groups(vllm_config, get_kv_cache_spec(vllm_config)) if complete else {}
+    described = _described_layers(vllm_config, layers, numbers)
     if has_stages:
-        numbers = _number_groups(vllm_config, _gather_stages(get_kv_cache_spec(vllm_config)))
-        stages = _gather_stages(_described_layers(vllm_config, layers, numbers))
-        described = [row for stage in stages for row in stage]
+        described = _gather_stages(described)
         is_first = is_first and get_pp_group().is_first_rank
-    elif is_first:
-        numbers = _number_groups(vllm_config, [get_kv_cache_spec(vllm_config)], complete)
-        described = _described_layers(vllm_config, layers, numbers)
     if is_first:
         lines = lines_of_layers(_HEADER, _join_groups(described))
         logger.info("\n".join(f"SWA {line}" for line in lines))
@@ -69,19 +67,6 @@ def log_layers(vllm_config: VllmConfig, group: Sequence[str] = ()) -> None:
 
 def _table_waits_for_groups(windowed: Sequence[WindowedAttention]) -> bool:
     return not all(layer.has_kv_group for layer in windowed)
-
-
-def _number_groups(
-    vllm_config: VllmConfig, specs: Sequence[Specs], complete: bool = False
-) -> dict[str, int]:
-    """The KV group of each layer; of none where layers of a draft or their pages are yet to come.
-
-    Args:
-        specs: of each pipeline stage.
-        complete: whether KV groups have been made.
-    """
-    more_to_come = vllm_config.speculative_config or vllm_config.model_config.is_hybrid
-    return {} if more_to_come and not complete else number_kv_groups(vllm_config, specs)
 
 
 def _described_layers(
@@ -123,12 +108,12 @@ def _is_drafts(name: str, vllm_config: VllmConfig) -> bool:
     return name.startswith(DRAFT_PREFIX) or bool(extract_layer_index(name) >= num_layers)
 
 
-def _gather_stages(own: T) -> list[T]:
-    """Give every pipeline stage what each of them has, in their order."""
+def _gather_stages(described: Described) -> Described:
+    """Give every pipeline stage the rows of all."""
     stages = get_pp_group()
     found: list[Any] = [None] * stages.world_size
-    torch.distributed.all_gather_object(found, own, group=stages.cpu_group)
-    return found
+    torch.distributed.all_gather_object(found, described, group=stages.cpu_group)
+    return [row for stage in found for row in stage]
 
 
 def lines_of_layers(

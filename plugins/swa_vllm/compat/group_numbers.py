@@ -1,7 +1,5 @@
 """The numbers that vLLM gives KV groups, which workers are not told."""
 
-from collections.abc import Sequence
-
 from vllm.config import VllmConfig
 from vllm.v1.kv_cache_interface import KVCacheSpec
 
@@ -10,18 +8,16 @@ try:
 except ImportError:  # vLLM 0.32
     from vllm.v1.core import kv_cache_utils as planning
 
-Specs = dict[str, KVCacheSpec]
 
-
-def number_kv_groups(vllm_config: VllmConfig, specs: Sequence[Specs]) -> dict[str, int]:
-    """The number of each layer's KV group, as the engine core will divide them.
+def number_kv_groups(vllm_config: VllmConfig, specs: dict[str, KVCacheSpec]) -> dict[str, int]:
+    """The number of each layer's KV group, as the engine core has divided them.
 
     Args:
-        specs: by layer name, of each pipeline stage in their order.
+        vllm_config: a worker's, once KV caches are made: groups depend on their layout.
+        specs: those of all layers, by name.
     """
     if hasattr(planning, "get_global_kv_cache_groups"):  # vLLM 0.33
-        groups = planning.get_global_kv_cache_groups(vllm_config, list(specs))
+        groups = planning.get_global_kv_cache_groups(vllm_config, [specs])
     else:
-        merged = {name: spec for stage in specs for name, spec in stage.items()}
-        groups = planning.get_kv_cache_groups(vllm_config, merged)
+        groups = planning.get_kv_cache_groups(vllm_config, dict(specs))
     return {name: number for number, group in enumerate(groups) for name in group.layer_names}
