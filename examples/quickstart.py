@@ -215,12 +215,11 @@ def demonstrate(server: Server, num_layers: int) -> None:
 
     table = server.window_table()
     print("\nWindow of every layer:\n  " + "\n  ".join(table))
-    sliding = [re.search(r"sliding .* (\d+) layers$", line) for line in table]
-    group = next((int(match.group(1)) for match in sliding if match), None)
-    if group is None:
+    if not any(" sliding " in line for line in table):
         raise QuickstartError(f"no sliding layer in the server's log {server.log_path}")
-    # A block of the pool holds one page for each layer of a KV group.
-    pages = held * group
+    # A block of the pool holds one page for each layer of a KV group. Groups count from 0.
+    num_groups = 1 + max(int(re.findall(r"\d+", line)[-1]) for line in table[1:])
+    pages = held * math.ceil(num_layers / num_groups)
     full_pages = math.ceil(num_tokens / PAGE_SIZE) * num_layers
     print(
         f"\nKV pages held after {num_tokens} tokens ({PAGE_SIZE} tokens of one layer a page): "

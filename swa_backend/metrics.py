@@ -53,7 +53,7 @@ class PageCounts:
 class Metric:
     """A Prometheus metric, or one kind of it.
 
-    All have the label ``engine``, and all but :data:`ENGINE_SCRAPED` the label ``group`` too.
+    All have the label ``engine``, and those of :data:`METRICS` the label ``group`` too.
 
     Attributes:
         name: the metric's name; samples of a counter add ``_total``.
@@ -127,3 +127,10 @@ ENGINE_SCRAPED = Metric(
     "1 if this scrape has the counts of this engine; 0 if not, because it runs on another machine, "
     "has not started yet, or has ended.",
 )
+# Of each engine of a server, the options that it has: 1, with these labels beside ``engine``.
+OPTIONS_INFO = Metric(
+    "swa_options_info",
+    "gauge",
+    "1; the labels are the version of the plugin and what it serves.",
+)
+OPTION_LABELS = ("version", "window", "sink_tokens", "phase", "sliding_layers", "full_layers")

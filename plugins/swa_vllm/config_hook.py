@@ -115,7 +115,7 @@ def _prepare_engine(vllm_config: VllmConfig) -> None:
     prepare_ray(vllm_config)
     prepare_transfer(vllm_config)
     if swa.frees_pages or draft_slides:
-        serve_counts(vllm_config)
+        serve_counts(vllm_config, swa)
 
 
 @cache

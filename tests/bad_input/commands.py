@@ -201,9 +201,18 @@ _PLAN = [
         _says("plan", ["--prompt", text], f"--prompt {text!r}", "write numbers", "commas between")
         for text in ("many", "", "1,,2", "1.5")
     ),
-    _says("plan", ["--prompt", "0"], "--prompt 0", "at least 1", "--max-model-len is 512"),
-    _says("plan", ["--prompt", "449"], "--prompt 449", "at most 448", "--max-model-len is 512"),
-    _says("plan", ["--output", "512"], "--output 512", "len is 512", "lower the one or raise"),
+    _says("plan", ["--prompt", "0"], "--prompt 0", "at least 1", "own length is 512"),
+    _says("plan", ["--prompt", "449"], "--prompt 449", "at most 448", "own length is 512"),
+    _says(
+        "plan", ["--output", "512"], "--output 512", "own length is 512", "lower the one or raise"
+    ),
+    _says(
+        "plan",
+        ["--output", "512", "--max-model-len", "500"],
+        "--output 512",
+        "--max-model-len is 500",
+        "lower the one or raise",
+    ),
     _range("plan", "--pipeline-parallel-size", "0"),
     _says("plan", ["--pipeline-parallel-size", "5"], "size 5 is", "model's 4 layers", "give fewer"),
     _says(
@@ -240,7 +249,13 @@ _TRACE = [
     ),
     _says("trace", ["--phase", "prefill"], "--phase prefill", "nothing to map", "give decode"),
     _says("trace", ["--pool-tokens", "31"], "--pool-tokens 31", "less than two pages", "give more"),
-    _says("trace", ["--block-size", str(10**9)], "--block-size 1000", "two pages", "smaller pages"),
+    _says(
+        "trace",
+        ["--block-size", str(10**9), "--pool-tokens", "32768"],
+        "--block-size 1000",
+        "two pages",
+        "smaller pages",
+    ),
     _says(
         "trace",
         ["--prompt", "500", "--pool-tokens", "160"],

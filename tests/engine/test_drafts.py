@@ -9,9 +9,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from vllm import LLM
+from vllm.v1.worker.gpu.attn_utils import get_kv_cache_spec
 
 import swa_vllm
 from swa_vllm.attention import layer_table
+from swa_vllm.compat.group_numbers import number_kv_groups
 from tests.helpers.dense_qwen3 import DenseQwen3, Sight
 from tests.helpers.dense_text import TextOracle
 from tests.helpers.dflash import dflash_config
@@ -74,7 +76,10 @@ def _layer_rows(llm: LLM) -> list[tuple[int, tuple[str, ...]]]:
     """Rows of the log's table: a layer's number, and how it is described."""
     config = llm.llm_engine.vllm_config
     context = config.compilation_config.static_forward_context
-    return layer_table._described_layers(config, dict(context))
+    groups = scheduler(llm).kv_cache_config.kv_cache_groups
+    numbers = {name: i for i, group in enumerate(groups) for name in group.layer_names}
+    assert number_kv_groups(config, get_kv_cache_spec(config)) == numbers
+    return layer_table._described_layers(config, dict(context), numbers)
 
 
 def _check_drafted(

@@ -11,7 +11,7 @@ import pytest
 from vllm import LLM
 
 import swa_vllm
-from swa_backend.metrics import ENGINE_SCRAPED, METRICS, PageCounts
+from swa_backend.metrics import ENGINE_SCRAPED, METRICS, OPTIONS_INFO, PageCounts
 from swa_backend.pages import WindowPages
 from swa_vllm.compat.envs import METRICS_DIR
 from swa_vllm.metrics.board import PageBoard
@@ -36,7 +36,7 @@ ENGINE = Engine(
 
 def test_every_count_has_a_metric_by_prometheus_conventions() -> None:
     assert [*METRICS] == [field.name for field in dataclasses.fields(PageCounts)]
-    for metric in (*METRICS.values(), ENGINE_SCRAPED):
+    for metric in (*METRICS.values(), ENGINE_SCRAPED, OPTIONS_INFO):
         assert metric.name.startswith("swa_")
         assert not metric.name.endswith("_total")
         assert metric.sample.endswith("_total") == (metric.type == "counter")
@@ -268,7 +268,7 @@ def test_dashboard_shows_every_metric_and_no_other() -> None:
         for target in panel["targets"]
         for name in re.findall(r"\bswa_\w+", target["expr"])
     }
-    assert shown == {metric.sample for metric in (*METRICS.values(), ENGINE_SCRAPED)}
+    assert shown == {metric.sample for metric in (*METRICS.values(), ENGINE_SCRAPED, OPTIONS_INFO)}
     variables = {variable["name"] for variable in dashboard["templating"]["list"]}
     used = set(re.findall(r"\$\{?(\w+)", json.dumps(dashboard["panels"])))
     assert used - {"__rate_interval"} == variables

@@ -61,8 +61,8 @@ def test_start_up_logs_one_table(
     (table,) = [m for m in caplog.messages if m.startswith("SWA layers")]
     assert caplog.messages.index(line) < caplog.messages.index(table)
     assert [line.split() for line in table.splitlines()[1:]] == [
-        ["SWA", "0-2", "sliding", "56", "0", "CUSTOM", "SWASpec", "1", "layers"],
-        ["SWA", "3", "full", "-", "-", "CPU_ATTN", "FullAttentionSpec", "chosen", "by", "vLLM"],
+        ["SWA", "0-2", "sliding", "56", "0", "CUSTOM", "SWASpec", "1-3"],
+        ["SWA", "3", "full", "-", "-", "CPU_ATTN", "FullAttentionSpec", "0"],
     ]
 
 

@@ -1,9 +1,12 @@
 """Several windows in one model: each is a KV group of its own, exact and freed by itself."""
 
+import logging
+import re
 from typing import Any
 
 import pytest
 
+import swa_vllm
 from tests.helpers.dense_qwen3 import DenseQwen3, Sight
 from tests.helpers.engines import (
     NGRAMS,
@@ -12,6 +15,7 @@ from tests.helpers.engines import (
     generate,
     managers,
     num_free_pages,
+    scheduler,
 )
 from tests.helpers.exactness import LENGTHS, check_exact
 from tests.helpers.tiny_models import FULL, random_prompts
@@ -66,3 +70,28 @@ def test_drafts_are_exact(tiny_model: ModelFactory, engine: EngineFactory) -> No
     check_exact(
         prompts, generate(engine(model, **drafting), prompts), DenseQwen3(model, Sight(windows))
     )
+
+
+@pytest.mark.everywhere
+def test_the_table_of_layers_has_the_groups_of_the_metrics(
+    tiny_model: ModelFactory, engine: EngineFactory, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = tiny_model(**FULL)
+    engine(model)  # vLLM sets up its loggers
+    logger = logging.getLogger("vllm")
+    logger.addHandler(caplog.handler)
+    try:
+        llm = engine(model, additional_config={"swa": {"window": {"0": SHORT, "1-2": LONG}}})
+    finally:
+        logger.removeHandler(caplog.handler)
+    (table,) = [m for m in caplog.messages if m.startswith("SWA layers")]
+    shown = {
+        int(group): int(window) if window != "-" else None
+        for window, first, last in re.findall(
+            r"(?:sliding|full) +(\S+) .* (\d+)(?:-(\d+))?$", table, re.MULTILINE
+        )
+        for group in range(int(first), int(last or first) + 1)
+    }
+    counted = {group: c.window_tokens for (_, group), c in swa_vllm.stats(llm).items()}
+    assert shown == {**dict.fromkeys(set(shown) - set(counted)), **counted}
+    assert len(shown) == len(scheduler(llm).kv_cache_config.kv_cache_groups) == 4

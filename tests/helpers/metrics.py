@@ -5,11 +5,13 @@ from prometheus_client.samples import Sample
 
 
 def samples(text: str, engine: int = 0) -> dict[str, float]:
-    """Samples of one engine with one windowed KV group, by name and the label ``kind``."""
+    """Counts of one engine with one windowed KV group, by name and the label ``kind``."""
     found: dict[str, float] = {}
     for family in text_string_to_metric_families(text):
         for sample in family.samples:
             if not sample.name.startswith("swa_") or sample.labels["engine"] != str(engine):
+                continue
+            if sample.name.endswith("_info"):
                 continue
             kind = sample.labels.get("kind")
             key = f"{sample.name}:{kind}" if kind else sample.name

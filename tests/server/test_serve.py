@@ -6,6 +6,7 @@ import contextlib
 import io
 import json
 import os
+import re
 import socket
 import stat
 from collections.abc import Callable, Iterator
@@ -19,14 +20,18 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
+import swa_backend
 from quickstart import PAGE_SIZE, SERVE_ARGS, Server
-from swa_backend.metrics import ENGINE_SCRAPED, METRICS
+from swa_backend.metrics import ENGINE_SCRAPED, METRICS, OPTIONS_INFO
 from tests.bad_input.requests import EMBEDS, REQUESTS
 from tests.bad_input.row import Bad
 from tests.helpers.engines import ModelFactory
 from tests.helpers.metrics import gained, samples
+from tests.helpers.paths import ROOT
 from tests.helpers.servers import TIMEOUT_S, family, has_ended, member, wait_for_end, wait_until
 from tests.helpers.tiny_models import MIXED, random_prompts
+
+DASHBOARD = ROOT / "examples" / "grafana_dashboard.json"
 
 pytestmark = pytest.mark.long
 
@@ -228,9 +233,23 @@ def test_metrics_of_a_request_that_runs_and_of_one_that_is_aborted(url: str) -> 
 
 def test_metrics_are_documented_in_the_scrape_and_private_on_the_way(server: Server) -> None:
     text = httpx.get(f"{server.url}/metrics", timeout=30).text
-    for metric in (*METRICS.values(), ENGINE_SCRAPED):
+    for metric in (*METRICS.values(), ENGINE_SCRAPED, OPTIONS_INFO):
         assert f"# HELP {metric.sample} {metric.help}" in text
         assert f"# TYPE {metric.sample} {metric.type}" in text
+    (options,) = [line for line in text.splitlines() if line.startswith("swa_options_info{")]
+    assert set(re.findall(r'(\w+)="([^"]*)"', options)) == {
+        *(("engine", "0"), ("version", swa_backend.__version__), ("window", "128")),
+        *(("sink_tokens", "0"), ("phase", "both")),
+        *(("sliding_layers", "15"), ("full_layers", "15")),
+    }
+    assert options.endswith(" 1.0")
+    shown = {
+        name
+        for panel in json.loads(DASHBOARD.read_text())["panels"]
+        for target in panel["targets"]
+        for name in re.findall(r"\bswa_\w+", target["expr"])
+    }
+    assert shown <= set(re.findall(r"^(swa_\w+)\{", text, re.MULTILINE))
     files = _engine_files(server)
     assert len(files) == 2
     assert {stat.S_IMODE(file.stat().st_mode) for file in files} == {0o600}

@@ -1,6 +1,7 @@
 """`swa bench`: runs, says what it measured, and refuses what makes no sense."""
 
 import json
+import re
 import subprocess
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -12,6 +13,7 @@ import pytest
 import torch
 
 from swa_backend.kernels.plans import Target
+from swa_backend.pages import ceil_div
 from swa_backend.verify import aot, timing
 from swa_vllm.kv_cache.manager import SWAManager
 from swa_vllm.tools.bench.attention import arms
@@ -46,6 +48,19 @@ def _json(result: subprocess.CompletedProcess[str], path: Path) -> Any:
     assert result.returncode == 0, result.stderr[-3000:]
     assert path.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
     return json.loads(path.read_text())
+
+
+def test_pages_say_which_pool_is_needed_where_nothing_fits(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    sizes = ["--window", "64", "--prompt", "2000", "--output", "8", "--num-requests", "2"]
+    assert main(["bench", "pages", *sizes, "--pool-tokens", "1024"]) == 0
+    (pool,) = re.findall(
+        r"full attention does not start: .* --pool-tokens (\d+)", capsys.readouterr().out
+    )
+    assert int(pool) == 16 * (ceil_div(2008, 16) + 1)
+    assert main(["bench", "pages", *sizes, "--pool-tokens", pool]) == 0
+    assert "full attention does not start" not in capsys.readouterr().out
 
 
 def test_pages_of_an_own_workload(swa: Run, tmp_path: Path) -> None:

@@ -88,3 +88,20 @@ def test_a_trace_is_drawn(tmp_path: Path) -> None:
     path = tmp_path / "trace.png"
     assert main(["trace", *SIZES, "--plot", str(path)]) == 0
     assert path.read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_pool_that_is_not_given_is_short_for_full_attention_alone(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "trace.json"
+    assert main(["trace", "--json", str(path)]) == 0
+    trace = json.loads(path.read_text())
+    assert max(trace["used"]) < trace["num_pages"] < max(trace["full"])
+    assert f", {trace['num_pages'] + 1} pages in the pool (" in capsys.readouterr().out
+
+
+def test_a_pool_that_is_not_given_holds_the_longest_request(tmp_path: Path) -> None:
+    path = tmp_path / "trace.json"
+    sizes = ["--window", "2000", "--prompt", "1000", "--output", "30"]
+    assert main(["trace", *sizes, "--json", str(path)]) == 0
+    assert json.loads(path.read_text())["num_pages"] == ceil_div(1030, 16)

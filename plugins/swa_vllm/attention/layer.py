@@ -74,10 +74,10 @@ class WindowedAttention(ReplacedAttention):
     Attributes:
         sink_tokens: leading tokens that every query sees.
         scratch_pages: by shape and dtype; those of a worker's first windowed layer serve all.
-        kv_group_layers: layers in this layer's KV group; None until the group is known.
+        has_kv_group: whether this layer's KV group has been made.
     """
 
-    kv_group_layers: int | None = None
+    has_kv_group = False
 
     def __init__(
         self,

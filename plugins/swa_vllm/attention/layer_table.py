@@ -1,7 +1,7 @@
 """The table of effective windows, logged once at start-up."""
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import groupby, pairwise
 from typing import Any
 
@@ -11,11 +11,13 @@ from vllm.distributed import get_pp_group, get_tensor_model_parallel_rank
 from vllm.logger import init_logger
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.models.utils import extract_layer_index
+from vllm.v1.worker.gpu.attn_utils import get_kv_cache_spec
 
 from swa_backend.table import format_table
 from swa_backend.window import Phase
 from swa_vllm.attention.layer import WindowedAttention
 from swa_vllm.compat.architectures import DRAFT_PREFIX
+from swa_vllm.compat.group_numbers import number_kv_groups
 from swa_vllm.config.swa_config import vllm_text_config
 
 logger = init_logger(f"vllm.{__name__}")
@@ -28,11 +30,12 @@ _SLIDING = {
     Phase.PREFILL: "sliding in prompts",
     Phase.DECODE: "sliding in answers",
 }
+_UNKNOWN = "chosen by vLLM"
 _HEADER = ("layers", "kind", "window", "sinks", "backend", "KV spec", "KV group")
 
 
 def log_layers(vllm_config: VllmConfig, group: Sequence[str] = ()) -> None:
-    """Note that the windowed layers named by ``group`` share a KV group, and log the table.
+    """Note that the windowed layers named by ``group`` have a KV group, and log the table.
 
     The table waits for the call that gives the last windowed layer of this worker its group; a
     call without ``group`` logs what is known. With pipeline stages only that is logged, by the
@@ -45,31 +48,58 @@ def log_layers(vllm_config: VllmConfig, group: Sequence[str] = ()) -> None:
     windowed = [layer for layer in layers.values() if isinstance(layer, WindowedAttention)]
     was_open = _table_waits_for_groups(windowed)
     for layer in windowed:
-        if layer.layer_name in group:
-            layer.kv_group_layers = len(group)
+        layer.has_kv_group |= layer.layer_name in group
     complete = was_open and not _table_waits_for_groups(windowed)
-    if complete or not group:
-        described = _described_layers(vllm_config, layers)
-        is_first = get_tensor_model_parallel_rank() == 0
-        if has_stages:
-            described = _gather_stages(described)
-            is_first = is_first and get_pp_group().is_first_rank
-        if is_first:
-            lines = lines_of_layers(_HEADER, described)
-            logger.info("\n".join(f"SWA {line}" for line in lines))
+    if not complete and group:
+        return
+    is_first = get_tensor_model_parallel_rank() == 0
+    if not is_first and not has_stages:
+        return
+    numbers = number_kv_groups(vllm_config, get_kv_cache_spec(vllm_config)) if complete else {}
+    described = _described_layers(vllm_config, layers, numbers)
+    if has_stages:
+        described = _gather_stages(described)
+        is_first = is_first and get_pp_group().is_first_rank
+    if is_first:
+        lines = lines_of_layers(_HEADER, _join_groups(described))
+        logger.info("\n".join(f"SWA {line}" for line in lines))
 
 
 def _table_waits_for_groups(windowed: Sequence[WindowedAttention]) -> bool:
-    return any(layer.kv_group_layers is None for layer in windowed)
+    return not all(layer.has_kv_group for layer in windowed)
 
 
-def _described_layers(vllm_config: VllmConfig, layers: dict[str, Attention]) -> Described:
+def _described_layers(
+    vllm_config: VllmConfig, layers: dict[str, Attention], groups: Mapping[str, int]
+) -> Described:
     """This worker's layers by their numbers, each with its row of the table; drafts' come last."""
     ordered = sorted(
         layers.items(),
         key=lambda item: (_is_drafts(item[0], vllm_config), extract_layer_index(item[0])),
     )
-    return [(extract_layer_index(n), _describe_layer(vllm_config, a)) for n, a in ordered]
+    return [
+        (
+            extract_layer_index(name),
+            (*_describe_layer(vllm_config, layer), _shown(groups.get(name))),
+        )
+        for name, layer in ordered
+    ]
+
+
+def _shown(group: int | None) -> str:
+    return _UNKNOWN if group is None else str(group)
+
+
+def _join_groups(described: Described) -> Described:
+    """Give layers that are otherwise described alike the KV groups of all of them, as ``1-3``."""
+    numbers = defaultdict[tuple[str, ...], set[int]](set)
+    for _, (*row, group) in described:
+        if group != _UNKNOWN:
+            numbers[tuple(row)].add(int(group))
+    return [
+        (index, (*row, _shown_layers(sorted(numbers[tuple(row)])) or _UNKNOWN))
+        for index, (*row, _) in described
+    ]
 
 
 def _is_drafts(name: str, vllm_config: VllmConfig) -> bool:
@@ -136,7 +166,5 @@ def _describe_layer(vllm_config: VllmConfig, layer: Attention) -> tuple[str, ...
     if _is_drafts(layer.layer_name, vllm_config):
         kind += " (draft)"
     window = "-" if layer.sliding_window is None else str(layer.sliding_window)
-    group_layers = getattr(layer, "kv_group_layers", None)
-    group = "chosen by vLLM" if group_layers is None else f"{group_layers} layers"
     spec = type(layer.get_kv_cache_spec(vllm_config)).__name__
-    return kind, window, sinks, layer.attn_backend.get_name(), spec, group
+    return kind, window, sinks, layer.attn_backend.get_name(), spec

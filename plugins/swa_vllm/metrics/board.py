@@ -9,7 +9,7 @@ import mmap
 import os
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields
 from glob import escape, glob
 from pathlib import Path
@@ -18,7 +18,7 @@ from prometheus_client.mmap_dict import MmapedDict, mmap_key
 from prometheus_client.multiprocess import MultiProcessCollector
 from vllm.logger import init_logger
 
-from swa_backend.metrics import ENGINE_SCRAPED, METRICS, Metric, PageCounts
+from swa_backend.metrics import ENGINE_SCRAPED, METRICS, OPTIONS_INFO, Metric, PageCounts
 from swa_vllm.compat import envs
 
 logger = init_logger(f"vllm.{__name__}")
@@ -112,10 +112,31 @@ def expect_engines(directory: str, instance_id: str, engines: Iterable[int]) -> 
     _make_board_file(path, {str(engine): _key_of_engine(engine) for engine in engines})
 
 
-def _file_identifier(instance_id: str, *numbers: int) -> str:
+def serve_options(
+    directory: str, instance_id: str, engines: Iterable[int], options: Mapping[str, str]
+) -> None:
+    """Have scrapes say the options of engines.
+
+    Args:
+        directory: where the server of the engines reads.
+        instance_id: vLLM's name of the server in this process.
+        engines: data parallel ranks.
+        options: labels of the metric.
+    """
+    path = Path(directory, f"{_ENGINES}_{_file_identifier(instance_id, 'options')}.db")
+    _make_board_file(path, {str(e): _key_of_options(e, options) for e in engines}, 1.0)
+
+
+def _key_of_options(engine: int, options: Mapping[str, str]) -> str:
+    labels = {"engine": str(engine), **options}
+    name, sample, text = OPTIONS_INFO.name, OPTIONS_INFO.sample, OPTIONS_INFO.help
+    return str(mmap_key(name, sample, [*labels], [*labels.values()], text))
+
+
+def _file_identifier(instance_id: str, *parts: int | str) -> str:
     """Name files of this process; prometheus_client takes an underscore for a separator."""
     instance = instance_id.replace("_", "-")
-    return "-".join(["swa", instance, *map(str, numbers), str(os.getpid())])
+    return "-".join(["swa", instance, *map(str, parts), str(os.getpid())])
 
 
 def _key_of_engine(engine: int) -> str:
@@ -159,7 +180,7 @@ def read_counts(files: Iterable[str]) -> dict[tuple[int, int], PageCounts]:
     """Counts by engine and KV group."""
     counts = defaultdict[tuple[int, int], dict[str, int]](dict)
     for metric in MultiProcessCollector.merge(files):
-        if metric.name == ENGINE_SCRAPED.name:
+        if metric.name in (ENGINE_SCRAPED.name, OPTIONS_INFO.name):
             continue
         for sample in metric.samples:
             labels = sample.labels

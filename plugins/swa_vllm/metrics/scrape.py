@@ -17,11 +17,19 @@ from prometheus_client.multiprocess import MultiProcessCollector
 from prometheus_client.registry import Collector
 from vllm.config import ParallelConfig, VllmConfig
 
-from swa_backend.metrics import ENGINE_SCRAPED, METRICS, PageCounts
+import swa_backend
+from swa_backend.layers import FULL, SLIDING
+from swa_backend.metrics import (
+    ENGINE_SCRAPED,
+    METRICS,
+    OPTION_LABELS,
+    OPTIONS_INFO,
+    PageCounts,
+)
 from swa_vllm.compat import envs
 from swa_vllm.compat.architectures import PLAIN, WINDOWED
-from swa_vllm.config.swa_config import vllm_config_frees_pages
-from swa_vllm.metrics.board import board_files, expect_engines, read_counts
+from swa_vllm.config.swa_config import SWAConfig, vllm_config_frees_pages
+from swa_vllm.metrics.board import board_files, expect_engines, read_counts, serve_options
 
 
 class EngineCounts(Collector):
@@ -34,7 +42,9 @@ class EngineCounts(Collector):
 
     def describe(self) -> Iterator[Metric]:
         """The metrics without samples, as the registry wants to know their names."""
-        named = {metric.name: metric for metric in (*METRICS.values(), ENGINE_SCRAPED)}
+        named = {
+            metric.name: metric for metric in (*METRICS.values(), ENGINE_SCRAPED, OPTIONS_INFO)
+        }
         for metric in named.values():
             yield Metric(metric.name, metric.help, metric.type)
 
@@ -43,15 +53,32 @@ class EngineCounts(Collector):
         yield from MultiProcessCollector.merge(board_files(self.path, is_wanted=_is_engine_alive))
 
 
-def serve_counts(vllm_config: VllmConfig) -> None:
+def serve_counts(vllm_config: VllmConfig, swa: SWAConfig) -> None:
     """Have the metrics served of an engine that is about to start and whose model slides."""
     directory = envs.read_variable(envs.SHARED_METRICS_DIR) or _counts_collector().path
     envs.set_metrics_dir(directory)
     parallel = vllm_config.parallel_config
     if _keeps_groups(vllm_config) and os.path.isdir(directory):
-        expect_engines(directory, vllm_config.instance_id, _engines_of_server(parallel))
+        engines = _engines_of_server(parallel)
+        expect_engines(directory, vllm_config.instance_id, engines)
+        if swa.slides:
+            serve_options(directory, vllm_config.instance_id, engines, _labels_of_options(swa))
     if parallel.data_parallel_backend == "ray":  # engines are actors then
         envs.copy_variable_to_ray(envs.METRICS_DIR)
+
+
+def _labels_of_options(swa: SWAConfig) -> dict[str, str]:
+    windows = sorted({window for window in swa.layers.windows if window is not None})
+    types = swa.layers.layer_types
+    values = (
+        swa_backend.__version__,
+        ",".join(map(str, windows)),
+        swa.options.sink_tokens,
+        swa.options.phase.value,
+        types.count(SLIDING),
+        types.count(FULL),
+    )
+    return dict(zip(OPTION_LABELS, map(str, values), strict=True))
 
 
 def _engines_of_server(parallel: ParallelConfig) -> range:

@@ -149,7 +149,14 @@ def _print_pages_held(workload: EngineWorkload, outcomes: dict[Arm, Outcome]) ->
                 (arm.value, o.estimate, o.mean_running, o.num_steps, *pages, o.num_preemptions)
             )
         else:
-            rows.append((arm.value, o.estimate, "does not start", 0, o.promised_pages, 0, 0))
+            rows.append((arm.value, o.estimate, "-", "-", o.promised_pages, "-", "-"))
     print(format_table(_HEADER, rows))
+    for arm, o in outcomes.items():
+        if not o.starts:
+            needed = o.promised_pages + 1  # one is never given out
+            print(
+                f"{arm.value} does not start: its longest request needs a pool of {needed} pages, "
+                f"--pool-tokens {needed * engine.block_size}"
+            )
     decode = WindowPages(engine.window, engine.block_size).max_survivors
     print(f"a decoding request needs {decode} pages of its window")

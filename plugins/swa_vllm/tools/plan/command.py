@@ -306,8 +306,8 @@ def _prompts_to_plan(args: argparse.Namespace, limits: Limits) -> list[int]:
     longest = limits.max_model_len - args.output
     if longest < 1:
         raise ValueError(
-            f"answers of --output {args.output} tokens leave no room for a prompt: --max-model-len "
-            f"is {limits.max_model_len}; lower the one or raise the other"
+            f"answers of --output {args.output} tokens leave no room for a prompt: "
+            f"{_whose_length(args, limits)}; lower the one or raise the other"
         )
     if args.prompt is None:
         return [n for n in _PROMPTS if n <= longest] or [longest]
@@ -321,6 +321,13 @@ def _prompts_to_plan(args: argparse.Namespace, limits: Limits) -> list[int]:
         if not 1 <= prompt <= longest:
             raise ValueError(
                 f"--prompt {prompt} must be at least 1 and, with answers of {args.output} tokens, "
-                f"at most {longest}: --max-model-len is {limits.max_model_len}"
+                f"at most {longest}: {_whose_length(args, limits)}"
             )
     return prompts
+
+
+def _whose_length(args: argparse.Namespace, limits: Limits) -> str:
+    """Say how long a request may be, and whether a flag or the model says so."""
+    if args.max_model_len is None:
+        return f"the model's own length is {limits.max_model_len}, without --max-model-len"
+    return f"--max-model-len is {limits.max_model_len}"

@@ -28,7 +28,6 @@ EXAMPLE = "--window 1024 --sink-tokens 4 --prompt 12000,3000,6000 --output 300 -
 _NUMBERS = {
     "window": 1024,
     "block_size": 16,
-    "pool_tokens": 32768,
     "max_num_batched_tokens": 2048,
     "steps_in_flight": 2,
     "output": 256,
@@ -43,12 +42,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         parser, **{name: _NUMBERS[name] for name in ("block_size", "max_num_batched_tokens")}
     )
     for name, text in (
-        ("pool_tokens", "tokens of full attention that the pool holds"),
         ("steps_in_flight", "steps scheduled ahead, 1 or 2"),
         ("output", "tokens of each answer"),
     ):
         flag = f"--{name.replace('_', '-')}"
         parser.add_argument(flag, type=int, default=_NUMBERS[name], metavar="N", help=text)
+    parser.add_argument(
+        "--pool-tokens",
+        type=int,
+        metavar="N",
+        help="tokens of full attention that the pool holds (default: half of the requests)",
+    )
     add_phase_argument(parser)
     parser.add_argument(
         "--prompt",
@@ -64,7 +68,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     plots.check_plot_path(args.plot)
     check_number_arguments(args, _NUMBERS)
     check_number_argument("sink_tokens", args.sink_tokens, least=0)
-    if args.pool_tokens < 2 * args.block_size:
+    if args.pool_tokens is not None and args.pool_tokens < 2 * args.block_size:
         raise ValueError(
             f"--pool-tokens {args.pool_tokens} is less than two pages of --block-size "
             f"{args.block_size}; give more, or smaller pages"
@@ -82,6 +86,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         f"chunks of {args.max_num_batched_tokens}, answers of {args.output}, "
         f"{args.steps_in_flight} step(s) in flight"
     )
+    if args.pool_tokens is None:
+        title += f", {trace.num_pages + 1} pages in the pool (--pool-tokens gives it others)"
     print_trace(title, trace)
     if args.plot is not None:
         plot_trace(args.plot, title, trace)

@@ -1,7 +1,7 @@
 """What a trace records: the pages that requests hold, step by step, in vLLM's real scheduler."""
 
 import argparse
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from swa_backend.pages import WindowPages, ceil_div
@@ -111,7 +111,10 @@ def record_trace(args: argparse.Namespace, prompts: list[int]) -> Trace:
                 held, num_computed = self.num_pages_of(name), self.num_computed_of(name)
                 row.add_step(pages[name], pinned_kind(phase), held, num_computed)
 
-    simulation = Recorder(Arm.SWA, _traced_engine(args, max(prompts)))
+    engine = _traced_engine(args, prompts)
+    simulation = Recorder(Arm.SWA, engine)
+    if args.pool_tokens is None and not simulation.starts:
+        simulation = Recorder(Arm.SWA, replace(engine, num_pages=simulation.cap + 1))
     num_pages = simulation.engine.num_pages
     if not simulation.starts:
         raise ValueError(
@@ -131,15 +134,19 @@ def record_trace(args: argparse.Namespace, prompts: list[int]) -> Trace:
     )
 
 
-def _traced_engine(args: argparse.Namespace, longest_prompt: int) -> "Engine":
+def _traced_engine(args: argparse.Namespace, prompts: list[int]) -> "Engine":
+    """The engine of the flags; its pool is short of pages for full attention, unless given."""
     from swa_vllm.tools.engines.simulated import Engine
 
+    pool_tokens = args.pool_tokens
+    if pool_tokens is None:
+        pool_tokens = sum(prompt + args.output for prompt in prompts) // 2
     return Engine(
         window=args.window,
         block_size=args.block_size,
-        num_pages=args.pool_tokens // args.block_size,
+        num_pages=max(2, pool_tokens // args.block_size),
         max_num_batched_tokens=args.max_num_batched_tokens,
-        max_model_len=longest_prompt + args.output,
+        max_model_len=max(prompts) + args.output,
         max_num_seqs=min(256, args.max_num_batched_tokens),
         num_steps_in_flight=args.steps_in_flight,
         sink_tokens=args.sink_tokens,
