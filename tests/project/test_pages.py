@@ -10,7 +10,7 @@ from posixpath import normpath
 
 import pytest
 
-from swa_backend.metrics import ENGINE_SCRAPED, METRICS
+from swa_backend.metrics import ENGINE_SCRAPED, METRICS, OPTIONS_INFO
 from swa_backend.options import OPTION_KEYS, SWAOptions
 from tests.helpers.paths import ROOT
 
@@ -167,7 +167,7 @@ def test_page_of_the_plugin_has_every_metric() -> None:
     told = re.findall(
         r"`(swa_\w+)(?:\{.*?\})?`", section(page("plugins/README.md"), "Log and metrics")
     )
-    served = {metric.sample for metric in (*METRICS.values(), ENGINE_SCRAPED)}
+    served = {metric.sample for metric in (*METRICS.values(), ENGINE_SCRAPED, OPTIONS_INFO)}
     assert {name for name in told if name != "swa_vllm"} == served
 
 
