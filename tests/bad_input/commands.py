@@ -96,7 +96,6 @@ _RIGHT: dict[str, dict[str, str]] = {
         "--window": "64",
         "--text": str(TEXT),
     },
-    "eval layers": {"--budget": "0.5", "--pieces": "1", "--rounds": "1", "--window": "64"},
 }
 # What the defaults of a command need to be taken, or to be done in a short time.
 _SHORT: dict[str, list[str]] = {
@@ -117,7 +116,6 @@ def _says(
         "eval ppl": [MODEL, "--text", TEXT, "--length", 64],
         "eval needle": [MODEL, "--window", 64, "--lengths", 200],
         "eval stream": [MODEL, "--text", TEXT],
-        "eval layers": [MODEL, "--text", TEXT, "--length", 256, "--window", 64],
     }
     first = [*command.split(), *common.get(command, ())]
     if not remedies:
@@ -628,31 +626,6 @@ _EVAL = [
         "the text has 2 tokens",
         "trained length of 512",
         "give a longer one",
-    ),
-    *(
-        _says("eval layers", ["--budget", text], f"got {shown}", "between 0 and 1", "--budget")
-        for text, shown in (("1.5", "1.5"), ("0", "0.0"), ("nan", "nan"), ("-1", "-1.0"))
-    ),
-    _range("eval layers", "--pieces", "0"),
-    _range("eval layers", "--rounds", "0"),
-    _says(
-        "eval layers",
-        ["--window", "256"],
-        "a window of 256 with 4 sinks",
-        "not below --length 256",
-        "Give longer pieces, or a smaller window",
-        ["--window", "256", "--length", "300"],
-        ["--window", "251"],
-    ),
-    _says("eval layers", ["--window", "0"], "got 0", "must be an integer >= 1", "swa.window"),
-    _says(
-        "eval layers",
-        ["--pieces", "34"],
-        "34 pieces of 256 tokens and --pieces takes 34",
-        "none is left",
-        "fewer --pieces",
-        ["--pieces", "33"],
-        ["--pieces", "34", "--length", "250"],
     ),
 ]
 

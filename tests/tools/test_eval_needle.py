@@ -182,7 +182,7 @@ def test_command_asks_with_full_attention_and_with_the_window(
     assert f" s behind 200 tokens ({ratio:.2f} of full attention's)" in printed
 
 
-@pytest.mark.parametrize("name", ["ppl", "needle", "stream", "layers"])
+@pytest.mark.parametrize("name", ["ppl", "needle", "stream"])
 def test_help_has_an_example(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as status:
         main(["eval", name, "--help"])

@@ -152,44 +152,6 @@ def _add_stream_arguments(parser: argparse.ArgumentParser) -> None:
     plots.add_plot_argument(parser)
 
 
-def _add_layers_arguments(parser: argparse.ArgumentParser) -> None:
-    """Which layers can slide, so that a request takes a part of full attention's pool bytes.
-
-    Bytes are those that a request holds which decodes behind a piece of --length tokens, with
-    vLLM's KV groups and their padding: how layers are grouped depends on how many slide, so some
-    counts waste more than others. The first --pieces of the text choose the layers, the rest is
-    held out. Each layer is slid alone first; then, in --rounds, those that cost least slide, and
-    what is left is tried again beside them. Every trial is an engine of its own.
-    """
-    _add_setup_arguments(parser)
-    parser.add_argument(
-        "--text",
-        type=Path,
-        required=True,
-        metavar="FILE",
-        help="the text, in UTF-8 (default: none)",
-    )
-    parser.add_argument(
-        "--budget", type=float, default=0.5, metavar="PART", help="part of full attention's bytes"
-    )
-    add_window_size_argument(parser, 1024)
-    add_sink_tokens_argument(parser, 4)
-    parser.add_argument(
-        "--length", type=int, default=4096, metavar="TOKENS", help="tokens of a piece"
-    )
-    parser.add_argument(
-        "--pieces",
-        type=int,
-        default=1,
-        metavar="N",
-        help="pieces that choose layers; the others are held out",
-    )
-    parser.add_argument(
-        "--rounds", type=int, default=2, metavar="N", help="rounds of choosing layers"
-    )
-    plots.add_plot_argument(parser)
-
-
 def _add_setup_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options that :func:`swa_vllm.tools.engines.setup.setup_of` reads."""
     parser.add_argument("model", metavar="MODEL", help="checkpoint: a directory or a hub's name")
@@ -209,9 +171,5 @@ EVALUATIONS: dict[str, tuple[Callable[[argparse.ArgumentParser], None], str]] = 
     "stream": (
         _add_stream_arguments,
         "Qwen/Qwen3-0.6B --tokens 200000 --window 1024 --sink-tokens 4",
-    ),
-    "layers": (
-        _add_layers_arguments,
-        "Qwen/Qwen3-0.6B --text book.txt --budget 0.5 --window 1024 --sink-tokens 4",
     ),
 }
