@@ -38,7 +38,7 @@ SHOWN = shown()
 def test_pages_show_every_verb() -> None:
     assert {"plan", "check", "trace", "tune"} <= SHOWN.keys()
     assert sum(verb.startswith("bench ") for verb in SHOWN) == 7
-    assert sum(verb.startswith("eval ") for verb in SHOWN) == 4
+    assert sum(verb.startswith("eval ") for verb in SHOWN) == 3
 
 
 @pytest.mark.parametrize("verb", sorted(SHOWN))
