@@ -9,8 +9,9 @@ import pytest
 
 from swa_backend.window import Phase
 from swa_vllm.tools.cli import main
+from swa_vllm.tools.engines.needles import Needle, make_needles
 from swa_vllm.tools.engines.texts import tokenizer_of
-from swa_vllm.tools.eval.needle import Needle, describe_recall, make_needles
+from swa_vllm.tools.eval.needle import describe_recall
 from tests.helpers.trained_models import SLIDING
 
 

@@ -4,7 +4,6 @@ import json
 import math
 import shutil
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,8 +14,14 @@ from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
 
 from swa_vllm.tools.cli import main
 from swa_vllm.tools.engines.attention_mass import measure_attention_mass
+from swa_vllm.tools.engines.needles import make_needles
 from swa_vllm.tools.engines.scoring import ScoringEngine
 from swa_vllm.tools.engines.setup import FULL_ATTENTION, Setup
+from swa_vllm.tools.engines.texts import tokenizer_of
+from swa_vllm.tools.tune.candidates import FULL, Candidate
+from swa_vllm.tools.tune.journal import Journal
+from swa_vllm.tools.tune.measure import Measurements
+from tests.helpers.processes import Run
 from tests.helpers.trained_models import SLIDING, TEXT, TRAINED_WINDOW
 
 pytestmark = pytest.mark.long
@@ -48,13 +53,11 @@ def traffic(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def tune(
-    traffic: Path, *more: str, model: Path = SLIDING
+    swa: Run, traffic: Path, *more: str, model: Path = SLIDING
 ) -> tuple[subprocess.CompletedProcess[str], dict[str, Any]]:
     """Run the command in a process of its own, for its engines; returns its end and figures."""
     path = traffic.with_name("figures.json")
-    command = [sys.executable, "-m", "swa_vllm.tools.cli", "tune", str(model), *SIZES]
-    flags = ["--requests", str(traffic), "--json", str(path), *more]
-    done = subprocess.run([*command, *flags], capture_output=True, text=True, check=False)
+    done = swa("tune", str(model), *SIZES, "--requests", str(traffic), "--json", str(path), *more)
     assert done.returncode in (0, 3), done.stderr
     return done, json.loads(path.read_text())
 
@@ -65,10 +68,10 @@ def journal(traffic: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def found(traffic: Path, journal: Path) -> dict[str, Any]:
+def found(swa: Run, traffic: Path, journal: Path) -> dict[str, Any]:
     picture = traffic.with_name("front.png")
     resumed = ["--resume", str(journal), "--plot", str(picture)]
-    done, figures = tune(traffic, "--budget", "0.6", *resumed)
+    done, figures = tune(swa, traffic, "--budget", "0.6", *resumed)
     assert done.returncode == 0
     assert picture.read_bytes().startswith(b"\x89PNG")
     return figures
@@ -136,17 +139,19 @@ def test_printed_options_give_the_reported_figures_again(
     assert sum(map(bool, agree)) / num_tokens == pytest.approx(choice["same_tokens"], abs=2e-3)
 
 
-def test_run_that_was_cut_off_goes_on(found: dict[str, Any], journal: Path, traffic: Path) -> None:
+def test_run_that_was_cut_off_goes_on(
+    swa: Run, found: dict[str, Any], journal: Path, traffic: Path
+) -> None:
     """The last score is written again, and no other is measured."""
     whole = journal.read_text()
     journal.write_text(whole[:-20])
-    done, again = tune(traffic, "--budget", "0.6", "--resume", str(journal))
+    done, again = tune(swa, traffic, "--budget", "0.6", "--resume", str(journal))
     assert (done.returncode, journal.read_text()) == (0, whole)
     assert again["arms"] == found["arms"]
     assert done.stderr.count("requests ...") == 2  # one score, and attention mass
 
 
-def test_nothing_within_tolerance_is_full_attention(tmp_path: Path) -> None:
+def test_nothing_within_tolerance_is_full_attention(swa: Run, tmp_path: Path) -> None:
     """To a model that was not trained a window is noise, for which no tolerance is left."""
     model = tmp_path / "model"
     shutil.copytree(SLIDING, model)
@@ -154,7 +159,7 @@ def test_nothing_within_tolerance_is_full_attention(tmp_path: Path) -> None:
     Qwen3ForCausalLM(Qwen3Config.from_pretrained(SLIDING)).save_pretrained(model)
     shutil.copy(SLIDING / "config.json", model)
     traffic = write_traffic(tmp_path / "traffic.jsonl", 64, 64, 4)
-    done, figures = tune(traffic, "--budget", "0.7", "--tolerance", "0", model=model)
+    done, figures = tune(swa, traffic, "--budget", "0.7", "--tolerance", "0", model=model)
     assert done.returncode == 3
     assert figures["additional_config"] == {"swa": {"enabled": False}}
     assert not figures["is_tolerable"]
@@ -241,3 +246,15 @@ def test_no_time_is_an_error(
     command = ["tune", str(SLIDING), "--requests", str(traffic), *SIZES, *BUDGET]
     assert main([*command, "--time", "1s"]) == 1
     assert "--time leaves 0 s to choose in" in capsys.readouterr().err
+
+
+def test_a_window_forgets_what_full_attention_recalls(demo_model: dict[str, Path]) -> None:
+    """Two numbers stand in the window, and two further back."""
+    model = str(demo_model["full"])
+    tokenizer = tokenizer_of(model)
+    needles = make_needles(
+        lambda text: list(tokenizer(text, add_special_tokens=False)["input_ids"]), [256], 2, 2
+    )
+    measured = Measurements(Setup(model, 300, "float32", 512, 32), Journal(None, {}))
+    assert measured.recalled(FULL, needles, tokenizer) == 4
+    assert measured.recalled(Candidate(64, 4), needles, tokenizer) == 2

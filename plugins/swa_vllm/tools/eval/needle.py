@@ -1,12 +1,9 @@
 """``swa eval needle``: recall of a number that a long text mentions once, by where it stands."""
 
 import argparse
-import random
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from itertools import accumulate, chain
+from collections.abc import Iterable, Mapping, Sequence
 from statistics import median
 from typing import Any
 
@@ -22,7 +19,13 @@ from swa_vllm.tools.common.arguments import (
     refuse_phase_decode,
 )
 from swa_vllm.tools.common.progress import say
-from swa_vllm.tools.engines.forced import FORCED_TOKENS
+from swa_vllm.tools.engines.needles import (
+    ANSWER_TOKENS,
+    SHORTEST,
+    Needle,
+    make_needles,
+    recall,
+)
 from swa_vllm.tools.engines.scoring import ScoringEngine
 from swa_vllm.tools.engines.setup import (
     FULL_ATTENTION,
@@ -31,39 +34,9 @@ from swa_vllm.tools.engines.setup import (
     setup_of,
 )
 from swa_vllm.tools.engines.texts import tokenizer_of
-from swa_vllm.tools.eval.filler import filler_sentences
 
 FULL, WINDOW = "full attention", "window"
-_CITIES = ("Lisbon", "Oslo", "Cairo", "Lima", "Rome", "Paris", "Boston", "Tokyo", "Berlin", "Delhi")
-_ANSWER_TOKENS = 8
 _TIMED_PROMPTS = 3  # of each length
-_SHORTEST = 64
-
-Tokenize = Callable[[str], list[int]]
-
-
-@dataclass(frozen=True)
-class Needle:
-    """A text, the number that it asks for, and where that stands.
-
-    Attributes:
-        length: tokens asked for; the text has no more.
-        depth: where the sentence stands: 0 at the start of the prompt, 1 at its end.
-        distance: tokens from the number to the end of the text.
-        num_generated: how many of its last tokens are forced as generated ones, behind the prompt.
-    """
-
-    tokens: list[int]
-    number: str
-    length: int
-    depth: float
-    distance: int
-    num_generated: int = 0
-
-    @property
-    def prompt(self) -> list[int]:
-        """Its tokens that are not forced as generated ones."""
-        return self.tokens[: len(self.tokens) - self.num_generated]
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
@@ -92,19 +65,15 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         num_generated=args.generated,
     )
     setup = setup_of(
-        args, hf_config, max(lengths) + _ANSWER_TOKENS, forces_tokens=args.generated > 0
+        args, hf_config, max(lengths) + ANSWER_TOKENS, forces_tokens=args.generated > 0
     )
     recalled, first_token_s = dict[str, list[bool]](), dict[str, dict[int, float]]()
     for name, own in {FULL: FULL_ATTENTION, WINDOW: options}.items():
         say(f"{name}: {len(needles)} prompts")
         with ScoringEngine.start(setup, own) as engine:
             assert engine.llm is not None
-            answers = _answer_needles(engine.llm, needles)
+            recalled[name] = recall(engine.llm, tokenizer, needles)
             first_token_s[name] = _time_first_tokens(engine.llm, needles)
-        recalled[name] = [
-            tokenizer.decode(answer).strip().startswith(needle.number)
-            for needle, answer in zip(needles, answers, strict=True)
-        ]
     maps = [_recall_by_depth(name, needles, hits) for name, hits in recalled.items()]
     maps.append(_recall_by_distance(needles, recalled))
     _print_heat_maps(maps)
@@ -140,8 +109,8 @@ def _needle_lengths(args: argparse.Namespace) -> list[int]:
     check_number_argument("generated", args.generated, least=0)
     lengths = []
     for text in args.lengths.split(","):
-        if not is_flag_number(text, _SHORTEST):
-            raise ValueError(f"--lengths takes integers from {_SHORTEST} on, got {text.strip()!r}")
+        if not is_flag_number(text, SHORTEST):
+            raise ValueError(f"--lengths takes integers from {SHORTEST} on, got {text.strip()!r}")
         lengths.append(int(text))
     if args.window + args.sink_tokens >= max(lengths):
         raise ValueError(
@@ -154,93 +123,13 @@ def _needle_lengths(args: argparse.Namespace) -> list[int]:
             f"--phase {args.phase} with a window of {args.window}, which is not below --generated "
             f"{args.generated}: nothing would slide. Give more, or a smaller window"
         )
-    if min(lengths) - args.generated < _SHORTEST:
+    if min(lengths) - args.generated < SHORTEST:
         raise ValueError(
             f"--generated {args.generated} leaves {min(lengths) - args.generated} tokens of "
-            f"--lengths {min(lengths)} for the prompt, and {_SHORTEST} are needed; give fewer, or "
+            f"--lengths {min(lengths)} for the prompt, and {SHORTEST} are needed; give fewer, or "
             "longer ones"
         )
     return lengths
-
-
-def make_needles(
-    tokenize: Tokenize,
-    lengths: Sequence[int],
-    num_depths: int,
-    num_trials: int,
-    *,
-    digit_first: bool = False,
-    num_generated: int = 0,
-) -> list[Needle]:
-    """Make texts of every length and depth, the same ones each time.
-
-    Args:
-        digit_first: the blank before the number ends the question, and does not begin the answer.
-        num_generated: last tokens of each text that are not its prompt's.
-    """
-    blanks = (" ", "") if digit_first else ("", " ")
-    generator, needles = random.Random(0), []  # noqa: S311 (the same numbers every time)
-    for length in lengths:
-        for step in range(num_depths):
-            for _ in range(num_trials):
-                city, number = generator.choice(_CITIES), str(generator.randint(1000, 9999))
-                seed = generator.randrange(1 << 30)
-                depth = step / (num_depths - 1)
-                needles.append(
-                    _make_needle(tokenize, length, depth, city, number, seed, blanks, num_generated)
-                )
-    return needles
-
-
-def _make_needle(
-    tokenize: Tokenize,
-    length: int,
-    depth: float,
-    city: str,
-    number: str,
-    seed: int,
-    blanks: tuple[str, str],
-    num_generated: int,
-) -> Needle:
-    asked_with, answered_with = blanks
-    question = tokenize(f" The secret number of {city} is{asked_with}")
-    answer = tokenize(f"{answered_with}{number}.")
-    left, hay = length - 2 * len(question) - len(answer), list[list[int]]()
-    for sentence in map(tokenize, filler_sentences(seed)):
-        if len(sentence) > left:
-            break
-        left -= len(sentence)
-        hay.append(sentence)
-    # As many sentences as may stand before the number for it to stand in the prompt.
-    in_prompt = sum(map(len, hay)) + 2 * len(question) + len(answer) - num_generated
-    ends = accumulate(map(len, hay), initial=len(question) + len(answer))
-    most = sum(end <= in_prompt for end in ends) - 1
-    place = round(depth * most)
-    before, behind = (list(chain(*part)) for part in (hay[:place], hay[place:]))
-    tokens = [*before, *question, *answer, *behind, *question]
-    distance = len(tokens) - len(before) - len(question)
-    return Needle(tokens, number, length, depth, distance, num_generated)
-
-
-def _answer_needles(llm: LLM, needles: Sequence[Needle]) -> list[list[int]]:
-    prompts, params = [], []
-    for needle in needles:
-        prompts.append({"prompt_token_ids": needle.prompt})
-        num_prompt = len(needle.prompt)
-        forced = {FORCED_TOKENS: needle.tokens[num_prompt:]} if needle.num_generated else None
-        params.append(
-            SamplingParams(
-                temperature=0.0,
-                max_tokens=needle.num_generated + _ANSWER_TOKENS,
-                detokenize=False,
-                extra_args=forced,
-            )
-        )
-    outputs = llm.generate(prompts, params)  # its bar is on stderr
-    return [
-        list(output.outputs[0].token_ids)[needle.num_generated :]
-        for needle, output in zip(needles, outputs, strict=True)
-    ]
 
 
 def _time_first_tokens(llm: LLM, needles: Sequence[Needle]) -> dict[int, float]:

@@ -12,6 +12,7 @@ from swa_backend.table import format_table
 from swa_backend.window import Phase
 from swa_vllm.tools.common import plots
 from swa_vllm.tools.common.arguments import options_of_phase
+from swa_vllm.tools.common.filler import filler_sentences
 from swa_vllm.tools.common.progress import say, token_bar
 from swa_vllm.tools.engines.perplexity import perplexity
 from swa_vllm.tools.engines.scoring import Scored, ScoringEngine
@@ -23,7 +24,6 @@ from swa_vllm.tools.engines.setup import (
     setup_of,
 )
 from swa_vllm.tools.engines.texts import tokenizer_of, tokens_of
-from swa_vllm.tools.eval.filler import filler_sentences
 from swa_vllm.tools.eval.flags import STREAM_TIMES
 
 ARMS = ("shifted", "sinks", "window", "full")

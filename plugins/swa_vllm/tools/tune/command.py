@@ -44,6 +44,7 @@ from swa_vllm.tools.common.sizing import (
 )
 from swa_vllm.tools.tune.candidates import (
     FULL,
+    Candidate,
     Objective,
     Sizer,
     layer_shape_of,
@@ -61,6 +62,7 @@ EXAMPLE = "Qwen3-8B --requests traffic.jsonl --budget 0.5"
 NOTHING_TOLERABLE = 3  # the exit status
 _SECONDS = {"s": 1, "m": 60, "h": 3600}
 _MASS_REQUESTS = 4
+_DEPTHS_AND_TRIALS = (4, 3)  # of numbers to recall, in texts as long as the longest request
 FULL_ARM, CHOSEN, RUNNER_UP = "full attention", "the choice", "the runner-up"
 
 
@@ -152,15 +154,15 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             f"{args.model} has layers with linear attention, which swa tune does not know; see "
             "what a window gains with swa plan"
         )
-    longest = longest_text_in_limits(checkpoint)
-    split = split_requests(read_requests(args.requests, tokenizer_of(args.model), longest))
+    longest, tokenizer = longest_text_in_limits(checkpoint), tokenizer_of(args.model)
+    split = split_requests(read_requests(args.requests, tokenizer, longest))
     hf_config = scoring_text_config(args.model)
     sizer = _sizer_of(args, checkpoint, hf_config, split)
     layouts = _layouts_in_budget(args, sizer)
     setup = setup_of(args, hf_config, sizer.limits.max_model_len + NUM_EXTRA_TOKENS)
     measurements = Measurements(setup, Journal(args.resume, _conditions(args)))
     found = _search(args, split, sizer, layouts, measurements, deadline)
-    arms = _report_arms(found, split, sizer, measurements)
+    arms = _report_arms(found, split, sizer, measurements, tokenizer)
     return _print_choice(args, split, sizer, found, arms)
 
 
@@ -273,7 +275,10 @@ def _search(
     windows = sorted({(window, sinks) for window, sinks, _ in layouts})
     masses = measurements.mass(choosing[:_MASS_REQUESTS], windows)
     clock = Clock(0.0, measurements.start_s, measurements.request_s)
-    reserved_s = len((FULL_ARM, CHOSEN, RUNNER_UP)) * clock.cost_s([(1, num_held_out)])
+    # An engine for what is held out, and one for the numbers to recall.
+    each = (num_held_out, math.prod(_DEPTHS_AND_TRIALS))
+    one_arm_s = sum(clock.cost_s([(1, number)]) for number in each)
+    reserved_s = len((FULL_ARM, CHOSEN, RUNNER_UP)) * one_arm_s
     clock = replace(clock, deadline=deadline - reserved_s)
     goal = Goal(Objective(args.objective), math.log1p(args.tolerance), num_held_out)
     return find_window(
@@ -288,13 +293,26 @@ def _search(
 
 
 def _report_arms(
-    found: Found, split: Split, sizer: Sizer, measurements: "Measurements"
+    found: Found, split: Split, sizer: Sizer, measurements: "Measurements", tokenizer: Any
 ) -> dict[str, Arm]:
-    """Measure what was found on the held-out requests, beside full attention."""
+    """Measure what was found on the held-out requests, and its recall, beside full attention."""
+    from swa_vllm.tools.engines.needles import ANSWER_TOKENS, SHORTEST, make_needles
+
+    length = sizer.limits.max_model_len - ANSWER_TOKENS
+    needles = make_needles(
+        lambda text: list(tokenizer(text, add_special_tokens=False)["input_ids"]),
+        [length] if length >= SHORTEST else [],
+        *_DEPTHS_AND_TRIALS,
+    )
+
+    def recalled(candidate: Candidate) -> tuple[int, int]:
+        return measurements.recalled(candidate, needles, tokenizer), len(needles)
+
     # Where nothing is tolerable, the least loss shows how far off it is.
     by_loss = sorted(found.rises, key=lambda candidate: found.rises[candidate].mean)
     names = (CHOSEN, RUNNER_UP) if found.order else ("the least loss",)
-    arms = {FULL_ARM: Arm(FULL, sizer.gain(FULL), sizer.running(FULL), None, 1.0)}
+    gain, running = sizer.gain(FULL), sizer.running(FULL)
+    arms = {FULL_ARM: Arm(FULL, gain, running, None, 1.0, recalled(FULL))}
     for name, candidate in zip(names, found.order or by_loss, strict=False):
         arms[name] = Arm(
             candidate,
@@ -302,6 +320,7 @@ def _report_arms(
             sizer.running(candidate),
             measurements.rise(candidate, split.held_out),
             measurements.agreement(candidate, split.held_out),
+            recalled(candidate),
         )
     return arms
 
@@ -315,6 +334,10 @@ def _print_choice(
         f"{workload.num_output} on average; {len(split.choosing)} others chose\n"
     )
     print(describe_arms(arms))
+    if arms[FULL_ARM].recalled == (0, math.prod(_DEPTHS_AND_TRIALS)):
+        print(
+            "\nfull attention recalls none of the numbers: what a window does to recall is unknown"
+        )
     limit = math.log1p(args.tolerance)
     is_tolerable = choice is not None and choice.rise is not None and choice.rise.high <= limit
     serve = choice.candidate if choice is not None and is_tolerable else FULL

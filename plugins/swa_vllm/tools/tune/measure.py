@@ -2,9 +2,11 @@
 
 import time
 from collections.abc import Sequence
+from typing import Any
 
 from swa_vllm.tools.common.progress import progress_bar, say
 from swa_vllm.tools.engines.attention_mass import measure_attention_mass
+from swa_vllm.tools.engines.needles import Needle, recall
 from swa_vllm.tools.engines.scoring import ScoringEngine
 from swa_vllm.tools.engines.setup import Setup
 from swa_vllm.tools.tune.candidates import FULL, Candidate
@@ -61,6 +63,15 @@ class Measurements:
             for pair in zip(ours.greedy, full.greedy, strict=True)
         ]
         return sum(ours == full for ours, full in pairs) / len(pairs)
+
+    def recalled(self, candidate: Candidate, needles: Sequence[Needle], tokenizer: Any) -> int:
+        """Count the numbers that a candidate recalls, each mentioned once in a text."""
+        if not needles:
+            return 0
+        say(f"{candidate.text()}: recall of {len(needles)} numbers")
+        with ScoringEngine.start(self._setup, candidate.options()) as engine:
+            assert engine.llm is not None
+            return sum(recall(engine.llm, tokenizer, needles))
 
     def mass(
         self, requests: Sequence[Request], windows: Sequence[tuple[int, int]]

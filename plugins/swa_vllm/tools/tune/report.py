@@ -15,6 +15,7 @@ _HEADER = (
     "",
     "perplexity, 95 % interval",
     "same tokens",
+    "recalled",
     "KV groups",
     "MiB a request",
     "to full",
@@ -31,6 +32,7 @@ class Arm:
         running: requests at once; None where the engine does not start.
         rise: of the loss; None for full attention itself.
         agreement: part of the answers' tokens that full attention likes best too.
+        recalled: numbers that made-up texts mention once, and how many of them were recalled.
     """
 
     candidate: Candidate
@@ -38,12 +40,14 @@ class Arm:
     running: float | None
     rise: Rise | None
     agreement: float
+    recalled: tuple[int, int]
 
     def to_json(self) -> dict[str, Any]:
         return {
             "additional_config": {"swa": self.candidate.options()},
             "rise": None if self.rise is None else self.rise.to_json(),
             "same_tokens": self.agreement,
+            "recalled": list(self.recalled),
             "running": self.running,
             **vars(self.gain),
         }
@@ -57,6 +61,7 @@ def describe_arms(arms: Mapping[str, Arm]) -> str:
             name,
             "-" if arm.rise is None else arm.rise.text(),
             f"{100 * arm.agreement:.1f} %",
+            "{} of {}".format(*arm.recalled) if arm.recalled[1] else "-",
             arm.gain.num_groups,
             arm.gain.num_bytes / 2**20,
             arm.gain.num_bytes / full.gain.num_bytes,
