@@ -201,6 +201,22 @@ def test_install_beside_vllm_changes_nothing_else(wheel: Path) -> None:
     assert [entry["metadata"]["name"] for entry in planned] == ["swa-backend"]
 
 
+def test_sdist_and_the_wheel_made_of_it_can_be_published(wheel: Path) -> None:
+    made = wheel.parent / "dist"
+    for command in (
+        ["build", "--no-isolation", "--outdir", str(made), str(wheel.parent)],
+        ["twine", "check", "--strict", *(str(made / name) for name in ("*.whl", "*.tar.gz"))],
+        ["check_wheel_contents", "--toplevel", ",".join(SOURCES), str(made)],
+    ):
+        done = subprocess.run(
+            [sys.executable, "-m", *command], capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+    (made_wheel,) = made.glob("*.whl")
+    files = [set(zipfile.ZipFile(path).namelist()) for path in (wheel, made_wheel)]
+    assert files[0] == files[1]
+
+
 def test_pages_that_name_a_version_of_this_package_name_this_one() -> None:
     for page in ("README.md", "plugins/README.md"):
         named = re.findall(r"swa-backend (\d+\.\d+\.\d+)", (ROOT / page).read_text())
