@@ -1,9 +1,7 @@
 """What Ray changes before anything starts: the platform, the executor, and what is refused."""
 
-import configparser
 import json
 import os
-import re
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -20,12 +18,10 @@ from ray_cluster import run_local
 from ray_cluster.local_cluster import ClusterError, LocalRayCluster
 from swa_backend import __version__
 from swa_vllm.attention.cpu.backend import SWACPUBackend
-from swa_vllm.compat.versions import is_tested_version
 from swa_vllm.distributed.cpu_platform import RayCpuPlatform
 from swa_vllm.distributed.executor import NodeCheckingRayExecutor
 from swa_vllm.distributed.nodes import Installation, check_installations, installation_here
 from tests.helpers.engines import EngineFactory, ModelFactory, generate
-from tests.helpers.paths import ROOT
 from tests.helpers.ray_cluster import config_on_ray
 from tests.helpers.tiny_models import FULL, MIXED, SLIDING, Oracle, random_prompts
 
@@ -184,24 +180,6 @@ def test_local_demonstration_is_refused_where_a_gpu_is(monkeypatch: pytest.Monke
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     with pytest.raises(SystemExit, match="on a machine without GPUs"):
         run_local.main()
-
-
-def test_image_copies_what_the_package_is_built_from() -> None:
-    lines = (ROOT / "examples" / "ray_cluster" / "Dockerfile").read_text().splitlines()
-    copied = {name for line in lines if line.startswith("COPY") for name in line.split()[1:-1]}
-    assert all((ROOT / name).exists() for name in copied)
-    config = configparser.ConfigParser()
-    config.read(ROOT / "setup.cfg")
-    roots = config["options"]["package_dir"].split()[2::3]
-    assert copied >= {"setup.cfg", "pyproject.toml", "README.md", "LICENSE"}
-    assert copied >= {root.split("/")[0] for root in roots}
-
-
-def test_image_has_a_tested_vllm() -> None:
-    text = (ROOT / "examples" / "ray_cluster" / "Dockerfile").read_text()
-    version = re.search(r"^ARG VLLM_VERSION=(\S+)$", text, re.MULTILINE)
-    assert version is not None
-    assert is_tested_version(version[1])
 
 
 def test_padded_heads_change_no_answer(tiny_model: ModelFactory, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import ast
 import importlib.metadata
+import json
 import os
 import re
 import subprocess
@@ -11,6 +12,7 @@ import tomllib
 import venv
 import zipfile
 from configparser import ConfigParser
+from datetime import date
 from email.message import Message
 from email.parser import Parser
 from pathlib import Path
@@ -143,10 +145,11 @@ def test_platform_entry_point_leaves_the_platform_to_vllm() -> None:
     assert all(point.load()() is None for point in points)
 
 
-def test_changelog_opens_with_this_version() -> None:
-    heading = re.search(r"^## .*$", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+def test_changelog_opens_with_this_version_and_its_date() -> None:
+    heading = re.search(r"^## (.+) - (.+)$", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
     assert heading is not None
-    assert swa_backend.__version__ in heading.group().split()
+    assert heading[1] == swa_backend.__version__
+    assert date.fromisoformat(heading[2])
 
 
 def test_wheel_ships_every_source_file_of_both_packages_and_nothing_else(
@@ -185,6 +188,40 @@ print(ModelRegistry.models["Qwen3ForCausalLM"].load_model_cls().__module__)
     assert backend.startswith(environment)
     assert plugin.startswith(environment)
     assert model == "swa_vllm.models.qwen3"
+
+
+def test_install_beside_vllm_changes_nothing_else(wheel: Path) -> None:
+    """pip's own plan, with nothing to download: a requirement that is not met is an error."""
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--dry-run", "--no-index"]
+    done = subprocess.run(
+        [*pip, "--report", "-", str(wheel)], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    planned = json.loads(done.stdout)["install"]
+    assert [entry["metadata"]["name"] for entry in planned] == ["swa-backend"]
+
+
+def test_sdist_and_the_wheel_made_of_it_can_be_published(wheel: Path) -> None:
+    made = wheel.parent / "dist"
+    for command in (
+        ["build", "--no-isolation", "--outdir", str(made), str(wheel.parent)],
+        ["twine", "check", "--strict", *(str(made / name) for name in ("*.whl", "*.tar.gz"))],
+        ["check_wheel_contents", "--toplevel", ",".join(SOURCES), str(made)],
+    ):
+        done = subprocess.run(
+            [sys.executable, "-m", *command], capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+    (made_wheel,) = made.glob("*.whl")
+    files = [set(zipfile.ZipFile(path).namelist()) for path in (wheel, made_wheel)]
+    assert files[0] == files[1]
+
+
+def test_pages_that_name_a_version_of_this_package_name_this_one() -> None:
+    for page in ("README.md", "plugins/README.md"):
+        named = re.findall(r"swa-backend (\d+\.\d+\.\d+)", (ROOT / page).read_text())
+        assert named, page
+        assert set(named) == {swa_backend.__version__}, page
 
 
 @pytest.mark.parametrize("package", SOURCES)
