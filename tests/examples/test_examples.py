@@ -103,6 +103,15 @@ def test_quickstart_gets_a_real_answer(kept_quickstart: str) -> None:
     assert re.search(r"^ +-> .*\bParis\b", kept_quickstart, re.MULTILINE)
 
 
+def test_quickstart_answers_a_long_prompt_with_and_without_window(kept_quickstart: str) -> None:
+    answers = re.findall(
+        r"^ +(window and sinks|full attention) +-> (.+)", kept_quickstart, re.MULTILINE
+    )
+    assert [name for name, _ in answers] == ["window and sinks", "full attention"]
+    assert answers[0][1] != answers[1][1]
+    assert "the ship sailed" in answers[1][1].lower()
+
+
 def test_quickstart_shows_the_window_of_every_layer(kept_quickstart: str) -> None:
     rows = re.findall(
         r"^ +SWA (\d+)-(\d+) +(full|sliding) +(-|\d+) ", kept_quickstart, re.MULTILINE
@@ -117,8 +126,9 @@ def test_quickstart_measures_the_pages_of_one_window(kept_quickstart: str) -> No
     pages_in_full = -(-num_tokens // 32)
     assert full == 30 * pages_in_full
     # The poll may be a step or two older than the token count: a page of the 15 full layers.
-    # Sliding layers hold the window's four pages, or five where it starts inside one.
-    least, most = 15 * (pages_in_full - 1 + 4), 15 * (pages_in_full + 5)
+    # Sliding layers hold the window's four pages, or five where it starts inside one, and one of
+    # sinks.
+    least, most = 15 * (pages_in_full - 1 + 5), 15 * (pages_in_full + 6)
     assert least <= held <= most
 
 
@@ -242,7 +252,13 @@ def _demonstrate(module: str, log: Path) -> str:
 
 def test_ray_cluster_answers_over_two_nodes_and_leaves_nothing(tmp_path: Path) -> None:
     text = _demonstrate("ray_cluster.run_local", tmp_path / "log")
-    assert re.search(r"SWA 15-29 +sliding +128 ", text)
+    assert re.search(r"SWA 15-29 +sliding +128 +4 ", text)
+    found = re.search(r"each sliding layer: (\d+); with full attention: (\d+)", text)
+    assert found is not None
+    # The window's five pages, the sinks' and one that is being written, of 36.
+    assert 5 <= int(found[1]) <= 7 < int(found[2])
+    assert "\x1b" not in text
+    assert "pid=" not in text
 
 
 def test_servers_for_prompts_and_answers_move_pages_and_leave_nothing(tmp_path: Path) -> None:
