@@ -31,8 +31,10 @@ CAUSE_LINE = re.compile(r"\bERROR\b.*\] +[\w.]*(Error|Exception)\b")
 TABLE_LINE = re.compile(r"\bSWA .*")
 SINKS = {"swa": {"sink_tokens": 4}}  # the model was trained with full attention
 NO_WINDOW = {"swa": {"enabled": False}}
-# Colours, the names of processes, and time and place of a message.
-LOG_PREFIX = re.compile(r"\x1b\[[\d;]*m|\([\w ]+ ?pid=[^)]*\) ?|^ *[A-Z]+ [\d-]+ [\d:]+ \[\S+\] ")
+# Colours, names of processes, time and place of a message, and Ray's count of repetitions.
+LOG_TRIM = re.compile(
+    r"\x1b\[[\d;]*m|\([\w ]*pid=[^)]*\) ?|^ *[A-Z]+ [\d-]+ [\d:]+ \[\S+\] | *\[repeated .*"
+)
 SERVE_ARGS = ("--served-model-name", "demo", "--max-model-len", "4096", "--enforce-eager")
 
 
@@ -119,7 +121,7 @@ class Server:
 
 def plain_message(line: str) -> str:
     """A line of the log without colours, process, time and place."""
-    while (rest := LOG_PREFIX.sub("", line)) != line:
+    while (rest := LOG_TRIM.sub("", line)) != line:
         line = rest
     return line.strip()
 
@@ -291,7 +293,6 @@ def main() -> None:
     signal.signal(signal.SIGTERM, exit_on_signal)
 
     model = args.model or ensure_demo_model(Path(".cache/demo"))["mixed"]
-    num_layers = json.loads((model / "config.json").read_text())["num_hidden_layers"]
     keep = False
     with contextlib.ExitStack() as servers:
         try:
@@ -304,6 +305,7 @@ def main() -> None:
             stop_server.callback(server.stop)
             server.wait(progress=True)
             full.wait()
+            num_layers = json.loads((model / "config.json").read_text())["num_hidden_layers"]
             demonstrate(server, full, num_layers)
             if keep := args.keep:
                 stop_server.pop_all()

@@ -17,6 +17,7 @@ import httpx
 import psutil
 import pytest
 
+from quickstart import plain_message
 from swa_backend.options import SWAOptions
 from tests.helpers.paths import ROOT
 
@@ -97,6 +98,20 @@ def kept_quickstart() -> Iterator[str]:
     finally:
         if stop and psutil.pid_exists(int(stop[1])):
             os.killpg(int(stop[1]), signal.SIGKILL)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "(APIServer pid=17) INFO 12-01 05:42:14 [compilation.py:317] Loading weights",
+        "\x1b[36m(RayWorkerProc pid=16, ip=127.0.0.3)\x1b[0m (Worker_TP0 pid=16) "
+        "INFO 11-30 20:09:36 [layer_table.py:56] Loading weights",
+        "\x1b[36m(pid=21)\x1b[0m Loading weights\x1b[32m [repeated 2x across cluster]\x1b[0m",
+    ],
+    ids=["vllm", "ray-worker", "ray-repeated"],
+)
+def test_start_up_messages_are_plain(line: str) -> None:
+    assert plain_message(line) == "Loading weights"
 
 
 def test_quickstart_gets_a_real_answer(kept_quickstart: str) -> None:
