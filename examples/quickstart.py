@@ -1,4 +1,4 @@
-"""Serve the demo model with a window, ask it two questions, and show what the window saves.
+"""Serve the demo model with a window and with full attention, and compare answers and memory.
 
 python examples/quickstart.py [--keep] [--model DIR]
 """
@@ -26,8 +26,15 @@ from make_demo_model import WINDOW, ensure_demo_model
 
 PAGE_SIZE = 32  # tokens of one layer
 START_TIMEOUT_S = 600
+ANSWER_TOKENS = 32
 CAUSE_LINE = re.compile(r"\bERROR\b.*\] +[\w.]*(Error|Exception)\b")
 TABLE_LINE = re.compile(r"\bSWA .*")
+SINKS = {"swa": {"sink_tokens": 4}}  # the model was trained with full attention
+NO_WINDOW = {"swa": {"enabled": False}}
+# Colours, names of processes, time and place of a message, and Ray's count of repetitions.
+LOG_TRIM = re.compile(
+    r"\x1b\[[\d;]*m|\([\w ]*pid=[^)]*\) ?|^ *[A-Z]+ [\d-]+ [\d:]+ \[\S+\] | *\[repeated .*"
+)
 SERVE_ARGS = ("--served-model-name", "demo", "--max-model-len", "4096", "--enforce-eager")
 
 
@@ -68,7 +75,7 @@ class Server:
         Raises:
             QuickstartError: it ended or took too long; the message has what its log says of it.
         """
-        start = time.monotonic()
+        start, shown = time.monotonic(), ""
         for second in range(START_TIMEOUT_S):
             if self.process.poll() is not None:
                 raise QuickstartError(
@@ -78,8 +85,11 @@ class Server:
                 if httpx.get(f"{self.url}/health", timeout=5).is_success:
                     return
             if progress and second % 5 == 0:
-                waited = time.monotonic() - start
-                print(f"  {waited:3.0f} s  {self._log_tail(1).strip()[:90]}", flush=True)
+                message = plain_message(self._log_tail(1))
+                if message != shown:
+                    waited = time.monotonic() - start
+                    print(f"  {waited:3.0f} s  {message[:90]}", flush=True)
+                    shown = message
             time.sleep(1)
         raise QuickstartError(f"vllm serve did not answer in time:\n{self._log_tail(15)}")
 
@@ -109,6 +119,13 @@ class Server:
         return "\n".join(self.log_path.read_text(errors="replace").splitlines()[-num_lines:])
 
 
+def plain_message(line: str) -> str:
+    """A line of the log without colours, process, time and place."""
+    while (rest := LOG_TRIM.sub("", line)) != line:
+        line = rest
+    return line.strip()
+
+
 def free_port() -> int:
     """A loopback port that nobody listens at."""
     with socket.socket() as probe:
@@ -132,7 +149,7 @@ def ask(url: str, question: str) -> str:
     request = {
         "model": "demo",
         "messages": [{"role": "user", "content": question}],
-        "max_tokens": 32,
+        "max_tokens": ANSWER_TOKENS,
         "temperature": 0,
     }
     response = httpx.post(f"{url}/v1/chat/completions", json=request, timeout=300)
@@ -160,9 +177,8 @@ def stream_measuring_pages(url: str, prompt: str) -> tuple[str, int, int, int]:
     request = {
         "model": "demo",
         "messages": [{"role": "user", "content": prompt}],
-        "max_tokens": 64,
+        "max_tokens": ANSWER_TOKENS,
         "temperature": 0,
-        "ignore_eos": True,
         "stream": True,
         "stream_options": {"include_usage": True},
     }
@@ -195,14 +211,28 @@ def blocks_held(url: str) -> int:
     return round(float(usage.group(1)) * (int(num_blocks.group(1)) - 1))  # one is never given out
 
 
+def most_pages_of_a_request(url: str) -> int:
+    """Most pages that one request has held in a sliding layer, from the server's metrics."""
+    for line in window_metrics(url):
+        if line.startswith("swa_pages_peak_per_request{"):
+            return round(float(line.split()[-1]))
+    raise QuickstartError("the server's /metrics lack swa_pages_peak_per_request")
+
+
 def window_metrics(url: str) -> list[str]:
     """What the server's ``/metrics`` say of its windows."""
     lines = httpx.get(f"{url}/metrics", timeout=30).text.splitlines()
     return [line for line in lines if line.startswith("swa_")]
 
 
-def demonstrate(server: Server, num_layers: int) -> None:
-    """Ask, show and check.
+def pages_held(server: Server, num_blocks: int, num_layers: int) -> int:
+    """Pages of ``num_blocks`` blocks of the pool, which hold one for each layer of a KV group."""
+    num_groups = 1 + max(int(re.findall(r"\d+", line)[-1]) for line in server.window_table()[1:])
+    return num_blocks * math.ceil(num_layers / num_groups)
+
+
+def demonstrate(server: Server, full: Server, num_layers: int) -> None:
+    """Ask both servers, show and check.
 
     Raises:
         QuickstartError: no window table, a wrong answer, or no page saved.
@@ -210,16 +240,18 @@ def demonstrate(server: Server, num_layers: int) -> None:
     answer = ask(server.url, "What is the capital of France?")
     print(f"\nWhat is the capital of France?\n  -> {answer}")
     text, num_tokens, num_prompt_tokens, held = stream_measuring_pages(server.url, long_prompt())
+    full_text = ask(full.url, long_prompt())
     windows = num_prompt_tokens / WINDOW
-    print(f"\nA prompt of {num_prompt_tokens} tokens ({windows:.1f} windows)\n  -> {text.strip()}")
+    print(
+        f"\nA prompt of {num_prompt_tokens} tokens ({windows:.1f} windows)"
+        f"\n  window and sinks -> {text.strip()}\n  full attention   -> {full_text.strip()}"
+    )
 
     table = server.window_table()
     print("\nWindow of every layer:\n  " + "\n  ".join(table))
     if not any(" sliding " in line for line in table):
         raise QuickstartError(f"no sliding layer in the server's log {server.log_path}")
-    # A block of the pool holds one page for each layer of a KV group. Groups count from 0.
-    num_groups = 1 + max(int(re.findall(r"\d+", line)[-1]) for line in table[1:])
-    pages = held * math.ceil(num_layers / num_groups)
+    pages = pages_held(server, held, num_layers)
     full_pages = math.ceil(num_tokens / PAGE_SIZE) * num_layers
     print(
         f"\nKV pages held after {num_tokens} tokens ({PAGE_SIZE} tokens of one layer a page): "
@@ -233,6 +265,18 @@ def demonstrate(server: Server, num_layers: int) -> None:
         raise QuickstartError("the window saved no page")
 
 
+def start_server(model: Path, log_path: Path, options: Mapping[str, Any]) -> Server:
+    """Start one of two servers that share this machine."""
+    print(
+        f"Starting vllm serve {model} with {json.dumps(options)}; its log is {log_path}", flush=True
+    )
+    memory = ("--gpu-memory-utilization", "0.4") if torch.cuda.is_available() else ()
+    place = ("--block-size", str(PAGE_SIZE), *memory)
+    return Server(
+        model, log_path, [*SERVE_ARGS, *place, "--additional-config", json.dumps(options)]
+    )
+
+
 def exit_on_signal(number: int, frame: FrameType | None) -> None:
     """Signal handler: end this process as an exception would."""
     sys.exit(128 + number)  # runs the finally blocks
@@ -242,25 +286,31 @@ def main() -> None:
     """Run the command line."""
     parser = argparse.ArgumentParser(description="Serve the demo model with a window.")
     parser.add_argument("--keep", action="store_true", help="leave the server running")
-    parser.add_argument("--model", type=Path, help="checkpoint (default: the mixed demo model)")
+    parser.add_argument(
+        "--model", type=Path, help="checkpoint with a window (default: the mixed demo model)"
+    )
     args = parser.parse_args()
     signal.signal(signal.SIGTERM, exit_on_signal)
 
-    print("Making the demo model (real weights; the first time downloads 90 MB)", flush=True)
     model = args.model or ensure_demo_model(Path(".cache/demo"))["mixed"]
-    log_path = Path(".cache/quickstart.log")
-    print(f"Starting vllm serve {model}; its log is {log_path}", flush=True)
-    server = Server(model, log_path, [*SERVE_ARGS, "--block-size", str(PAGE_SIZE)])
     keep = False
-    try:
-        server.wait(progress=True)
-        demonstrate(server, json.loads((model / "config.json").read_text())["num_hidden_layers"])
-        keep = args.keep
-    except (QuickstartError, httpx.HTTPError) as error:
-        sys.exit(f"error: {error}")
-    finally:
-        if not keep:
-            server.stop()
+    with contextlib.ExitStack() as servers:
+        try:
+            full = start_server(model, Path(".cache/quickstart_full.log"), NO_WINDOW)
+            servers.callback(full.stop)
+            if torch.cuda.is_available():
+                full.wait(progress=True)  # vLLM measures what is free on a GPU while it starts
+            server = start_server(model, Path(".cache/quickstart.log"), SINKS)
+            stop_server = servers.enter_context(contextlib.ExitStack())
+            stop_server.callback(server.stop)
+            server.wait(progress=True)
+            full.wait()
+            num_layers = json.loads((model / "config.json").read_text())["num_hidden_layers"]
+            demonstrate(server, full, num_layers)
+            if keep := args.keep:
+                stop_server.pop_all()
+        except (QuickstartError, httpx.HTTPError) as error:
+            sys.exit(f"error: {error}")
     if keep:
         messages = [{"role": "user", "content": "Who are you?"}]
         request = json.dumps({"model": "demo", "messages": messages, "max_tokens": 64})

@@ -117,7 +117,6 @@ def main() -> None:
     signal.signal(signal.SIGTERM, exit_on_signal)
     if torch.cuda.is_available():
         sys.exit("error: this shows two servers on a machine without GPUs; see README.md")
-    print("Making the demo model (real weights; the first time downloads 90 MB)", flush=True)
     try:
         demonstrate(ensure_demo_model(Path(".cache/demo"))["mixed"])
     except (QuickstartError, httpx.HTTPError) as error:

@@ -1,9 +1,10 @@
-"""Serve the demo model on two Ray nodes of this machine, ask it two questions, and end everything.
+"""Serve the demo model on two Ray nodes of this machine, show its memory, and end everything.
 
 python -m ray_cluster.run_local, in the directory examples
 """
 
 import json
+import math
 import os
 import shutil
 import signal
@@ -16,16 +17,28 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from make_demo_model import ensure_demo_model
-from quickstart import SERVE_ARGS, QuickstartError, Server, ask, exit_on_signal
+from quickstart import (
+    PAGE_SIZE,
+    SERVE_ARGS,
+    SINKS,
+    QuickstartError,
+    Server,
+    ask,
+    exit_on_signal,
+    long_prompt,
+    most_pages_of_a_request,
+    stream_measuring_pages,
+)
 from ray_cluster.local_cluster import ClusterError, local_ray_cluster
 
-QUESTIONS = ("What is the capital of France?", "Name three animals that live in the sea.")
+QUESTION = "What is the capital of France?"
 NUM_NODES = 2
 NUM_KV_HEADS = 4  # the demo model has 3, which two workers cannot share
 RAY_ARGS = (
     *("--tensor-parallel-size", str(NUM_NODES), "--distributed-executor-backend", "ray"),
     # The two best first tokens are 0.1 apart, which bfloat16 sums over workers may round away.
-    *("--dtype", "float32"),
+    *("--dtype", "float32", "--block-size", str(PAGE_SIZE)),
+    *("--additional-config", json.dumps(SINKS)),
 )
 
 
@@ -78,9 +91,16 @@ def demonstrate(model: Path) -> None:
         server = Server(model, log_path, [*SERVE_ARGS, *RAY_ARGS], environment)
         try:
             server.wait(progress=True)
-            for question in QUESTIONS:
-                print(f"\n{question}\n  -> {ask(server.url, question)}")
+            print(f"\n{QUESTION}\n  -> {ask(server.url, QUESTION)}")
+            text, num_tokens, _, _ = stream_measuring_pages(server.url, long_prompt())
+            print(f"\nA long prompt\n  -> {text.strip()}")
             print("\nWindow of every layer:\n  " + "\n  ".join(server.window_table()))
+            most = most_pages_of_a_request(server.url)
+            full = math.ceil(num_tokens / PAGE_SIZE)
+            print(
+                f"\nMost pages held after {num_tokens} tokens in each sliding layer: {most}; "
+                f"with full attention: {full} ({most / full:.0%})"
+            )
         finally:
             server.stop()
     print("\nThe server and the cluster are gone")
@@ -91,7 +111,6 @@ def main() -> None:
     signal.signal(signal.SIGTERM, exit_on_signal)
     if torch.cuda.is_available():
         sys.exit("error: this shows Ray on a machine without GPUs, and here is one; see README.md")
-    print("Making the demo model (real weights; the first time downloads 90 MB)", flush=True)
     demo = ensure_demo_model(Path(".cache/demo"))["mixed"]
     with TemporaryDirectory(prefix="swa-demo-") as directory:
         model = Path(directory)

@@ -17,6 +17,7 @@ import httpx
 import psutil
 import pytest
 
+from quickstart import plain_message
 from swa_backend.options import SWAOptions
 from tests.helpers.paths import ROOT
 
@@ -99,8 +100,31 @@ def kept_quickstart() -> Iterator[str]:
             os.killpg(int(stop[1]), signal.SIGKILL)
 
 
+@pytest.mark.parametrize(
+    "line",
+    [
+        "(APIServer pid=17) INFO 12-01 05:42:14 [compilation.py:317] Loading weights",
+        "\x1b[36m(RayWorkerProc pid=16, ip=127.0.0.3)\x1b[0m (Worker_TP0 pid=16) "
+        "INFO 11-30 20:09:36 [layer_table.py:56] Loading weights",
+        "\x1b[36m(pid=21)\x1b[0m Loading weights\x1b[32m [repeated 2x across cluster]\x1b[0m",
+    ],
+    ids=["vllm", "ray-worker", "ray-repeated"],
+)
+def test_start_up_messages_are_plain(line: str) -> None:
+    assert plain_message(line) == "Loading weights"
+
+
 def test_quickstart_gets_a_real_answer(kept_quickstart: str) -> None:
     assert re.search(r"^ +-> .*\bParis\b", kept_quickstart, re.MULTILINE)
+
+
+def test_quickstart_answers_a_long_prompt_with_and_without_window(kept_quickstart: str) -> None:
+    answers = re.findall(
+        r"^ +(window and sinks|full attention) +-> (.+)", kept_quickstart, re.MULTILINE
+    )
+    assert [name for name, _ in answers] == ["window and sinks", "full attention"]
+    assert answers[0][1] != answers[1][1]
+    assert "the ship sailed" in answers[1][1].lower()
 
 
 def test_quickstart_shows_the_window_of_every_layer(kept_quickstart: str) -> None:
@@ -117,8 +141,9 @@ def test_quickstart_measures_the_pages_of_one_window(kept_quickstart: str) -> No
     pages_in_full = -(-num_tokens // 32)
     assert full == 30 * pages_in_full
     # The poll may be a step or two older than the token count: a page of the 15 full layers.
-    # Sliding layers hold the window's four pages, or five where it starts inside one.
-    least, most = 15 * (pages_in_full - 1 + 4), 15 * (pages_in_full + 5)
+    # Sliding layers hold the window's four pages, or five where it starts inside one, and one of
+    # sinks.
+    least, most = 15 * (pages_in_full - 1 + 5), 15 * (pages_in_full + 6)
     assert least <= held <= most
 
 
@@ -242,7 +267,13 @@ def _demonstrate(module: str, log: Path) -> str:
 
 def test_ray_cluster_answers_over_two_nodes_and_leaves_nothing(tmp_path: Path) -> None:
     text = _demonstrate("ray_cluster.run_local", tmp_path / "log")
-    assert re.search(r"SWA 15-29 +sliding +128 ", text)
+    assert re.search(r"SWA 15-29 +sliding +128 +4 ", text)
+    found = re.search(r"each sliding layer: (\d+); with full attention: (\d+)", text)
+    assert found is not None
+    # The window's five pages, the sinks' and one that is being written, of 36.
+    assert 5 <= int(found[1]) <= 7 < int(found[2])
+    assert "\x1b" not in text
+    assert "pid=" not in text
 
 
 def test_servers_for_prompts_and_answers_move_pages_and_leave_nothing(tmp_path: Path) -> None:
