@@ -32,7 +32,7 @@ from swa_vllm.attention.layer import (
 from swa_vllm.attention.model_state import PromptLensState
 from swa_vllm.attention.triton.backend import SWATritonBackend, SWATritonImpl
 from swa_vllm.attention.triton.builder import SWATritonMetadataBuilder
-from swa_vllm.compat import architectures
+from swa_vllm.compat import architectures, group_numbers
 from swa_vllm.config_hook import ConfigHook
 from swa_vllm.distributed.cpu_platform import RayCpuPlatform
 from swa_vllm.distributed.executor import NodeCheckingRayExecutor
@@ -573,6 +573,12 @@ def _names(package: Path) -> frozenset[str]:
         elif isinstance(node, ast.Import | ast.ImportFrom):
             names |= {(alias.asname or alias.name).split(".")[0] for alias in node.names}
     return frozenset(names)
+
+
+def test_layers_are_divided_into_kv_groups_by_the_function_we_ask(tree: Path) -> None:
+    files = [tree.parent.joinpath(*name.split(".")) for name in group_numbers.PLANNERS]
+    first = next(file for file in files if file.with_suffix(".py").exists())
+    assert group_numbers.DIVIDE in _names(first)
 
 
 def test_what_is_imported_exists(tree: Path) -> None:

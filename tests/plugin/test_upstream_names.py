@@ -19,6 +19,7 @@ from collections.abc import Iterator
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import matplotlib.axes
@@ -50,7 +51,7 @@ COMMON: tuple[Any, ...] = (
     *(io.TextIOWrapper, os.path, matplotlib.axes.Axes, random.Random, re.Match, re.Pattern),
     *(subprocess.CompletedProcess((), 0), subprocess.Popen, torch.Tensor, torch.cuda),
     *(hashlib.sha256(), torch.distributed, PreTrainedTokenizerBase(), Qwen3MoeConfig()),
-    threading.Timer(0, print),
+    *(threading.Timer(0, print), SimpleNamespace(plan=None)),  # FlashInfer's wrapper has a plan
     tqdm.tqdm(disable=True),
 )
 
