@@ -27,6 +27,7 @@ from swa_backend.checkpoint import Checkpoint, read_checkpoint
 from swa_vllm.compat.architectures import check_architectures
 from swa_vllm.tools.common import plots
 from swa_vllm.tools.common.arguments import (
+    check_number_argument,
     check_number_arguments,
     check_output_path,
     is_flag_number,
@@ -109,6 +110,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="first tokens of a text that sliding layers always see, numbers to try",
     )
     parser.add_argument(
+        "--seed",
+        type=int,
+        default=0,
+        metavar="N",
+        help="which half of the requests chooses: another split shows how far it decides",
+    )
+    parser.add_argument(
         "--dtype", choices=MODEL_DTYPES, default="auto", help="dtype of the weights"
     )
     parser.add_argument(
@@ -155,7 +163,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             "what a window gains with swa plan"
         )
     longest, tokenizer = longest_text_in_limits(checkpoint), tokenizer_of(args.model)
-    split = split_requests(read_requests(args.requests, tokenizer, longest))
+    split = split_requests(read_requests(args.requests, tokenizer, longest), args.seed)
     hf_config = scoring_text_config(args.model)
     sizer = _sizer_of(args, checkpoint, hf_config, split)
     layouts = _layouts_in_budget(args, sizer)
@@ -170,6 +178,7 @@ def _check_tune_arguments(args: argparse.Namespace) -> float:
     """Refuse what cannot be meant; returns the seconds to measure in."""
     plots.check_plot_path(args.plot)
     check_number_arguments(args, ("max_num_batched_tokens", "block_size"))
+    check_number_argument("seed", args.seed, least=0)
     if args.resume is not None:
         check_output_path("--resume", args.resume)
     if args.budget is not None and not 0 < args.budget < 1:
@@ -358,6 +367,7 @@ def _print_choice(
         "budget": args.budget,
         "kv_memory": args.kv_memory,
         "tolerance": args.tolerance,
+        "seed": args.seed,
         "workload": {"prompt": workload.num_prompt, "answer": workload.num_output},
         "choosing": [request.line for request in split.choosing],
         "held_out": [request.line for request in split.held_out],
