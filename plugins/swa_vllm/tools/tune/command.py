@@ -168,9 +168,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     sizer = _sizer_of(args, checkpoint, hf_config, split)
     layouts = _layouts_in_budget(args, sizer)
     setup = setup_of(args, hf_config, sizer.limits.max_model_len + NUM_EXTRA_TOKENS)
-    measurements = Measurements(setup, Journal(args.resume, _conditions(args)))
-    found = _search(args, split, sizer, layouts, measurements, deadline)
-    arms = _report_arms(found, split, sizer, measurements, tokenizer)
+    with Measurements(setup, Journal(args.resume, _conditions(args))) as measurements:
+        found = _search(args, split, sizer, layouts, measurements, deadline)
+        arms = _report_arms(found, split, sizer, measurements, tokenizer)
     return _print_choice(args, split, sizer, found, arms)
 
 
@@ -284,9 +284,7 @@ def _search(
     windows = sorted({(window, sinks) for window, sinks, _ in layouts})
     masses = measurements.mass(choosing[:_MASS_REQUESTS], windows)
     clock = Clock(0.0, measurements.start_s, measurements.request_s)
-    # An engine for what is held out, and one for the numbers to recall.
-    each = (num_held_out, math.prod(_DEPTHS_AND_TRIALS))
-    one_arm_s = sum(clock.cost_s([(1, number)]) for number in each)
+    one_arm_s = clock.cost_s([(1, num_held_out + math.prod(_DEPTHS_AND_TRIALS))])
     reserved_s = len((FULL_ARM, CHOSEN, RUNNER_UP)) * one_arm_s
     clock = replace(clock, deadline=deadline - reserved_s)
     goal = Goal(Objective(args.objective), math.log1p(args.tolerance), num_held_out)
@@ -321,6 +319,7 @@ def _report_arms(
     by_loss = sorted(found.rises, key=lambda candidate: found.rises[candidate].mean)
     names = (CHOSEN, RUNNER_UP) if found.order else ("the least loss",)
     gain, running = sizer.gain(FULL), sizer.running(FULL)
+    measurements.scores(FULL, split.held_out)
     arms = {FULL_ARM: Arm(FULL, gain, running, None, 1.0, recalled(FULL))}
     for name, candidate in zip(names, found.order or by_loss, strict=False):
         arms[name] = Arm(
