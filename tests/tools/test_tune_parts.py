@@ -135,16 +135,17 @@ def _requests(prompts: list[tuple[int, ...]]) -> list[Request]:
 
 def test_half_is_held_out_and_the_same_each_time() -> None:
     requests = _requests([(n, n) for n in range(20)])
-    split = split_requests(requests)
+    split = split_requests(requests, 0)
     assert (len(split.choosing), len(split.held_out)) == (10, 10)
     assert {*split.choosing, *split.held_out} == {*requests}
-    assert split == split_requests(requests[::-1])
+    assert split == split_requests(requests[::-1], 0)
+    assert split != split_requests(requests, 1)
 
 
 def test_turns_of_a_conversation_stay_together() -> None:
     """What reports must not have been read while choosing."""
     turns = [(n, *range(100, 100 + turn)) for n in range(8) for turn in range(3)]
-    split = split_requests(_requests(turns))
+    split = split_requests(_requests(turns), 0)
     first = [{request.prompt[0] for request in part} for part in (split.choosing, split.held_out)]
     assert not first[0] & first[1]
     assert first[0] | first[1] == {*range(8)}
@@ -152,7 +153,7 @@ def test_turns_of_a_conversation_stay_together() -> None:
 
 def test_too_few_conversations_are_refused() -> None:
     with pytest.raises(ValueError, match=r"has 4 requests of 3 conversations, and 4 are the few"):
-        split_requests(_requests([(1,), (2,), (3,), (3, 4)]))
+        split_requests(_requests([(1,), (2,), (3,), (3, 4)]), 0)
 
 
 def test_rise_weighs_tokens_alike() -> None:

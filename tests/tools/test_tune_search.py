@@ -1,10 +1,13 @@
-"""The search of `swa tune`, without engines: losses are made up, bytes are the real pool's."""
+"""The search of `swa tune`, without engines: bytes are the real pool's, losses made up or real."""
 
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from functools import cache
 
 import pytest
+import torch
+from transformers import Qwen3ForCausalLM
 
 from swa_vllm.tools.common.pools import Model
 from swa_vllm.tools.common.queueing import Workload
@@ -17,15 +20,19 @@ from swa_vllm.tools.tune.candidates import (
     Sizer,
     layouts_to_try,
 )
-from swa_vllm.tools.tune.paired import Rise
+from swa_vllm.tools.tune.paired import Rise, rise_of_loss
+from swa_vllm.tools.tune.requests import Request, split_requests
 from swa_vllm.tools.tune.search import (
     Clock,
     Found,
     Goal,
+    Masses,
     candidates_by_mass,
     find_window,
     rank_candidates,
 )
+from tests.helpers.trained_models import NUM_LAYERS as TRAINED_LAYERS
+from tests.helpers.trained_models import SLIDING, TRAINED_WINDOW, text_tokens
 
 NUM_LAYERS, NUM_REQUESTS = 8, 8
 # What a layer costs when it slides, and the mass that a window hides of it: layer 7 looks back far
@@ -140,3 +147,82 @@ def test_little_time_is_spent_on_what_loses_least_mass() -> None:
 def test_no_time_for_a_candidate_is_an_error() -> None:
     with pytest.raises(ValueError, match=r"leaves 10 s to choose in, and one candidate takes 12 s"):
         search(Objective.LOSS, seconds=10.5)
+
+
+# Requests to the checkpoint whose layers were all trained with a window of 64 tokens. In its full
+# layers attention is what it never learned, so each of them costs, at whatever budget.
+PROMPT, ANSWER, NUM_TEXTS = 192, 128, 12
+TEXT_LEN = PROMPT + ANSWER
+
+
+def trained_requests() -> list[Request]:
+    tokens = text_tokens()
+    return [
+        Request(line, tuple(tokens[first : first + PROMPT]), tuple(tokens[first + PROMPT : end]))
+        for line in range(NUM_TEXTS)
+        for first, end in [(line * TEXT_LEN, (line + 1) * TEXT_LEN)]
+    ]
+
+
+def trained_model(candidate: Candidate) -> Qwen3ForCausalLM:
+    full = range(TRAINED_LAYERS) if candidate.window is None else candidate.full_layers
+    kinds = {True: "full_attention", False: "sliding_attention"}
+    return Qwen3ForCausalLM.from_pretrained(
+        SLIDING,
+        dtype=torch.float32,
+        attn_implementation="eager",
+        layer_types=[kinds[layer in full] for layer in range(TRAINED_LAYERS)],
+        sliding_window=candidate.window or TEXT_LEN,
+    ).eval()
+
+
+@cache
+@torch.inference_mode()
+def trained_losses(candidate: Candidate) -> list[float]:
+    """Losses of all answers, by Hugging Face."""
+    tokens = torch.tensor([request.tokens for request in trained_requests()])
+    logits = trained_model(candidate)(tokens, use_cache=False).logits[:, PROMPT - 1 : -1]
+    losses = logits.log_softmax(-1).gather(2, tokens[:, PROMPT:, None])
+    return [-float(each) for each in losses.double().sum((1, 2))]
+
+
+@cache
+@torch.inference_mode()
+def trained_masses(windows: Sequence[int]) -> Masses:
+    tokens = torch.tensor([request.tokens for request in trained_requests()[:2]])
+    weights = trained_model(FULL)(tokens, output_attentions=True).attentions
+    back = torch.arange(TEXT_LEN)[:, None] - torch.arange(TEXT_LEN)
+    return {(w, 0): [float((layer * (back >= w)).mean()) for layer in weights] for w in windows}
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("budget", [0.4, 0.6, 0.7, 0.9])
+def test_window_of_training_is_found_at_every_budget_that_it_fits(budget: float, seed: int) -> None:
+    """Within one step of the grid of windows: 48, 64, 96; also where layers could stay full."""
+    model = Model((None,) * TRAINED_LAYERS, 0, kv_heads=2, head_dim=64, number_bytes=4)
+    limits = Limits(32, TEXT_LEN, 8192, 256, 1)
+    sizer = Sizer(model, Shape(1, 4), limits, Workload(PROMPT, ANSWER), Device.CPU)
+    limit = int(budget * sizer.gain(FULL).num_bytes)
+    assert sizer.num_bytes(TRAINED_WINDOW, 0, 0) <= limit
+    layouts = layouts_to_try(sizer, (0,), TEXT_LEN, limit, by_loss=True)
+    assert any(count for _, _, count in layouts)
+    split = split_requests(trained_requests(), seed)
+
+    def measure(candidate: Candidate, num_requests: int) -> Rise:
+        lines = [request.line for request in split.choosing[:num_requests]]
+        ours, full = ([trained_losses(each)[line] for line in lines] for each in (candidate, FULL))
+        return rise_of_loss(ours, full, [ANSWER] * num_requests)
+
+    found = find_window(
+        layouts,
+        trained_masses(tuple(sorted({window for window, _, _ in layouts}))),
+        sizer,
+        len(split.choosing),
+        measure,
+        Goal(Objective.LOSS, 0.02, len(split.held_out)),
+        Clock(time.monotonic() + 1e6, start_s=0, request_s=0),
+    )
+    best = found.order[0]
+    assert best.window in (48, 64, 96)
+    assert best.full_layers == ()
+    assert found.rises[best].high < 0

@@ -67,6 +67,9 @@ class ScoringEngine:
         """
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # its pages are to be counted
         os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB; ignored on GPUs
+        # vLLM collects garbage nine times in a start, each time through all modules; unfreezes at
+        # its end.
+        gc.freeze()
         engine = cls(
             LLM(
                 setup.model,

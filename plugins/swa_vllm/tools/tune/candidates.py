@@ -245,7 +245,8 @@ def layouts_to_try(
 
     Args:
         longest: tokens of the longest request, which a window must be below.
-        by_loss: as many layers as can be are full; otherwise fewer are tried too.
+        by_loss: as many layers as can be are full, or the fewest: full layers cost a model that was
+            trained with a window. Otherwise numbers between are tried too.
     """
     layouts = dict.fromkeys(
         (window, own, count)
@@ -268,8 +269,10 @@ def layouts_to_try(
 
 
 def _spread(counts: Sequence[int], by_loss: bool) -> list[int]:
-    if by_loss or len(counts) <= _COUNTS:
-        return list(counts[:1] if by_loss else counts)
+    if by_loss:
+        return [*counts[:1], *counts[1:][-1:]]
+    if len(counts) <= _COUNTS:
+        return list(counts)
     last = len(counts) - 1
     return [counts[round(step * last / (_COUNTS - 1))] for step in range(_COUNTS)]
 

@@ -27,6 +27,7 @@ from swa_backend.checkpoint import Checkpoint, read_checkpoint
 from swa_vllm.compat.architectures import check_architectures
 from swa_vllm.tools.common import plots
 from swa_vllm.tools.common.arguments import (
+    check_number_argument,
     check_number_arguments,
     check_output_path,
     is_flag_number,
@@ -109,6 +110,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="first tokens of a text that sliding layers always see, numbers to try",
     )
     parser.add_argument(
+        "--seed",
+        type=int,
+        default=0,
+        metavar="N",
+        help="which half of the requests chooses: another split shows how far it decides",
+    )
+    parser.add_argument(
         "--dtype", choices=MODEL_DTYPES, default="auto", help="dtype of the weights"
     )
     parser.add_argument(
@@ -155,14 +163,14 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             "what a window gains with swa plan"
         )
     longest, tokenizer = longest_text_in_limits(checkpoint), tokenizer_of(args.model)
-    split = split_requests(read_requests(args.requests, tokenizer, longest))
+    split = split_requests(read_requests(args.requests, tokenizer, longest), args.seed)
     hf_config = scoring_text_config(args.model)
     sizer = _sizer_of(args, checkpoint, hf_config, split)
     layouts = _layouts_in_budget(args, sizer)
     setup = setup_of(args, hf_config, sizer.limits.max_model_len + NUM_EXTRA_TOKENS)
-    measurements = Measurements(setup, Journal(args.resume, _conditions(args)))
-    found = _search(args, split, sizer, layouts, measurements, deadline)
-    arms = _report_arms(found, split, sizer, measurements, tokenizer)
+    with Measurements(setup, Journal(args.resume, _conditions(args))) as measurements:
+        found = _search(args, split, sizer, layouts, measurements, deadline)
+        arms = _report_arms(found, split, sizer, measurements, tokenizer)
     return _print_choice(args, split, sizer, found, arms)
 
 
@@ -170,6 +178,7 @@ def _check_tune_arguments(args: argparse.Namespace) -> float:
     """Refuse what cannot be meant; returns the seconds to measure in."""
     plots.check_plot_path(args.plot)
     check_number_arguments(args, ("max_num_batched_tokens", "block_size"))
+    check_number_argument("seed", args.seed, least=0)
     if args.resume is not None:
         check_output_path("--resume", args.resume)
     if args.budget is not None and not 0 < args.budget < 1:
@@ -275,9 +284,7 @@ def _search(
     windows = sorted({(window, sinks) for window, sinks, _ in layouts})
     masses = measurements.mass(choosing[:_MASS_REQUESTS], windows)
     clock = Clock(0.0, measurements.start_s, measurements.request_s)
-    # An engine for what is held out, and one for the numbers to recall.
-    each = (num_held_out, math.prod(_DEPTHS_AND_TRIALS))
-    one_arm_s = sum(clock.cost_s([(1, number)]) for number in each)
+    one_arm_s = clock.cost_s([(1, num_held_out + math.prod(_DEPTHS_AND_TRIALS))])
     reserved_s = len((FULL_ARM, CHOSEN, RUNNER_UP)) * one_arm_s
     clock = replace(clock, deadline=deadline - reserved_s)
     goal = Goal(Objective(args.objective), math.log1p(args.tolerance), num_held_out)
@@ -312,6 +319,7 @@ def _report_arms(
     by_loss = sorted(found.rises, key=lambda candidate: found.rises[candidate].mean)
     names = (CHOSEN, RUNNER_UP) if found.order else ("the least loss",)
     gain, running = sizer.gain(FULL), sizer.running(FULL)
+    measurements.scores(FULL, split.held_out)
     arms = {FULL_ARM: Arm(FULL, gain, running, None, 1.0, recalled(FULL))}
     for name, candidate in zip(names, found.order or by_loss, strict=False):
         arms[name] = Arm(
@@ -358,6 +366,7 @@ def _print_choice(
         "budget": args.budget,
         "kv_memory": args.kv_memory,
         "tolerance": args.tolerance,
+        "seed": args.seed,
         "workload": {"prompt": workload.num_prompt, "answer": workload.num_output},
         "choosing": [request.line for request in split.choosing],
         "held_out": [request.line for request in split.held_out],

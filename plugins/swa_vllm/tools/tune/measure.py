@@ -16,7 +16,9 @@ from swa_vllm.tools.tune.requests import Request
 
 
 class Measurements:
-    """Scores of candidates, each measured once, by an engine of its own.
+    """Scores of candidates, each measured once; a context manager that ends their engines.
+
+    One engine runs at a time, until another candidate is measured.
 
     Attributes:
         start_s: seconds that an engine took to start, at most.
@@ -27,6 +29,15 @@ class Measurements:
         self._setup, self._journal = setup, journal
         self.start_s = 0.0
         self._num_scored, self._scoring_s = 0, 0.0
+        self._running: tuple[Candidate, ScoringEngine] | None = None
+
+    def __enter__(self) -> "Measurements":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._running is not None:
+            self._running[1].__exit__()
+            self._running = None
 
     @property
     def request_s(self) -> float:
@@ -37,13 +48,10 @@ class Measurements:
         missing = [r for r in requests if (candidate, r.line) not in self._journal]
         if missing:
             say(f"{candidate.text()}: {len(missing)} requests")
-            begin = time.monotonic()
-            with ScoringEngine.start(self._setup, candidate.options()) as engine:
-                started = time.monotonic()
-                for request in progress_bar(missing, "requests"):
-                    self._journal.add(candidate, request.line, score_answer(engine, request))
-                self._scoring_s += time.monotonic() - started
-            self.start_s = max(self.start_s, started - begin)
+            engine, started = self._engine_of(candidate), time.monotonic()
+            for request in progress_bar(missing, "requests"):
+                self._journal.add(candidate, request.line, score_answer(engine, request))
+            self._scoring_s += time.monotonic() - started
             self._num_scored += len(missing)
         return [self._journal[candidate, request.line] for request in requests]
 
@@ -69,9 +77,9 @@ class Measurements:
         if not needles:
             return 0
         say(f"{candidate.text()}: recall of {len(needles)} numbers")
-        with ScoringEngine.start(self._setup, candidate.options()) as engine:
-            assert engine.llm is not None
-            return sum(recall(engine.llm, tokenizer, needles))
+        llm = self._engine_of(candidate).llm
+        assert llm is not None
+        return sum(recall(llm, tokenizer, needles))
 
     def mass(
         self, requests: Sequence[Request], windows: Sequence[tuple[int, int]]
@@ -79,8 +87,15 @@ class Measurements:
         """Measure the attention mass of each layer that windows hide from answers."""
         say(f"attention mass beyond windows: {len(requests)} requests")
         texts = [(request.tokens, len(request.prompt) - 1) for request in requests]
-        with ScoringEngine.start(self._setup, FULL.options()) as engine:
-            return measure_attention_mass(engine, texts, windows)
+        return measure_attention_mass(self._engine_of(FULL), texts, windows)
+
+    def _engine_of(self, candidate: Candidate) -> ScoringEngine:
+        if self._running is None or self._running[0] != candidate:
+            self.__exit__()
+            begin = time.monotonic()
+            self._running = candidate, ScoringEngine.start(self._setup, candidate.options())
+            self.start_s = max(self.start_s, time.monotonic() - begin)
+        return self._running[1]
 
 
 def score_answer(engine: ScoringEngine, request: Request) -> Score:

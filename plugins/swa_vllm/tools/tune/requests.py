@@ -141,8 +141,8 @@ def _check_request_length(where: str, request: Request, max_model_len: int) -> N
         )
 
 
-def split_requests(requests: Sequence[Request]) -> Split:
-    """Hold out half of the conversations, at random but the same ones each time.
+def split_requests(requests: Sequence[Request], seed: int) -> Split:
+    """Hold out half of the conversations, at random but the same ones for the same seed.
 
     A request whose prompt begins with the whole prompt of another is a later turn of it, and stays
     with it: otherwise what reports had been read while choosing.
@@ -157,7 +157,7 @@ def split_requests(requests: Sequence[Request]) -> Split:
             f"{FEWEST} are the fewest of which some can be held out; give more (100 and more make "
             "the interval narrow)"
         )
-    random.Random(0).shuffle(conversations)  # noqa: S311 (the same split every time)
+    random.Random(seed).shuffle(conversations)  # noqa: S311 (the same split every time)
     half = len(conversations) // 2
     parts = conversations[half:], conversations[:half]
     return Split(*(tuple(request for group in part for request in group) for part in parts))
