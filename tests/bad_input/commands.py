@@ -705,7 +705,7 @@ _OTHERS = [
         "unrecognized arguments",
         "did you mean --window?",
     ),
-    _usage(["eval", "nosuch"], "'nosuch'", "'ppl', 'needle', 'stream', 'layers'", "choose from"),
+    _usage(["eval", "nosuch"], "'nosuch'", "'ppl', 'needle', 'stream'", "choose from"),
     _usage(
         ["eval", "ppl", "m", "--text", "t", "--dtype", "int3"], "'int3'", "'auto'", "choose from"
     ),
