@@ -82,11 +82,12 @@ def test_stages_have_the_tokens_of_one_process(
 
 def _check_table(printed: Any, full: set[int]) -> None:
     """The table of layers was logged once, whole."""
-    rows = re.findall(r"SWA ([\d-]+) +(full|sliding)", printed.out + printed.err)
+    rows = re.findall(r"SWA ([\d, -]+?) +(full|sliding)", printed.out + printed.err)
     kinds = {}
     for layers, kind in rows:
-        first, _, last = layers.partition("-")
-        for layer in range(int(first), int(last or first) + 1):
-            assert layer not in kinds
-            kinds[layer] = kind
+        for run in layers.split(", "):
+            first, _, last = run.partition("-")
+            for layer in range(int(first), int(last or first) + 1):
+                assert layer not in kinds
+                kinds[layer] = kind
     assert kinds == {i: "full" if i in full else "sliding" for i in range(NUM_LAYERS)}
