@@ -9,10 +9,10 @@ from swa_backend.options import (
     SERVE_FULL,
     SLIDE_ALL,
     USE_OPTIONS,
-    Impl,
-    PrefillPages,
     SWAConfigError,
     SWAOptions,
+    example_with_window,
+    given_keys,
     is_count,
     parse_layers,
     shown_value,
@@ -106,11 +106,13 @@ def resolve_layers(
             "checkpoint's config.json"
         )
     if not options.enabled:
-        if options.window is not None or options.full_attention_layers is not None:
+        if others := [key for key in given_keys(options) if key != "enabled"]:
             raise SWAConfigError(
-                "swa: enabled=false contradicts window / full_attention_layers; remove either"
+                f"swa.{', '.join(others)} would have no effect: swa.enabled is false. For full "
+                f"attention leave {'it' if len(others) == 1 else 'these'} out; for a window leave "
+                "enabled out"
             )
-        return _full_attention_layers(num_layers, options)
+        return LayerPlan((None,) * num_layers)
     linear = _linear_layers(hf_config, num_layers)
     by_layer = _windows_by_layer(options, num_layers, linear)
     if by_layer:
@@ -133,7 +135,9 @@ def resolve_layers(
             )
         return _full_attention_layers(num_layers, options)
     _check_one_rope(hf_config)
-    window = options.window if options.window is not None else _checkpoint_window(hf_config)
+    window = (
+        options.window if options.window is not None else _checkpoint_window(hf_config, options)
+    )
     assert isinstance(window, int)
     windows = tuple(
         None if i in {*full, *linear} else by_layer.get(i, window) for i in range(num_layers)
@@ -192,7 +196,7 @@ def _check_unread_keys(hf_config: Any, options: SWAOptions) -> None:
             decided = options.window is not None and options.full_attention_layers is not None
             meant, example = "window and full_attention_layers", '"full_attention_layers": "none"'
         if not decided:
-            write = f"""--additional-config '{{"swa": {{"window": W, {example}}}}}'"""
+            write = f"""--additional-config '{{"swa": {{"window": 4096, {example}}}}}'"""
             raise SWAConfigError(
                 f"the checkpoint's config has {key}={shown_value(value)}, which nothing reads for "
                 f"{hf_config.model_type}. Say what it means by the options {meant}, as in {write}; "
@@ -236,21 +240,11 @@ def _check_one_rope(hf_config: Any) -> None:
 
 
 def _full_attention_layers(num_layers: int, options: SWAOptions) -> LayerPlan:
-    idle = [
-        key
-        for key, is_set in (
-            ("phase", options.phase is not Phase.BOTH),
-            ("sink_tokens", options.sink_tokens > 0),
-            ("prefill_pages", options.prefill_pages is not PrefillPages.AUTO),
-            ("impl", options.impl is not Impl.AUTO),
-            ("debug_poison", options.debug_poison),
-        )
-        if is_set
-    ]
-    if idle:
+    keys = ("phase", "sink_tokens", "prefill_pages", "impl", "debug_poison")
+    if idle := [key for key in keys if key in given_keys(options)]:
         raise SWAConfigError(
             f"swa.{', '.join(idle)} would have no effect: no layer has a window. Remove it, or "
-            f"give a window with {USE_OPTIONS}"
+            f"give a window, such as by {example_with_window(options)}"
         )
     return LayerPlan((None,) * num_layers)
 
@@ -352,19 +346,19 @@ def _uniform_layer_types(hf_config: Any, num_layers: int, options: SWAOptions) -
     return [SLIDING] * num_layers
 
 
-def _checkpoint_window(hf_config: Any) -> int:
+def _checkpoint_window(hf_config: Any, options: SWAOptions) -> int:
     window = getattr(hf_config, "sliding_window", None)
     if window is None or window == 0:
         raise SWAConfigError(
             "layers are to slide but the checkpoint gives no window: sliding_window is null or 0, "
-            "or --disable-sliding-window was given. Give one with "
-            f"{USE_OPTIONS}, or ask for full attention with {SERVE_FULL}"
+            "or --disable-sliding-window was given. Give one, such as by "
+            f"{example_with_window(options)}, or ask for full attention with {SERVE_FULL}"
         )
     if not is_count(window):
         raise SWAConfigError(
             "sliding_window must be an integer >= 1 and below 2**31, got "
-            f"{shown_value(window)}; correct the checkpoint's config.json, or give a window with "
-            f"{USE_OPTIONS}"
+            f"{shown_value(window)}; correct the checkpoint's config.json, or give a window, "
+            f"such as by {example_with_window(options)}"
         )
     return window
 
@@ -375,13 +369,13 @@ def _check_layers_of_checkpoint(hf_config: Any, layer_types: Sequence[str]) -> N
         raise SWAConfigError(
             f"sliding_window={hf_config.sliding_window} without use_sliding_window is ambiguous "
             f"for {hf_config.model_type}: transformers ignores it, vLLM slides every layer. Give "
-            f"the window with {USE_OPTIONS}, or ask for full attention with {SERVE_FULL}"
+            f"the window, such as by {USE_OPTIONS}, or ask for full attention with {SERVE_FULL}"
         )
     if slides and use is False:
         raise SWAConfigError(
             "layer_types has sliding layers but use_sliding_window is false, which makes "
             "transformers drop the window. Set use_sliding_window=true in the checkpoint's "
-            f"config.json, or give a window with {USE_OPTIONS}"
+            f"config.json, or give a window, such as by {USE_OPTIONS}"
         )
     if use and not slides:
         raise SWAConfigError(

@@ -4,6 +4,7 @@ Contradictory or ineffective settings raise :class:`SWAConfigError` before any w
 nothing falls back to full attention silently.
 """
 
+import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -26,7 +27,7 @@ OPTION_KEYS = (
 )
 # Positions are int32 in kernels and in vLLM's block tables.
 MOST_TOKENS = 2**31 - 1
-USE_OPTIONS = """--additional-config '{"swa": {"window": W}}'"""
+USE_OPTIONS = """--additional-config '{"swa": {"window": 4096}}'"""
 EXAMPLE_WINDOWS = '{"0-11": 1024, "12-35": 4096}'
 SERVE_FULL = """--additional-config '{"swa": {"enabled": false}}'"""
 SLIDE_ALL = """--additional-config '{"swa": {"full_attention_layers": "none"}}'"""
@@ -143,6 +144,18 @@ class SWAOptions:
                 "either"
             )
         return options
+
+
+def given_keys(options: SWAOptions) -> list[str]:
+    """Name the options that differ from their default, in the order of :data:`OPTION_KEYS`."""
+    defaults = SWAOptions()
+    return [key for key in OPTION_KEYS if getattr(options, key) != getattr(defaults, key)]
+
+
+def example_with_window(options: SWAOptions) -> str:
+    """Spell ``options`` as a flag of vLLM, with a window that stands for any."""
+    given = {key: getattr(options, key) for key in given_keys(options)}
+    return f"--additional-config '{json.dumps({'swa': {'window': 4096, **given}})}'"
 
 
 def is_section(key: object) -> bool:

@@ -201,9 +201,9 @@ OPTIONS = [
     _spec("0-3", "='0-3' names all 4", "no window would take effect", "leave at least one layer"),
     _option(
         {"enabled": False},
-        "enabled=false",
-        "contradicts window",
-        "remove either",
+        "swa.window would have no effect",
+        "swa.enabled is false",
+        "for a window leave enabled out",
         {"window": 8},
         {"enabled": False},
     ),
@@ -212,7 +212,7 @@ OPTIONS = [
         {"swa": {"full_attention_layers": "0"}},
         "sliding_window is null or 0",
         "the checkpoint gives no window",
-        "Give one with --additional-config",
+        "Give one, such as by --additional-config",
     ),
     *(
         _refused(
@@ -293,7 +293,7 @@ CONFIGS = [
         {**SLIDING, "sliding_window": 0},
         "sliding_window is null or 0",
         "gives no window",
-        "Give one with --additional-config",
+        "Give one, such as by --additional-config",
     ),
     *(
         _refused(

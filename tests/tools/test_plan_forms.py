@@ -244,7 +244,7 @@ def test_what_vllm_takes_for_a_qwen3_is_planned(names: list[str] | None) -> None
 @pytest.mark.parametrize(
     ("keys", "flags", "told", "remedy"),
     [
-        ({"sliding_window": None}, [], "Give one with --window W,", ["--window", "64"]),
+        ({"sliding_window": None}, [], "Give one, such as by --window 4096,", ["--window", "64"]),
         (
             {"model_type": "qwen3_moe", "max_window_layers": 2, "layer_types": None},
             [],

@@ -33,8 +33,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         logging.getLogger("vllm").setLevel(level)  # for what it logs before it reads that
     try:
         args, unknown = _command_parser(arguments).parse_known_args(arguments)
+        innermost: Parser = args.parser
+        if unknown and args.command == "check":
+            # All flags of vLLM's engine are its own too: they are read once vLLM is imported.
+            from swa_vllm.tools.check.engine_flags import engine_parser
+
+            with_engine = _command_parser(arguments, parents_of_check=[engine_parser()])
+            args, unknown = with_engine.parse_known_args(arguments)
         if unknown:
-            args.parser.refuse_unknown(unknown)
+            innermost.refuse_unknown(unknown)
         # Figures alone where a program reads them.
         if args.json not in (None, "-"):
             check_output_path("--json", Path(args.json))
@@ -68,7 +75,9 @@ def _write_command_figures(text: str, path: str) -> None:
         Path(path).write_text(text)
 
 
-def _command_parser(arguments: Sequence[str]) -> Parser:
+def _command_parser(
+    arguments: Sequence[str], parents_of_check: Sequence[argparse.ArgumentParser] = ()
+) -> Parser:
     parser = Parser(
         prog="swa", description=__doc__, epilog="example: swa check Qwen3-8B --window 4096"
     )
@@ -78,7 +87,8 @@ def _command_parser(arguments: Sequence[str]) -> Parser:
     commands = parser.add_subparsers(dest="command", required=True)
     for name in _VERBS:
         module = import_module(f"swa_vllm.tools.{name}.command")
-        verb = _add_command(commands, name, str(module.__doc__), module.EXAMPLE)
+        parents = parents_of_check if name == "check" else ()
+        verb = _add_command(commands, name, str(module.__doc__), module.EXAMPLE, parents=parents)
         module.add_arguments(verb)
         verb.set_defaults(run=module.run)
     bench = commands.add_parser(
@@ -130,12 +140,20 @@ def _run_evaluation(name: str, args: argparse.Namespace) -> dict[str, Any]:
     return figures
 
 
-def _add_command(commands: Any, name: str, text: str, example: str, group: str = "") -> Parser:
+def _add_command(
+    commands: Any,
+    name: str,
+    text: str,
+    example: str,
+    group: str = "",
+    parents: Sequence[argparse.ArgumentParser] = (),
+) -> Parser:
     """Add a sub-command.
 
     Args:
         text: the help text; its first line is the summary.
         group: the words before ``name`` on the command line, each with a blank behind it.
+        parents: have flags that the sub-command takes too, unless it has one of that name.
     """
     text = cleandoc(text)
     summary = text.splitlines()[0]
@@ -144,6 +162,8 @@ def _add_command(commands: Any, name: str, text: str, example: str, group: str =
         help=summary[0].lower() + summary[1:].rstrip("."),
         description=text,
         epilog=f"example: swa {group}{name} {example}",
+        parents=parents,
+        conflict_handler="resolve",
     )
     parser.add_argument("--json", metavar="PATH", help='write the figures; "-" for stdout')
     return parser

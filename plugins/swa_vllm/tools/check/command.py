@@ -3,8 +3,9 @@
 Stops at the first thing that is wrong, says what to do about it, and exits with status 1. Options
 and the files of MODEL are checked before anything of vLLM is
 imported; last comes what each layer would do. Of weights only the headers are read, where there are
-any. The flags are those of vllm serve. With --deep the kernels are compiled and compared with their
-definition, which takes half a minute.
+any. All flags of vLLM's engine are taken, as vllm serve has them, not only those below; leave out
+those of its HTTP server. With --deep the kernels are compiled and compared with their definition,
+which takes half a minute.
 """
 
 import argparse
@@ -73,8 +74,13 @@ _ENGINE = ("dtype", "kv_cache_dtype", *_NUMBERS)
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of ``swa check``."""
+    parser.set_defaults(model=None)
     parser.add_argument(
-        "model", metavar="MODEL", nargs="?", help="a directory, or a hub's name that is cached"
+        "model",
+        metavar="MODEL",
+        nargs="?",
+        default=argparse.SUPPRESS,
+        help="a directory, or a hub's name that is cached",
     )
     add_window_arguments(parser)
     add_additional_config_argument(parser)
@@ -118,12 +124,18 @@ def _engine_arguments(args: argparse.Namespace) -> dict[str, Any]:
     overrides = json_object_of_flag(
         "--hf-overrides", args.hf_overrides, '{"max_position_embeddings": 512}'
     )
-    found = {
+    own = {
         "additional_config": additional_config_of_arguments(args),
         "hf_overrides": overrides,
         **{name: getattr(args, name) for name in _ENGINE},
     }
-    return {name: value for name, value in found.items() if value}
+    found = {name: value for name, value in own.items() if value}
+    if not hasattr(args, "load_format"):  # no flag but those below was given
+        return found
+    from swa_vllm.tools.check.engine_flags import given_engine_arguments
+
+    others = given_engine_arguments(args)
+    return found | {name: value for name, value in others.items() if name not in own}
 
 
 def findings_of(

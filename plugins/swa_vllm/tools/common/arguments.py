@@ -4,6 +4,7 @@ import argparse
 import json
 import os
 import re
+import shlex
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -164,11 +165,12 @@ def options_as_flags(text: str) -> str:
     """Name the options of a window in a message as :func:`add_window_arguments` has them."""
 
     def flags(found: re.Match[str]) -> str:
-        # W stands for a number.
-        options = json.loads(re.sub(r"\bW\b", '"W"', found[1]))["swa"]
+        options = json.loads(found[1])["swa"]
         if "enabled" in options:
             return '"enabled": false among the options of the engine'
-        return " ".join(f"--{key.replace('_', '-')} {value}" for key, value in options.items())
+        return " ".join(
+            f"--{key.replace('_', '-')} {shlex.quote(str(value))}" for key, value in options.items()
+        )
 
     text = re.sub(r"--additional-config '(\{.*?\})'(?!\w)", flags, text)
     return re.sub(

@@ -15,7 +15,7 @@ from typing import Any
 from swa_backend.can_slide import check_can_slide
 from swa_backend.checkpoint import Checkpoint, read_checkpoint
 from swa_backend.layers import resolve_layers
-from swa_backend.options import SWAConfigError, SWAOptions
+from swa_backend.options import PrefillPages, SWAConfigError, SWAOptions
 from swa_backend.pages import max_partial_tokens
 from swa_backend.table import format_table
 from swa_backend.window import Phase
@@ -24,11 +24,12 @@ from swa_vllm.compat.architectures import check_architectures, phase_refused
 from swa_vllm.compat.cache_dtypes import UNQUANTIZED, sinks_refused_on_cpus
 from swa_vllm.tools.common import plots
 from swa_vllm.tools.common.arguments import (
+    add_additional_config_argument,
     add_window_arguments,
+    additional_config_of_arguments,
     check_number_argument,
     check_number_arguments,
     options_as_flags,
-    options_of_window_arguments,
     parse_memory,
 )
 from swa_vllm.tools.common.arms import Arm
@@ -83,6 +84,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="a directory, a config.json, or a hub's name whose config.json is cached",
     )
     add_window_arguments(parser)
+    add_additional_config_argument(parser)
     add_engine_arguments(
         parser,
         block_size="16, on CPUs 128",
@@ -134,8 +136,9 @@ def _run_plan(args: argparse.Namespace) -> dict[str, Any]:
     plots.check_plot_path(args.plot)
     checkpoint = read_checkpoint(find_model(args.model))
     check_architectures(checkpoint.architectures)
-    plan = _plan_phase(args, checkpoint, tuple(Arm))
-    by_phase, refused = _plan_phases(args, checkpoint, plan)
+    section = _section_of_options(args)
+    plan = _plan_phase(args, checkpoint, section, tuple(Arm))
+    by_phase, refused = _plan_phases(args, checkpoint, section, plan)
     with_pool = args.kv_memory is not None
     print(describe_plan(args, plan.model, plan.limits))
     print(format_table(("", *Arm), pool_rows(plan.pools)))
@@ -152,8 +155,23 @@ def _run_plan(args: argparse.Namespace) -> dict[str, Any]:
     return plan_figures(args, plan, by_phase, refused)
 
 
+def _section_of_options(args: argparse.Namespace) -> dict[str, Any]:
+    """Take the options of windows from the flags and ``--additional-config``.
+
+    Raises:
+        ValueError: one of them is wrong, given in both, or not planned.
+    """
+    section: dict[str, Any] = additional_config_of_arguments(args).get("swa", {})
+    if section.get("prefill_pages") == PrefillPages.ALL:
+        raise ValueError(
+            'a plan is of the default swa.prefill_pages="auto", and --additional-config has "all", '
+            "with which requests hold more; leave it out"
+        )
+    return section
+
+
 def _plan_phases(
-    args: argparse.Namespace, checkpoint: Checkpoint, asked: Plan
+    args: argparse.Namespace, checkpoint: Checkpoint, section: dict[str, Any], asked: Plan
 ) -> tuple[dict[Phase, Plan], dict[Phase, str]]:
     """Plan every phase for this plugin; returns the plans, and why others are refused."""
     plans, refused = {}, {}
@@ -163,8 +181,9 @@ def _plan_phases(
                 asked
                 if phase is asked.model.phase
                 else _plan_phase(
-                    argparse.Namespace(**{**vars(args), "phase": phase.value}),
+                    args,
                     checkpoint,
+                    {**section, "phase": phase.value},
                     (Arm.SWA,),
                 )
             )
@@ -173,13 +192,15 @@ def _plan_phases(
     return plans, refused
 
 
-def _plan_phase(args: argparse.Namespace, checkpoint: Checkpoint, arms: Sequence[Arm]) -> Plan:
-    """Plan the phase that is asked for.
+def _plan_phase(
+    args: argparse.Namespace, checkpoint: Checkpoint, section: dict[str, Any], arms: Sequence[Arm]
+) -> Plan:
+    """Plan the phase that the options in ``section`` ask for.
 
     Raises:
         ValueError: it cannot be served.
     """
-    options = SWAOptions.from_dict(options_of_window_arguments(args))
+    options = SWAOptions.from_dict(section)
     limits = _planned_limits(args, checkpoint, options)
     layers = resolve_layers(checkpoint.config, options, max_model_len=limits.max_model_len)
     if not layers.slides:

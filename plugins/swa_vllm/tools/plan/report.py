@@ -161,6 +161,16 @@ def plan_notes(plan: Plan, by_phase: Plans, refused: Mapping[Phase, str]) -> lis
             "longer its answer: see --output"
         )
         notes.append("stock vLLM has no phases; in its column prompts have the window too")
+    visible = min(window for window in model.windows if window is not None) + model.sink_tokens
+    lengths = [w.num_prompt + w.num_output for w in plan.needs]
+    if within := [length for length in lengths if length <= visible]:
+        sinks = " and its sinks" if model.sink_tokens else ""
+        which = "" if len(within) == len(lengths) else f" of up to {max(within)} tokens"
+        notes.append(
+            f"these requests{which}, prompt and answer together, fit into the window{sinks} "
+            f"({visible} tokens), which frees nothing then; give a shorter --window, unless "
+            "others are longer"
+        )
     if any(_pages_mislead(need[Arm.STOCK], need[Arm.SWA]) for need in plan.needs.values()):
         notes.append(
             "pages are the most that a request holds, which is while its prompt is computed; how "
