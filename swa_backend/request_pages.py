@@ -18,6 +18,8 @@ class PagePolicy:
         window: arithmetic of a sliding layer; None for full attention, which keeps every page.
         stores_all: whether a chunk's pages are all stored, as vLLM does, or survivors only.
         spare_tokens: slots behind the newest token.
+        frees_by_schedule: whether a page is free once no step that is yet to be scheduled reads it,
+            though one in flight may; otherwise once all steps that read it are settled.
         cap: most pages that admission charges a request for; None for no limit.
     """
 
@@ -25,6 +27,7 @@ class PagePolicy:
     window: WindowPages | None = None
     stores_all: bool = True
     spare_tokens: int = 0
+    frees_by_schedule: bool = False
     cap: int | None = None
 
     def num_entries(self, num_tokens: int) -> int:
@@ -50,21 +53,31 @@ class RequestPages:
         self._policy = policy
         self._num_entries = 0
         self._ranges: list[range] = []
-        self._death = 0  # tokens whose settling frees the next page
+        self._death = 0  # tokens below the next query that free the next page
         self.live = 0
 
-    def settle(self, num_settled: int) -> int:
-        """Free the pages that no token from ``num_settled`` on sees; returns how many."""
+    def settle(self, num_settled: int, num_scheduled: int) -> int:
+        """Free the pages that no later step reads; returns how many.
+
+        Args:
+            num_settled: tokens of the settled steps.
+            num_scheduled: tokens of all steps so far, those in flight included.
+        """
         window = self._policy.window
-        if window is None or num_settled < self._death:
+        if window is None:
             return 0
-        dead = window.dead(num_settled)
+        next_query = num_settled
+        if self._policy.frees_by_schedule:
+            next_query = max(next_query, num_scheduled - window.rollback_tokens)
+        if next_query < self._death:
+            return 0
+        dead = window.dead(next_query)
         kept = []
         for pages in self._ranges:
             kept.append(range(pages.start, min(pages.stop, dead.start)))
             kept.append(range(max(pages.start, dead.stop), pages.stop))
         self._ranges = [pages for pages in kept if pages]
-        first_left = max(dead.stop, window.first_live(num_settled))
+        first_left = max(dead.stop, window.first_live(next_query))
         self._death = (first_left + 1) * window.page_size + window.window - 1
         before, self.live = self.live, sum(map(len, self._ranges))
         return before - self.live

@@ -20,6 +20,7 @@ policies = st.builds(
     window=windows,
     stores_all=st.booleans(),
     spare_tokens=st.sampled_from([0, 0, 1, 9]),
+    frees_by_schedule=st.booleans(),
 )
 # Of each step: tokens that it computes, and tokens of earlier steps that are settled before it.
 steps = st.lists(st.tuples(st.integers(1, 60), st.integers(0, 60)), min_size=1, max_size=12)
@@ -32,10 +33,13 @@ class Table:
         self.policy = policy
         self.held: list[bool] = []
 
-    def settle(self, num_settled: int) -> int:
+    def settle(self, num_settled: int, num_scheduled: int) -> int:
         """Give back what the window has left; returns how many pages."""
         before = sum(self.held)
         if self.policy.window is not None:
+            rolled_back = num_scheduled - self.policy.window.rollback_tokens
+            if self.policy.frees_by_schedule and rolled_back > num_settled:
+                num_settled = rolled_back
             for index in self.policy.window.dead(num_settled):
                 if index < len(self.held):
                     self.held[index] = False
@@ -57,7 +61,8 @@ def test_pages_are_those_of_a_block_table(policy: PagePolicy, sizes: list[tuple[
     num_tokens = num_settled = 0
     for num_new, num_more_settled in sizes:
         num_settled = min(num_tokens, num_settled + num_more_settled)
-        assert pages.settle(num_settled) == table.settle(num_settled)
+        settled = (num_settled, num_tokens)
+        assert pages.settle(*settled) == table.settle(*settled)
         num_tokens += num_new
         num_missing = pages.missing(num_tokens)
         pages.take(num_tokens)

@@ -16,15 +16,20 @@ from swa_vllm.kv_cache.manager import SWAManager
 from swa_vllm.kv_cache.prompt_window import PromptWindowManager
 
 
-def check_held(manager: SWAManager, request_id: str, num_settled: int) -> None:
+def check_held(
+    manager: SWAManager, request_id: str, num_settled: int, num_scheduled: int = 0
+) -> None:
     """A request that was just scheduled holds its sinks, no dead page, and what was promised.
 
     Args:
         num_settled: tokens computed for good before the step.
+        num_scheduled: tokens of all steps before it, in flight or not.
     """
     spec, blocks = manager.kv_cache_spec, manager.req_to_blocks[request_id]
     held = [i for i, block in enumerate(blocks) if not block.is_null]
     kept = spec.sliding_window + spec.replayed_tokens
+    if spec.frees_by_schedule:
+        num_settled = max(num_settled, num_scheduled - spec.rollback_tokens)
     first = first_visible(max(0, num_settled), kept) // spec.block_size
     sinks = range(ceil_div(spec.storage.sink_tokens, spec.block_size))
     assert all(i in sinks or i >= first for i in held)

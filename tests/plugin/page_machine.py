@@ -2,8 +2,9 @@
 
 The machine schedules, executes and settles steps the way vLLM does, with several in flight. A tag
 names a token and all that came before it, so a page holds the right content iff it holds the right
-tags. Whatever a query would see is looked up through the worker's append-only row of page ids; free
-pages hold nothing.
+tags. Whatever a query would see is looked up through the worker's append-only row of page ids, when
+its step runs. What is free once a step is scheduled holds nothing when the step runs, as the worker
+has run all earlier ones by then. With drafts or transfers, what is free when it runs holds nothing.
 """
 
 from collections import Counter, deque
@@ -43,6 +44,7 @@ EVENTS = (
     "requests",
     "sessions",
     "turns of a session",
+    "turns that end with a step in flight",
     "aborts of running requests",
     "aborts of waiting requests",
     "aborts of sessions at rest",
@@ -54,6 +56,8 @@ EVENTS = (
     "prefix hits",
     "hits on pages in use",
     "hits across freed pages",
+    "hits on freed pages that a step in flight reads",
+    "pages freed that a step in flight reads",
     "hits with sinks below the window",
     "hits with sinks below the window that nobody held",
     "evictions",
@@ -96,13 +100,26 @@ class Setup:
     transfers: bool = False
     must_fit: bool = True  # vLLM admits only whom it can serve to the end
 
+    @property
+    def frees_by_schedule(self) -> bool:
+        """Whether windows free pages that steps in flight read."""
+        return self.phase is Phase.BOTH and self.num_drafts == 0 and not self.transfers
+
+    @property
+    def rollback_tokens(self) -> int:
+        """How far what is scheduled may be rolled back."""
+        if self.frees_by_schedule:
+            return self.num_steps_in_flight - 1
+        return self.num_steps_in_flight * self.num_drafts
+
 
 @dataclass
 class Sequence:
     """A request: its whole text, what has been computed for good, and its worker's rows.
 
-    At ``rest_at`` it is the user's turn: the request waits with its pages, as a session does. Of
-    one that ``loads``, another server has computed the prompt; it waits for its pages to be filled.
+    At ``rest_at`` it is the user's turn: the request waits with its pages, as a session does, and
+    the results of steps in flight are dropped. Of one that ``loads``, another server has computed
+    the prompt; it waits for its pages to be filled.
     """
 
     request: Request
@@ -111,6 +128,7 @@ class Sequence:
     rest_at: int | None = None
     settled: int = 0
     rows: list[list[int]] = field(default_factory=list)
+    num_turns: int = 0
     is_done: bool = False
     loads: bool = False
     is_loading: bool = False
@@ -125,6 +143,26 @@ class Scheduled:
     start: int
     num_tokens: int
     num_drafts: int
+    turn: int
+
+    @property
+    def is_current(self) -> bool:
+        """Whether the request still waits for the result."""
+        is_held = self.rows is self.sequence.rows and not self.sequence.is_done
+        return is_held and not self.is_of_past_turn
+
+    @property
+    def is_of_past_turn(self) -> bool:
+        """Whether another text follows what was computed when the step was scheduled."""
+        return self.turn < self.sequence.num_turns
+
+
+@dataclass(frozen=True)
+class Step:
+    """What was scheduled together, and the pages that were free once it was."""
+
+    shares: list[Scheduled]
+    free_pages: set[int]
 
 
 class _Evictions(KVCacheMetricsCollector):
@@ -166,7 +204,8 @@ def _make_spec(setup: Setup, kind: str, common: dict[str, Any]) -> FullAttention
         sliding_window=setup.window,
         storage=StoragePolicy(setup.sink_tokens, setup.spare_tokens, setup.prefill_pages),
         num_steps_in_flight=setup.num_steps_in_flight,
-        rollback_tokens=setup.num_steps_in_flight * setup.num_drafts,
+        frees_by_schedule=setup.frees_by_schedule,
+        rollback_tokens=setup.rollback_tokens,
         lookahead_tokens=setup.num_lookahead,
         drops_last_hit=setup.drops_last_hit,
         replayed_tokens=int(setup.transfers),
@@ -213,7 +252,8 @@ class PageMachine:
         self.content: list[dict[int, dict[int, int]]] = [{} for _ in specs]
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
-        self.in_flight: deque[list[Scheduled]] = deque()
+        self.in_flight: deque[Step] = deque()
+        self.num_run = 0  # steps in flight that the worker has run already
 
     # --- what may happen -------------------------------------------------------------------------
 
@@ -241,6 +281,7 @@ class PageMachine:
         if len(self.in_flight) == self.setup.num_steps_in_flight:
             self.settle(0)
         step: list[Scheduled] = []
+        held_before = self._held_by_windows()
         budget = self.setup.max_step_tokens
         num_preemptions = self.happened["preemptions for want of pages"]
         index = 0
@@ -277,21 +318,24 @@ class PageMachine:
         self.check_counts()
         if step:
             self.happened["steps"] += 1
-            self.in_flight.append(step)
+            freed = held_before - self._held_by_windows()
+            self.happened["pages freed that a step in flight reads"] += len(
+                freed & self._read_in_flight()
+            )
+            self.in_flight.append(Step(step, self._free_pages()))
 
     def settle(self, rejects: int) -> None:
         """Execute the oldest step in flight and take its results; drafts may be rejected."""
         if not self.in_flight:
             return
+        if not self.num_run:
+            self._run_step()
+        self.num_run -= 1
         step = self.in_flight.popleft()
-        self._clear_free_pages()
-        for share in step:
-            self._write(share)
-        for share in step:
-            sequence = share.sequence
+        for share in step.shares:
+            sequence, is_current = share.sequence, share.is_current
             sequence.request.num_in_flight_tokens -= share.num_tokens
-            if share.rows is sequence.rows and not sequence.is_done:
-                self._check_reads(share)
+            if is_current:
                 self._take_result(share, min(rejects, share.num_drafts))
 
     def load(self, *, fails: bool) -> None:
@@ -304,7 +348,7 @@ class PageMachine:
                 self.kv.free(request)
                 request.num_computed_tokens = 0
                 continue
-            self._clear_free_pages()
+            self._clear(self._free_pages())
             num_loaded = request.num_computed_tokens
             sequence.rows = [list(row) for row in self.kv.get_block_ids(request.request_id)]
             for content, row in zip(self.content, sequence.rows, strict=True):
@@ -383,7 +427,7 @@ class PageMachine:
         room = min(limit, len(sequence.text) - start)
         num_tokens = max(0, min(num_known + num_drafts, room))
         num_drafts = max(0, min(num_drafts, num_tokens - 1))
-        return Scheduled(sequence, sequence.rows, start, num_tokens, num_drafts)
+        return Scheduled(sequence, sequence.rows, start, num_tokens, num_drafts, sequence.num_turns)
 
     def _allocate(self, sequence: Sequence, share: Scheduled) -> bool:
         while True:
@@ -405,7 +449,7 @@ class PageMachine:
         self.happened["preemptions of answers whose prompts alone are cached"] += (
             self.setup.phase is not Phase.BOTH and victim.request.num_output_tokens > 0
         )
-        self.kv.free(victim.request)
+        self._free(victim)
         victim.request.num_computed_tokens = 0
         victim.request.status = RequestStatus.PREEMPTED
         victim.settled, victim.rows = 0, []
@@ -443,7 +487,7 @@ class PageMachine:
             ids = self.kv.get_block_ids(request.request_id)
             sequence.rows = [list(row[:num_pages]) for row in ids]
         self._extend(sequence, new.get_block_ids(), start + num_tokens)
-        return Scheduled(sequence, sequence.rows, start, num_tokens, 0)
+        return Scheduled(sequence, sequence.rows, start, num_tokens, 0, sequence.num_turns)
 
     def _begin_load(self, sequence: Sequence) -> bool:
         """Take pages for a prompt that another server has computed, but for what hits have."""
@@ -494,6 +538,10 @@ class PageMachine:
             self.happened["hits on pages in use"] += any(block.ref_cnt > 1 for block in real)
             if isinstance(manager, SWAManager):
                 self.happened["hits across freed pages"] += len(real) < len(hit)
+                freed = {block.block_id for block in real if block.ref_cnt == 1}
+                self.happened["hits on freed pages that a step in flight reads"] += bool(
+                    freed & self._read_in_flight()
+                )
                 below = manager._hit_sinks(hit, num_hit)
                 self.happened["hits with sinks below the window"] += len(below) > 0
                 self.happened["hits with sinks below the window that nobody held"] += any(
@@ -510,7 +558,7 @@ class PageMachine:
             held = [i for i, block in enumerate(blocks) if not block.is_null]
             assert [row[i] for i in held] == [blocks[i].block_id for i in held]
             if isinstance(manager, SWAManager):
-                check_held(manager, request.request_id, settled)
+                check_held(manager, request.request_id, settled, share.start)
             elif isinstance(manager, PromptWindowManager):
                 check_held_by_answer(manager, request, settled)
             else:
@@ -526,23 +574,68 @@ class PageMachine:
 
     # --- the worker's side -----------------------------------------------------------------------
 
-    def _clear_free_pages(self) -> None:
+    def _run_step(self) -> None:
+        """Execute the oldest step in flight that has not run."""
+        step = self.in_flight[self.num_run]
+        self._clear(step.free_pages if self.setup.frees_by_schedule else self._free_pages())
+        for share in step.shares:
+            self._write(share)
+        for share in step.shares:
+            self._check_reads(share)
+        self.num_run += 1
+
+    def _free(self, sequence: Sequence) -> None:
+        """Give back all that a request holds.
+
+        Another server fills pages at any time, so with transfers vLLM waits for steps in flight.
+        """
+        while self.setup.transfers and self.num_run < len(self.in_flight):
+            self._run_step()
+        self.kv.free(sequence.request)
+
+    def _free_pages(self) -> set[int]:
+        """Pages that nobody holds and no prompt may hit."""
+        return {b.block_id for b in self.pool.blocks if b.ref_cnt == 0 and b.block_hash is None}
+
+    def _held_by_windows(self) -> set[int]:
+        """Pages of the windows of requests that run."""
+        return {
+            block.block_id
+            for manager in self.managers
+            if isinstance(manager, SWAManager)
+            for sequence in self.running
+            for block in manager.req_to_blocks.get(sequence.request.request_id, ())
+            if not block.is_null
+        }
+
+    def _read_in_flight(self) -> set[int]:
+        """Pages of windows that steps in flight read and whose results someone waits for."""
+        size, window = self.setup.page_size, self.setup.window
+        return {
+            page
+            for step in self.in_flight
+            for share in step.shares
+            if share.is_current
+            for manager, row in zip(self.managers, share.rows, strict=True)
+            if isinstance(manager, SWAManager)
+            for start in [share.start]
+            for page in row[first_visible(start, window) // size : ceil_div(start, size)]
+        }
+
+    def _clear(self, pages: set[int]) -> None:
         for content in self.content:
-            for page in [*content]:
-                block = self.pool.blocks[page]
-                if block.ref_cnt == 0 and block.block_hash is None:
-                    del content[page]
+            for page in pages & content.keys():
+                del content[page]
 
     def _write(self, share: Scheduled) -> None:
         sequence = share.sequence
-        is_current = share.rows is sequence.rows and not sequence.is_done
-        start = sequence.settled if is_current else share.start
+        start = self._first_query(share)
         for content, row in zip(self.content, share.rows, strict=True):
             for position in range(start, min(start + share.num_tokens, len(sequence.text))):
                 page, slot = divmod(position, self.setup.page_size)
                 if row[page]:
                     tags = content.setdefault(row[page], {})
-                    tags[slot] = sequence.tags[position]
+                    tags[slot] = -1 if share.is_of_past_turn else sequence.tags[position]
         self._write_spare(share, start)
 
     def _write_spare(self, share: Scheduled, start: int) -> None:
@@ -556,9 +649,20 @@ class PageMachine:
                     self.happened["spare slots on a page of their own"] += slot == 0
                     content.setdefault(row[page], {})[slot] = -1
 
+    def _first_query(self, share: Scheduled) -> int:
+        """Where a step that runs now starts, which is earlier if drafts before it were rejected."""
+        is_earlier = share.is_current and self.setup.num_drafts > 0
+        return share.sequence.settled if is_earlier else share.start
+
     def _check_reads(self, share: Scheduled) -> None:
-        """Every key before the chunk that its first query sees is where its row says."""
-        self._check_visible(share.sequence, share.sequence.settled, share.rows)
+        """Every key before the chunk that its first query sees is where its row says.
+
+        So it has to be where the request was preempted or aborted since: what the step writes may
+        be in the prefix cache.
+        """
+        sequence = share.sequence
+        if share.is_current or (self.setup.frees_by_schedule and not share.is_of_past_turn):
+            self._check_visible(sequence, self._first_query(share), share.rows)
 
     def _check_visible(self, sequence: Sequence, start: int, rows: list[list[int]]) -> None:
         """What the query at ``start`` sees of the keys before it is where the rows say."""
@@ -601,18 +705,21 @@ class PageMachine:
         self.happened["tables given to another server"] += 1
 
     def _rest(self, sequence: Sequence) -> None:
-        """The answer is complete; once nothing is in flight the user goes on, before the others.
+        """The answer is complete, and the user goes on before the others.
 
-        vLLM admits requests that hold pages first.
+        vLLM drops what is in flight of the answer, and admits requests that hold pages first.
         """
-        if sequence.request.num_in_flight_tokens == 0:
-            sequence.rest_at = None
-            self.happened["turns of a session"] += 1
-            self.running.remove(sequence)
-            self.waiting.appendleft(sequence)
+        request = sequence.request
+        request.num_computed_tokens = sequence.settled
+        sequence.rest_at = None
+        sequence.num_turns += 1
+        self.happened["turns of a session"] += 1
+        self.happened["turns that end with a step in flight"] += self._is_in_flight(sequence)
+        self.running.remove(sequence)
+        self.waiting.appendleft(sequence)
 
     def _end(self, sequence: Sequence) -> None:
-        self.kv.free(sequence.request)
+        self._free(sequence)
         sequence.is_done = True
         if sequence in self.running:
             self.running.remove(sequence)

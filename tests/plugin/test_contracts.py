@@ -157,6 +157,10 @@ OVERRIDES: dict[Callable[..., Any], tuple[str, str]] = {
     PromptLensState.add_request: (MODEL_STATE, "DefaultModelState.add_request"),
     PromptLensState.prepare_attn: (MODEL_STATE, "DefaultModelState.prepare_attn"),
     SWAManager.pop_blocks_for_free: (MANAGER, "SingleTypeKVCacheManager.pop_blocks_for_free"),
+    SWAManager.remove_skipped_blocks: (
+        MANAGER,
+        "SingleTypeKVCacheManager.remove_skipped_blocks",
+    ),
     SWAManager._remove_blocks_in_range: (
         MANAGER,
         "SingleTypeKVCacheManager._remove_blocks_in_range",

@@ -74,7 +74,22 @@ short_setups = st.builds(
     max_step_tokens=st.sampled_from([8, 48, 300]),
     num_lookahead=st.just(9),
 )
-setups = st.sampled_from([any_setups, any_setups, any_setups, short_setups]).flatmap(lambda s: s)
+# In these a prompt's chunks are in flight together, and others hit the pages that they have read.
+chunked_setups = st.builds(
+    _setup,
+    room=st.sampled_from([1, 1.5, 4]),
+    window=st.sampled_from([2, 5, 9, 17, 33]),
+    page_size=st.sampled_from([2, 4]),
+    sink_tokens=st.sampled_from([0, 0, 9]),
+    kinds=st.sampled_from([("sliding",), ("full", "sliding")]),
+    max_step_tokens=st.sampled_from([8, 16, 24]),
+    num_steps_in_flight=st.sampled_from([2, 3]),
+    caching=st.sampled_from([True, True, False]),
+    prefill_pages=st.sampled_from(PrefillPages),
+)
+setups = st.sampled_from(
+    [any_setups, any_setups, any_setups, chunked_setups, chunked_setups, short_setups]
+).flatmap(lambda s: s)
 # A window in one phase; EAGLE is refused with these, and no page of theirs is skipped.
 phased_setups = st.builds(
     _setup,
@@ -210,6 +225,45 @@ def _forget_rollback(monkeypatch: pytest.MonkeyPatch) -> None:
     )
 
 
+def _free_what_the_step_reads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By what is scheduled, the step that is being scheduled included."""
+    allocate = SWAManager.allocate_new_blocks
+
+    def allocate_and_free(self: Any, request_id: str, *args: int) -> list[KVCacheBlock]:
+        new = allocate(self, request_id, *args)
+        self.remove_skipped_blocks(request_id, 0)
+        return list(new)
+
+    monkeypatch.setattr(SWAManager, "allocate_new_blocks", allocate_and_free)
+
+
+def _forget_that_turns_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a session has scheduled is rolled back by the tokens that it drops."""
+    remove = SWAManager.remove_skipped_blocks
+
+    def remove_all(self: Any, request_id: str, num_settled: int, *args: Any) -> None:
+        if (held := self._held.get(request_id)) is not None:
+            num_settled = max(num_settled, held.num_scheduled)
+        remove(self, request_id, num_settled, *args)
+
+    monkeypatch.setattr(SWAManager, "remove_skipped_blocks", remove_all)
+
+
+def _free_drafts_by_what_is_scheduled(monkeypatch: pytest.MonkeyPatch) -> None:
+    _forget_that_turns_end(monkeypatch)
+
+
+def _write_before_earlier_steps_have_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a worker would that does not run its steps in order."""
+    schedule = PageMachine.schedule
+
+    def schedule_and_write(self: PageMachine, chunk: int) -> None:
+        schedule(self, chunk)
+        self._clear(self._free_pages())
+
+    monkeypatch.setattr(PageMachine, "schedule", schedule_and_write)
+
+
 def _free_one_token_early(monkeypatch: pytest.MonkeyPatch) -> None:
     skipped = SWAManager.get_num_skipped_tokens
     monkeypatch.setattr(SWAManager, "get_num_skipped_tokens", lambda s, n: skipped(s, n + 1))
@@ -340,6 +394,10 @@ SINKS = Setup(sink_tokens=5, spare_tokens=5, num_pages=80)
         (_forget_spare_slots, SINKS),
         (_keep_one_page_fewer, Setup()),
         (_forget_rollback, Setup(2, 2, num_drafts=4, prefill_pages=PrefillPages.SURVIVORS)),
+        (_free_what_the_step_reads, Setup(num_steps_in_flight=2)),
+        (_forget_that_turns_end, Setup(10, 2, num_steps_in_flight=3, caching=False)),
+        (_free_drafts_by_what_is_scheduled, Setup(num_steps_in_flight=2, num_drafts=2)),
+        (_write_before_earlier_steps_have_run, Setup(num_steps_in_flight=2, caching=False)),
         (_free_one_token_early, Setup()),
         (_stop_freeing_at_holes, Setup(prefill_pages=PrefillPages.SURVIVORS)),
         (_need_one_page_fewer, Setup(num_pages=24)),
@@ -374,6 +432,37 @@ def test_mistakes_are_caught(
     record_property("summary: mutants killed", 1)
 
 
+def test_a_prompt_hits_a_freed_page_that_a_step_in_flight_reads() -> None:
+    """Both steps read what it holds before the step that writes something else to it."""
+    setup = Setup(
+        num_pages=40,
+        kinds=("sliding",),
+        num_steps_in_flight=3,
+        prefill_pages=PrefillPages.ALL,
+    )
+    machine = PageMachine(setup)
+    text = list(range(200))
+    machine.add(text, 100)
+    machine.schedule(24)
+    machine.schedule(24)  # reads pages 3 to 5
+    [running] = machine.running
+    read = running.rows[0][3:6]
+    blocks = [machine.pool.blocks[page] for page in read]
+    assert all(block.ref_cnt == 1 for block in blocks)
+    machine.add([*text[:25], *range(1000, 1020)], 40)
+    machine.schedule(24)  # the first request needs pages 9 and above by now
+    table = machine.managers[0].req_to_blocks[running.request.request_id]
+    assert all(block.is_null for block in table[:9])
+    assert machine.happened["hits on freed pages that a step in flight reads"] == 1
+    assert machine.running[1].rows[0][3:6] == read
+    assert all(block.ref_cnt == 1 for block in blocks)
+    while machine.in_flight:
+        machine.settle(0)
+    machine.drain()
+    assert machine.happened["evictions"] > 0
+    machine.finish()
+
+
 def test_grants_leave_half_of_the_pool_free() -> None:
     machine = PageMachine(Setup(num_pages=40, kinds=("sliding",), max_step_tokens=300))
     machine.add(list(range(150)), 140)
@@ -399,6 +488,17 @@ def test_grants_leave_half_of_the_pool_free() -> None:
         ),
         Setup(num_pages=115, num_steps_in_flight=2, num_drafts=2, max_step_tokens=100),
         Setup(num_pages=140, spare_tokens=6, phase=Phase.DECODE),
+        *(
+            # The null page, window and survivors with the tokens that a session may drop.
+            Setup(
+                num_pages=9 + extra,
+                kinds=("sliding",),
+                max_step_tokens=300,
+                num_steps_in_flight=2,
+                prefill_pages=PrefillPages.SURVIVORS,
+            )
+            for extra in (0, 1)
+        ),
         Setup(num_pages=90, num_steps_in_flight=2, transfers=True),
     ],
 )

@@ -386,7 +386,7 @@ def test_the_24_gb_card_of_the_results(qwen3_8b: Path, tmp_path: Path) -> None:
         "this plugin": (2048, True),
     }
     here = figures["requests"][0]["arms"]["this plugin"]
-    assert here["peak_pages"] == 194
+    assert here["peak_pages"] == 129
     assert 25 < here["running"] < 31  # the 80 requests of that page have a beginning and an end
 
 
@@ -476,6 +476,7 @@ def test_stock_vllms_column_says_what_stock_cannot_do(
     assert main(["plan", str(qwen3_8b), *flags, "--kv-memory", "4GiB"]) == 0
     printed = capsys.readouterr().out
     assert "stock vLLM's own Qwen3 refuses this mix of full and sliding layers" in printed
+    assert "  stock vLLM 0.32/0.33  this plugin" in printed
     assert "stock vLLM has no sink tokens" in printed
     assert "full attention does not start with --max-model-len 40960 (at most 29104)" in printed
 

@@ -291,9 +291,12 @@ def test_errors_name_the_flags_of_this_command(
 def test_fewer_pages_that_serve_no_more_requests_are_explained(
     chunk: int, is_told: bool, tiny_model: ModelFactory, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A long chunk makes the peak of a prompt; of long answers most steps only decode."""
+    """A long chunk makes the peak of a prompt; of long answers most steps only decode.
+
+    A short one makes none, with one step in flight.
+    """
     sizes = ["--prompt", "100", "--output", "400", "--max-num-batched-tokens", str(chunk)]
-    more = ["--block-size", "16", "--max-num-seqs", "16", "--kv-memory", "1MiB"]
+    more = ["--block-size", "16", "--max-num-seqs", "16", "--kv-memory", "1MiB", "--device", "cpu"]
     assert main(["plan", str(tiny_model(**SLIDING_CHECKPOINT)), *sizes, *more, "--json", "-"]) == 0
     printed = capsys.readouterr()
     (request,) = json.loads(printed.out)["requests"]

@@ -23,6 +23,7 @@ class Held:
         pages: page arithmetic of the request.
         most: pages that it is promised.
         decoding: among these numbers of held pages only that of window pages differs.
+        num_scheduled: tokens of all its steps so far, those in flight included.
     """
 
     pages: WindowPages
@@ -30,6 +31,7 @@ class Held:
     decoding: range
     live: int = 0
     first_kept: int = 0
+    num_scheduled: int = 0
     # Of the step being scheduled: its holes, the first of its places in the table, and the list
     # that the scheduler sends to the workers.
     holes: range = field(default=range(0))

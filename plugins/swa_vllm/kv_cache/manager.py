@@ -4,6 +4,10 @@ A request's table names one page for every ``block_size`` positions. Entries tha
 sees are the null block: those that left the window, and the holes that a long prefill chunk leaves
 (:mod:`swa_backend.pages` says which). Sink pages stay, and a prefix cache hit has to have them.
 
+Without speculation and KV connectors, a page is free as soon as no step that is yet to be scheduled
+reads it. Steps in flight may still read it: whoever takes it writes it in a later step, and a
+worker runs its steps in order. So a request never holds the survivors of two chunks.
+
 With prefix caching, holes that other prompts may hit are filled while the pool has room.
 Such *granted* pages are never counted as needed, are freed at the request's next schedule, and
 stay in the prefix cache until the pool reuses them.
@@ -36,6 +40,7 @@ class SWAManager(SinkPrefixHits):
         super().__init__(kv_cache_spec, **kwargs)
         self._pages = kv_cache_spec.pages
         storage = kv_cache_spec.storage
+        self._frees_by_schedule = kv_cache_spec.frees_by_schedule
         self._spare_tokens = storage.spare_tokens
         self._stores_all = storage.prefill_pages is PrefillPages.ALL
         self._grants = self.enable_caching and storage.prefill_pages is PrefillPages.AUTO
@@ -174,9 +179,10 @@ class SWAManager(SinkPrefixHits):
     ) -> list[KVCacheBlock]:
         num_tokens += self._spare_tokens
         blocks = self.req_to_blocks[request_id]
+        held = self._held.get(request_id) or self._admit(request_id)
+        held.num_scheduled = num_tokens_main_model
         if len(blocks) * self.block_size >= num_tokens:
             return []
-        held = self._held.get(request_id) or self._admit(request_id)
         held.first_new = len(blocks)
         held.holes = self._holes(len(blocks), num_tokens_main_model)
         holes = [self._null_block] * len(held.holes)
@@ -252,6 +258,22 @@ class SWAManager(SinkPrefixHits):
 
     def get_num_skipped_tokens(self, num_computed_tokens: int) -> int:
         return first_visible(num_computed_tokens, self._pages.window)
+
+    def remove_skipped_blocks(
+        self,
+        request_id: str,
+        processed_computed_tokens: int,
+        num_prompt_tokens: int | None = None,
+    ) -> None:
+        """Free pages that no step of the request reads which is yet to be scheduled.
+
+        Args:
+            processed_computed_tokens: tokens of its settled steps, by which vLLM frees.
+        """
+        if self._frees_by_schedule and (held := self._held.get(request_id)) is not None:
+            next_query = held.num_scheduled - self._pages.rollback_tokens
+            processed_computed_tokens = max(processed_computed_tokens, next_query)
+        super().remove_skipped_blocks(request_id, processed_computed_tokens, num_prompt_tokens)
 
     def _remove_blocks_in_range(self, request_id: str, first_block: int, last_block: int) -> None:
         # The base class walks back from last_block to the first null block, which a hole would be.

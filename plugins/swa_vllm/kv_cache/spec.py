@@ -17,7 +17,12 @@ class SWASpec(SlidingWindowSpec):
     Attributes:
         storage: what is stored beside the pages of the window.
         num_steps_in_flight: steps that may be scheduled and not yet settled at once.
-        rollback_tokens: speculative tokens of all of them that may be rejected.
+        frees_by_schedule: whether a page is free once no step that is yet to be scheduled reads it,
+            though one in flight may: a worker runs its steps in order, and writes the page in a
+            later one. Otherwise it is free once all steps that read it are settled.
+        rollback_tokens: how far below the end of what is scheduled the next query may start:
+            speculative tokens of all steps in flight, which may be rejected; without speculation
+            the tokens that a streaming session drops when its turn ends with steps in flight.
         lookahead_tokens: slots that a step takes beyond its own tokens.
         drops_last_hit: whether prefix cache hits give back their last page, as EAGLE's do.
         replayed_tokens: the last of the computed tokens that may be computed again.
@@ -28,6 +33,7 @@ class SWASpec(SlidingWindowSpec):
 
     storage: StoragePolicy
     num_steps_in_flight: int = 1
+    frees_by_schedule: bool = False
     rollback_tokens: int = 0
     lookahead_tokens: int = 0
     drops_last_hit: bool = False
@@ -48,15 +54,21 @@ class SWASpec(SlidingWindowSpec):
         """Make a spec like vLLM's ``spec`` whose pages this plugin manages."""
         num_steps = vllm_config.max_concurrent_batches
         speculation = vllm_config.speculative_config
+        num_drafts = vllm_config.num_speculative_tokens
+        # Rejected drafts go back over what is scheduled; a connector reads and writes pages beside
+        # the steps, on streams and in processes of its own.
+        has_connector = vllm_config.kv_transfer_config is not None
+        frees_by_schedule = speculation is None and num_drafts == 0 and not has_connector
         return cls(
             **{f.name: getattr(spec, f.name) for f in fields(spec) if f.init},
             storage=storage,
             num_steps_in_flight=num_steps,
-            rollback_tokens=num_steps * vllm_config.num_speculative_tokens,
+            frees_by_schedule=frees_by_schedule,
+            rollback_tokens=num_steps - 1 if frees_by_schedule else num_steps * num_drafts,
             lookahead_tokens=vllm_config.num_lookahead_tokens,
             drops_last_hit=speculation is not None and speculation.use_eagle(),
             # A server that gets a whole prompt computes its last token again.
-            replayed_tokens=int(vllm_config.kv_transfer_config is not None),
+            replayed_tokens=int(has_connector),
             poison_key=poison_key,
             instance_id=vllm_config.instance_id,
             engine_index=vllm_config.parallel_config.data_parallel_index,
@@ -98,8 +110,12 @@ class SWASpec(SlidingWindowSpec):
         """
         pages, num_ahead = self.pages, self.num_ahead_tokens
         longest = max_model_len + self.storage.spare_tokens
+        num_steps = self.num_steps_in_flight
+        if self.frees_by_schedule:  # what earlier steps alone read is free
+            max_in_flight_tokens = max_in_flight_tokens // num_steps + self.rollback_tokens
+            num_steps = 1
         if self.storage.prefill_pages is not PrefillPages.ALL:
-            return pages.charge(self.num_steps_in_flight, max_in_flight_tokens, num_ahead, longest)
+            return pages.charge(num_steps, max_in_flight_tokens, num_ahead, longest)
         stock = super().max_admission_blocks_per_request(max_in_flight_tokens, max_model_len)
         unknown_to_vllm = num_ahead + self.replayed_tokens
         held = stock + pages.num_sink_pages + ceil_div(unknown_to_vllm, self.block_size)

@@ -129,7 +129,7 @@ class Queue:
         """Take pages for a step of a running request; false if it had to be preempted itself."""
         num_settled = request.num_computed - sum(request.in_flight)
         for group, table in zip(self._groups, request.tables, strict=True):
-            self._num_free += group.num_groups * table.settle(num_settled)
+            self._num_free += group.num_groups * table.settle(num_settled, request.num_computed)
         while self._missing(request, request.num_computed + num_tokens) > self._num_free:
             victim = self._running.pop()
             self._free(victim)

@@ -229,14 +229,19 @@ def page_size_with_states(
 
 
 def _sliding_page_policy(arm: Arm, window: int, sinks: int, limits: Limits) -> PagePolicy:
-    size, in_flight = limits.block_size, limits.max_in_flight_tokens
+    size = limits.block_size
     if arm is Arm.STOCK:
+        in_flight = limits.max_in_flight_tokens
         cap = ceil_div(min(window - 1 + in_flight, limits.max_model_len), size) + 1
         return PagePolicy(size, WindowPages(window, size), cap=cap)
-    pages, spare = WindowPages(window, size, sinks), limits.spare_tokens
+    # Nothing is rolled back but the tokens that a session drops when its turn ends.
+    rollback, spare = limits.num_steps_in_flight - 1, limits.spare_tokens
+    pages = WindowPages(window, size, sinks, rollback_tokens=rollback)
     longest = limits.max_model_len + spare
-    cap = pages.charge(limits.num_steps_in_flight, in_flight, spare, longest)
-    return PagePolicy(size, pages, stores_all=False, spare_tokens=spare, cap=cap)
+    cap = pages.charge(1, limits.max_num_batched_tokens + rollback, spare, longest)
+    return PagePolicy(
+        size, pages, stores_all=False, spare_tokens=spare, frees_by_schedule=True, cap=cap
+    )
 
 
 def _prompt_window_policy(window: int, pinned_tokens: int, limits: Limits) -> PagePolicy:

@@ -53,6 +53,7 @@ from swa_vllm.tools.plan.report import (
     ARM_NAMES,
     Plan,
     describe_plan,
+    name_with_version,
     needs_by_phase,
     plan_figures,
     plan_notes,
@@ -141,7 +142,7 @@ def _run_plan(args: argparse.Namespace) -> dict[str, Any]:
     by_phase, refused = _plan_phases(args, checkpoint, section, plan)
     with_pool = args.kv_memory is not None
     print(describe_plan(args, plan.model, plan.limits))
-    print(format_table(("", *Arm), pool_rows(plan.pools)))
+    print(format_table(("", *map(name_with_version, Arm)), pool_rows(plan.pools)))
     print(f"\none request, and how many run at once; answers of {args.output} tokens")
     print(format_table(*plan_rows(plan.needs, ARM_NAMES, with_pool=with_pool)))
     if len(by_phase) > 1:

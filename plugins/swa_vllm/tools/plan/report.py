@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 
 from swa_backend.window import Phase
 from swa_vllm.compat import envs
+from swa_vllm.compat.versions import TESTED_VERSIONS
 from swa_vllm.tools.common.arms import Arm
 from swa_vllm.tools.common.pools import Model, Need, Pool
 from swa_vllm.tools.common.queueing import Workload
@@ -70,6 +71,11 @@ def describe_plan(args: argparse.Namespace, model: Model, limits: Limits) -> str
         f"{limits.num_steps_in_flight} step(s) in flight, at most {limits.max_num_seqs} requests "
         f"of {limits.max_model_len} tokens\n"
     )
+
+
+def name_with_version(arm: Arm) -> str:
+    """Name an arm in a header: how stock vLLM manages pages differs between its versions."""
+    return f"{arm} {'/'.join(TESTED_VERSIONS)}" if arm is Arm.STOCK else str(arm)
 
 
 def pool_rows(pools: Pools) -> list[list[object]]:
