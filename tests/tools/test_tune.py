@@ -192,52 +192,6 @@ def test_attention_mass_is_that_of_eager_attention(no_engine: Callable[[], None]
         assert measured[window, sinks] == pytest.approx(expected, abs=1e-5)
 
 
-@pytest.mark.parametrize(
-    ("arguments", "says"),
-    [
-        (["--budget", "1"], "between 0 and 1; got 1.0"),
-        (["--budget", "nan"], "between 0 and 1; got nan"),
-        ([*BUDGET, "--tolerance", "-1"], "from 0 on and below 1; got -1"),
-        ([*BUDGET, "--sink-tokens", "4,x"], "--sink-tokens '4,x': write numbers from 0 on"),
-        ([*BUDGET, "--time", "soon"], "--time 'soon': write a number and s, m or h"),
-        ([*BUDGET, "--time", "0s"], "--time '0s': write a number and s, m or h"),
-        ([*BUDGET, "--max-num-batched-tokens", "0"], "--max-num-batched-tokens must be at least 1"),
-        ([*BUDGET, "--plot", "a.jpg"], "ends in .png"),
-        ([*BUDGET, "--resume", "/nowhere/file"], "the directory does not exist"),
-        (["--kv-memory", "16"], "write a number and a unit"),
-        (["--kv-memory", "1KiB"], "does not hold a single page; give more"),
-        (["--kv-memory", "1GiB", "--objective", "loss"], "give --budget, or another --objective"),
-        (["--budget", "0.01"], "give a greater --budget, smaller pages"),
-    ],
-)
-def test_what_cannot_be_meant_is_refused(
-    traffic: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], says: str
-) -> None:
-    assert main(["tune", str(SLIDING), "--requests", str(traffic), *SIZES, *arguments]) == 1
-    assert says in capsys.readouterr().err
-
-
-def test_one_of_budget_and_memory_is_needed(traffic: Path) -> None:
-    for arguments in ([], ["--budget", "0.5", "--kv-memory", "1GiB"]):
-        with pytest.raises(SystemExit):
-            main(["tune", str(SLIDING), "--requests", str(traffic), *arguments])
-
-
-@pytest.mark.parametrize(
-    ("text", "says"),
-    [('{"model": "other"}\n', "is of another run: it differs in"), ("{oops", "is no file of swa")],
-)
-def test_scores_of_another_run_are_refused(
-    traffic: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str, says: str
-) -> None:
-    path = tmp_path / "scores.jsonl"
-    path.write_text(text)
-    command = ["tune", str(SLIDING), "--requests", str(traffic), *SIZES, *BUDGET]
-    assert main([*command, "--resume", str(path)]) == 1
-    assert says in (err := capsys.readouterr().err)
-    assert "give the path of a new file, or remove this one" in err
-
-
 def test_no_time_is_an_error(
     traffic: Path, no_engine: Callable[[], None], capsys: pytest.CaptureFixture[str]
 ) -> None:

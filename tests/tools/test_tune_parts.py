@@ -80,55 +80,6 @@ def test_template_that_opens_thoughts_keeps_the_answer(path: Path) -> None:
     assert chat.decode(request.answer) == "Paul[end]"
 
 
-RIGHT = '{"prompt": "In the", "answer": " beginning"}'
-
-
-@pytest.mark.parametrize(
-    ("text", "says"),
-    [
-        ("", "has no request; write"),
-        ("\n \n", "has no request; write"),
-        (f"{RIGHT}\n{{oops", "line 2 is no JSON"),
-        (f"{RIGHT}\n[1]", "line 2 has neither a prompt nor messages"),
-        ('{"prompt": 3, "answer": "x"}', "line 1: prompt and answer must be texts"),
-        ('{"prompt": "In the"}', "line 1 has no answer"),
-        ('{"prompt": "In the", "answer": ""}', "line 1 has no answer"),
-        ('{"prompt": "", "answer": "x"}', "line 1: prompt and answer must have a token each"),
-        ('{"messages": "Who"}', "line 1: messages must be a list"),
-        ('{"messages": []}', "line 1 has no answer"),
-        ('{"messages": [{"role": "user", "content": "Who"}]}', "line 1 has no answer"),
-        (
-            '{"messages": [{"role": "user", "content": "Who"}, '
-            '{"role": "assistant", "content": "Paul"}]}',
-            "line 1 has messages, and the checkpoint's tokenizer has no chat template; put one",
-        ),
-        (f'{RIGHT}\n{{"prompt": "{"word " * 60}", "answer": "x"}}', "was made for 50; leave the"),
-    ],
-)
-def test_bad_requests_are_named(path: Path, tokenizer: Any, text: str, says: str) -> None:
-    path.write_text(text)
-    with pytest.raises(ValueError, match=says):
-        read_requests(path, tokenizer, 50)
-
-
-def test_files_that_cannot_be_read_are_refused(path: Path, tokenizer: Any) -> None:
-    with pytest.raises(ValueError, match="No such file or directory; give a file"):
-        read_requests(path, tokenizer, 50)
-    path.write_bytes(b"\xff")
-    with pytest.raises(ValueError, match="is no UTF-8"):
-        read_requests(path, tokenizer, 50)
-
-
-def test_template_that_refuses_is_an_error(path: Path) -> None:
-    path.write_text('{"messages": [{"role": "user"}, {"role": "assistant", "content": "Paul"}]}')
-    strict = "{{ raise_exception('no question') }}"
-    chat = AutoTokenizer.from_pretrained(SLIDING, chat_template=strict)
-    with pytest.raises(
-        ValueError, match=r"line 1: the checkpoint's chat template refuses .*: no q"
-    ):
-        read_requests(path, chat, 50)
-
-
 def _requests(prompts: list[tuple[int, ...]]) -> list[Request]:
     return [Request(line, prompt, (line,)) for line, prompt in enumerate(prompts, start=1)]
 
@@ -149,11 +100,6 @@ def test_turns_of_a_conversation_stay_together() -> None:
     first = [{request.prompt[0] for request in part} for part in (split.choosing, split.held_out)]
     assert not first[0] & first[1]
     assert first[0] | first[1] == {*range(8)}
-
-
-def test_too_few_conversations_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"has 4 requests of 3 conversations, and 4 are the few"):
-        split_requests(_requests([(1,), (2,), (3,), (3, 4)]), 0)
 
 
 def test_rise_weighs_tokens_alike() -> None:

@@ -34,6 +34,7 @@ from swa_vllm.tools.common.arguments import (
     parse_memory,
 )
 from swa_vllm.tools.common.arms import Arm as Engine
+from swa_vllm.tools.common.hub import find_model
 from swa_vllm.tools.common.pools import Model, plan_pool
 from swa_vllm.tools.common.queueing import Workload
 from swa_vllm.tools.common.sizing import (
@@ -53,7 +54,7 @@ from swa_vllm.tools.tune.candidates import (
 )
 from swa_vllm.tools.tune.journal import Journal
 from swa_vllm.tools.tune.report import Arm, describe_arms, describe_choice, draw_front
-from swa_vllm.tools.tune.requests import Split, read_requests, split_requests
+from swa_vllm.tools.tune.requests import FEWEST, Split, read_requests, split_requests
 from swa_vllm.tools.tune.search import Clock, Found, Goal, Layout, find_window
 
 if TYPE_CHECKING:
@@ -69,13 +70,17 @@ FULL_ARM, CHOSEN, RUNNER_UP = "full attention", "the choice", "the runner-up"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of ``swa tune``."""
-    parser.add_argument("model", metavar="MODEL", help="a checkpoint's directory")
+    parser.add_argument(
+        "model", metavar="MODEL", help="a checkpoint: a directory, or a hub's name that is cached"
+    )
     parser.add_argument(
         "--requests",
         type=Path,
         required=True,
         metavar="FILE",
-        help='JSONL: {"prompt": ..., "answer": ...}, or OpenAI\'s {"messages": [...]} '
+        help='JSONL, a request a line: {"prompt": "...", "answer": "..."}, or {"messages": [...]} '
+        "in OpenAI's format whose last message is the assistant's, rendered by the checkpoint's "
+        f"chat template; {FEWEST} conversations at least, and 100 or more for a narrow interval "
         "(default: none)",
     )
     limit = parser.add_mutually_exclusive_group(required=True)
@@ -154,7 +159,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     from swa_vllm.tools.engines.texts import tokenizer_of
     from swa_vllm.tools.tune.measure import Measurements
 
-    checkpoint = read_checkpoint(Path(args.model))
+    model = find_model(args.model, whole=True)
+    checkpoint = read_checkpoint(model)
     check_architectures(checkpoint.architectures)
     check_can_slide(checkpoint.config)
     if checkpoint.linear is not None:
@@ -162,13 +168,14 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             f"{args.model} has layers with linear attention, which swa tune does not know; see "
             "what a window gains with swa plan"
         )
-    longest, tokenizer = longest_text_in_limits(checkpoint), tokenizer_of(args.model)
+    longest, tokenizer = longest_text_in_limits(checkpoint), tokenizer_of(str(model))
     split = split_requests(read_requests(args.requests, tokenizer, longest), args.seed)
-    hf_config = scoring_text_config(args.model)
+    hf_config = scoring_text_config(str(model))
     sizer = _sizer_of(args, checkpoint, hf_config, split)
     layouts = _layouts_in_budget(args, sizer)
     setup = setup_of(args, hf_config, sizer.limits.max_model_len + NUM_EXTRA_TOKENS)
-    with Measurements(setup, Journal(args.resume, _conditions(args))) as measurements:
+    setup = replace(setup, model=str(model))
+    with Measurements(setup, Journal(args.resume, _conditions(args, model))) as measurements:
         found = _search(args, split, sizer, layouts, measurements, deadline)
         arms = _report_arms(found, split, sizer, measurements, tokenizer)
     return _print_choice(args, split, sizer, found, arms)
@@ -191,7 +198,8 @@ def _check_tune_arguments(args: argparse.Namespace) -> float:
         )
     if not all(is_flag_number(part, 0) for part in args.sink_tokens.split(",")):
         raise ValueError(
-            f"--sink-tokens {args.sink_tokens!r}: write numbers from 0 on with commas between them"
+            f"--sink-tokens {args.sink_tokens!r}: write numbers from 0 on and below 10**9, with "
+            "commas between them"
         )
     found = re.fullmatch(r"(\d{1,6})([smh])", args.time)
     if found is None or not int(found[1]):
@@ -235,8 +243,11 @@ def _sizer_of(
     )
     memory = None if args.kv_memory is None else parse_memory(args.kv_memory)
     sizer = Sizer(model, layer_shape_of(hf_config), limits, workload, device, memory)
-    if memory is not None and not plan_pool(Engine.FULL, model, limits, memory).num_pages:
-        raise ValueError(f"--kv-memory {args.kv_memory} does not hold a single page; give more")
+    if memory is not None and not (pool := plan_pool(Engine.FULL, model, limits, memory)).num_pages:
+        raise ValueError(
+            f"--kv-memory {args.kv_memory} does not hold a single page of {pool.page_bytes} bytes; "
+            "give more"
+        )
     return sizer
 
 
@@ -252,14 +263,14 @@ def _layouts_in_budget(args: argparse.Namespace, sizer: Sizer) -> list[Layout]:
         raise ValueError(
             f"no window keeps a request of {mean} tokens, which is the average of --requests, "
             f"within {limit} bytes of full attention's {full}: give a greater --budget, smaller "
-            "pages (--block-size) or longer --requests"
+            "pages (--block-size), fewer --sink-tokens or longer --requests"
         )
     return layouts
 
 
-def _conditions(args: argparse.Namespace) -> dict[str, Any]:
+def _conditions(args: argparse.Namespace, model: Path) -> dict[str, Any]:
     """Name what scores depend on."""
-    config = (Path(args.model) / "config.json").read_bytes()
+    config = (model / "config.json").read_bytes()
     return {
         "model": args.model,
         "config.json": hashlib.sha256(config).hexdigest(),
