@@ -217,7 +217,7 @@ TRAFFIC = [
     _limit(
         "a budget below any window",
         ("--budget", "0.01"),
-        "no window keeps a request of",
+        "no window with --phase both keeps a request of",
         "bytes of full attention's",
         "give a greater --budget",
     ),
@@ -247,6 +247,40 @@ TRAFFIC = [
             Traffic(limit=("--budget", "0.5", "--objective", "loss")),
             Traffic(limit=("--kv-memory", "1GiB", "--objective", "ttft")),
         ),
+    ),
+    _limit(
+        "a window in prompts, for memory",
+        ("--kv-memory", "16MiB", "--phase", "both,prefill"),
+        "--phase prefill with --kv-memory and --objective throughput",
+        "gains time to the first token alone",
+        "give --kv-memory and --objective ttft, or leave prefill out",
+        *("--kv-memory", "16MiB", "--phase", "both,prefill", "--objective", "ttft"),
+    ),
+    _limit(
+        "a window in prompts, within a budget",
+        ("--budget", "0.5", "--phase", "prefill", "--objective", "ttft"),
+        "--phase prefill with --budget 0.5 and --objective ttft",
+        "keeps every page",
+        "give --kv-memory and --objective ttft, or leave prefill out",
+        *("--kv-memory", "16MiB", "--phase", "prefill", "--objective", "ttft"),
+    ),
+    _limit(
+        "a window in answers, for the first token",
+        ("--kv-memory", "16MiB", "--phase", "both,decode", "--objective", "ttft"),
+        "--phase decode with --objective ttft",
+        "gains memory alone",
+        "give --objective throughput or memory, or leave decode out",
+        *("--kv-memory", "16MiB", "--phase", "both,decode", "--objective", "memory"),
+    ),
+    *(
+        _more(
+            ("--phase", phases),
+            f"--phase {phases!r}",
+            "write both, prefill, decode",
+            "or several with commas between them",
+            *("--phase", "both,decode"),
+        )
+        for phases in ("", "both,answers", "both;decode")
     ),
     *(
         _more(

@@ -12,8 +12,10 @@ import pytest
 import torch
 from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
 
+from swa_backend.window import Phase
 from swa_vllm.tools.cli import main
-from swa_vllm.tools.engines.attention_mass import measure_attention_mass
+from swa_vllm.tools.engines.attention_mass import Text, measure_attention_mass
+from swa_vllm.tools.engines.forced import ForcedTokens
 from swa_vllm.tools.engines.needles import make_needles
 from swa_vllm.tools.engines.scoring import ScoringEngine
 from swa_vllm.tools.engines.setup import FULL_ATTENTION, Setup
@@ -21,8 +23,11 @@ from swa_vllm.tools.engines.texts import tokenizer_of
 from swa_vllm.tools.tune.candidates import FULL, Candidate
 from swa_vllm.tools.tune.journal import Journal
 from swa_vllm.tools.tune.measure import Measurements
+from swa_vllm.tools.tune.requests import Request
+from tests.helpers.dense_qwen3 import Sight
+from tests.helpers.dense_text import DenseText
 from tests.helpers.processes import Run
-from tests.helpers.trained_models import SLIDING, TEXT, TRAINED_WINDOW
+from tests.helpers.trained_models import SLIDING, TEXT, TRAINED_WINDOW, text_tokens
 
 pytestmark = pytest.mark.long
 
@@ -184,12 +189,87 @@ def test_attention_mass_is_that_of_eager_attention(no_engine: Callable[[], None]
     setup = Setup(str(SLIDING), 128, "float32", 64, 32)
     windows = [(16, 0), (16, 4), (99, 0)]
     with ScoringEngine.start(setup, FULL_ATTENTION) as engine:
-        measured = measure_attention_mass(engine, [(tokens, 40)], windows)
+        measured = measure_attention_mass(engine, [Text(tokens, 40)], windows)
     for window, sinks in windows:
         query, key = torch.arange(100)[:, None], torch.arange(100)[None]
         hidden = (query - key >= window) & (key >= sinks)
         expected = [float((w[0].mean(0) * hidden)[40:].sum(1).mean()) for w in weights]
         assert measured[window, sinks] == pytest.approx(expected, abs=1e-5)
+
+
+def test_attention_mass_of_a_phase_is_what_its_own_queries_lose(
+    no_engine: Callable[[], None],
+) -> None:
+    """Answers keep their prompt; prompts have queries of their own."""
+    no_engine()
+    tokens = tuple(text_tokens()[:100])
+    request, setup = Request(1, tokens[:60], tokens[60:]), Setup(str(SLIDING), 128, "float32", 64)
+    views = [(16, 0, phase) for phase in Phase]
+    hf = Qwen3ForCausalLM.from_pretrained(
+        SLIDING,
+        dtype=torch.float32,
+        layer_types=["full_attention"] * 4,
+        attn_implementation="eager",
+    )
+    with torch.inference_mode():
+        weights = hf.eval()(torch.tensor([tokens]), output_attentions=True).attentions
+    with Measurements(setup, Journal(None, {})) as measured:
+        masses = measured.mass([request], views)
+    query, key = torch.arange(100)[:, None], torch.arange(100)[None]
+    hidden = query - key >= 16
+    counted = {
+        Phase.BOTH: (hidden, slice(59, None)),
+        Phase.DECODE: (hidden & (key >= 60), slice(59, None)),
+        Phase.PREFILL: (hidden, slice(0, 60)),
+    }
+    for phase, (lost, queries) in counted.items():
+        expected = [float((w[0].mean(0) * lost)[queries].sum(1).mean()) for w in weights]
+        assert masses[16, 0, phase] == pytest.approx(expected, abs=1e-5)
+
+
+TWO_WINDOWS = (16, 48, 0, 48)
+
+
+@pytest.mark.parametrize(
+    "candidate",
+    [
+        Candidate(48, 4, (2,), by_layer=TWO_WINDOWS),
+        Candidate(24, 4, (1,), Phase.PREFILL),
+        Candidate(24, 0, (1,), Phase.DECODE),
+        Candidate(48, 0, (2,), Phase.DECODE, TWO_WINDOWS),
+    ],
+    ids=["two windows", "prefill", "decode", "two windows, decode"],
+)
+def test_answers_are_scored_as_they_are_served(
+    candidate: Candidate, no_engine: Callable[[], None]
+) -> None:
+    """By the definition of a phase, in a dense model."""
+    no_engine()
+    tokens, num_prompt = tuple(text_tokens()[:150]), 90
+    request = Request(1, tokens[:num_prompt], tokens[num_prompt:])
+    sight = Sight(
+        candidate.windows(4), candidate.sinks, phase=candidate.phase, prompt_len=num_prompt
+    )
+    dense = DenseText(SLIDING, torch.float32)
+    scores = dense.scores(tokens, range(150), sight)[num_prompt - 1 : -1]
+    loss = -float(scores.gather(1, torch.tensor(request.answer)[:, None]).sum())
+    arguments = {"logits_processors": [ForcedTokens]}
+    setup = Setup(str(SLIDING), 160, "float32", 64, 32, arguments)
+    with Measurements(setup, Journal(None, {})) as measured:
+        (score,) = measured.scores(candidate, [request])
+    assert score.loss == pytest.approx(loss, abs=1e-3)
+    liked = [ours == best for ours, best in zip(score.greedy, scores.argmax(-1), strict=True)]
+    assert sum(map(bool, liked)) >= len(liked) - 1
+
+
+def test_window_in_answers_is_tuned(swa: Run, tmp_path: Path) -> None:
+    few = write_traffic(tmp_path / "few.jsonl", 64, 256, 4)
+    done, figures = tune(swa, few, "--budget", "0.6", "--phase", "decode")
+    assert "an answer of full attention, decoded" in done.stderr
+    choice, full = figures["arms"]["the choice"], figures["arms"]["full attention"]
+    assert choice["additional_config"]["swa"]["phase"] == "decode"
+    assert choice["num_bytes"] <= 0.6 * full["num_bytes"]
+    assert choice["first_token"] == 1
 
 
 def test_no_time_is_an_error(

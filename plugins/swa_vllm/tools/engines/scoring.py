@@ -99,8 +99,7 @@ class ScoringEngine:
 
     def __exit__(self, *_: object) -> None:
         self.llm = self._pool = self._scheduler = None
-        gc.collect()
-        cleanup_dist_env_and_memory()
+        cleanup_dist_env_and_memory()  # it collects garbage too
 
     def score(
         self,

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from swa_backend.window import Phase
 from swa_vllm.tools.tune.candidates import Candidate
 
 _REMEDY = "give the path of a new file, or remove this one"
@@ -72,7 +73,12 @@ class Journal:
             path.write_text("\n".join([first, *lines[:-1], ""]))
         for line in lines[:-1]:
             record = json.loads(line)
-            full = tuple(record["full_layers"])
-            candidate = Candidate(record["window"], record["sinks"], full)
+            candidate = Candidate(
+                record["window"],
+                record["sinks"],
+                tuple(record["full_layers"]),
+                Phase(record["phase"]),
+                tuple(record["by_layer"]),
+            )
             score = Score(record["loss"], tuple(record["greedy"]))
             self._scores[candidate, record["line"]] = score
