@@ -88,7 +88,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     most, tokenizer = longest_text_in_limits(checkpoint), tokenizer_of(str(model))
     split = split_requests(read_requests(args.requests, tokenizer, most), args.seed)
     hf_config = scoring_text_config(str(model))
-    sizer = _sizer_of(args, checkpoint, hf_config, split)
+    sizer = sizer_of(args, checkpoint, hf_config, split)
     layouts = _layouts_in_budget(args, sizer)
     longest = sizer.limits.max_model_len + NUM_EXTRA_TOKENS
     setup = setup_of(args, hf_config, longest, forces_tokens=args.phase != [Phase.BOTH])
@@ -99,9 +99,14 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     return _print_choice(args, split, sizer, found, arms)
 
 
-def _sizer_of(
+def sizer_of(
     args: argparse.Namespace, checkpoint: Checkpoint, hf_config: Any, split: Split
 ) -> Sizer:
+    """Make the sizes of candidates for requests of the average size.
+
+    Raises:
+        ValueError: ``--kv-memory`` holds no page, or the checkpoint names no known dtype.
+    """
     from torch import cuda
 
     device = Device.GPU if cuda.is_available() else Device.CPU
