@@ -184,7 +184,8 @@ def main() -> None:
         "first": held_out[0].line,
         "others": [request.line for request in held_out[1:]],
         "num_better": num_better,
-        "tuned": {"choice": figures_of(choice), "rise_by_engine": arm["rise"]},
+        "choice": figures_of(choice),
+        "tuned": tuned["arms"],
         "random": [figures_of(plan) for plan in ranked],
     }
     args.json.write_text(json.dumps(figures, indent=1) + "\n")

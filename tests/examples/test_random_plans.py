@@ -84,8 +84,9 @@ def test_figures_say_how_many_are_better(
     found = json.loads(out.read_text())
     rises = [plan["rise_on_first"] for plan in found["random"]]
     assert rises == sorted(rises)
-    assert found["num_better"] == sum(r < found["tuned"]["choice"]["rise_on_first"] for r in rises)
+    assert found["num_better"] == sum(r < found["choice"]["rise_on_first"] for r in rises)
     assert [plan["rise_on_others"] is None for plan in found["random"]] == [False] * 2 + [True] * 2
+    assert found["tuned"] == figures["arms"]
     assert [found["first"], *found["others"]] == figures["held_out"]
     assert f"{found['num_better']} of 4 random plans" in capsys.readouterr().out
     assert plot.read_bytes().startswith(b"\x89PNG")

@@ -21,6 +21,7 @@ from swa_vllm.tools.common.queueing import Workload
 from swa_vllm.tools.common.sizing import Device, Limits
 from swa_vllm.tools.tune.candidates import FULL, Candidate, Layout, Objective
 from swa_vllm.tools.tune.halving import rungs_of_halving, successive_halving
+from swa_vllm.tools.tune.journal import Journal, Score
 from swa_vllm.tools.tune.layouts import (
     counts_of_full_layers,
     layouts_to_try,
@@ -332,6 +333,17 @@ def test_layouts_of_a_phase_are_below_what_has_the_window() -> None:
     assert {layout.sinks for layout in tried[Phase.DECODE]} == {0}
     assert {layout.num_full for layout in tried[Phase.PREFILL]} == {0, 10, 19, 29}
     assert not layouts_to_try(sizer, (0,), 512, full - 1, by_loss=False, phase=Phase.PREFILL)
+
+
+@pytest.mark.parametrize("line", ["{oops", "[]", '{"window": 64, "sinks": 0}'])
+def test_scores_of_another_version_are_refused(path: Path, line: str) -> None:
+    journal, score = Journal(path, {}), Score(2.5, (3, 4))
+    candidate = Candidate(128, 4, (2,), Phase.DECODE, (64, 64, 0, 128))
+    journal.add(candidate, 7, score)
+    assert Journal(path, {})[candidate, 7] == score
+    path.write_text(f"{path.read_text()}{line}\n")
+    with pytest.raises(ValueError, match=r"line 3 is no score .* version .*; give the path of a n"):
+        Journal(path, {})
 
 
 def test_rungs_halve_candidates_and_double_requests() -> None:
