@@ -14,11 +14,10 @@ from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
 
 from swa_backend.window import Phase
 from swa_vllm.tools.cli import main
-from swa_vllm.tools.engines.attention_mass import Text, measure_attention_mass
 from swa_vllm.tools.engines.forced import ForcedTokens
 from swa_vllm.tools.engines.needles import make_needles
 from swa_vllm.tools.engines.scoring import ScoringEngine
-from swa_vllm.tools.engines.setup import FULL_ATTENTION, Setup
+from swa_vllm.tools.engines.setup import Setup
 from swa_vllm.tools.engines.texts import tokenizer_of
 from swa_vllm.tools.tune.candidates import FULL, Candidate
 from swa_vllm.tools.tune.journal import Journal
@@ -165,46 +164,29 @@ def test_nothing_within_tolerance_is_full_attention(swa: Run, tmp_path: Path) ->
     torch.manual_seed(0)
     Qwen3ForCausalLM(Qwen3Config.from_pretrained(SLIDING)).save_pretrained(model)
     shutil.copy(SLIDING / "config.json", model)
-    traffic = write_traffic(tmp_path / "traffic.jsonl", 128, 64, 4)
-    done, figures = tune(swa, traffic, *BUDGET, "--tolerance", "0", model=model)
+    traffic = write_traffic(tmp_path / "traffic.jsonl", 32, 192, 4)
+    in_answers = ["--budget", "0.75", "--phase", "decode", "--tolerance", "0"]
+    done, figures = tune(swa, traffic, *in_answers, model=model)
     assert done.returncode == 3
     assert figures["additional_config"] == {"swa": {"enabled": False}}
     assert not figures["is_tolerable"]
     assert "serve full attention, or give a greater --tolerance" in done.stdout
+    # What was tried has the window in answers alone, and these were decoded.
+    tried, full = (figures["arms"][name] for name in ("the choice", "full attention"))
+    assert tried["additional_config"]["swa"]["phase"] == "decode"
+    assert tried["num_bytes"] <= 0.75 * full["num_bytes"]
+    assert tried["first_token"] == 1
+    assert "an answer of full attention, decoded" in done.stderr
 
 
 def test_attention_mass_is_that_of_eager_attention(no_engine: Callable[[], None]) -> None:
-    """Of Hugging Face's weights; the text is computed in two chunks."""
-    no_engine()
-    tokenizer = AutoTokenizer.from_pretrained(SLIDING)
-    tokens = tokenizer(TEXT.read_text(), add_special_tokens=False)["input_ids"][:100]
-    hf = Qwen3ForCausalLM.from_pretrained(
-        SLIDING,
-        dtype=torch.float32,
-        layer_types=["full_attention"] * 4,
-        attn_implementation="eager",
-    )
-    with torch.inference_mode():
-        weights = hf.eval()(torch.tensor([tokens]), output_attentions=True).attentions
-    setup = Setup(str(SLIDING), 128, "float32", 64, 32)
-    windows = [(16, 0), (16, 4), (99, 0)]
-    with ScoringEngine.start(setup, FULL_ATTENTION) as engine:
-        measured = measure_attention_mass(engine, [Text(tokens, 40)], windows)
-    for window, sinks in windows:
-        query, key = torch.arange(100)[:, None], torch.arange(100)[None]
-        hidden = (query - key >= window) & (key >= sinks)
-        expected = [float((w[0].mean(0) * hidden)[40:].sum(1).mean()) for w in weights]
-        assert measured[window, sinks] == pytest.approx(expected, abs=1e-5)
+    """Of Hugging Face's weights; the text is computed in two chunks.
 
-
-def test_attention_mass_of_a_phase_is_what_its_own_queries_lose(
-    no_engine: Callable[[], None],
-) -> None:
-    """Answers keep their prompt; prompts have queries of their own."""
+    With a window in answers only the prompt stays; with one in prompts only their queries count.
+    """
     no_engine()
     tokens = tuple(text_tokens()[:100])
-    request, setup = Request(1, tokens[:60], tokens[60:]), Setup(str(SLIDING), 128, "float32", 64)
-    views = [(16, 0, phase) for phase in Phase]
+    request, setup = Request(1, tokens[:41], tokens[41:]), Setup(str(SLIDING), 128, "float32", 64)
     hf = Qwen3ForCausalLM.from_pretrained(
         SLIDING,
         dtype=torch.float32,
@@ -213,18 +195,18 @@ def test_attention_mass_of_a_phase_is_what_its_own_queries_lose(
     )
     with torch.inference_mode():
         weights = hf.eval()(torch.tensor([tokens]), output_attentions=True).attentions
+    windows = [(16, 0), (16, 4), (99, 0)]
     with Measurements(setup, Journal(None, {})) as measured:
-        masses = measured.mass([request], views)
+        masses = measured.mass(
+            [request], [(*window, phase) for window in windows for phase in Phase]
+        )
     query, key = torch.arange(100)[:, None], torch.arange(100)[None]
-    hidden = query - key >= 16
-    counted = {
-        Phase.BOTH: (hidden, slice(59, None)),
-        Phase.DECODE: (hidden & (key >= 60), slice(59, None)),
-        Phase.PREFILL: (hidden, slice(0, 60)),
-    }
-    for phase, (lost, queries) in counted.items():
-        expected = [float((w[0].mean(0) * lost)[queries].sum(1).mean()) for w in weights]
-        assert masses[16, 0, phase] == pytest.approx(expected, abs=1e-5)
+    queries = {Phase.BOTH: slice(40, None), Phase.DECODE: slice(40, None), Phase.PREFILL: slice(41)}
+    for (window, sinks, phase), mass in masses.items():
+        hidden = (query - key >= window) & (key >= (41 if phase is Phase.DECODE else sinks))
+        lost = [(layer[0].mean(0) * hidden)[queries[phase]].sum(1) for layer in weights]
+        assert mass == pytest.approx([float(each.mean()) for each in lost], abs=1e-5)
+    assert len(masses) == 9
 
 
 TWO_WINDOWS = (16, 48, 0, 48)
@@ -262,16 +244,6 @@ def test_answers_are_scored_as_they_are_served(
     assert sum(map(bool, liked)) >= len(liked) - 1
 
 
-def test_window_in_answers_is_tuned(swa: Run, tmp_path: Path) -> None:
-    few = write_traffic(tmp_path / "few.jsonl", 32, 192, 4)
-    done, figures = tune(swa, few, "--budget", "0.75", "--phase", "decode")
-    assert "an answer of full attention, decoded" in done.stderr
-    choice, full = figures["arms"]["the choice"], figures["arms"]["full attention"]
-    assert choice["additional_config"]["swa"]["phase"] == "decode"
-    assert choice["num_bytes"] <= 0.75 * full["num_bytes"]
-    assert choice["first_token"] == 1
-
-
 def test_no_time_is_an_error(
     traffic: Path, no_engine: Callable[[], None], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -288,6 +260,6 @@ def test_a_window_forgets_what_full_attention_recalls(demo_model: dict[str, Path
     needles = make_needles(
         lambda text: list(tokenizer(text, add_special_tokens=False)["input_ids"]), [256], 2, 2
     )
-    with Measurements(Setup(model, 300, "float32", 128, 32), Journal(None, {})) as measured:
+    with Measurements(Setup(model, 300, "bfloat16", 512, 32), Journal(None, {})) as measured:
         assert measured.recalled(FULL, needles, tokenizer) == 4
         assert measured.recalled(Candidate(64, 4), needles, tokenizer) == 2
