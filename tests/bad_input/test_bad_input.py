@@ -31,6 +31,7 @@ from tests.bad_input.options import CONFIGS, ENGINES, OPTIONS
 from tests.bad_input.requests import REQUESTS
 from tests.bad_input.row import Bad
 from tests.bad_input.surroundings import SURROUNDINGS
+from tests.bad_input.traffic import SCORES, TRAFFIC, Traffic
 from tests.helpers.engines import EngineFactory, ModelFactory, resolve_here
 from tests.helpers.tiny_models import FULL, NUM_LAYERS, SLIDING
 
@@ -45,6 +46,7 @@ KINDS = {
     "surroundings": SURROUNDINGS,
     "commands": COMMANDS,
     "operations": OPERATIONS,
+    "traffic": TRAFFIC,
     "requests": REQUESTS,
 }
 
@@ -273,6 +275,46 @@ def test_remedies_of_commands(
             with contextlib.suppress(BegunError):
                 assert run_command(remedy, here) == 0
             followed.add(str(remedy))
+    record_property("summary: remedies applied", len(row.remedies))
+
+
+def tune(given: Traffic, here: Path) -> int:
+    """Run ``swa tune`` with a model of its own, for the chat template."""
+    model, requests = here / "model", here / "traffic.jsonl"
+    shutil.rmtree(model, ignore_errors=True)
+    shutil.copytree(MODEL, model)
+    requests.unlink(missing_ok=True)
+    if given.template is not None:
+        (model / "chat_template.jinja").write_text(given.template)
+    if given.text is not None:
+        as_bytes = given.text if isinstance(given.text, bytes) else given.text.encode()
+        requests.write_bytes(as_bytes)
+    for name, text in SCORES.items():
+        (here / name).write_text(text)
+    sizes = ["--dtype", "float32", "--block-size", "32", "--max-num-batched-tokens", "64"]
+    command = ["tune", model, "--requests", requests, *sizes, *given.limit, *given.more]
+    return run_command(command, here)
+
+
+@rows(TRAFFIC)
+def test_traffic(row: Bad, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    if row.error is SystemExit:
+        with pytest.raises(SystemExit):
+            tune(row.given, tmp_path)
+    else:
+        assert tune(row.given, tmp_path) == 1
+    row.check_text(capsys.readouterr().err)
+
+
+@rows(TRAFFIC)
+def test_remedies_of_traffic(
+    row: Bad, tmp_path: Path, cut_short: None, record_property: Record
+) -> None:
+    """What is given instead reaches the first engine."""
+    assert row.remedies
+    for remedy in row.remedies:
+        with pytest.raises(BegunError):
+            tune(remedy, tmp_path)
     record_property("summary: remedies applied", len(row.remedies))
 
 

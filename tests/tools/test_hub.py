@@ -16,6 +16,7 @@ from swa_vllm.tools.check.problems import ProblemError
 from swa_vllm.tools.cli import main
 from swa_vllm.tools.common.hub import find_model, hub_cache
 from swa_vllm.tools.engines import setup
+from swa_vllm.tools.engines.scoring import ScoringEngine
 from tests.helpers.paths import DATA
 
 NAME = "owner/a-Qwen3.5"
@@ -106,6 +107,35 @@ def test_engines_that_score_name_the_command_too(monkeypatch: pytest.MonkeyPatch
         setup.scoring_text_config(NAME)
     with pytest.raises(ValueError, match=r"give a directory \(offline\)$"):
         setup.scoring_text_config("./nowhere")
+
+
+def test_tune_takes_a_cached_name(
+    cached: Cached,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Its engines are given the directory, and its figures have the name."""
+    snapshot = cached("config.json", "generation_config.json")
+    requests = tmp_path / "requests.jsonl"
+    lines = [
+        {"prompt": f"{n} loaves and fishes " * 20, "answer": " they took up"} for n in range(4)
+    ]
+    requests.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    command = ["tune", NAME, "--requests", str(requests), "--budget", "0.9", "--block-size", "16"]
+    assert main(command) == 1
+    assert f"no weights of it; run hf download {NAME}\n" in capsys.readouterr().err
+    for file in ("model.safetensors", "tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(DATA / "tiny-swa-sliding" / file, snapshot)
+
+    def start(setup: Any, options: Any) -> Any:
+        raise ValueError(f"an engine of {setup.model}")
+
+    monkeypatch.setattr(ScoringEngine, "start", start)
+    scores = tmp_path / "scores"
+    assert main([*command, "--resume", str(scores)]) == 1
+    assert capsys.readouterr().err.endswith(f"error: an engine of {snapshot}\n")
+    assert json.loads(scores.read_text())["model"] == NAME
 
 
 def test_a_directory_wins(cached: Cached, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,17 +12,21 @@ import pytest
 import torch
 from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
 
+from swa_backend.window import Phase
 from swa_vllm.tools.cli import main
-from swa_vllm.tools.engines.attention_mass import measure_attention_mass
+from swa_vllm.tools.engines.forced import ForcedTokens
 from swa_vllm.tools.engines.needles import make_needles
 from swa_vllm.tools.engines.scoring import ScoringEngine
-from swa_vllm.tools.engines.setup import FULL_ATTENTION, Setup
+from swa_vllm.tools.engines.setup import Setup
 from swa_vllm.tools.engines.texts import tokenizer_of
 from swa_vllm.tools.tune.candidates import FULL, Candidate
 from swa_vllm.tools.tune.journal import Journal
 from swa_vllm.tools.tune.measure import Measurements
+from swa_vllm.tools.tune.requests import Request
+from tests.helpers.dense_qwen3 import Sight
+from tests.helpers.dense_text import DenseText
 from tests.helpers.processes import Run
-from tests.helpers.trained_models import SLIDING, TEXT, TRAINED_WINDOW
+from tests.helpers.trained_models import SLIDING, TEXT, TRAINED_WINDOW, text_tokens
 
 pytestmark = pytest.mark.long
 
@@ -160,19 +164,29 @@ def test_nothing_within_tolerance_is_full_attention(swa: Run, tmp_path: Path) ->
     torch.manual_seed(0)
     Qwen3ForCausalLM(Qwen3Config.from_pretrained(SLIDING)).save_pretrained(model)
     shutil.copy(SLIDING / "config.json", model)
-    traffic = write_traffic(tmp_path / "traffic.jsonl", 128, 64, 4)
-    done, figures = tune(swa, traffic, *BUDGET, "--tolerance", "0", model=model)
+    traffic = write_traffic(tmp_path / "traffic.jsonl", 32, 192, 4)
+    in_answers = ["--budget", "0.75", "--phase", "decode", "--tolerance", "0"]
+    done, figures = tune(swa, traffic, *in_answers, model=model)
     assert done.returncode == 3
     assert figures["additional_config"] == {"swa": {"enabled": False}}
     assert not figures["is_tolerable"]
     assert "serve full attention, or give a greater --tolerance" in done.stdout
+    # What was tried has the window in answers alone, and these were decoded.
+    tried, full = (figures["arms"][name] for name in ("the choice", "full attention"))
+    assert tried["additional_config"]["swa"]["phase"] == "decode"
+    assert tried["num_bytes"] <= 0.75 * full["num_bytes"]
+    assert tried["first_token"] == 1
+    assert "an answer of full attention, decoded" in done.stderr
 
 
 def test_attention_mass_is_that_of_eager_attention(no_engine: Callable[[], None]) -> None:
-    """Of Hugging Face's weights; the text is computed in two chunks."""
+    """Of Hugging Face's weights; the text is computed in two chunks.
+
+    With a window in answers only the prompt stays; with one in prompts only their queries count.
+    """
     no_engine()
-    tokenizer = AutoTokenizer.from_pretrained(SLIDING)
-    tokens = tokenizer(TEXT.read_text(), add_special_tokens=False)["input_ids"][:100]
+    tokens = tuple(text_tokens()[:100])
+    request, setup = Request(1, tokens[:41], tokens[41:]), Setup(str(SLIDING), 128, "float32", 64)
     hf = Qwen3ForCausalLM.from_pretrained(
         SLIDING,
         dtype=torch.float32,
@@ -181,61 +195,53 @@ def test_attention_mass_is_that_of_eager_attention(no_engine: Callable[[], None]
     )
     with torch.inference_mode():
         weights = hf.eval()(torch.tensor([tokens]), output_attentions=True).attentions
-    setup = Setup(str(SLIDING), 128, "float32", 64, 32)
     windows = [(16, 0), (16, 4), (99, 0)]
-    with ScoringEngine.start(setup, FULL_ATTENTION) as engine:
-        measured = measure_attention_mass(engine, [(tokens, 40)], windows)
-    for window, sinks in windows:
-        query, key = torch.arange(100)[:, None], torch.arange(100)[None]
-        hidden = (query - key >= window) & (key >= sinks)
-        expected = [float((w[0].mean(0) * hidden)[40:].sum(1).mean()) for w in weights]
-        assert measured[window, sinks] == pytest.approx(expected, abs=1e-5)
+    with Measurements(setup, Journal(None, {})) as measured:
+        masses = measured.mass(
+            [request], [(*window, phase) for window in windows for phase in Phase]
+        )
+    query, key = torch.arange(100)[:, None], torch.arange(100)[None]
+    queries = {Phase.BOTH: slice(40, None), Phase.DECODE: slice(40, None), Phase.PREFILL: slice(41)}
+    for (window, sinks, phase), mass in masses.items():
+        hidden = (query - key >= window) & (key >= (41 if phase is Phase.DECODE else sinks))
+        lost = [(layer[0].mean(0) * hidden)[queries[phase]].sum(1) for layer in weights]
+        assert mass == pytest.approx([float(each.mean()) for each in lost], abs=1e-5)
+    assert len(masses) == 9
+
+
+TWO_WINDOWS = (16, 48, 0, 48)
 
 
 @pytest.mark.parametrize(
-    ("arguments", "says"),
+    "candidate",
     [
-        (["--budget", "1"], "between 0 and 1; got 1.0"),
-        (["--budget", "nan"], "between 0 and 1; got nan"),
-        ([*BUDGET, "--tolerance", "-1"], "from 0 on and below 1; got -1"),
-        ([*BUDGET, "--sink-tokens", "4,x"], "--sink-tokens '4,x': write numbers from 0 on"),
-        ([*BUDGET, "--time", "soon"], "--time 'soon': write a number and s, m or h"),
-        ([*BUDGET, "--time", "0s"], "--time '0s': write a number and s, m or h"),
-        ([*BUDGET, "--max-num-batched-tokens", "0"], "--max-num-batched-tokens must be at least 1"),
-        ([*BUDGET, "--plot", "a.jpg"], "ends in .png"),
-        ([*BUDGET, "--resume", "/nowhere/file"], "the directory does not exist"),
-        (["--kv-memory", "16"], "write a number and a unit"),
-        (["--kv-memory", "1KiB"], "does not hold a single page; give more"),
-        (["--kv-memory", "1GiB", "--objective", "loss"], "give --budget, or another --objective"),
-        (["--budget", "0.01"], "give a greater --budget, smaller pages"),
+        Candidate(48, 4, (2,), by_layer=TWO_WINDOWS),
+        Candidate(24, 4, (1,), Phase.PREFILL),
+        Candidate(24, 0, (1,), Phase.DECODE),
+        Candidate(48, 0, (2,), Phase.DECODE, TWO_WINDOWS),
     ],
+    ids=["two windows", "prefill", "decode", "two windows, decode"],
 )
-def test_what_cannot_be_meant_is_refused(
-    traffic: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], says: str
+def test_answers_are_scored_as_they_are_served(
+    candidate: Candidate, no_engine: Callable[[], None]
 ) -> None:
-    assert main(["tune", str(SLIDING), "--requests", str(traffic), *SIZES, *arguments]) == 1
-    assert says in capsys.readouterr().err
-
-
-def test_one_of_budget_and_memory_is_needed(traffic: Path) -> None:
-    for arguments in ([], ["--budget", "0.5", "--kv-memory", "1GiB"]):
-        with pytest.raises(SystemExit):
-            main(["tune", str(SLIDING), "--requests", str(traffic), *arguments])
-
-
-@pytest.mark.parametrize(
-    ("text", "says"),
-    [('{"model": "other"}\n', "is of another run: it differs in"), ("{oops", "is no file of swa")],
-)
-def test_scores_of_another_run_are_refused(
-    traffic: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str, says: str
-) -> None:
-    path = tmp_path / "scores.jsonl"
-    path.write_text(text)
-    command = ["tune", str(SLIDING), "--requests", str(traffic), *SIZES, *BUDGET]
-    assert main([*command, "--resume", str(path)]) == 1
-    assert says in (err := capsys.readouterr().err)
-    assert "give the path of a new file, or remove this one" in err
+    """By the definition of a phase, in a dense model."""
+    no_engine()
+    tokens, num_prompt = tuple(text_tokens()[:150]), 90
+    request = Request(1, tokens[:num_prompt], tokens[num_prompt:])
+    sight = Sight(
+        candidate.windows(4), candidate.sinks, phase=candidate.phase, prompt_len=num_prompt
+    )
+    dense = DenseText(SLIDING, torch.float32)
+    scores = dense.scores(tokens, range(150), sight)[num_prompt - 1 : -1]
+    loss = -float(scores.gather(1, torch.tensor(request.answer)[:, None]).sum())
+    arguments = {"logits_processors": [ForcedTokens]}
+    setup = Setup(str(SLIDING), 160, "float32", 64, 32, arguments)
+    with Measurements(setup, Journal(None, {})) as measured:
+        (score,) = measured.scores(candidate, [request])
+    assert score.loss == pytest.approx(loss, abs=1e-3)
+    liked = [ours == best for ours, best in zip(score.greedy, scores.argmax(-1), strict=True)]
+    assert sum(map(bool, liked)) >= len(liked) - 1
 
 
 def test_no_time_is_an_error(
@@ -254,6 +260,6 @@ def test_a_window_forgets_what_full_attention_recalls(demo_model: dict[str, Path
     needles = make_needles(
         lambda text: list(tokenizer(text, add_special_tokens=False)["input_ids"]), [256], 2, 2
     )
-    with Measurements(Setup(model, 300, "float32", 512, 32), Journal(None, {})) as measured:
+    with Measurements(Setup(model, 300, "bfloat16", 512, 32), Journal(None, {})) as measured:
         assert measured.recalled(FULL, needles, tokenizer) == 4
         assert measured.recalled(Candidate(64, 4), needles, tokenizer) == 2

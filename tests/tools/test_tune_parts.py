@@ -4,30 +4,34 @@ import json
 import math
 import random
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, Qwen3Config
 
+from swa_backend.checkpoint import read_checkpoint
+from swa_backend.layers import resolve_layers
+from swa_backend.options import SWAOptions
+from swa_backend.window import Phase
+from swa_vllm.tools.cli import main
 from swa_vllm.tools.common.pools import Model
 from swa_vllm.tools.common.queueing import Workload
 from swa_vllm.tools.common.sizing import Device, Limits
-from swa_vllm.tools.tune.candidates import (
-    FULL,
-    Candidate,
-    Objective,
-    Shape,
-    Sizer,
+from swa_vllm.tools.tune.candidates import FULL, Candidate, Layout, Objective
+from swa_vllm.tools.tune.halving import rungs_of_halving, successive_halving
+from swa_vllm.tools.tune.journal import Journal, Score
+from swa_vllm.tools.tune.layouts import (
     counts_of_full_layers,
     layouts_to_try,
+    two_windows_to_try,
     widest_window,
     windows_to_try,
-    with_full_layers,
 )
-from swa_vllm.tools.tune.halving import rungs_of_halving, successive_halving
 from swa_vllm.tools.tune.paired import Rise, rise_of_loss, student_quantile
 from swa_vllm.tools.tune.requests import Request, read_requests, split_requests
+from swa_vllm.tools.tune.sizes import Shape, Sizer
 from tests.helpers.trained_models import SLIDING
 
 END = "[end]"
@@ -80,55 +84,6 @@ def test_template_that_opens_thoughts_keeps_the_answer(path: Path) -> None:
     assert chat.decode(request.answer) == "Paul[end]"
 
 
-RIGHT = '{"prompt": "In the", "answer": " beginning"}'
-
-
-@pytest.mark.parametrize(
-    ("text", "says"),
-    [
-        ("", "has no request; write"),
-        ("\n \n", "has no request; write"),
-        (f"{RIGHT}\n{{oops", "line 2 is no JSON"),
-        (f"{RIGHT}\n[1]", "line 2 has neither a prompt nor messages"),
-        ('{"prompt": 3, "answer": "x"}', "line 1: prompt and answer must be texts"),
-        ('{"prompt": "In the"}', "line 1 has no answer"),
-        ('{"prompt": "In the", "answer": ""}', "line 1 has no answer"),
-        ('{"prompt": "", "answer": "x"}', "line 1: prompt and answer must have a token each"),
-        ('{"messages": "Who"}', "line 1: messages must be a list"),
-        ('{"messages": []}', "line 1 has no answer"),
-        ('{"messages": [{"role": "user", "content": "Who"}]}', "line 1 has no answer"),
-        (
-            '{"messages": [{"role": "user", "content": "Who"}, '
-            '{"role": "assistant", "content": "Paul"}]}',
-            "line 1 has messages, and the checkpoint's tokenizer has no chat template; put one",
-        ),
-        (f'{RIGHT}\n{{"prompt": "{"word " * 60}", "answer": "x"}}', "was made for 50; leave the"),
-    ],
-)
-def test_bad_requests_are_named(path: Path, tokenizer: Any, text: str, says: str) -> None:
-    path.write_text(text)
-    with pytest.raises(ValueError, match=says):
-        read_requests(path, tokenizer, 50)
-
-
-def test_files_that_cannot_be_read_are_refused(path: Path, tokenizer: Any) -> None:
-    with pytest.raises(ValueError, match="No such file or directory; give a file"):
-        read_requests(path, tokenizer, 50)
-    path.write_bytes(b"\xff")
-    with pytest.raises(ValueError, match="is no UTF-8"):
-        read_requests(path, tokenizer, 50)
-
-
-def test_template_that_refuses_is_an_error(path: Path) -> None:
-    path.write_text('{"messages": [{"role": "user"}, {"role": "assistant", "content": "Paul"}]}')
-    strict = "{{ raise_exception('no question') }}"
-    chat = AutoTokenizer.from_pretrained(SLIDING, chat_template=strict)
-    with pytest.raises(
-        ValueError, match=r"line 1: the checkpoint's chat template refuses .*: no q"
-    ):
-        read_requests(path, chat, 50)
-
-
 def _requests(prompts: list[tuple[int, ...]]) -> list[Request]:
     return [Request(line, prompt, (line,)) for line, prompt in enumerate(prompts, start=1)]
 
@@ -149,11 +104,6 @@ def test_turns_of_a_conversation_stay_together() -> None:
     first = [{request.prompt[0] for request in part} for part in (split.choosing, split.held_out)]
     assert not first[0] & first[1]
     assert first[0] | first[1] == {*range(8)}
-
-
-def test_too_few_conversations_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"has 4 requests of 3 conversations, and 4 are the few"):
-        split_requests(_requests([(1,), (2,), (3,), (3, 4)]), 0)
 
 
 def test_rise_weighs_tokens_alike() -> None:
@@ -205,6 +155,10 @@ def sizer_of(num_layers: int = 30, memory: int | None = None) -> Sizer:
     return Sizer(model, Shape(3_000_000, 9), LIMITS, Workload(512, 255), Device.CPU, memory=memory)
 
 
+def bytes_of(sizer: Sizer, layout: Layout) -> int:
+    return sizer.num_bytes(layout.with_full_layers(range(sizer.num_layers)))
+
+
 PAGE = 32 * 2 * 3 * 128 * 4  # bytes of a layer's
 
 
@@ -220,27 +174,29 @@ def test_bytes_are_those_of_the_padded_pool() -> None:
     # 127 tokens in four pages, or in five; the sinks; four slots ahead.
     sliding = 1 + 5 + 4 / 32 - 1 / 32
     for num_full, parts in ((0, 30 * sliding), (10, 10 * (24 + 2 * sliding))):
-        assert sizer.num_bytes(128, 4, num_full) == pytest.approx(parts * PAGE, rel=0.02)
+        candidate = Candidate(128, 4, tuple(range(num_full)))
+        assert sizer.num_bytes(candidate) == pytest.approx(parts * PAGE, rel=0.02)
 
 
 def test_counts_that_only_padding_explains_are_left_out() -> None:
     sizer = sizer_of()
     full = sizer.gain(FULL).num_bytes
-    counts = counts_of_full_layers(sizer, 128, 4, full)
-    by_count = [sizer.num_bytes(128, 4, count) for count in counts]
+    counts = counts_of_full_layers(sizer, Layout(128, 4, 0), full)
+    by_count = [bytes_of(sizer, Layout(128, 4, count)) for count in counts]
     assert by_count == sorted(by_count, reverse=True)
     assert 29 in counts
     assert 23 not in counts  # seven layers slide at nearly the bytes of none
-    assert counts_of_full_layers(sizer, 128, 0, full // 2)[0] == 10
+    assert counts_of_full_layers(sizer, Layout(128, 0, 0), full // 2)[0] == 10
 
 
 def test_widest_window_fills_the_limit() -> None:
     sizer = sizer_of()
     limit = sizer.gain(FULL).num_bytes // 2
-    window = widest_window(sizer, 4, 0, 764, limit)
+    window = widest_window(sizer, Layout(0, 4, 0), 764, limit)
     assert window % 32 == 0
-    assert sizer.num_bytes(window, 4, 0) <= limit < sizer.num_bytes(window + 32, 4, 0)
-    assert widest_window(sizer, 4, 29, 764, limit) == 0
+    wider = Layout(window + 32, 4, 0)
+    assert bytes_of(sizer, Layout(window, 4, 0)) <= limit < bytes_of(sizer, wider)
+    assert widest_window(sizer, Layout(0, 4, 29), 764, limit) == 0
 
 
 def test_what_is_tried_fits_and_slides() -> None:
@@ -249,10 +205,10 @@ def test_what_is_tried_fits_and_slides() -> None:
     for by_loss in (True, False):
         layouts = layouts_to_try(sizer, (0, 4), 767, limit, by_loss=by_loss)
         assert len(layouts) == len({*layouts})
-        for window, sinks, count in layouts:
-            assert sizer.num_bytes(window, sinks, count) <= limit
-            assert window + sinks < 767
-    assert {(128, 0, 0), (128, 4, 0), (128, 0, 10)} <= {*layouts}
+        for layout in layouts:
+            assert bytes_of(sizer, layout) <= limit
+            assert layout.window + layout.sinks < 767
+    assert {Layout(128, 0, 0), Layout(128, 4, 0), Layout(128, 0, 10)} <= {*layouts}
 
 
 def test_windows_are_half_a_doubling_apart() -> None:
@@ -284,8 +240,110 @@ def test_first_token_counts_products_by_hand() -> None:
 def test_options_are_those_to_serve_with() -> None:
     assert FULL.options() == {"enabled": False}
     assert Candidate(64).options() == {"window": 64, "full_attention_layers": "none"}
-    made = with_full_layers((64, 4, 2), [5, 1, 3])
+    made = Layout(64, 4, 2).with_full_layers([5, 1, 3])
     assert made.options() == {"window": 64, "sink_tokens": 4, "full_attention_layers": [1, 5]}
+
+
+def test_two_windows_are_spelled_by_layer() -> None:
+    made = Candidate(128, 4, (2,), Phase.DECODE, (64, 64, 0, 128, 64, 128, 128))
+    spelled = {"window": {"0-1,4": 64, "3,5-6": 128}, "sink_tokens": 4, "phase": "decode"}
+    assert made.options() == spelled
+    assert made.text() == "window 64 and 128, sinks 4, full layers 1, decode only"
+    config = Qwen3Config.from_pretrained(SLIDING)
+    config.num_hidden_layers, config.layer_types = 7, ["full_attention"] * 7
+    plan = resolve_layers(config, SWAOptions.from_dict(made.options()))
+    assert plan.windows == made.windows(7) == (64, 64, None, 128, 64, 128, 128)
+
+
+def test_two_windows_take_what_the_budget_leaves() -> None:
+    """The layers that are to see most get the wider one; a budget fills, or less is taken."""
+    sizer = sizer_of()
+    order = [7, 3, *(layer for layer in range(30) if layer not in (3, 7))]
+    one = Candidate(256, 4, (3, 7))
+    limit = sizer.num_bytes(one)
+    pairs = two_windows_to_try(sizer, one, order, 700, limit)
+    assert pairs
+    for pair in pairs:
+        narrow, wide = sorted({*pair.by_layer} - {0})
+        assert narrow < 256 < wide == pair.window
+        assert pair.full_layers == (3, 7)
+        assert [pair.by_layer[layer] for layer in order[2:]] == sorted(
+            (pair.by_layer[layer] for layer in order[2:]), reverse=True
+        )
+        wider = tuple(w + 32 if w == wide else w for w in pair.by_layer)
+        assert sizer.num_bytes(pair) <= limit
+        assert sizer.num_bytes(replace(pair, by_layer=wider)) > limit
+    cheaper = two_windows_to_try(sizer, one, order, 700, None)
+    assert {pair.window for pair in cheaper} == {256}
+    assert any(sizer.num_bytes(pair) < limit for pair in cheaper)
+
+
+PAIR = Candidate(128, 4, (1,), by_layer=(64, 0, 128, 128))
+
+
+@pytest.mark.parametrize("one", [Candidate(64, 4, (1,)), PAIR], ids=["window", "windows"])
+def test_sizes_are_those_that_swa_plan_says(one: Candidate, tmp_path: Path) -> None:
+    """Of every phase."""
+    path, window = tmp_path / "plan.json", one.options()["window"]
+    full = [] if one.by_layer else ["--full-attention-layers", "1"]
+    sizes = ["--block-size", "32", "--dtype", "float32", "--device", "cpu", "--kv-memory", "16MiB"]
+    asked = ["--window", json.dumps(window), "--sink-tokens", "4", "--prompt", "256", *full]
+    assert main(["plan", str(SLIDING), *asked, *sizes, "--output", "128", "--json", str(path)]) == 0
+    planned = json.loads(path.read_text())["phases"]
+    checkpoint = read_checkpoint(SLIDING)
+    heads, dim = checkpoint.num_kv_heads, checkpoint.head_dim
+    model = Model((None,) * 4, 0, kv_heads=heads, head_dim=dim, number_bytes=4)
+    limits = Limits(32, 512, 8192, 256, 1)
+    sizer = Sizer(model, Shape(1, 4), limits, Workload(256, 128), Device.CPU, memory=2**24)
+    for phase in Phase:
+        candidate = replace(one, phase=phase)
+        pool, (request,) = planned[phase]["pool"], planned[phase]["requests"]
+        groups = sum(group["num_groups"] for group in pool["groups"])
+        assert sizer.gain(candidate).num_groups == groups
+        assert sizer.running(candidate) == request["running"]
+        # Bytes here are an average over where in a page the end is.
+        last = request["last_pages"] * pool["page_bytes"]
+        assert abs(sizer.num_bytes(candidate) - last) <= groups * pool["page_bytes"]
+
+
+def test_prefill_phase_gains_time_and_no_memory() -> None:
+    sizer = sizer_of()
+    full = sizer.gain(FULL)
+    both, prefill, decode = (
+        sizer.gain(Candidate(64, 0, (3, 7), phase))
+        for phase in (Phase.BOTH, Phase.PREFILL, Phase.DECODE)
+    )
+    assert (prefill.num_bytes, prefill.num_groups) == (full.num_bytes, 1)
+    assert prefill.first_token == both.first_token < 1
+    assert decode.first_token == 1
+    assert both.num_bytes < decode.num_bytes < full.num_bytes
+
+
+def test_layouts_of_a_phase_are_below_what_has_the_window() -> None:
+    sizer = sizer_of()
+    full = sizer.gain(FULL).num_bytes
+    tried = {
+        phase: layouts_to_try(sizer, (0, 4), sizer.longest(phase), full, by_loss=False, phase=phase)
+        for phase in Phase
+    }
+    assert max(layout.window for layout in tried[Phase.BOTH]) > 512
+    assert max(layout.window for layout in tried[Phase.PREFILL]) == 384
+    assert {32, 128} <= {layout.window for layout in tried[Phase.DECODE]}
+    assert max(layout.window for layout in tried[Phase.DECODE]) < 255
+    assert {layout.sinks for layout in tried[Phase.DECODE]} == {0}
+    assert {layout.num_full for layout in tried[Phase.PREFILL]} == {0, 10, 19, 29}
+    assert not layouts_to_try(sizer, (0,), 512, full - 1, by_loss=False, phase=Phase.PREFILL)
+
+
+@pytest.mark.parametrize("line", ["{oops", "[]", '{"window": 64, "sinks": 0}'])
+def test_scores_of_another_version_are_refused(path: Path, line: str) -> None:
+    journal, score = Journal(path, {}), Score(2.5, (3, 4))
+    candidate = Candidate(128, 4, (2,), Phase.DECODE, (64, 64, 0, 128))
+    journal.add(candidate, 7, score)
+    assert Journal(path, {})[candidate, 7] == score
+    path.write_text(f"{path.read_text()}{line}\n")
+    with pytest.raises(ValueError, match=r"line 3 is no score .* version .*; give the path of a n"):
+        Journal(path, {})
 
 
 def test_rungs_halve_candidates_and_double_requests() -> None:

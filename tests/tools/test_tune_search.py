@@ -12,14 +12,8 @@ from transformers import Qwen3ForCausalLM
 from swa_vllm.tools.common.pools import Model
 from swa_vllm.tools.common.queueing import Workload
 from swa_vllm.tools.common.sizing import Device, Limits
-from swa_vllm.tools.tune.candidates import (
-    FULL,
-    Candidate,
-    Objective,
-    Shape,
-    Sizer,
-    layouts_to_try,
-)
+from swa_vllm.tools.tune.candidates import FULL, Candidate, Layout, Objective
+from swa_vllm.tools.tune.layouts import layouts_to_try
 from swa_vllm.tools.tune.paired import Rise, rise_of_loss
 from swa_vllm.tools.tune.requests import Request, split_requests
 from swa_vllm.tools.tune.search import (
@@ -31,6 +25,7 @@ from swa_vllm.tools.tune.search import (
     find_window,
     rank_candidates,
 )
+from swa_vllm.tools.tune.sizes import Shape, Sizer
 from tests.helpers.trained_models import NUM_LAYERS as TRAINED_LAYERS
 from tests.helpers.trained_models import SLIDING, TRAINED_WINDOW, text_tokens
 
@@ -49,9 +44,8 @@ def sizer_of() -> Sizer:
 
 def rise_of(candidate: Candidate, num_requests: int) -> Rise:
     """Layers add up; a window of 128 costs what the table says, one of 512 a quarter."""
-    assert candidate.window is not None
-    sliding = set(range(NUM_LAYERS)) - set(candidate.full_layers)
-    mean = sum(COSTS[layer] for layer in sliding) * 128 / candidate.window
+    windows = enumerate(candidate.windows(NUM_LAYERS))
+    mean = sum(COSTS[layer] * 128 / window for layer, window in windows if window)
     return Rise(mean, 0.002 / math.sqrt(num_requests), num_requests)
 
 
@@ -62,6 +56,7 @@ def search(
     tolerance: float = 0.5,
     seconds: float = 1e6,
     asked: list[tuple[Candidate, int]] | None = None,
+    mass: Sequence[float] = MASS,
 ) -> Found:
     sizer = sizer_of()
     limit = int(budget * sizer.gain(FULL).num_bytes)
@@ -72,14 +67,16 @@ def search(
             asked.append((candidate, num_requests))
         return rise_of(candidate, num_requests)
 
-    masses = {layout[:2]: MASS for layout in layouts}
-    goal = Goal(objective, tolerance, NUM_REQUESTS)
+    masses = {layout.view: mass for layout in layouts}
+    goal = Goal(objective, tolerance, NUM_REQUESTS, limit)
     clock = Clock(time.monotonic() + seconds, start_s=4, request_s=1)
     return find_window(layouts, masses, sizer, NUM_REQUESTS, measure, goal, clock)
 
 
 def test_layers_that_lose_most_attention_stay_full() -> None:
-    more, fewer = candidates_by_mass([(128, 0, 2), (128, 0, 3)], {(128, 0): MASS})
+    more, fewer = candidates_by_mass(
+        [Layout(128, 0, 2), Layout(128, 0, 3)], {Layout(128, 0, 0).view: MASS}
+    )
     assert (more.full_layers, fewer.full_layers) == ((1, 3, 7), (3, 7))
 
 
@@ -89,11 +86,37 @@ def test_loss_corrects_what_attention_mass_says() -> None:
     best = found.order[0]
     assert {0, 3} <= {*best.full_layers}
     mean = found.rises[best].mean
-    by_mass = candidates_by_mass(
-        [(best.window or 0, 0, len(best.full_layers))], {(best.window or 0, 0): MASS}
-    )
+    layout = Layout(best.window or 0, 0, len(best.full_layers))
+    by_mass = candidates_by_mass([layout], {layout.view: MASS})
     assert mean < rise_of(by_mass[0], 8).mean
     assert mean == min(rise.mean for rise in found.rises.values())
+
+
+@pytest.mark.parametrize("budget", [0.2, 0.25, 0.3])
+def test_two_windows_are_found_where_layers_need_unlike_much(budget: float) -> None:
+    """Layers 0 and 3 cost most: the wider window of the two is theirs, within the same bytes."""
+    sizer = sizer_of()
+    found = search(Objective.LOSS, budget=budget, mass=(0.4, *MASS[1:]))
+    pairs = [candidate for candidate in found.rises if candidate.by_layer]
+    assert pairs
+    limit = budget * sizer.gain(FULL).num_bytes
+    assert all(sizer.num_bytes(pair) <= limit for pair in pairs)
+    best = found.order[0]
+    assert best in pairs
+    windows = best.windows(NUM_LAYERS)
+    assert all(windows[layer] in (best.window, None) for layer in (0, 3))
+    one = min(found.rises[c].mean for c in found.rises if not c.by_layer)
+    assert found.rises[best].mean < one
+
+
+def test_two_windows_gain_where_bytes_are_what_is_asked_for() -> None:
+    sizer = sizer_of()
+    found = search(Objective.MEMORY, budget=0.999, tolerance=0.03)
+    pairs = [candidate for candidate in found.rises if candidate.by_layer]
+    assert pairs
+    ones = [c for c in found.order if not c.by_layer]
+    least = min(sizer.num_bytes(one) for one in ones)
+    assert any(sizer.num_bytes(pair) < least for pair in pairs)
 
 
 def test_all_finalists_are_measured_on_all_requests() -> None:
@@ -129,7 +152,7 @@ def test_safe_candidates_stay_beside_cheap_ones() -> None:
         Candidate(window): Rise(mean, 0.01, 2)
         for window, mean in ((32, 0.019), (64, 0.018), (128, 0.015), (256, 0.001))
     }
-    ranked = rank_candidates(rises, sizer_of(), Goal(Objective.MEMORY, 0.02, 8))
+    ranked = rank_candidates(rises, sizer_of(), Goal(Objective.MEMORY, 0.02, 8, 0))
     assert {candidate.window for candidate in ranked[:2]} == {32, 256}
     assert {*ranked} == {*rises}
 
@@ -192,7 +215,10 @@ def trained_masses(windows: Sequence[int]) -> Masses:
     tokens = torch.tensor([request.tokens for request in trained_requests()[:2]])
     weights = trained_model(FULL)(tokens, output_attentions=True).attentions
     back = torch.arange(TEXT_LEN)[:, None] - torch.arange(TEXT_LEN)
-    return {(w, 0): [float((layer * (back >= w)).mean()) for layer in weights] for w in windows}
+    return {
+        Layout(w, 0, 0).view: [float((layer * (back >= w)).mean()) for layer in weights]
+        for w in windows
+    }
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
@@ -203,9 +229,9 @@ def test_window_of_training_is_found_at_every_budget_that_it_fits(budget: float,
     limits = Limits(32, TEXT_LEN, 8192, 256, 1)
     sizer = Sizer(model, Shape(1, 4), limits, Workload(PROMPT, ANSWER), Device.CPU)
     limit = int(budget * sizer.gain(FULL).num_bytes)
-    assert sizer.num_bytes(TRAINED_WINDOW, 0, 0) <= limit
+    assert sizer.num_bytes(Candidate(TRAINED_WINDOW)) <= limit
     layouts = layouts_to_try(sizer, (0,), TEXT_LEN, limit, by_loss=True)
-    assert any(count for _, _, count in layouts)
+    assert any(layout.num_full for layout in layouts)
     split = split_requests(trained_requests(), seed)
 
     def measure(candidate: Candidate, num_requests: int) -> Rise:
@@ -215,11 +241,11 @@ def test_window_of_training_is_found_at_every_budget_that_it_fits(budget: float,
 
     found = find_window(
         layouts,
-        trained_masses(tuple(sorted({window for window, _, _ in layouts}))),
+        trained_masses(tuple(sorted({layout.window for layout in layouts}))),
         sizer,
         len(split.choosing),
         measure,
-        Goal(Objective.LOSS, 0.02, len(split.held_out)),
+        Goal(Objective.LOSS, 0.02, len(split.held_out), limit),
         Clock(time.monotonic() + 1e6, start_s=0, request_s=0),
     )
     best = found.order[0]

@@ -4,6 +4,7 @@ As DuoAttention and SWAA find the layers that need the whole text: one pass, no 
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,16 +15,29 @@ from swa_vllm.tools.engines.scoring import ScoringEngine
 _MOST_QUERIES = 256  # of a text, spread evenly: more change no order of layers
 
 
+@dataclass(frozen=True)
+class Text:
+    """A text whose attention is looked at.
+
+    Attributes:
+        first: the first position whose query counts.
+        pinned: leading tokens that no window hides here.
+    """
+
+    tokens: Sequence[int]
+    first: int
+    pinned: int = 0
+
+
 def measure_attention_mass(
     engine: ScoringEngine,
-    texts: Sequence[tuple[Sequence[int], int]],
+    texts: Sequence[Text],
     windows: Sequence[tuple[int, int]],
 ) -> dict[tuple[int, int], list[float]]:
     """Measure which part of a layer's attention goes to keys that a window hides.
 
     Args:
         engine: with full attention in all layers.
-        texts: tokens, and the first position whose query counts.
         windows: windows and sinks.
 
     Returns:
@@ -37,11 +51,12 @@ def measure_attention_mass(
         for module, layer in zip(modules, layers, strict=True)
     ]
     try:
-        for tokens, first in texts:
-            step = max(1, (len(tokens) - first) // _MOST_QUERIES)
+        for text in texts:
+            length = len(text.tokens)
+            step = max(1, (length - text.first) // _MOST_QUERIES)
             for layer in layers:
-                layer.begin(range(first, len(tokens), step))
-            engine.score(tokens)
+                layer.begin(range(text.first, length, step), text.pinned)
+            engine.score(text.tokens)
     finally:
         for hook in hooks:
             hook.remove()
@@ -65,9 +80,9 @@ class _Layer:
         self.mass = torch.zeros(len(windows), dtype=torch.float64)
         self.num_queries = 0
 
-    def begin(self, queries: range) -> None:
+    def begin(self, queries: range, pinned: int) -> None:
         """Begin a text, served alone, of which the queries at these positions count."""
-        self._queries, self._keys = queries, list[torch.Tensor]()
+        self._queries, self._pinned, self._keys = queries, pinned, list[torch.Tensor]()
 
     def take_step(self, module: Attention, inputs: tuple[Any, ...]) -> None:
         """Look at the queries and keys of a step; a forward pre-hook of torch."""
@@ -86,6 +101,6 @@ class _Layer:
         scores.masked_fill_((place > at)[:, None], float("-inf"))
         weights = scores.softmax(-1).mean(1)  # [queries, keys]
         for index, (window, sinks) in enumerate(self._windows):
-            hidden = (at - place >= window) & (place >= sinks)
+            hidden = (at - place >= window) & (place >= max(sinks, self._pinned))
             self.mass[index] += float((weights * hidden).sum())
         self.num_queries += len(chosen)

@@ -98,9 +98,10 @@ class ScoringEngine:
         return self
 
     def __exit__(self, *_: object) -> None:
+        # As at a start: vLLM collects twice in a shutdown, and unfreezes before the second.
+        gc.freeze()
         self.llm = self._pool = self._scheduler = None
-        gc.collect()
-        cleanup_dist_env_and_memory()
+        cleanup_dist_env_and_memory()  # it collects garbage too
 
     def score(
         self,

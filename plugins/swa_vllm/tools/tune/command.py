@@ -8,6 +8,9 @@ request" is its KV cache at its end, with the padding of KV groups; "at once" is
 says of requests of the average size (--budget: where 16 or more of full attention fit); "first
 token" is the modelled work until then, full attention's being 1.
 
+The best candidate is tried with two windows in the end. --phase also tries windows that answers or
+prompts have alone.
+
 With --budget the least loss decides, unless an --objective is given; with --kv-memory requests at
 once do. The exit status is 3 where nothing within --tolerance was found: serve full attention.
 """
@@ -15,7 +18,6 @@ once do. The exit status is 3 where nothing within --tolerance was found: serve 
 import argparse
 import hashlib
 import math
-import re
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -24,121 +26,37 @@ from typing import TYPE_CHECKING, Any
 
 from swa_backend.can_slide import check_can_slide
 from swa_backend.checkpoint import Checkpoint, read_checkpoint
-from swa_vllm.compat.architectures import check_architectures
-from swa_vllm.tools.common import plots
-from swa_vllm.tools.common.arguments import (
-    check_number_argument,
-    check_number_arguments,
-    check_output_path,
-    is_flag_number,
-    parse_memory,
-)
+from swa_backend.window import Phase
+from swa_vllm.compat.architectures import check_architectures, phase_refused
+from swa_vllm.tools.common.arguments import parse_memory
 from swa_vllm.tools.common.arms import Arm as Engine
+from swa_vllm.tools.common.hub import find_model
 from swa_vllm.tools.common.pools import Model, plan_pool
 from swa_vllm.tools.common.queueing import Workload
 from swa_vllm.tools.common.sizing import (
-    MODEL_DTYPES,
     Device,
     Limits,
     bytes_of_an_element,
     longest_text_in_limits,
 )
-from swa_vllm.tools.tune.candidates import (
-    FULL,
-    Candidate,
-    Objective,
-    Sizer,
-    layer_shape_of,
-    layouts_to_try,
-)
+from swa_vllm.tools.tune.candidates import FULL, Candidate, Layout, Objective
+from swa_vllm.tools.tune.flags import add_arguments, check_arguments
 from swa_vllm.tools.tune.journal import Journal
+from swa_vllm.tools.tune.layouts import layouts_to_try
 from swa_vllm.tools.tune.report import Arm, describe_arms, describe_choice, draw_front
 from swa_vllm.tools.tune.requests import Split, read_requests, split_requests
-from swa_vllm.tools.tune.search import Clock, Found, Goal, Layout, find_window
+from swa_vllm.tools.tune.search import Clock, Found, Goal, find_window
+from swa_vllm.tools.tune.sizes import Sizer, layer_shape_of
 
 if TYPE_CHECKING:
     from swa_vllm.tools.tune.measure import Measurements
 
+__all__ = ["EXAMPLE", "add_arguments", "run"]
 EXAMPLE = "Qwen3-8B --requests traffic.jsonl --budget 0.5"
 NOTHING_TOLERABLE = 3  # the exit status
-_SECONDS = {"s": 1, "m": 60, "h": 3600}
 _MASS_REQUESTS = 4
 _DEPTHS_AND_TRIALS = (4, 3)  # of numbers to recall, in texts as long as the longest request
 FULL_ARM, CHOSEN, RUNNER_UP = "full attention", "the choice", "the runner-up"
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options of ``swa tune``."""
-    parser.add_argument("model", metavar="MODEL", help="a checkpoint's directory")
-    parser.add_argument(
-        "--requests",
-        type=Path,
-        required=True,
-        metavar="FILE",
-        help='JSONL: {"prompt": ..., "answer": ...}, or OpenAI\'s {"messages": [...]} '
-        "(default: none)",
-    )
-    limit = parser.add_mutually_exclusive_group(required=True)
-    limit.add_argument(
-        "--budget",
-        type=float,
-        metavar="PART",
-        help="part of full attention's bytes a request (default: none, --kv-memory is given)",
-    )
-    limit.add_argument(
-        "--kv-memory",
-        metavar="SIZE",
-        help='memory of one device for the KV cache, such as "16GiB" (default: none, --budget is '
-        "given)",
-    )
-    parser.add_argument(
-        "--objective",
-        choices=[objective.value for objective in Objective],
-        help="what to gain within the tolerance (default: loss, with --kv-memory throughput)",
-    )
-    parser.add_argument(
-        "--tolerance",
-        type=float,
-        default=0.02,
-        help="greatest growth of held-out perplexity, upper end of the interval",
-    )
-    parser.add_argument("--time", default="30m", help="time to measure in, such as 90s, 30m, 2h")
-    parser.add_argument(
-        "--sink-tokens",
-        default="0,4",
-        metavar="TOKENS,...",
-        help="first tokens of a text that sliding layers always see, numbers to try",
-    )
-    parser.add_argument(
-        "--seed",
-        type=int,
-        default=0,
-        metavar="N",
-        help="which half of the requests chooses: another split shows how far it decides",
-    )
-    parser.add_argument(
-        "--dtype", choices=MODEL_DTYPES, default="auto", help="dtype of the weights"
-    )
-    parser.add_argument(
-        "--max-num-batched-tokens",
-        type=int,
-        default=512,
-        metavar="TOKENS",
-        help="most tokens of a step: a longer prompt is computed in chunks of this size",
-    )
-    parser.add_argument(
-        "--block-size",
-        type=int,
-        metavar="TOKENS",
-        help="tokens of a KV cache page (default: 16, on CPUs 128)",
-    )
-    parser.add_argument(
-        "--resume",
-        type=Path,
-        metavar="PATH",
-        help="keep scores there, and go on where they end (default: none are kept)",
-    )
-    plots.add_plot_argument(parser)
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
@@ -147,69 +65,48 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     Raises:
         ValueError: an option, a request or the model is not what can be tuned.
     """
-    deadline = time.monotonic() + _check_tune_arguments(args)
+    deadline = time.monotonic() + check_arguments(args)
     # These import vLLM, which `swa --help` does without.
     from swa_vllm.tools.engines.scoring import NUM_EXTRA_TOKENS
     from swa_vllm.tools.engines.setup import scoring_text_config, setup_of
     from swa_vllm.tools.engines.texts import tokenizer_of
     from swa_vllm.tools.tune.measure import Measurements
 
-    checkpoint = read_checkpoint(Path(args.model))
+    model = find_model(args.model, whole=True)
+    checkpoint = read_checkpoint(model)
     check_architectures(checkpoint.architectures)
     check_can_slide(checkpoint.config)
+    for phase in set(args.phase) - {Phase.BOTH}:
+        refusal = phase_refused(f"--phase {phase}", checkpoint.architectures)
+        if refusal is not None:
+            raise ValueError(refusal)
     if checkpoint.linear is not None:
         raise ValueError(
             f"{args.model} has layers with linear attention, which swa tune does not know; see "
             "what a window gains with swa plan"
         )
-    longest, tokenizer = longest_text_in_limits(checkpoint), tokenizer_of(args.model)
-    split = split_requests(read_requests(args.requests, tokenizer, longest), args.seed)
-    hf_config = scoring_text_config(args.model)
-    sizer = _sizer_of(args, checkpoint, hf_config, split)
+    most, tokenizer = longest_text_in_limits(checkpoint), tokenizer_of(str(model))
+    split = split_requests(read_requests(args.requests, tokenizer, most), args.seed)
+    hf_config = scoring_text_config(str(model))
+    sizer = sizer_of(args, checkpoint, hf_config, split)
     layouts = _layouts_in_budget(args, sizer)
-    setup = setup_of(args, hf_config, sizer.limits.max_model_len + NUM_EXTRA_TOKENS)
-    with Measurements(setup, Journal(args.resume, _conditions(args))) as measurements:
+    longest = sizer.limits.max_model_len + NUM_EXTRA_TOKENS
+    setup = setup_of(args, hf_config, longest, forces_tokens=args.phase != [Phase.BOTH])
+    setup = replace(setup, model=str(model))
+    with Measurements(setup, Journal(args.resume, _conditions(args, model))) as measurements:
         found = _search(args, split, sizer, layouts, measurements, deadline)
         arms = _report_arms(found, split, sizer, measurements, tokenizer)
     return _print_choice(args, split, sizer, found, arms)
 
 
-def _check_tune_arguments(args: argparse.Namespace) -> float:
-    """Refuse what cannot be meant; returns the seconds to measure in."""
-    plots.check_plot_path(args.plot)
-    check_number_arguments(args, ("max_num_batched_tokens", "block_size"))
-    check_number_argument("seed", args.seed, least=0)
-    if args.resume is not None:
-        check_output_path("--resume", args.resume)
-    if args.budget is not None and not 0 < args.budget < 1:
-        raise ValueError(
-            f"--budget is a part of full attention's bytes, between 0 and 1; got {args.budget}"
-        )
-    if not 0 <= args.tolerance < 1:
-        raise ValueError(
-            f"--tolerance is a growth of perplexity, from 0 on and below 1; got {args.tolerance}"
-        )
-    if not all(is_flag_number(part, 0) for part in args.sink_tokens.split(",")):
-        raise ValueError(
-            f"--sink-tokens {args.sink_tokens!r}: write numbers from 0 on with commas between them"
-        )
-    found = re.fullmatch(r"(\d{1,6})([smh])", args.time)
-    if found is None or not int(found[1]):
-        raise ValueError(f"--time {args.time!r}: write a number and s, m or h, such as 30m")
-    if args.objective is None:
-        by_budget = args.budget is not None
-        args.objective = (Objective.LOSS if by_budget else Objective.THROUGHPUT).value
-    if args.objective == Objective.LOSS and args.budget is None:
-        raise ValueError(
-            "--objective loss without a budget is full attention: give --budget, or another "
-            "--objective"
-        )
-    return int(found[1]) * _SECONDS[found[2]]
-
-
-def _sizer_of(
+def sizer_of(
     args: argparse.Namespace, checkpoint: Checkpoint, hf_config: Any, split: Split
 ) -> Sizer:
+    """Make the sizes of candidates for requests of the average size.
+
+    Raises:
+        ValueError: ``--kv-memory`` holds no page, or the checkpoint names no known dtype.
+    """
     from torch import cuda
 
     device = Device.GPU if cuda.is_available() else Device.CPU
@@ -234,32 +131,48 @@ def _sizer_of(
         num_steps_in_flight=device.num_steps_in_flight(),
     )
     memory = None if args.kv_memory is None else parse_memory(args.kv_memory)
-    sizer = Sizer(model, layer_shape_of(hf_config), limits, workload, device, memory)
-    if memory is not None and not plan_pool(Engine.FULL, model, limits, memory).num_pages:
-        raise ValueError(f"--kv-memory {args.kv_memory} does not hold a single page; give more")
+    longest_part = max(len(r.prompt) for r in requests), max(len(r.answer) for r in requests)
+    shape = layer_shape_of(hf_config)
+    sizer = Sizer(model, shape, limits, workload, device, memory, longest_part)
+    if memory is not None and not (pool := plan_pool(Engine.FULL, model, limits, memory)).num_pages:
+        raise ValueError(
+            f"--kv-memory {args.kv_memory} does not hold a single page of {pool.page_bytes} bytes; "
+            "give more"
+        )
     return sizer
+
+
+def _limit_in_bytes(args: argparse.Namespace, sizer: Sizer, phase: Phase = Phase.BOTH) -> int:
+    """Say how many bytes a request may take; with --kv-memory less than with full attention."""
+    full = sizer.gain(FULL).num_bytes
+    if args.budget is not None:
+        return int(args.budget * full)
+    return full if phase is Phase.PREFILL else full - 1
 
 
 def _layouts_in_budget(args: argparse.Namespace, sizer: Sizer) -> list[Layout]:
     """List windows, sinks and numbers of full layers to try."""
-    full = sizer.gain(FULL).num_bytes
-    limit = full - 1 if args.budget is None else int(args.budget * full)
     sinks = sorted({int(part) for part in args.sink_tokens.split(",")})
     by_loss = args.objective == Objective.LOSS
-    layouts = layouts_to_try(sizer, sinks, sizer.limits.max_model_len, limit, by_loss=by_loss)
+    layouts = list[Layout]()
+    for phase in args.phase:
+        longest, limit = sizer.longest(phase), _limit_in_bytes(args, sizer, phase)
+        layouts += layouts_to_try(sizer, sinks, longest, limit, by_loss=by_loss, phase=phase)
     if not layouts:
         mean = sizer.workload.num_prompt + sizer.workload.num_output
+        full, phases = sizer.gain(FULL).num_bytes, ", ".join(args.phase)
         raise ValueError(
-            f"no window keeps a request of {mean} tokens, which is the average of --requests, "
-            f"within {limit} bytes of full attention's {full}: give a greater --budget, smaller "
-            "pages (--block-size) or longer --requests"
+            f"no window with --phase {phases} keeps a request of {mean} tokens, which is the "
+            f"average of --requests, within {_limit_in_bytes(args, sizer)} bytes of full "
+            f"attention's {full}: give a greater --budget, smaller pages (--block-size), fewer "
+            "--sink-tokens or longer --requests"
         )
     return layouts
 
 
-def _conditions(args: argparse.Namespace) -> dict[str, Any]:
+def _conditions(args: argparse.Namespace, model: Path) -> dict[str, Any]:
     """Name what scores depend on."""
-    config = (Path(args.model) / "config.json").read_bytes()
+    config = (model / "config.json").read_bytes()
     return {
         "model": args.model,
         "config.json": hashlib.sha256(config).hexdigest(),
@@ -281,13 +194,20 @@ def _search(
     """Look for the best candidate by the choosing requests alone."""
     choosing, num_held_out = split.choosing, len(split.held_out)
     measurements.scores(FULL, choosing)
-    windows = sorted({(window, sinks) for window, sinks, _ in layouts})
-    masses = measurements.mass(choosing[:_MASS_REQUESTS], windows)
-    clock = Clock(0.0, measurements.start_s, measurements.request_s)
+    views = sorted({layout.view for layout in layouts})
+    masses = measurements.mass(choosing[:_MASS_REQUESTS], views)
+    if decodes := args.phase != [Phase.BOTH]:
+        measurements.time_decoding(choosing[0])
+    clock = Clock(0.0, measurements.start_s, measurements.request_s(decodes=decodes))
     one_arm_s = clock.cost_s([(1, num_held_out + math.prod(_DEPTHS_AND_TRIALS))])
     reserved_s = len((FULL_ARM, CHOSEN, RUNNER_UP)) * one_arm_s
     clock = replace(clock, deadline=deadline - reserved_s)
-    goal = Goal(Objective(args.objective), math.log1p(args.tolerance), num_held_out)
+    goal = Goal(
+        Objective(args.objective),
+        math.log1p(args.tolerance),
+        num_held_out,
+        _limit_in_bytes(args, sizer),
+    )
     return find_window(
         layouts,
         masses,
@@ -310,6 +230,7 @@ def _report_arms(
         lambda text: list(tokenizer(text, add_special_tokens=False)["input_ids"]),
         [length] if length >= SHORTEST else [],
         *_DEPTHS_AND_TRIALS,
+        num_generated=_num_generated(found, sizer, length),
     )
 
     def recalled(candidate: Candidate) -> tuple[int, int]:
@@ -331,6 +252,16 @@ def _report_arms(
             recalled(candidate),
         )
     return arms
+
+
+def _num_generated(found: Found, sizer: Sizer, length: int) -> int:
+    """Count the tokens behind which a number is asked for.
+
+    0, or an answer's length where a window in answers only is among what was found: behind a prompt
+    alone it hides nothing.
+    """
+    in_answers = any(candidate.phase is Phase.DECODE for candidate in found.rises)
+    return min(sizer.workload.num_output, length // 2) if in_answers else 0
 
 
 def _print_choice(
@@ -366,6 +297,7 @@ def _print_choice(
         "budget": args.budget,
         "kv_memory": args.kv_memory,
         "tolerance": args.tolerance,
+        "phase": args.phase,
         "seed": args.seed,
         "workload": {"prompt": workload.num_prompt, "answer": workload.num_output},
         "choosing": [request.line for request in split.choosing],

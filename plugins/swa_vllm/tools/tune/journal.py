@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from swa_backend.window import Phase
 from swa_vllm.tools.tune.candidates import Candidate
 
 _REMEDY = "give the path of a new file, or remove this one"
@@ -70,9 +71,22 @@ class Journal:
             )
         if lines[-1]:  # cut off while it was written
             path.write_text("\n".join([first, *lines[:-1], ""]))
-        for line in lines[:-1]:
-            record = json.loads(line)
-            full = tuple(record["full_layers"])
-            candidate = Candidate(record["window"], record["sinks"], full)
-            score = Score(record["loss"], tuple(record["greedy"]))
-            self._scores[candidate, record["line"]] = score
+        for number, line in enumerate(lines[:-1], start=2):
+            try:
+                self._read_score(json.loads(line))
+            except (ValueError, KeyError, TypeError) as error:
+                raise ValueError(
+                    f"--resume {path}, line {number} is no score of this version of swa tune: "
+                    f"{error!r}; {_REMEDY}"
+                ) from error
+
+    def _read_score(self, record: Mapping[str, Any]) -> None:
+        candidate = Candidate(
+            record["window"],
+            record["sinks"],
+            tuple(record["full_layers"]),
+            Phase(record["phase"]),
+            tuple(record["by_layer"]),
+        )
+        score = Score(record["loss"], tuple(record["greedy"]))
+        self._scores[candidate, record["line"]] = score

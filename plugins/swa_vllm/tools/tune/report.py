@@ -8,8 +8,9 @@ from typing import Any
 
 from swa_backend.table import format_table
 from swa_vllm.tools.common import plots
-from swa_vllm.tools.tune.candidates import FULL, Candidate, Gain
+from swa_vllm.tools.tune.candidates import FULL, Candidate
 from swa_vllm.tools.tune.paired import Rise
+from swa_vllm.tools.tune.sizes import Gain
 
 _HEADER = (
     "",

@@ -65,11 +65,15 @@ def read_requests(path: Path, tokenizer: Any, max_model_len: int) -> list[Reques
         if line.strip():
             where = f"--requests {path}, line {number}"
             prompt, answer = _request_texts(where, line, tokenizer)
-            request = Request(number, _tokens_of(tokenizer, prompt), _tokens_of(tokenizer, answer))
+            tokens = (_tokens_of(where, text, tokenizer) for text in (prompt, answer))
+            request = Request(number, *tokens)
             _check_request_length(where, request, max_model_len)
             requests.append(request)
     if not requests:
-        raise ValueError(f"--requests {path} has no request; {_FORMS}, one a line")
+        raise ValueError(
+            f"--requests {path} has no request, and {FEWEST} conversations are the fewest; "
+            f"{_FORMS}, one a line"
+        )
     return requests
 
 
@@ -84,7 +88,8 @@ def _request_texts(where: str, line: str, tokenizer: Any) -> tuple[str, str]:
         return _chat_texts(where, record, tokenizer)
     prompt, answer = record["prompt"], record.get("answer")
     if not isinstance(prompt, str) or not isinstance(answer, str | None):
-        raise ValueError(f"{where}: prompt and answer must be texts; {_FORMS}")
+        kinds = " and ".join(type(value).__name__ for value in (prompt, answer))
+        raise ValueError(f"{where}: prompt and answer must be texts, got {kinds}; {_FORMS}")
     if not answer:
         raise ValueError(f"{where} has no answer, and answers are what is scored; {_FORMS}")
     return prompt, answer
@@ -94,10 +99,17 @@ def _chat_texts(where: str, record: dict[str, Any], tokenizer: Any) -> tuple[str
     from jinja2 import TemplateError  # with transformers, which other commands do without
 
     messages = record["messages"]
+    try:
+        if record.get("choices"):  # a response of the API beside what was asked
+            messages = [*messages, record["choices"][0]["message"]]
+    except (KeyError, IndexError, TypeError) as error:
+        raise ValueError(
+            f'{where} has choices without a message; write "choices": [{{"message": ...}}] as '
+            "OpenAI's API answers, or the answer as the last of the messages"
+        ) from error
     if not isinstance(messages, list) or not all(isinstance(m, dict) for m in messages):
-        raise ValueError(f"{where}: messages must be a list of objects; {_FORMS}")
-    if record.get("choices"):  # a response of the API beside what was asked
-        messages = [*messages, record["choices"][0]["message"]]
+        kind = type(messages).__name__
+        raise ValueError(f"{where}: messages must be a list of objects, got {kind}; {_FORMS}")
     answer = messages[-1] if messages else {}
     if answer.get("role") != "assistant" or not (answer.get("content") or answer.get("tool_calls")):
         raise ValueError(f"{where} has no answer, and answers are what is scored; {_FORMS}")
@@ -127,13 +139,22 @@ def _chat_texts(where: str, record: dict[str, Any], tokenizer: Any) -> tuple[str
     return prompt, text[: text.rindex(end) + len(end)] if end and end in text else text
 
 
-def _tokens_of(tokenizer: Any, text: str) -> tuple[int, ...]:
+def _tokens_of(where: str, text: str, tokenizer: Any) -> tuple[int, ...]:
+    try:
+        text.encode()  # JSON may spell half of a surrogate pair, which no tokenizer takes
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"{where} is no text of Unicode: {error.reason}; correct it, or leave the line out"
+        ) from error
     return tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
 def _check_request_length(where: str, request: Request, max_model_len: int) -> None:
     if not request.prompt or not request.answer:
-        raise ValueError(f"{where}: prompt and answer must have a token each; leave the line out")
+        raise ValueError(
+            f"{where}: prompt and answer must have a token each, got {len(request.prompt)} and "
+            f"{len(request.answer)}; leave the line out"
+        )
     if len(request.tokens) > max_model_len:
         raise ValueError(
             f"{where} has {len(request.tokens)} tokens, prompt and answer together, and the model "

@@ -1,24 +1,21 @@
 """The search: attention mass orders layers, halving compares candidates, loss corrects the order.
 
-It sees the choosing requests alone.
+At the end the best candidate is tried with two windows. The search sees the choosing
+requests alone.
 """
 
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
-from swa_vllm.tools.tune.candidates import (
-    Candidate,
-    Objective,
-    Sizer,
-    with_full_layers,
-)
+from swa_vllm.tools.tune.candidates import Candidate, Layout, Objective, View
 from swa_vllm.tools.tune.halving import rungs_of_halving, successive_halving
+from swa_vllm.tools.tune.layouts import two_windows_to_try
 from swa_vllm.tools.tune.paired import Rise
+from swa_vllm.tools.tune.sizes import Sizer
 
-Layout = tuple[int, int, int]  # window, sinks, number of full layers
-Masses = Mapping[tuple[int, int], Sequence[float]]
+Masses = Mapping[View, Sequence[float]]
 _LAYOUTS_BY_LOSS = 2
 _REQUESTS_BY_LOSS = 4
 
@@ -30,11 +27,13 @@ class Goal:
     Attributes:
         tolerance: greatest rise of the loss, in nats a token.
         num_held_out: requests that will report.
+        limit: bytes of a request, within which the least loss is looked for.
     """
 
     objective: Objective
     tolerance: float
     num_held_out: int
+    limit: int
 
     def allows(self, rise: Rise) -> bool:
         """Say whether the requests held out will probably confirm that it is tolerable."""
@@ -118,6 +117,10 @@ def find_window(
     rises = successive_halving(candidates, num_requests, measure, rank)
     by_loss = candidates_by_loss(list(rises), masses, num_requests, measure, clock)
     rises |= {c: measure(c, num_requests) for c in by_loss}
+    best = next(iter(_tolerable(rises, sizer, goal)), min(rises, key=lambda c: rises[c].mean))
+    pairs = candidates_of_two_windows(best, masses, sizer, goal)
+    if pairs and clock.cost_s(rungs_of_halving(len(pairs), num_requests)) < clock.left_s():
+        rises |= successive_halving(pairs, num_requests, measure, rank)
     return Found(tuple(_tolerable(rises, sizer, goal)), rises)
 
 
@@ -125,10 +128,28 @@ def candidates_by_mass(layouts: Sequence[Layout], masses: Masses) -> list[Candid
     """Keep the layers full whose attention a window hides most; least mass hidden first."""
     hidden = dict[Candidate, float]()
     for layout in layouts:
-        mass = masses[layout[:2]]
-        order = sorted(range(len(mass)), key=lambda layer: -mass[layer])
-        hidden[with_full_layers(layout, order)] = sum(mass[layer] for layer in order[layout[2] :])
+        mass = masses[layout.view]
+        order = _most_first(mass)
+        left = order[layout.num_full :]
+        hidden[layout.with_full_layers(order)] = sum(mass[layer] for layer in left)
     return sorted(hidden, key=lambda candidate: hidden[candidate])
+
+
+def candidates_of_two_windows(
+    best: Candidate, masses: Masses, sizer: Sizer, goal: Goal
+) -> list[Candidate]:
+    """Propose two windows for the layers that slide: the wider one where more mass is hidden.
+
+    For the least loss the wider one takes what the narrower leaves of the budget; otherwise some
+    layers get a narrower window, which gains more.
+    """
+    limit = goal.limit if goal.objective is Objective.LOSS else None
+    longest = sizer.longest(best.phase) - best.sinks
+    return two_windows_to_try(sizer, best, _most_first(masses[best.view]), longest, limit)
+
+
+def _most_first(mass: Sequence[float]) -> list[int]:
+    return sorted(range(len(mass)), key=lambda layer: -mass[layer])
 
 
 def candidates_by_loss(
@@ -148,18 +169,16 @@ def candidates_by_loss(
     if not mixed:
         return []
     best = mixed[0]
-    mass = masses[best.window or 0, best.sinks]
+    mass = masses[best.view]
     layers, seen = range(len(mass)), min(_REQUESTS_BY_LOSS, num_requests)
     if clock.cost_s([(len(mass), seen), (2 * len(mixed), num_requests)]) > clock.left_s():
         return []
-    alone = {
-        layer: measure(Candidate(best.window, best.sinks, (layer,)), seen).mean for layer in layers
-    }
+    alone = {layer: measure(replace(best, full_layers=(layer,)), seen).mean for layer in layers}
     by_loss = sorted(layers, key=lambda layer: alone[layer])
-    by_mass = sorted(layers, key=lambda layer: -mass[layer])
+    by_mass = _most_first(mass)
     by_both = sorted(layers, key=lambda layer: by_loss.index(layer) + by_mass.index(layer))
     proposed = [
-        with_full_layers((c.window or 0, c.sinks, len(c.full_layers)), order)
+        Layout(*c.view[:2], len(c.full_layers), c.phase).with_full_layers(order)
         for c in mixed
         for order in (by_loss, by_both)
     ]
