@@ -244,7 +244,7 @@ def test_kernels_of_every_operation_are_selected_without_vllm() -> None:
         assert name in selected
 
 
-@pytest.mark.alone
+@pytest.mark.full  # four minutes
 @pytest.mark.timeout(1200)
 def test_dry_run_goes_through_every_step(tmp_path: Path) -> None:
     """Tests that need a GPU are only collected, which fails where none is selected."""

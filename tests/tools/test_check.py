@@ -344,6 +344,9 @@ def test_weights_are_read_before_vllm_is_imported(tmp_path: Path) -> None:
     assert caught.value.remedy == "download or copy the checkpoint again"
 
 
+_LMCACHE = '{"kv_connector": "LMCacheConnectorV1", "kv_role": "kv_both"}'
+
+
 @pytest.mark.parametrize(
     ("given", "detail", "remedy"),
     [
@@ -363,8 +366,14 @@ def test_weights_are_read_before_vllm_is_imported(tmp_path: Path) -> None:
             "max_num_batched_tokens (8) must be greater than or equal to max_num_seqs",
             ["--max-num-batched-tokens", "1024", "--max-num-seqs", "16"],
         ),
+        (
+            ["--window", "8", "--kv-transfer-config", _LMCACHE, "--enable-lora"],
+            "the KV connector LMCacheConnectorV1 (--kv-transfer-config) knows one table",
+            # In front of MODEL stands the value of a flag that is vLLM's alone.
+            ["--window", "8", "--enable-lora", "--max-loras", "2"],
+        ),
     ],
-    ids=["cache", "stages", "option", "vLLM"],
+    ids=["cache", "stages", "option", "vLLM", "vLLM's alone"],
 )
 def test_options_of_serving_reach_the_engine(
     given: list[str],
@@ -379,7 +388,16 @@ def test_options_of_serving_reach_the_engine(
     assert main(["check", model, *given]) == 1
     shown = capsys.readouterr()
     assert detail in shown.out + shown.err
-    assert check(model, *remedy)[0] == 0
+    assert check(*remedy, model)[0] == 0
+
+
+def test_flags_of_the_http_server_are_unknown(
+    tiny_model: ModelFactory, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["check", str(tiny_model(**MIXED)), "--enforce-eager", "--port", "80"])
+    assert ended.value.code == 2
+    assert "unrecognized arguments: --port 80; --help lists" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -580,3 +580,37 @@ def test_a_model_of_one_phase_has_no_table_of_phases(
     assert "this plugin by --phase" not in printed
     for phase in ("prefill", "decode"):
         assert f"--phase {phase} is left out: --phase {phase} was not tested with" in printed
+
+
+def test_a_plan_takes_the_options_of_serving(
+    qwen3_8b: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By ``--additional-config``, as by flags; what is not planned is refused."""
+
+    def planned(*flags: str) -> str:
+        assert main(["plan", str(qwen3_8b), "--prompt", "8000", *flags]) == 0
+        return capsys.readouterr().out
+
+    section = '{"swa": {"window": 1024, "sink_tokens": 4, "full_attention_layers": "every:4"}}'
+    flags = ["--window", "1024", "--sink-tokens", "4", "--full-attention-layers", "every:4"]
+    assert planned("--additional-config", section) == planned(*flags)
+    every_page = '{"swa": {"window": 1024, "prefill_pages": "all"}}'
+    assert main(["plan", str(qwen3_8b), "--additional-config", every_page]) == 1
+    assert "with which requests hold more; leave it out" in capsys.readouterr().err
+
+
+def test_a_window_that_requests_fit_into_is_told(
+    qwen3_8b: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def note(prompts: str) -> str:
+        flags = ["--window", "4096", "--sink-tokens", "4", "--prompt", prompts]
+        assert main(["plan", str(qwen3_8b), *flags, "--output", "100"]) == 0
+        (*found,) = (line for line in capsys.readouterr().out.splitlines() if "fit into" in line)
+        return "".join(found)
+
+    assert note("4001,8000") == ""
+    assert "note: these requests of up to 4100 tokens, prompt" in note("500,4000,8000")
+    assert (
+        "these requests, prompt and answer together, fit into the window and its sinks (4100"
+        in (note("500,4000"))
+    )
