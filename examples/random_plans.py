@@ -14,6 +14,7 @@ import json
 import random
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +70,7 @@ def random_plans(
     longest = sizer.limits.max_model_len - sinks
     layouts = [Layout(0, sinks, count) for count in range(sizer.num_layers)]
     widest = [
-        layout._replace(window=widest_window(sizer, layout, longest, limit)) for layout in layouts
+        replace(layout, window=widest_window(sizer, layout, longest, limit)) for layout in layouts
     ]
     able = [layout for layout in widest if layout.window]
     generator, plans = random.Random(seed), dict[Candidate, None]()  # noqa: S311 (to repeat it)

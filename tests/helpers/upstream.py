@@ -82,7 +82,7 @@ MEMBERS: dict[str, set[str]] = {
     "vllm.distributed.parallel_state:GroupCoordinator": {
         *("cpu_group", "is_first_rank", "world_size"),
     },
-    "vllm.engine.arg_utils:EngineArgs": {"create_engine_config"},
+    "vllm.engine.arg_utils:EngineArgs": {"add_cli_args", "create_engine_config"},
     "vllm.envs": {"VLLM_BATCH_INVARIANT"},
     "vllm.logger:_VllmLogger": {"info_once", "warning_once"},
     "vllm.platforms.interface:DeviceCapability": {"to_int"},

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from itertools import groupby
-from typing import Any, NamedTuple
+from typing import Any
 
 from swa_backend.window import Phase
 
@@ -74,7 +74,8 @@ def _spell_windows(by_layer: Sequence[int]) -> dict[str, int]:
     return {",".join(runs[window]): window for window in sorted(runs)}
 
 
-class Layout(NamedTuple):
+@dataclass(frozen=True)
+class Layout:
     """A candidate but for which layers are full."""
 
     window: int

@@ -33,7 +33,7 @@ def counts_of_full_layers(sizer: Sizer, layout: Layout, limit: int) -> list[int]
     """
     counts, least = [], limit + 1
     for count in reversed(range(sizer.num_layers)):
-        num_bytes = sizer.num_bytes(layout._replace(num_full=count).with_full_layers(range(count)))
+        num_bytes = sizer.num_bytes(replace(layout, num_full=count).with_full_layers(range(count)))
         if num_bytes < least:
             counts.append(count)
             least = num_bytes if layout.phase is not Phase.PREFILL else least
@@ -47,7 +47,7 @@ def widest_window(sizer: Sizer, layout: Layout, longest: int, limit: int) -> int
 
 
 def _with_window(layout: Layout, window: int) -> Candidate:
-    return layout._replace(window=window).with_full_layers(range(layout.num_full))
+    return replace(layout, window=window).with_full_layers(range(layout.num_full))
 
 
 def _largest_that(holds: Callable[[int], bool], most: int) -> int:
@@ -91,7 +91,7 @@ def layouts_to_try(
         return list(layouts)
     for own in sinks:
         widest = [
-            layout._replace(window=widest_window(sizer, layout, longest - own, limit))
+            replace(layout, window=widest_window(sizer, layout, longest - own, limit))
             for layout in (Layout(0, own, count, phase) for count in range(sizer.num_layers))
         ]
         # Neither a wider window nor more full layers can be had without giving up the other.
