@@ -9,6 +9,8 @@ from swa_backend.options import (
     SERVE_FULL,
     SLIDE_ALL,
     USE_OPTIONS,
+    Impl,
+    PrefillPages,
     SWAConfigError,
     SWAOptions,
     example_with_window,
@@ -106,13 +108,9 @@ def resolve_layers(
             "checkpoint's config.json"
         )
     if not options.enabled:
-        if others := [key for key in given_keys(options) if key != "enabled"]:
-            raise SWAConfigError(
-                f"swa.{', '.join(others)} would have no effect: swa.enabled is false. For full "
-                f"attention leave {'it' if len(others) == 1 else 'these'} out; for a window leave "
-                "enabled out"
-            )
-        return LayerPlan((None,) * num_layers)
+        if options.window is not None or options.full_attention_layers is not None:
+            raise _without_effect(given_keys(options)[1:], options)  # "enabled" is the first
+        return _full_attention_layers(num_layers, options)
     linear = _linear_layers(hf_config, num_layers)
     by_layer = _windows_by_layer(options, num_layers, linear)
     if by_layer:
@@ -240,13 +238,33 @@ def _check_one_rope(hf_config: Any) -> None:
 
 
 def _full_attention_layers(num_layers: int, options: SWAOptions) -> LayerPlan:
-    keys = ("phase", "sink_tokens", "prefill_pages", "impl", "debug_poison")
-    if idle := [key for key in keys if key in given_keys(options)]:
-        raise SWAConfigError(
-            f"swa.{', '.join(idle)} would have no effect: no layer has a window. Remove it, or "
-            f"give a window, such as by {example_with_window(options)}"
+    idle = [
+        key
+        for key, is_set in (
+            ("phase", options.phase is not Phase.BOTH),
+            ("sink_tokens", options.sink_tokens > 0),
+            ("prefill_pages", options.prefill_pages is not PrefillPages.AUTO),
+            ("impl", options.impl is not Impl.AUTO),
+            ("debug_poison", options.debug_poison),
         )
+        if is_set
+    ]
+    if idle:
+        raise _without_effect(idle, options)
     return LayerPlan((None,) * num_layers)
+
+
+def _without_effect(idle: Sequence[str], options: SWAOptions) -> SWAConfigError:
+    what = f"swa.{', '.join(idle)} would have no effect: "
+    if not options.enabled:
+        return SWAConfigError(
+            f"{what}swa.enabled is false. For full attention leave {', '.join(idle)} out; for a "
+            "window leave enabled out"
+        )
+    return SWAConfigError(
+        f"{what}no layer has a window. Remove it, or give a window, such as by "
+        f"{example_with_window(options)}"
+    )
 
 
 def _full_layers(
