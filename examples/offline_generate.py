@@ -1,6 +1,9 @@
 """Offline batch: LLM.generate over prompts with a windowed model.
 
 python examples/offline_generate.py [--model DIR] [--window W] [--full-attention-layers every:4]
+
+Without --model it makes the demo model first, once: 90 MB to download, half a minute. Messages of
+"padding layers" at start and of "force killing" at the end are vLLM's own, and harmless.
 """
 
 import argparse
