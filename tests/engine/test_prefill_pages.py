@@ -180,9 +180,11 @@ def test_null_page_is_poisoned(engine: EngineFactory, tiny_model: ModelFactory) 
 
 
 def test_poison_refuses_an_engine_in_another_process(
-    tiny_model: ModelFactory, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    tiny_model: ModelFactory,
+    vllm_variables: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
+    vllm_variables.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
     with pytest.raises(RuntimeError, match="Engine core initialization failed"):
         LLM(
             str(tiny_model(**SLIDING)),
