@@ -109,7 +109,7 @@ def resolve_layers(
         )
     if not options.enabled:
         if options.window is not None or options.full_attention_layers is not None:
-            raise _without_effect(given_keys(options)[1:], options)  # "enabled" is the first
+            raise _without_effect([key for key in given_keys(options) if key != "enabled"], options)
         return _full_attention_layers(num_layers, options)
     linear = _linear_layers(hf_config, num_layers)
     by_layer = _windows_by_layer(options, num_layers, linear)

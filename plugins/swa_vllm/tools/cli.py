@@ -163,7 +163,7 @@ def _add_command(
         description=text,
         epilog=f"example: swa {group}{name} {example}",
         parents=parents,
-        conflict_handler="resolve",
+        conflict_handler="resolve" if parents else "error",
     )
     parser.add_argument("--json", metavar="PATH", help='write the figures; "-" for stdout')
     return parser

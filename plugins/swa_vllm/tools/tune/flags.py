@@ -12,7 +12,7 @@ from swa_vllm.tools.common.arguments import (
     check_output_path,
     is_flag_number,
 )
-from swa_vllm.tools.common.sizing import MODEL_DTYPES
+from swa_vllm.tools.common.engine_arguments import add_engine_arguments
 from swa_vllm.tools.tune.candidates import Objective
 from swa_vllm.tools.tune.requests import FEWEST
 
@@ -80,21 +80,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="which half of the requests chooses: another split shows how far it decides",
     )
-    parser.add_argument(
-        "--dtype", choices=MODEL_DTYPES, default="auto", help="dtype of the weights"
-    )
-    parser.add_argument(
-        "--max-num-batched-tokens",
-        type=int,
-        default=512,
-        metavar="TOKENS",
-        help="most tokens of a step: a longer prompt is computed in chunks of this size",
-    )
-    parser.add_argument(
-        "--block-size",
-        type=int,
-        metavar="TOKENS",
-        help="tokens of a KV cache page (default: 16, on CPUs 128)",
+    add_engine_arguments(
+        parser, dtype="auto", max_num_batched_tokens=512, block_size="16, on CPUs 128"
     )
     parser.add_argument(
         "--resume",
